@@ -1,0 +1,70 @@
+# make notebook      build the notebook, execute it for the hardware found, print the scorecard (writes build/ only)
+# make test          lint, format, tests
+# make publish       on a GPU: the same run, kept as the committed notebook, resources/ and README
+# make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
+# make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
+# make colab-check   the notebook alone in an environment that holds only torch, triton and Jupyter
+#
+# Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
+
+NOTEBOOK := Rohit_Unsloth_Puzzles.ipynb
+VENV ?= .venv
+FITS := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c "$(FITS)" 2>/dev/null && echo $$p && break; done)
+
+ifeq ($(VENV),none)
+READY :=
+RUN := $(PYTHON)
+else
+READY := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help notebook test publish gpu-test rehearsal colab-check build clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(VENV)/.installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed: make ... PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+build: $(READY)
+	@$(RUN) -m tools.build_notebook --output build/$(NOTEBOOK)
+
+notebook: build
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run
+
+test: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+publish: build
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --need-gpu
+	cp build/run/$(NOTEBOOK) $(NOTEBOOK)
+	mkdir -p resources && cp -R build/run/resources/. resources/
+	$(RUN) -m tools.build_readme
+
+gpu-test: $(READY)
+	$(RUN) -m tools.gpu_tests
+
+rehearsal: build
+	UNSLOTH_PUZZLES_REHEARSAL=T4 CUDA_VISIBLE_DEVICES=0 \
+		$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/rehearsal --need-gpu
+
+# What Colab ships is torch, triton and Jupyter; all else must come from the notebook's own install cell.
+colab-check: build
+	rm -rf build/colab-venv
+	$(or $(PYTHON),$(RUN)) -m venv build/colab-venv
+	grep -E '^(torch|triton|jupyter|ipykernel)==' requirements.txt > build/colab-requirements.txt
+	build/colab-venv/bin/python -m pip install --quiet --disable-pip-version-check -r build/colab-requirements.txt
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/colab --python $(CURDIR)/build/colab-venv/bin/python
+
+clean:
+	rm -rf build

@@ -1,0 +1,121 @@
+# %% [markdown]
+# # Unsloth Puzzles: the submission of Rohit Nagraj
+#
+# <!-- badges -->
+#
+# Five open challenges on making the fine-tuning of large language models cheaper on small GPUs, one section each. Every
+# solution stands here in full: a cell that begins with `%%writefile` is a file of the package `unsloth_puzzles`, word
+# for word, and the cells after it import that file, check it and only then time it.
+#
+# **How to run it.** *Runtime → Run all*: on Colab (T4), on Kaggle (T4 x 2), on any CUDA machine, or without a GPU,
+# where the kernels run in Triton's interpreter on small shapes. Nothing has to be cloned or uploaded. What cannot run
+# on the machine at hand says `SKIPPED: reason`, and a skip is never counted as a pass.
+#
+# **How to read it.** Each section: the task and its criteria, the idea, the bound predicted before anything is
+# measured, the code, the checks, the timings beside every baseline in the same run, what it does not do, and its score.
+#
+# <!-- contents -->
+
+# %% [markdown]
+# ## Set-up
+#
+# Install what is missing. torch and triton stay as the machine has them, and so does every package that is already
+# there; with nothing missing no connection is made.
+
+# %%
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+
+PINNED = {
+    "bitsandbytes": "0.50.2",
+    "transformers": "5.17.0",
+    "peft": "0.21.0",
+    "accelerate": "1.15.0",
+    "numpy": "2.4.6",
+    "matplotlib": "3.11.2",
+}
+
+
+def is_installed(package):
+    try:
+        return importlib.metadata.version(package) is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+assert is_installed("torch") and is_installed("triton"), "torch and triton must be there: choose a GPU runtime"
+missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_installed(package)]
+if missing:
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    importlib.invalidate_caches()
+print("installed:", " ".join(missing) if missing else "nothing, all is there")
+
+# %% [markdown]
+# Without a GPU the kernels run in Triton's interpreter, which has to be said before triton is imported.
+
+# %%
+import os
+import random
+import warnings
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    assert "triton.language" not in sys.modules, "restart the kernel: triton was imported before this cell ran"
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved in the notebook
+warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
+
+SEED = 3407
+random.seed(SEED)
+torch.manual_seed(SEED)
+print("seed", SEED)
+
+# %% [markdown]
+# The files that the sections share, collapsed: the hardware probe, timing, peak memory, cross-compilation, records and
+# the marking rubric. The solutions themselves are shown open in their sections.
+
+# %%
+# folders
+Path("resources/measurements").mkdir(parents=True, exist_ok=True)
+
+# %%
+# write: unsloth_puzzles/__init__.py
+
+# %%
+# write: unsloth_puzzles/bench/*.py
+
+# %%
+# write: unsloth_puzzles/scorecard.py
+
+# %% [markdown]
+# The package must be the copy that the cells above wrote, not one that happens to be installed.
+
+# %%
+sys.path.insert(0, str(Path.cwd()))
+importlib.invalidate_caches()
+
+import unsloth_puzzles
+
+written = (Path.cwd() / "unsloth_puzzles").resolve()
+assert Path(unsloth_puzzles.__file__).resolve().parent == written, "another unsloth_puzzles was imported"
+print("unsloth_puzzles is the copy that this notebook wrote")
+
+# %% [markdown]
+# One probe decides the sizes and what can run. Its copy bandwidth and matmul rates are measured here, on this machine:
+# they are the ceilings that every later timing is held against.
+
+# %%
+from unsloth_puzzles.bench import section
+from unsloth_puzzles.bench.hardware import probe, versions
+
+section.start("Set-up")
+hardware = probe()
+section.finish()
+print("\n" + hardware.describe() + "\n")
+for name, version in versions().items():
+    print(f"{name:14} {version or 'not installed'}")

@@ -1,0 +1,140 @@
+import gc
+import itertools
+
+import pytest
+import torch
+
+from unsloth_puzzles.bench import section, timing
+from unsloth_puzzles.bench.hardware import Hardware
+from unsloth_puzzles.bench.timing import Timing, device_time, enqueue_time, event_time, rotations, wall_time
+
+
+class Clock:
+    """A clock that only the timed functions move, in nanoseconds."""
+
+    def __init__(self):
+        self.now = 0
+
+    def takes(self, nanoseconds, log=None, name=None):
+        def call():
+            self.now += next(nanoseconds) if hasattr(nanoseconds, "__next__") else nanoseconds
+            if log is not None:
+                log.append(name)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return clock
+
+
+def test_microseconds_per_call(clock):
+    fast, slow = clock.takes(3_000), clock.takes(5_000)
+    for timings in (
+        device_time({"fast": [fast] * 4, "slow": [slow]}, rounds=3),
+        wall_time({"fast": fast, "slow": slow}, rounds=3, calls=7),
+        enqueue_time({"fast": fast, "slow": slow}, rounds=3),
+    ):
+        assert timings == {"fast": Timing(3.0, 3.0, 3.0, 3), "slow": Timing(5.0, 5.0, 5.0, 3)}
+
+
+def test_median_and_percentiles(clock):
+    # The first sample is the warm-up and does not count.
+    durations = itertools.chain([10**9], range(0, 101_000, 1_000))
+    assert wall_time({"one": clock.takes(durations)}, rounds=101)["one"] == Timing(50.0, 10.0, 90.0, 101)
+
+
+def test_a_single_round_has_no_spread(clock):
+    assert wall_time({"one": clock.takes(2_000)}, rounds=1)["one"] == Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_every_round_takes_every_candidate_once_in_changing_order(clock):
+    log = []
+    device_time({name: [clock.takes(1, log, name)] for name in "abc"}, rounds=20)
+    rounds = [tuple(log[i : i + 3]) for i in range(0, len(log), 3)]
+    assert all(sorted(found) == ["a", "b", "c"] for found in rounds)
+    assert len(rounds) == 21 and len(set(rounds)) > 1
+
+
+def test_waiting_counts_in_wall_time_and_not_in_enqueue_time(clock, monkeypatch):
+    monkeypatch.setattr(timing, "_wait", clock.takes(1_000_000))
+    call = {"one": clock.takes(2_000)}
+    assert enqueue_time(call, rounds=2, calls=10)["one"].median == 2.0
+    assert wall_time(call, rounds=2, calls=10, synchronize=False)["one"].median == 2.0
+    assert wall_time(call, rounds=2, calls=10)["one"].median == 2.0 + 1000 / 10
+
+
+def test_the_device_is_drained_before_each_enqueue_sample(clock, monkeypatch):
+    log = []
+    monkeypatch.setattr(timing, "_wait", lambda: log.append("wait"))
+    enqueue_time({"one": clock.takes(1, log, "call")}, rounds=2, calls=2)
+    assert log == ["wait", "call", "call"] * 3
+
+
+@pytest.mark.parametrize("calls", [0, 101])
+def test_a_batch_that_could_fill_the_queue_is_refused(clock, calls):
+    with pytest.raises(ValueError, match=f"calls: got {calls}, need 1 to 100"):
+        enqueue_time({"one": clock.takes(1)}, calls=calls)
+    with pytest.raises(ValueError, match=f"calls: got {calls}, need 1 to 100"):
+        event_time({"one": clock.takes(1)}, calls=calls)
+
+
+def test_bad_arguments(clock):
+    with pytest.raises(TypeError, match="candidates\\['one'\\].*list of functions"):
+        device_time({"one": clock.takes(1)})
+    with pytest.raises(TypeError, match="candidates\\['none'\\]"):
+        device_time({"none": []})
+    with pytest.raises(ValueError, match="candidates: got none"):
+        wall_time({})
+    with pytest.raises(ValueError, match="rounds: got 0"):
+        wall_time({"one": clock.takes(1)}, rounds=0)
+    with pytest.raises(ValueError, match="calls: got 0"):
+        wall_time({"one": clock.takes(1)}, calls=0)
+
+
+def test_no_garbage_is_collected_inside_a_sample_and_the_collector_comes_back(clock):
+    collecting = []
+
+    def fails_at_last():
+        collecting.append(gc.isenabled())
+        if len(collecting) == 3:
+            raise KeyError("third call")
+
+    assert gc.isenabled()
+    with pytest.raises(KeyError, match="third call"):
+        wall_time({"one": fails_at_last}, rounds=5)
+    assert collecting[1:] == [False, False] and gc.isenabled()
+
+
+def test_the_work_done_goes_to_the_open_section(clock, monkeypatch):
+    counted = []
+    monkeypatch.setattr(section, "work", lambda *amounts: counted.append(amounts))
+    device_time({"a": [clock.takes(1)] * 3, "b": [clock.takes(1)]}, rounds=9, bytes_per_call=7, flops_per_call=5)
+    wall_time({"a": clock.takes(1)}, rounds=9, calls=2, bytes_per_call=7, flops_per_call=5)
+    assert counted == [((3 + 1) * 10 * 7, (3 + 1) * 10 * 5), (2 * 10 * 7, 2 * 10 * 5)]
+
+
+def test_rotations_cover_four_times_the_l2():
+    machine = Hardware("test", "cuda", 75, 1, 15.0, 40, 4_000_000, False, False)
+    assert [rotations(size, machine) for size in (1_000_000, 5_999_999, 15_999_999, 16_000_000)] == [16, 3, 2, 1]
+    assert rotations(1, Hardware("CPU", "cpu", None, 0, 8.0, None, None, False, True)) == 1
+    with pytest.raises(ValueError, match="bytes_per_set: got 0"):
+        rotations(0, machine)
+
+
+def test_per_second():
+    assert Timing(median=2.0, low=1.0, high=3.0, samples=5).per_second(6) == pytest.approx(3e6)
+
+
+@pytest.mark.gpu
+def test_device_time_replays_every_closure_equally_often():
+    counters = [torch.zeros(1, device="cuda") for _ in range(3)]
+    timings = device_time({"add": [lambda c=c: c.add_(1) for c in counters]}, rounds=5)
+    counts = {int(counter) for counter in counters}
+    assert timings["add"].samples == 5 and timings["add"].median > 0
+    # Two eager passes, then a graph of 100 passes (they are short): the warm-up's replay and five rounds.
+    assert counts == {2 + 6 * 100}

@@ -1,0 +1,121 @@
+"""README.md holds what resources/ holds: the tables follow the JSON, and what is not there is said not to be."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import build_readme
+from tools.build_notebook import ROOT
+from tools.build_readme import TABLES, WORST, amount, gpu_tests, readme, results
+
+MEASURED = {
+    "hardware": {"name": "NVIDIA Test"},
+    "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
+    "date": "2026-11-22",
+    "records": [
+        {
+            "metric": "official_harness_speedup",
+            "case": "all",
+            "value": 1.9,
+            "unit": "x",
+            "low": 1.85,
+            "high": 1.95,
+            "baselines": {"PEFT": 0.5},
+        },
+        {"metric": "mismatched_weights", "case": "asm fp16", "value": 0, "unit": "weights"},
+        {"metric": "mismatched_weights", "case": "asm bf16", "value": 45, "unit": "weights"},
+        {"metric": "copy_bandwidth_fraction", "case": "8192x28672", "value": 0.964, "unit": "fraction"},
+    ],
+}
+
+
+def test_the_committed_readme_is_what_the_measurements_give() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme()
+
+
+def test_every_measured_headline_stands_in_the_committed_readme() -> None:
+    """Read back from the page, not through the generator's own layout."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, tables in TABLES.items():
+        path = ROOT / "resources" / "measurements" / f"{name}.json"
+        records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+        for metric, caption in tables:
+            for record in (r for r in records if r["metric"] == metric and metric not in WORST):
+                section = page.split(f"**{caption}**")[1].split("**")[0]
+                cells = dict(re.findall(r"^\| (.+?) \| (\S+(?: %| [a-z]+)?)", section, flags=re.MULTILINE))
+                assert cells[record["case"]].startswith(amount(record["value"], record["unit"]))
+
+
+def test_a_value_shows_with_its_spread_and_its_baselines(tmp_path: Path) -> None:
+    page = results(_resources(tmp_path))
+    assert "| all | 1.90x (1.85x to 1.95x) | PEFT 0.50x |" in page
+    assert "| 8192x28672 | 96.4 % |" in page
+    assert "45 weights, the largest of 2 cases" in page
+    assert "NVIDIA Test, 2026-11-22, torch 2.11.0" in page
+
+
+def test_a_metric_and_a_challenge_without_measurement_say_so(tmp_path: Path) -> None:
+    page = results(_resources(tmp_path))
+    assert "Host time to enqueue one call**: not measured." in page
+    assert page.split("### B.")[1].split("###")[0].strip().endswith("Not measured yet.")
+
+
+def test_nothing_measured_at_all_is_no_error(tmp_path: Path) -> None:
+    page = readme(tmp_path)
+    assert "Not measured yet." in page and "<!--" not in page
+    assert not re.search(r"\d\.\d\dx", page)
+
+
+def test_figures_stand_with_their_challenge(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    (resources / "a_nf4_bandwidth.png").write_bytes(b"")
+    assert f"![a nf4 bandwidth]({resources.name}/a_nf4_bandwidth.png)" in results(resources).split("### B.")[0]
+
+
+def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    skips = [{"test": "t::a", "reason": "needs two GPUs"}, {"test": "t::b", "reason": "needs two GPUs"}]
+    path = tmp_path / "gpu_tests.json"
+    path.write_text(json.dumps(kept | {"passed": 40, "failed": 0, "skipped": 2, "failures": [], "skips": skips}))
+    assert gpu_tests(path).startswith("40 passed, 0 failed, 2 skipped. NVIDIA Test")
+    assert gpu_tests(path).count("- skipped: needs two GPUs") == 1
+
+
+def test_check_sees_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = readme()
+    monkeypatch.setattr(build_readme, "ROOT", tmp_path)
+    monkeypatch.setattr(build_readme, "readme", lambda: made)
+    assert build_readme.main(["--check"]) == 1
+    (tmp_path / "README.md").write_text(made, encoding="utf-8")
+    assert build_readme.main(["--check"]) == 0
+    (tmp_path / "README.md").write_text(made + " ", encoding="utf-8")
+    assert build_readme.main(["--check"]) == 1
+
+
+def test_the_tables_fit_a_narrow_page(tmp_path: Path) -> None:
+    rows = [line for line in readme(_resources(tmp_path)).splitlines() if line.startswith("|")]
+    assert rows and max(row.count("|") for row in rows) <= 5
+
+
+def test_the_examples_of_library_use_run() -> None:
+    """The first two as they stand, on the CPU; the third needs a model from the hub: its imports and names only."""
+    pytest.importorskip("bitsandbytes")
+    first, second, third = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(first.replace('"cuda"', '"cpu"'), names)
+    assert names["weight"].shape == (1024, 512) and str(names["weight"].dtype) == "torch.float16"
+    exec(second.replace('"cuda"', '"cpu"'), names)
+    assert names["y"].shape == (4, 1024)
+    imports = [node for node in ast.parse(third).body if isinstance(node, ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "third", "exec"), names)
+    assert callable(names["patch_linear4bit"])
+
+
+def _resources(folder: Path) -> Path:
+    resources = folder / "resources"
+    (resources / "measurements").mkdir(parents=True)
+    (resources / "measurements" / "a_nf4.json").write_text(json.dumps(MEASURED))
+    return resources

@@ -1,0 +1,87 @@
+"""The runner, on notebooks of a few cells: alone in its folder, stopped by an error, cleaned, and judged."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+from tools import run_notebook
+from tools.run_notebook import LARGEST, output_text, problems, report, run
+
+
+def test_it_runs_in_its_folder_and_the_copy_has_the_outputs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = _notebook(tmp_path, "import os\nprint(sorted(os.listdir()))", "import sys\nprint(sys.executable)")
+    folder = tmp_path / "run"
+    node = run(source, folder)
+    assert output_text(node.cells[0]) == "['small.ipynb']\n"
+    assert output_text(node.cells[1]).strip() == sys.executable
+    assert nbformat.read(folder / "small.ipynb", as_version=4).cells[0].outputs == node.cells[0].outputs
+    assert not nbformat.read(source, as_version=4).cells[0].outputs
+    assert "[  1/2]" in capsys.readouterr().out
+
+
+def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
+    source = _notebook(tmp_path, "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "unsloth_puzzles").mkdir()
+    with pytest.raises(ValueError, match="unsloth_puzzles"):
+        run(source, tmp_path / "run")
+
+
+def test_an_error_stops_it_and_leaves_the_notebook_as_far_as_it_came(tmp_path: Path) -> None:
+    source = _notebook(tmp_path, "print('before')", "raise KeyError('absmax')", "print('after')")
+    with pytest.raises(CellExecutionError, match="absmax"):
+        run(source, tmp_path / "run")
+    node = nbformat.read(tmp_path / "run" / "small.ipynb", as_version=4)
+    assert output_text(node.cells[0]) == "before\n"
+    assert not node.cells[2].outputs
+    assert [line.split(" ")[1] for line in problems(node)] == ["1", "2"]
+
+
+def test_a_cell_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(CellTimeoutError):
+        run(_notebook(tmp_path, "import time\ntime.sleep(60)"), tmp_path / "run", timeout=2)
+
+
+def test_the_folder_of_the_run_and_the_kernels_version_are_not_kept(tmp_path: Path) -> None:
+    node = run(_notebook(tmp_path, "import os\nprint(os.getcwd() + '/resources', os.getcwd())"), tmp_path / "run")
+    assert output_text(node.cells[0]) == "./resources .\n"
+    assert "version" not in node.metadata.get("language_info", {})
+    assert "execution" not in node.cells[0].metadata
+
+
+def test_problems_name_machine_paths_and_size(tmp_path: Path) -> None:
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", execution_count=1)])
+    assert problems(node) == []
+    node.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="/home/someone/x.py:1: Warning")]
+    assert "/home/" in problems(node)[0]
+    node.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="x" * LARGEST)]
+    assert "bytes" in problems(node)[0]
+
+
+def test_the_report_is_what_the_tagged_cells_show() -> None:
+    shown = nbformat.v4.new_output("display_data", data={"text/plain": "<Markdown>", "text/markdown": "| a |"})
+    tagged = nbformat.v4.new_code_cell("1", outputs=[shown], metadata={"tags": ["report"]})
+    other = nbformat.v4.new_code_cell("2", outputs=[nbformat.v4.new_output("stream", name="stdout", text="no")])
+    assert report(nbformat.v4.new_notebook(cells=[tagged, other])) == "| a |\n"
+
+
+def test_a_run_that_needs_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run_notebook, "gpu_present", lambda: False)
+    assert run_notebook.main([str(_notebook(tmp_path, "1")), str(tmp_path / "run"), "--need-gpu"]) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_outside_build_is_never_emptied(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(SystemExit):
+        run_notebook.main([str(_notebook(tmp_path, "1")), str(tmp_path)])
+    assert (tmp_path / "kept").exists()
+
+
+def _notebook(folder: Path, *sources: str) -> Path:
+    path = folder / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
+    return path

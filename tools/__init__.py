@@ -1,0 +1,1 @@
+"""What turns the sources into the notebook, the README and the kept measurements."""

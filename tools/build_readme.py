@@ -1,0 +1,157 @@
+"""README.md from tools/readme_template.md and resources/: no figure in it is typed in.
+
+python -m tools.build_readme           write it
+python -m tools.build_readme --check   exit 1 when README.md is not what the measurements give
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tools.address import badges
+from tools.build_notebook import ROOT
+
+TITLES = {
+    "a_nf4": "A. NF4 to Triton",
+    "b_fsdp2": "B. QLoRA with FSDP2",
+    "c_compile": "C. torch.compile without graph breaks",
+    "d_issues": "D. Unsloth's open issues",
+    "e_backprop": "E. Memory-efficient backprop",
+}
+# Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
+TABLES = {
+    "a_nf4": (
+        ("official_harness_speedup", "Speed-up over Unsloth in the official harness, wall clock"),
+        ("speedup_vs_unsloth_device", "Speed-up over Unsloth's three launches, device time"),
+        ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
+        ("host_enqueue_us", "Host time to enqueue one call"),
+        ("mismatched_weights", "Weights that differ from bitsandbytes"),
+        ("sanitizer_errors", "compute-sanitizer errors"),
+        ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
+        ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
+    ),
+}
+WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
+
+
+def readme(resources: Path = ROOT / "resources") -> str:
+    """The README's text for what lies in ``resources``; what has no measurement says so."""
+    template = (ROOT / "tools" / "readme_template.md").read_text(encoding="utf-8")
+    parts = {"badges": badges(), "score": score(resources / "measurements"), "results": results(resources)}
+    for name, part in parts.items():
+        template = template.replace(f"<!-- {name} -->", part)
+    return template
+
+
+def score(measurements: Path) -> str:
+    """Points per challenge with the hardware that earned them, from the scorecard's rows."""
+    from unsloth_puzzles import scorecard
+
+    rows = scorecard.score(measurements)
+    lines = []
+    for challenge in dict.fromkeys(row.challenge for row in rows):
+        mine = [row for row in rows if row.challenge == challenge]
+        hardware = ", ".join(dict.fromkeys(row.hardware for row in mine if row.hardware))
+        measured = any(row.verdict in ("met", "not met") for row in mine)
+        points = _number(sum(row.points for row in mine)) if measured else "not measured"
+        lines.append((challenge, points, _number(sum(row.possible for row in mine)), hardware or "-"))
+    total = (_number(sum(row.points for row in rows)), _number(sum(row.possible for row in rows)))
+    lines.append(("**all**", f"**{total[0]}**", f"**{total[1]}**", ""))
+    return table(("challenge", "points", "of", "measured on"), lines)
+
+
+def results(resources: Path) -> str:
+    """A heading, tables and figures for each challenge, then the GPU tests."""
+    parts = []
+    for name, title in TITLES.items():
+        path = resources / "measurements" / f"{name}.json"
+        parts.append(f"### {title}")
+        if not path.exists():
+            parts.append("Not measured yet.")
+            continue
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_provenance(measured))
+        parts += [_metric(measured["records"], metric, caption) for metric, caption in TABLES.get(name, ())]
+        parts += [
+            f"![{figure.stem.replace('_', ' ')}]({figure.relative_to(resources.parent).as_posix()})"
+            for figure in sorted(resources.glob("**/*.png"))
+            if figure.relative_to(resources).as_posix().startswith((f"{name}_", f"{name}/"))
+        ]
+    return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
+
+
+def gpu_tests(path: Path) -> str:
+    """One sentence on what `make gpu-test` kept, and every skip with its reason."""
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
+    reasons = dict.fromkeys(skip["reason"] for skip in kept["skips"])
+    return "\n".join(
+        [f"{counts}. {_provenance(kept)}", *(["", *(f"- skipped: {r}" for r in reasons)] if reasons else [])]
+    )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *rows])
+
+
+def amount(value: float, unit: str) -> str:
+    """A value with its unit, as the tables write it: `1.87x`, `96 %`, `11.8 us`, `65,536 bytes`."""
+    if unit in ("x", "times", "ratio"):
+        return f"{value:.2f}x"
+    if unit == "fraction":
+        return f"{100 * value:.1f} %"
+    return f"{_number(value)} {unit}".strip()
+
+
+def _metric(records: list[dict], metric: str, caption: str) -> str:
+    """The table of one metric: case, ours with its spread, and the baselines where there are any."""
+    mine = [record for record in records if record["metric"] == metric]
+    if not mine:
+        return f"**{caption}**: not measured."
+    if metric in WORST:
+        worst = max(mine, key=lambda record: record["value"])
+        return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
+    compared = any(record.get("baselines") for record in mine)
+    header = ("case", "ours", "others") if compared else ("case", "ours")
+    return f"**{caption}**\n\n" + table(header, [_row(record, compared) for record in mine])
+
+
+def _row(record: dict, compared: bool) -> tuple[str, ...]:
+    unit, low, high = record["unit"], record.get("low"), record.get("high")
+    ours = amount(record["value"], unit)
+    if low is not None and high is not None:
+        ours += f" ({amount(low, unit)} to {amount(high, unit)})"
+    others = "; ".join(f"{name} {amount(value, unit)}" for name, value in (record.get("baselines") or {}).items())
+    return (record["case"], ours, others or "-") if compared else (record["case"], ours)
+
+
+def _number(value: float) -> str:
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _provenance(measured: dict) -> str:
+    versions = ", ".join(f"{name} {measured['versions'][name]}" for name in ("torch", "triton", "bitsandbytes"))
+    return f"{measured['hardware']['name']}, {measured['date']}, {versions}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write README.md from its template and the measurements.")
+    parser.add_argument("--check", action="store_true", help="compare with README.md, write nothing")
+    options = parser.parse_args(arguments)
+    path, made = ROOT / "README.md", readme()
+    if not options.check:
+        path.write_text(made, encoding="utf-8")
+        print(f"{path}: written")
+        return 0
+    same = path.exists() and path.read_text(encoding="utf-8") == made
+    print("README.md is what the measurements give." if same else "README.md differs: run python -m tools.build_readme")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

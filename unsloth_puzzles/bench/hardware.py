@@ -1,0 +1,171 @@
+"""What machine is this, and how fast can it possibly go? One probe decides sizes and what can run."""
+
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+import triton
+import triton.language as tl
+
+from unsloth_puzzles.bench import t4, timing
+
+REHEARSAL = "UNSLOTH_PUZZLES_REHEARSAL"  # set to "T4": run as a T4 would have to
+
+
+class MeasuringError(UserWarning):
+    """A figure that cannot be true, such as more bandwidth than the machine has."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine as a notebook may use it: in a rehearsal that is less than what is plugged in.
+
+    `copy_bandwidth` (bytes/s, read + written) and `matmul_flops` (FLOP/s by dtype name) are measured on random data;
+    None and {} where they were not. `bf16` is native bf16 matmul (sm_80 and later). `sm` is 10 major + minor.
+    """
+
+    name: str
+    device: str
+    sm: int | None
+    count: int
+    memory_gib: float
+    multiprocessors: int | None
+    l2_bytes: int | None
+    bf16: bool
+    interpreter: bool
+    copy_bandwidth: float | None = None
+    matmul_flops: dict[str, float] = field(default_factory=dict)
+    rehearsal: bool = False
+
+    def copy_fraction(self, bytes_moved: float, microseconds: float) -> float | None:
+        """Share of the measured copy bandwidth that `bytes_moved` in `microseconds` amounts to; None if unmeasured.
+
+        Warns with `MeasuringError` above 1: nothing that goes to DRAM is faster than a copy, so the buffers were in the
+        L2 cache (see `timing.rotations`) or the bytes were miscounted.
+        """
+        if self.copy_bandwidth is None:
+            return None
+        if microseconds <= 0:
+            raise ValueError(f"microseconds: got {microseconds!r}, need a positive time")
+        fraction = bytes_moved / (microseconds * 1e-6) / self.copy_bandwidth
+        if fraction > 1:
+            message = (
+                f"MEASURING ERROR: {fraction:.1%} of the measured copy bandwidth ({self.copy_bandwidth:.3g} bytes/s)"
+            )
+            warnings.warn(message, MeasuringError, stacklevel=2)
+        return fraction
+
+    def describe(self) -> str:
+        """One line for a heading or a legend."""
+        parts = [self.name + (f" x {self.count}" if self.count > 1 else "")]
+        parts += [f"sm_{self.sm}"] if self.sm else []
+        parts += [f"{self.memory_gib:.1f} GiB", "bf16" if self.bf16 else "no native bf16"]
+        parts += [f"copies {self.copy_bandwidth / 1e12:.2f} TB/s"] if self.copy_bandwidth else []
+        parts += [f"{name} matmul {rate / 1e12:.0f} TFLOP/s" for name, rate in self.matmul_flops.items()]
+        return ", ".join(parts + (["REHEARSING A T4"] if self.rehearsal else []))
+
+
+def probe(measure: bool = True) -> Hardware:
+    """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (about two seconds).
+
+    With `UNSLOTH_PUZZLES_REHEARSAL=T4` the process is held to what a T4 offers: 15 GiB, one GPU, no native bf16.
+    Raises ValueError for any other value of that variable.
+    """
+    rehearsal = os.environ.get(REHEARSAL, "")
+    if rehearsal not in ("", "T4"):
+        raise ValueError(f"{REHEARSAL}: got {rehearsal!r}, need 'T4' or nothing")
+    interpreter = bool(triton.knobs.runtime.interpret)
+    if not torch.cuda.is_available():
+        return Hardware(
+            name="CPU, Triton interpreter" if interpreter else "CPU",
+            device="cpu",
+            sm=None,
+            count=0,
+            memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+            multiprocessors=None,
+            l2_bytes=None,
+            bf16=False,
+            interpreter=interpreter,
+            rehearsal=bool(rehearsal),
+        )
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory_gib = properties.total_memory / 2**30
+    if rehearsal and memory_gib > t4.MEMORY_GIB:
+        torch.cuda.set_per_process_memory_fraction(t4.MEMORY_GIB / memory_gib)
+        memory_gib = t4.MEMORY_GIB
+    sm = 10 * properties.major + properties.minor
+    bf16 = sm >= 80 and not rehearsal
+    return Hardware(
+        name=properties.name,
+        device="cuda",
+        sm=sm,
+        count=1 if rehearsal else torch.cuda.device_count(),
+        memory_gib=memory_gib,
+        multiprocessors=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
+        bf16=bf16,
+        interpreter=interpreter,
+        copy_bandwidth=measure_copy_bandwidth() if measure else None,
+        matmul_flops=measure_matmul_flops(bf16) if measure else {},
+        rehearsal=bool(rehearsal),
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything a figure depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton", "bitsandbytes", "transformers", "peft"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = torch.__version__  # with its CUDA tag, which the package's metadata may lack
+    found["cuda"] = torch.version.cuda
+    found["driver"] = _driver_version()
+    return found
+
+
+def measure_copy_bandwidth(nbytes: int = 2**30, rounds: int = 20) -> float:
+    """Bytes/s, read + written, of the faster of `Tensor.copy_` and a Triton copy kernel, over `nbytes` of random data.
+
+    Not in a CUDA graph, where a copy node runs on a copy engine at 65 % of the rate; not of zeros, which are faster.
+    """
+    source = torch.empty(nbytes // 4, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    grid = (triton.cdiv(source.numel(), 2048),)
+    candidates = {"memcpy": lambda: target.copy_(source)}
+    if not triton.knobs.runtime.interpret:
+        candidates["triton"] = lambda: copy_kernel[grid](source, target, source.numel(), BLOCK=2048, num_warps=8)
+    timings = timing.event_time(candidates, rounds=rounds, calls=4)
+    return max(found.per_second(2 * nbytes) for found in timings.values())
+
+
+def measure_matmul_flops(bf16: bool, size: int = 8192, rounds: int = 8) -> dict[str, float]:
+    """FLOP/s of `size` x `size` matmuls (torch, hence cuBLAS) of normal random data, by name of the dtype."""
+    rates = {}
+    for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * bf16:
+        a, b, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
+        name = str(dtype).removeprefix("torch.")
+        candidate = {name: lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}
+        rates[name] = timing.event_time(candidate, rounds=rounds, calls=2)[name].per_second(2 * size**3)
+    return rates
+
+
+@triton.jit
+def copy_kernel(source_ptr, target_ptr, numel, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < numel
+    tl.store(target_ptr + index, tl.load(source_ptr + index, mask=mask), mask=mask)
+
+
+def _driver_version() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else None

@@ -1,0 +1,74 @@
+"""Peak memory and allocator requests of one call."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Result = TypeVar("Result")
+
+_highest = 0  # the peak before the statistics were last reset, so that measuring a call does not hide a section's peak
+
+
+def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
+    """Call `function`; return its result and the bytes by which memory in use rose above the state before, at most.
+
+    On a GPU by the allocator's statistics of the current device; else by the CPU allocations the profiler saw.
+    """
+    gc.collect()
+    if not torch.cuda.is_available():
+        return _cpu_peak(function)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    _reset_peak()
+    result = function()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def allocations(function: Callable[[], object]) -> int:
+    """How many times `function` asks PyTorch's CUDA allocator for memory (what it caches and reuses counts too).
+
+    Raises RuntimeError without a GPU: the CPU's allocator counts every Python number that meets a tensor.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("allocations: no CUDA device here; only the CUDA allocator counts its requests")
+    before = _requests()
+    function()
+    return _requests() - before
+
+
+def highest_since_restart() -> int | None:
+    """Peak bytes in use on the current GPU since `restart_highest`, measured calls included; None without a GPU."""
+    return max(_highest, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
+def restart_highest() -> None:
+    """Forget the peak so far."""
+    global _highest
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    _highest = 0
+
+
+def _reset_peak() -> None:
+    global _highest
+    _highest = max(_highest, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _requests() -> int:
+    return torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+
+
+def _cpu_peak(function: Callable[[], Result]) -> tuple[Result, int]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        peak = max(peak, in_use)
+    return result, peak

@@ -1,0 +1,76 @@
+"""Time and peak memory of each section of the notebook, beside what a T4 would take for the work that was counted.
+
+section.start("A. NF4 to Triton")
+...                                   # the timing functions call section.work()
+section.finish()                      # prints
+"""
+
+import time
+from dataclasses import dataclass
+
+from unsloth_puzzles.bench import memory, t4
+
+
+@dataclass
+class Section:
+    """A section's account: wall seconds, peak bytes (None without a GPU), bytes and FLOPs counted, T4 seconds."""
+
+    title: str
+    started: float
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    bytes: float = 0
+    flops: float = 0
+    t4_seconds: float = 0
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Title, time, peak and prediction as text."""
+        peak = "not measured (no GPU)" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
+        predicted = f"{self.t4_seconds:.2f} s" if self.bytes or self.flops else "no work counted"
+        return self.title, f"{self.seconds:.1f} s", peak, predicted
+
+
+_open: Section | None = None
+_finished: dict[str, Section] = {}  # by title: a section run again replaces itself
+
+
+def start(title: str) -> None:
+    """Open a section, and finish the one still open."""
+    global _open
+    if _open:
+        finish()
+    memory.restart_highest()
+    _open = Section(title, time.perf_counter())
+
+
+def work(bytes: float = 0, flops: float = 0, *, flops_rate: float = t4.FP16_TENSOR_FLOPS) -> None:
+    """Count work done on the GPU; without an open section it is forgotten.
+
+    `flops_rate` (FLOP/s) is the T4's rate for these FLOPs: `t4.FP32_FLOPS` for float32 and for a Triton dot. Each call
+    adds max(bytes / bandwidth, flops / rate), for one piece of work does not overlap with the next.
+    """
+    seconds = t4.t4_seconds(bytes, flops, flops_rate=flops_rate)
+    if _open:
+        _open.bytes += bytes
+        _open.flops += flops
+        _open.t4_seconds += seconds
+
+
+def finish() -> Section:
+    """Close the open section, print its line and return it; RuntimeError if none is open."""
+    global _open
+    if not _open:
+        raise RuntimeError("finish: no section is open, need start(title) before")
+    done, _open = _open, None
+    done.seconds = time.perf_counter() - done.started
+    done.peak_bytes = memory.highest_since_restart()
+    _finished[done.title] = done
+    title, seconds, peak, predicted = done.cells()
+    print(f"[{title}] {seconds}, GPU peak {peak}; work counted: {predicted} ({t4.LABEL})")
+    return done
+
+
+def summary() -> str:
+    """All finished sections as a Markdown table."""
+    lines = [f"| section | time | GPU peak | work counted, {t4.LABEL} |", "|---|---|---|---|"]
+    return "\n".join(lines + ["| " + " | ".join(done.cells()) + " |" for done in _finished.values()])

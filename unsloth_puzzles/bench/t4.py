@@ -1,0 +1,25 @@
+"""What a T4 would take at least: a prediction from its datasheet, never a measurement and never in the scorecard."""
+
+# NVIDIA T4 datasheet (https://www.nvidia.com/en-us/data-center/tesla-t4/)
+BANDWIDTH = 320e9  # bytes/s
+FP16_TENSOR_FLOPS = 65e12  # FLOP/s, "mixed precision (FP16/FP32)": cuBLAS
+FP32_FLOPS = 8.1e12  # FLOP/s; also the rate of a `tl.dot`, for which Triton emits no tensor-core instruction on sm_75
+MEMORY_GIB = 15.0  # what a process can use of the 16 GB
+# Turing whitepaper: 40 multiprocessors x 4 schedulers, each issuing one instruction of a warp (32 threads) per clock.
+# The datasheet's 8.1 TFLOP/s are 40 x 64 multiply-adds per clock, hence a boost clock of 1.59 GHz.
+THREAD_INSTRUCTIONS = 40 * 4 * 32 * 1.59e9  # instructions of single threads per second
+
+LABEL = "predicted for a T4 from its datasheet, not measured"
+
+
+def t4_seconds(
+    bytes: float = 0, flops: float = 0, *, flops_rate: float = FP16_TENSOR_FLOPS, instructions: float = 0
+) -> float:
+    """Seconds that `bytes` moved, `flops` done at `flops_rate` and `instructions` (per thread, summed) take at least.
+
+    The largest of the three: a lower bound, in which everything overlaps and nothing else is in the way.
+    """
+    for name, amount in (("bytes", bytes), ("flops", flops), ("instructions", instructions)):
+        if not amount >= 0:
+            raise ValueError(f"{name}: got {amount!r}, need a number that is not negative")
+    return max(bytes / BANDWIDTH, flops / flops_rate, instructions / THREAD_INSTRUCTIONS)

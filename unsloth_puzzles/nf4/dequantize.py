@@ -1,0 +1,84 @@
+"""bitsandbytes NF4 -> float16, bfloat16 or float32: one kernel launch, one allocation, the same bits."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
+from unsloth_puzzles.nf4.state import check, resolve
+
+
+def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
+    """De-quantise a bitsandbytes NF4 weight; bit for bit what `bitsandbytes.functional.dequantize_4bit` gives on CUDA.
+
+    Args:
+        weight: a bitsandbytes `Linear4bit`, a `Params4bit`, or a packed tensor of any `quant_storage` dtype, two weights
+            a byte, the high nibble first. CPU tensors work under Triton's interpreter (TRITON_INTERPRET=1) alone.
+        quant_state: the `QuantState` of a packed tensor; by default the one `weight` carries. `absmax` is uint8 with a
+            second level (`compress_statistics=True`) or float32; every block size of bitsandbytes is accepted.
+        out: where to write, a contiguous tensor of the state's shape and dtype on the weight's device.
+
+    Returns:
+        The weight, `quant_state.shape` in `quant_state.dtype`; transposed if the packed tensor is a row [1, n], as
+        bitsandbytes does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what is needed.
+    """
+    packed, state = resolve(weight, quant_state)
+    check(packed, state)
+    if out is not None:
+        _check_out(out, packed, state)
+    absmax, code, offset, state2 = state.absmax, state.code, state.offset, state.state2
+    second = (state2.code, state2.absmax, offset) if state2 is not None else (None, None, None)
+    sizes = (state.blocksize, state2.blocksize if state2 is not None else 1, state.shape, state.dtype)
+    if torch.compiler.is_compiling() or isinstance(packed, FakeTensor):
+        result = torch.ops.unsloth_puzzles.dequantize_nf4(packed, absmax, code, *second, *sizes)
+        result = result if out is None else out.copy_(result)
+    else:
+        result = _dequantize(packed, absmax, code, *second, *sizes, out)
+    return result.t() if packed.shape[0] == 1 else result
+
+
+def _check_out(out, packed, state) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: needs a tensor, got {type(out).__name__}")
+    if out.dtype != state.dtype:
+        raise TypeError(f"out: needs dtype {state.dtype}, got {out.dtype}")
+    if out.shape != torch.Size(state.shape):
+        raise ValueError(f"out: needs shape {tuple(state.shape)}, got {tuple(out.shape)}")
+    if out.device != packed.device:
+        raise ValueError(f"out: needs the weight's device {packed.device}, got {out.device}")
+    if not out.is_contiguous():
+        raise ValueError(f"out: needs a contiguous tensor, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out: needs a tensor that does not require gradients; the kernel writes into it")
+
+
+def _dequantize(
+    packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, out=None
+) -> torch.Tensor:
+    if not packed.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"weight: needs a CUDA tensor, got {packed.device}; on a CPU set TRITON_INTERPRET=1 before importing triton"
+        )
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    numel = out.numel()
+    if numel >= MAX_NUMEL:
+        raise ValueError(f"quant_state.shape: needs fewer than 2^34 weights, got {numel}")
+    if numel:
+        launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out)
+    return out
+
+
+torch.library.define(
+    "unsloth_puzzles::dequantize_nf4",
+    "(Tensor packed, Tensor absmax, Tensor code, Tensor? code2, Tensor? absmax2, Tensor? offset, "
+    "int blocksize, int blocksize2, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
+torch.library.impl("unsloth_puzzles::dequantize_nf4", ("CUDA", "CPU"), _dequantize)
+
+
+@torch.library.register_fake("unsloth_puzzles::dequantize_nf4")
+def _(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=packed.device)
