@@ -84,13 +84,10 @@ print("seed", SEED)
 Path("resources/measurements").mkdir(parents=True, exist_ok=True)
 
 # %%
-# write: unsloth_puzzles/__init__.py
+# write: unsloth_puzzles/*.py
 
 # %%
 # write: unsloth_puzzles/bench/*.py
-
-# %%
-# write: unsloth_puzzles/scorecard.py
 
 # %% [markdown]
 # The package must be the copy that the cells above wrote, not one that happens to be installed.

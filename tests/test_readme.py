@@ -11,23 +11,21 @@ from tools import build_readme
 from tools.build_notebook import ROOT
 from tools.build_readme import TABLES, WORST, amount, gpu_tests, readme, results
 
+
+def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
+    fields = {"metric": metric, "case": case, "value": value, "unit": unit}
+    return fields | {"low": None, "high": None, "baselines": {}} | optional
+
+
 MEASURED = {
     "hardware": {"name": "NVIDIA Test"},
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
     "date": "2026-11-22",
     "records": [
-        {
-            "metric": "official_harness_speedup",
-            "case": "all",
-            "value": 1.9,
-            "unit": "x",
-            "low": 1.85,
-            "high": 1.95,
-            "baselines": {"PEFT": 0.5},
-        },
-        {"metric": "mismatched_weights", "case": "asm fp16", "value": 0, "unit": "weights"},
-        {"metric": "mismatched_weights", "case": "asm bf16", "value": 45, "unit": "weights"},
-        {"metric": "copy_bandwidth_fraction", "case": "8192x28672", "value": 0.964, "unit": "fraction"},
+        _record("official_harness_speedup", "all", 1.9, "x", low=1.85, high=1.95, baselines={"PEFT": 0.5}),
+        _record("mismatched_weights", "asm fp16", 0, "weights"),
+        _record("mismatched_weights", "asm bf16", 45, "weights"),
+        _record("copy_bandwidth_fraction", "8192x28672", 0.964, "fraction"),
     ],
 }
 
@@ -40,7 +38,7 @@ def test_every_measured_headline_stands_in_the_committed_readme() -> None:
     """Read back from the page, not through the generator's own layout."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, tables in TABLES.items():
-        path = ROOT / "resources" / "measurements" / f"{name}.json"
+        path = ROOT / "resources" / "measurements" / name
         records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
         for metric, caption in tables:
             for record in (r for r in records if r["metric"] == metric and metric not in WORST):

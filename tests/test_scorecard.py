@@ -152,6 +152,7 @@ def test_b_without_compile_and_without_the_kaggle_example(judge):
         ("checks_passed", "flex, static lengths", 0.5, 3),
         ("graph_breaks", "4-bit linear", 1, 1 + 2),
         ("graph_breaks", "attention", 1, 2),
+        ("compilations", "attention", 30, 0),
         ("compilations", "attention", 31, 2 + 3),
         ("compilations", "MLP", 31, 1 + 3),
         ("graph_breaks", "loss", 1, 1),

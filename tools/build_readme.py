@@ -11,17 +11,12 @@ from pathlib import Path
 
 from tools.address import badges
 from tools.build_notebook import ROOT
+from unsloth_puzzles import scorecard
+from unsloth_puzzles.rubric import FILES, TITLES
 
-TITLES = {
-    "a_nf4": "A. NF4 to Triton",
-    "b_fsdp2": "B. QLoRA with FSDP2",
-    "c_compile": "C. torch.compile without graph breaks",
-    "d_issues": "D. Unsloth's open issues",
-    "e_backprop": "E. Memory-efficient backprop",
-}
 # Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
 TABLES = {
-    "a_nf4": (
+    "a_nf4.json": (
         ("official_harness_speedup", "Speed-up over Unsloth in the official harness, wall clock"),
         ("speedup_vs_unsloth_device", "Speed-up over Unsloth's three launches, device time"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
@@ -46,37 +41,34 @@ def readme(resources: Path = ROOT / "resources") -> str:
 
 def score(measurements: Path) -> str:
     """Points per challenge with the hardware that earned them, from the scorecard's rows."""
-    from unsloth_puzzles import scorecard
-
     rows = scorecard.score(measurements)
     lines = []
-    for challenge in dict.fromkeys(row.challenge for row in rows):
-        mine = [row for row in rows if row.challenge == challenge]
-        hardware = ", ".join(dict.fromkeys(row.hardware for row in mine if row.hardware))
-        measured = any(row.verdict in ("met", "not met") for row in mine)
-        points = _number(sum(row.points for row in mine)) if measured else "not measured"
-        lines.append((challenge, points, _number(sum(row.possible for row in mine)), hardware or "-"))
-    total = (_number(sum(row.points for row in rows)), _number(sum(row.possible for row in rows)))
-    lines.append(("**all**", f"**{total[0]}**", f"**{total[1]}**", ""))
+    for challenge, (points, possible) in scorecard.totals(rows).items():
+        hardware = dict.fromkeys(row.hardware for row in rows if row.challenge == challenge and row.hardware)
+        if challenge in TITLES:
+            shown = str(points) if hardware else "not measured"
+            lines.append((f"{challenge}. {TITLES[challenge]}", shown, str(possible), ", ".join(hardware) or "-"))
+        else:
+            lines.append(("**all**", f"**{points}**", f"**{possible}**", ""))
     return table(("challenge", "points", "of", "measured on"), lines)
 
 
 def results(resources: Path) -> str:
     """A heading, tables and figures for each challenge, then the GPU tests."""
     parts = []
-    for name, title in TITLES.items():
-        path = resources / "measurements" / f"{name}.json"
-        parts.append(f"### {title}")
+    for challenge, file in FILES.items():
+        path = resources / "measurements" / file
+        parts.append(f"### {challenge}. {TITLES[challenge]}")
         if not path.exists():
             parts.append("Not measured yet.")
             continue
         measured = json.loads(path.read_text(encoding="utf-8"))
         parts.append(_provenance(measured))
-        parts += [_metric(measured["records"], metric, caption) for metric, caption in TABLES.get(name, ())]
+        parts += [_metric(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
         parts += [
             f"![{figure.stem.replace('_', ' ')}]({figure.relative_to(resources.parent).as_posix()})"
             for figure in sorted(resources.glob("**/*.png"))
-            if figure.relative_to(resources).as_posix().startswith((f"{name}_", f"{name}/"))
+            if figure.relative_to(resources).as_posix().startswith((f"{path.stem}_", f"{path.stem}/"))
         ]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
 

@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{error}\nStopped there. The notebook as far as it came: {folder / options.notebook.name}")
         return 1
     print(f"\n{report(node)}\nExecuted in {time.monotonic() - began:.0f} s: {folder / options.notebook.name}")
-    print(*(f"Figure: {path}" for path in sorted(folder.glob("resources/**/*.png"))), sep="\n")
+    for figure in sorted(folder.glob("resources/**/*.png")):
+        print(f"Figure: {figure}")
     if found := problems(node):
         print("Not fit to be shown:", *found, sep="\n  ")
     return 1 if found else 0
@@ -153,12 +154,12 @@ class _OneKernel(KernelSpecManager):
         self.python = python
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [self.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [self.python, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
 def _kernel(python: str) -> AsyncKernelManager:
-    return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_OneKernel(python), transport="ipc")
+    return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_OneKernel(python))
 
 
 def _environment() -> dict[str, str]:

@@ -82,5 +82,5 @@ def test_an_interpreted_kernel_is_refused_with_the_way_out():
     def not_compiled():
         pass
 
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 .* cross_compile_in_subprocess"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1 .* cross_compile_in_subprocess"):
         cross_compile(not_compiled, {}, {}, 75)

@@ -103,7 +103,7 @@ def test_load_refuses_files_of_another_form(measurements, change):
     else:
         record["value"] = float("nan")
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="need (exactly|each pair once|a finite)"):
+    with pytest.raises(ValueError, match=r"need (exactly|each pair once|a finite)"):
         Measurements.load(path)
 
 

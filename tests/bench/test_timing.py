@@ -84,9 +84,9 @@ def test_a_batch_that_could_fill_the_queue_is_refused(clock, calls):
 
 
 def test_bad_arguments(clock):
-    with pytest.raises(TypeError, match="candidates\\['one'\\].*list of functions"):
+    with pytest.raises(TypeError, match=r"candidates\['one'\].*list of functions"):
         device_time({"one": clock.takes(1)})
-    with pytest.raises(TypeError, match="candidates\\['none'\\]"):
+    with pytest.raises(TypeError, match=r"candidates\['none'\]"):
         device_time({"none": []})
     with pytest.raises(ValueError, match="candidates: got none"):
         wall_time({})
@@ -136,5 +136,6 @@ def test_device_time_replays_every_closure_equally_often():
     timings = device_time({"add": [lambda c=c: c.add_(1) for c in counters]}, rounds=5)
     counts = {int(counter) for counter in counters}
     assert timings["add"].samples == 5 and timings["add"].median > 0
-    # Two eager passes, then a graph of 100 passes (they are short): the warm-up's replay and five rounds.
-    assert counts == {2 + 6 * 100}
+    # Two eager passes, then replays of a graph of some passes: the warm-up's and five rounds.
+    (count,) = counts
+    assert count > 2 and (count - 2) % 6 == 0

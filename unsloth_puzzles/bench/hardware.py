@@ -71,7 +71,7 @@ class Hardware:
 
 
 def probe(measure: bool = True) -> Hardware:
-    """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (about two seconds).
+    """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (a few seconds).
 
     With `UNSLOTH_PUZZLES_REHEARSAL=T4` the process is held to what a T4 offers: 15 GiB, one GPU, no native bf16.
     Raises ValueError for any other value of that variable.
@@ -100,6 +100,9 @@ def probe(measure: bool = True) -> Hardware:
         memory_gib = t4.MEMORY_GIB
     sm = 10 * properties.major + properties.minor
     bf16 = sm >= 80 and not rehearsal
+    copy_bandwidth = measure_copy_bandwidth() if measure else None
+    matmul_flops = measure_matmul_flops(bf16) if measure else {}
+    torch.cuda.empty_cache()  # worker processes may need these 2 GiB
     return Hardware(
         name=properties.name,
         device="cuda",
@@ -110,8 +113,8 @@ def probe(measure: bool = True) -> Hardware:
         l2_bytes=properties.L2_cache_size,
         bf16=bf16,
         interpreter=interpreter,
-        copy_bandwidth=measure_copy_bandwidth() if measure else None,
-        matmul_flops=measure_matmul_flops(bf16) if measure else {},
+        copy_bandwidth=copy_bandwidth,
+        matmul_flops=matmul_flops,
         rehearsal=bool(rehearsal),
     )
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Call = Callable[[], object]
 
-MAX_QUEUED_CALLS = 100  # the launch queue holds about 1024 kernels: 100 calls of up to ten launches never fill it
+MAX_QUEUED_CALLS = 100  # the launch queue holds about 1024 kernels: 100 calls of up to nine launches never fill it
+_LEAD_CALLS = 10  # after a wait the host's first calls are slow (caches, clocks); a caller in a loop never sees that
 _GRAPH_US = 1000.0  # a graph that lasts this long makes the 2 us of its launch 0.2 %
 _MAX_PASSES = 100
 _SLEEP_CYCLES = 500_000  # about 0.3 ms: the device is still busy when the work between two events has been enqueued
@@ -67,7 +68,10 @@ def device_time(
 
 
 def event_time(candidates: Mapping[str, Call], *, rounds: int = 20, calls: int = 1) -> dict[str, Timing]:
-    """Time on the device of `calls` eager calls between two events: for what does not belong into a CUDA graph."""
+    """Time on the device of `calls` eager calls between two events: for what does not belong into a CUDA graph.
+
+    For long calls: the host has 0.3 ms to enqueue them all, or it is the host's time that is measured.
+    """
     _check_queue(calls)
     samplers = {name: _device_sampler(_in_turn([call] * calls), calls) for name, call in candidates.items()}
     return _interleaved(samplers, rounds)
@@ -96,11 +100,15 @@ def wall_time(
 def enqueue_time(candidates: Mapping[str, Call], *, rounds: int = 50, calls: int = 100) -> dict[str, Timing]:
     """Host cost of a call: `calls` of them without waiting for the device, which is drained before each sample.
 
+    Ten calls lead each sample, untimed: the first ones after a wait are slow.
     At most 100 calls a sample (ValueError): were the launch queue to fill up, the device's time would be measured.
     The 0.03 us of the loop itself are included.
     """
     _check_queue(calls)
-    samplers = {name: _clock_sampler(_in_turn([call] * calls), calls) for name, call in candidates.items()}
+    samplers = {
+        name: _clock_sampler(_in_turn([call] * calls), calls, lead=_in_turn([call] * _LEAD_CALLS))
+        for name, call in candidates.items()
+    }
     return _interleaved(samplers, rounds)
 
 
@@ -140,9 +148,11 @@ def _summary(values: list[float]) -> Timing:
     return Timing(statistics.median(values), deciles[0], deciles[-1], len(values))
 
 
-def _clock_sampler(batch: Call, size: int, wait: Call | None = None) -> Callable[[], float]:
+def _clock_sampler(batch: Call, size: int, wait: Call | None = None, lead: Call | None = None) -> Callable[[], float]:
     def sample() -> float:
         _wait()
+        if lead:
+            lead()
         start = time.perf_counter_ns()
         batch()
         if wait:

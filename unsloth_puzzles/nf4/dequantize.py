@@ -4,15 +4,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
-from unsloth_puzzles.nf4.state import check, resolve
+from unsloth_puzzles.nf4.state import check, check_once, resolve
 
 
 def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
     """De-quantise a bitsandbytes NF4 weight; bit for bit what `bitsandbytes.functional.dequantize_4bit` gives on CUDA.
 
     Args:
-        weight: a bitsandbytes `Linear4bit`, a `Params4bit`, or a packed tensor of any `quant_storage` dtype, two weights
-            a byte, the high nibble first. CPU tensors work under Triton's interpreter (TRITON_INTERPRET=1) alone.
+        weight: a bitsandbytes `Linear4bit`, a `Params4bit`, or a packed tensor of any `quant_storage` dtype, two
+            weights a byte, the high nibble first. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1).
         quant_state: the `QuantState` of a packed tensor; by default the one `weight` carries. `absmax` is uint8 with a
             second level (`compress_statistics=True`) or float32; every block size of bitsandbytes is accepted.
         out: where to write, a contiguous tensor of the state's shape and dtype on the weight's device.
@@ -25,17 +25,21 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
         TypeError, ValueError: naming the argument, what it is and what is needed.
     """
     packed, state = resolve(weight, quant_state)
-    check(packed, state)
+    traced = torch.compiler.is_compiling() or isinstance(packed, FakeTensor)
+    check(packed, state) if traced else check_once(packed, state)
     if out is not None:
         _check_out(out, packed, state)
     absmax, code, offset, state2 = state.absmax, state.code, state.offset, state.state2
-    second = (state2.code, state2.absmax, offset) if state2 is not None else (None, None, None)
-    sizes = (state.blocksize, state2.blocksize if state2 is not None else 1, state.shape, state.dtype)
-    if torch.compiler.is_compiling() or isinstance(packed, FakeTensor):
-        result = torch.ops.unsloth_puzzles.dequantize_nf4(packed, absmax, code, *second, *sizes)
+    if state2 is None:
+        parts = (packed, absmax, code, None, None, None, state.blocksize, 1, state.shape, state.dtype)
+    else:
+        sizes = (state.blocksize, state2.blocksize, state.shape, state.dtype)
+        parts = (packed, absmax, code, state2.code, state2.absmax, offset, *sizes)
+    if traced:
+        result = torch.ops.unsloth_puzzles.dequantize_nf4(*parts)
         result = result if out is None else out.copy_(result)
     else:
-        result = _dequantize(packed, absmax, code, *second, *sizes, out)
+        result = _dequantize(*parts, out)
     return result.t() if packed.shape[0] == 1 else result
 
 
@@ -61,7 +65,9 @@ def _dequantize(
         raise ValueError(
             f"weight: needs a CUDA tensor, got {packed.device}; on a CPU set TRITON_INTERPRET=1 before importing triton"
         )
-    if out is None:
+    if out is None and len(shape) == 2:  # 2.0 us; torch.empty takes 3.3
+        out = torch.empty_strided(shape, (shape[1], 1), dtype=dtype, device=packed.device)
+    elif out is None:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     numel = out.numel()
     if numel >= MAX_NUMEL:

@@ -1,9 +1,9 @@
 """One Triton kernel: packed NF4 with a double-quantised absmax -> float16, bfloat16 or float32 weights.
 
-Bytes a weight: 0.5 read (the code), 1/64 read (the 8-bit absmax), 4/16384 read (the second absmax), 2 written: 2.516 for
-16-bit output. Arithmetic is a table look-up, a multiply and a rounding a weight, so the kernel is bound by memory; its
-shape follows from that. A thread loads one 32-bit word (8 weights) and stores their 16 bytes at once, `UNROLL` times,
-with all the loads issued before the first store.
+Bytes a weight: 0.5 read (the code), 1/64 read (the 8-bit absmax), 4/16384 read (the second absmax), 2 written: 2.516
+for 16-bit output. Arithmetic is a table look-up, a multiply and a rounding a weight, so the kernel is bound by memory;
+its shape follows from that. A thread loads one 32-bit word (8 weights) and stores their 16 bytes at once, `UNROLL`
+times, with all the loads issued before the first store.
 """
 
 import triton
@@ -69,14 +69,14 @@ def _round_bfloat16(x):
 
 
 @triton.jit
-def _scale(code, absmax, DTYPE: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
-    """code * absmax, below 2^-126 flushed to a zero of the same sign, rounded once to DTYPE."""
+def _scale(code, absmax, dtype: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
+    """code * absmax, below 2^-126 flushed to a zero of the same sign, rounded once to `dtype`."""
     product = code * absmax
-    if DTYPE != tl.float16:  # in float16 such products round to zero anyway
+    if dtype != tl.float16:  # in float16 such products round to zero anyway
         product = tl.where(tl.abs(product) < SMALLEST_NORMAL, product * 0.0, product)
-    if DTYPE == tl.bfloat16 and SOFTWARE_BF16:
+    if dtype == tl.bfloat16 and SOFTWARE_BF16:
         return _round_bfloat16(product)
-    return product.to(DTYPE)
+    return product.to(dtype)
 
 
 @triton.jit
@@ -101,15 +101,15 @@ def _store_words(
     SOFTWARE_BF16: tl.constexpr,
 ):
     """De-quantise words [n] and store their 8 n weights at `out_ptr`, 16 bytes (float32: 32) a thread."""
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     n: tl.constexpr = words.shape[0]
     if ASM == "":
         v = ()
         for j in tl.static_range(8):
             nibble = (words >> (8 * (j // 2) + 4 * (1 - j % 2))) & 15
-            v = v + (_scale(_look_up(nibble, code_ptr, LOOKUP), absmax, DTYPE, SOFTWARE_BF16),)
+            v = v + (_scale(_look_up(nibble, code_ptr, LOOKUP), absmax, dtype, SOFTWARE_BF16),)
         tl.store(out_ptr + tl.arange(0, 8 * n), _interleave8(v), eviction_policy=EVICT)
-    elif tl.float32 == DTYPE:
+    elif dtype == tl.float32:
         types: tl.constexpr = (tl.float32,) * 8
         v = tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, absmax, table], types, True, 1)
         tl.store(out_ptr + tl.arange(0, 8 * n), _interleave8(v), eviction_policy=EVICT)
@@ -139,7 +139,7 @@ def dequantize_nf4_kernel(
     UNROLL: tl.constexpr,
     ASM: tl.constexpr,  # PTX of asm.decode_word, or "" for plain Triton
     CONSTRAINTS: tl.constexpr,
-    LOOKUP: tl.constexpr,  # plain Triton only: "load", "gather" or "select"
+    LOOKUP: tl.constexpr,  # "load", "gather" or "select"; plain Triton only
     EVICT: tl.constexpr,  # "evict_first": packed weights are read once, and the output is larger than the L2; or ""
     SOFTWARE_BF16: tl.constexpr,  # round in integers
 ):
@@ -159,9 +159,8 @@ def dequantize_nf4_kernel(
             word = start + i * WORDS + lanes
             words = words + (tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, eviction_policy=EVICT),)
             block = word // (BLOCKSIZE // 8)
-            absmax = absmax + (
-                _absmax(block, absmax_ptr, code2_ptr, absmax2_ptr, offset, BLOCKSIZE2, NESTED, ASM != ""),
-            )
+            scale = _absmax(block, absmax_ptr, code2_ptr, absmax2_ptr, offset, BLOCKSIZE2, NESTED, ASM != "")
+            absmax = absmax + (scale,)
         for i in tl.static_range(UNROLL):
             out = out_ptr + (base + i * WORDS) * 8
             _store_words(out, words[i], absmax[i], code_ptr, table, ASM, CONSTRAINTS, LOOKUP, EVICT, SOFTWARE_BF16)

@@ -25,7 +25,7 @@ class Config(NamedTuple):
     """How the kernel is built. All but `fp_fusion` change speed alone, never a bit of the result."""
 
     asm: bool = True  # inline PTX; plain Triton otherwise
-    lookup: str = "load"  # plain Triton's table look-up: "load", "gather" or "select"
+    lookup: str = "shuffle"  # of the 4-bit code: "shuffle" or "prmt" in PTX; "load", "gather" or "select" in Triton
     evict: str = "evict_first"  # cache policy of the packed loads and of the stores
     words: int = 512  # 32-bit words a program handles at a time, one a thread
     unroll: int = 2  # how often; all loads are issued before the first store
@@ -33,7 +33,7 @@ class Config(NamedTuple):
     fp_fusion: bool = False  # True contracts code2 * absmax2 + offset, which is NOT exact: to show what it does
 
 
-PLAIN = Config(asm=False)
+PLAIN = Config(asm=False, lookup="load", words=128, num_warps=4)
 DEFAULT = PLAIN if INTERPRETED else Config()  # the interpreter cannot run PTX
 
 
@@ -46,7 +46,7 @@ def constexprs(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: i
         **where,
         "WORDS": config.words,
         "UNROLL": config.unroll,
-        "ASM": decode_word(name, sm) if config.asm else "",
+        "ASM": decode_word(name, sm, config.lookup) if config.asm else "",
         "CONSTRAINTS": constraints(name),
         "LOOKUP": config.lookup,
         "EVICT": config.evict,
@@ -75,21 +75,20 @@ def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, d
     compiled = compile_kernel(config, dtype, blocksize, blocksize2, device, **where)
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(_POINTERS) - 1)
+    constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(_POINTERS) - 1)  # the launcher ignores them
     if triton.__version__.startswith("3.6."):  # past a Python wrapper that allocates scratch memory; there is none here
         assert run.global_scratch_size == run.profile_scratch_size == 0
         enqueue = run.launch
-
-        def launch(programs, stream, *arguments):
-            enqueue(
-                programs, 1, 1, stream, function, False, False, None, None, metadata, None, None, None,
-                *arguments, *constants,
-            )  # fmt: skip
-
+        settings = (function, False, False, None, None, metadata, None, None, None)
     else:
+        enqueue = run
+        settings = (function, metadata, None, None, None)
 
-        def launch(programs, stream, *arguments):
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
+    def launch(programs, stream, packed, absmax, code, code2, absmax2, offset, out, numel):
+        enqueue(
+            programs, 1, 1, stream, *settings,
+            packed, absmax, code, code2, absmax2, offset, out, numel, *constants,
+        )  # fmt: skip
 
     return launch
 
@@ -104,7 +103,8 @@ def _interpret(
     dequantize_nf4_kernel[(programs,)](*tensors, out.numel(), **constants)
 
 
-_launches: dict[tuple, Callable] = {}
+_launches: dict[Config, dict[tuple, Callable]] = {DEFAULT: {}}
+_default_launches = _launches[DEFAULT]
 _current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else None
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -127,10 +127,11 @@ def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, 
         _interpret(config, packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, programs, **where)
         return
     device = out.get_device()
-    key = (out.dtype, blocksize, blocksize2, device, nested, full, aligned, config)
-    enqueue = _launches.get(key)
+    launches = _default_launches if config is DEFAULT else _launches.setdefault(config, {})  # hashing takes 0.3 us
+    key = (out.dtype, blocksize, blocksize2, device, nested, full, aligned)
+    enqueue = launches.get(key)
     if enqueue is None:
-        enqueue = _launches[key] = _bind(
+        enqueue = launches[key] = _bind(
             config, out.dtype, blocksize, blocksize2, device, NESTED=nested, FULL=full, ALIGNED=aligned
         )
     if device == _current_device():

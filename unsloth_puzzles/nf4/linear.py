@@ -1,0 +1,127 @@
+"""The 4-bit linear layer: x @ W.T + bias, where W exists only while it is multiplied.
+
+    forward   y  = x @ W.T + bias     de-quantise W, multiply, forget W
+    backward  dx = dy @ W             de-quantise W again, multiply, forget W
+              db = sum of dy over its rows
+
+Between the two lie only the packed weight and its quantisation state, which are there anyway: 0.52 bytes a weight.
+Keeping W would cost 2 more (16-bit), for all layers of the model at once. x is not kept either: W is frozen, so nobody
+asks for dW.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+from unsloth_puzzles.nf4.dequantize import _dequantize
+from unsloth_puzzles.nf4.state import check, resolve
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ W.T + bias for a frozen bitsandbytes NF4 weight W (QLoRA, arXiv:2305.14314).
+
+    W is de-quantised straight into the dtype it is multiplied in, whatever `quant_state.dtype` is: one rounding.
+
+    Args:
+        x: [..., in_features], float16, bfloat16 or float32, on the weight's device. Under `torch.autocast` it is cast
+            to the autocast dtype, as by `torch.nn.functional.linear`.
+        weight: a bitsandbytes `Linear4bit` (its own bias is then used), a `Params4bit`, or a packed tensor.
+        quant_state: the `QuantState` of a packed tensor, shape (out_features, in_features) however the packed data lie.
+        bias: [out_features] or None; cast to the dtype of the product.
+
+    Returns:
+        [..., out_features] in x's dtype (autocast's under autocast). Gradients reach `x` and `bias`, never the weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what is needed.
+    """
+    packed, state = resolve(weight, quant_state)
+    if bias is None and isinstance(weight, torch.nn.Module):
+        bias = weight.bias
+    check(packed, state)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check_input(x, packed, state, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return _NF4Linear.apply(x, bias, packed, state)
+
+
+def _check_input(x, packed, state, bias) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: needs float16, bfloat16 or float32, got {x.dtype}")
+    if x.device != packed.device:
+        raise ValueError(f"x: needs the weight's device {packed.device}, got {x.device}")
+    if len(state.shape) != 2:
+        raise ValueError(f"quant_state.shape: needs (out_features, in_features), got {tuple(state.shape)}")
+    out_features, in_features = state.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: needs a last dimension of {in_features} (in_features), got shape {tuple(x.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias: needs shape ({out_features},), got {tuple(bias.shape)}")
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, bias, packed, state):
+        return F.linear(x, _weight(packed, state, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, packed, ctx.state = inputs
+        ctx.save_for_backward(packed)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            (packed,) = ctx.saved_tensors
+            grad_x = grad_output @ _weight(packed, ctx.state, grad_output.dtype, again_for=grad_output)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+        return grad_x, grad_bias, None, None
+
+
+def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = None) -> torch.Tensor:
+    """W [out_features, in_features] in `dtype`.
+
+    Traced by a compiler, the backward's call must depend on the gradient. Two equal calls would be merged into one and
+    its result kept from forward to backward: torch.compile would hold every W of the model, which this file is against.
+    """
+    second = (None, None, None)
+    blocksize2 = 1
+    if state.state2 is not None:
+        second = (state.state2.code, state.state2.absmax, state.offset)
+        blocksize2 = state.state2.blocksize
+    arguments = (packed, state.absmax, state.code, *second, state.blocksize, blocksize2, state.shape, dtype)
+    if not _traced(packed):
+        return _dequantize(*arguments)
+    if again_for is None:
+        return torch.ops.unsloth_puzzles.dequantize_nf4(*arguments)
+    return torch.ops.unsloth_puzzles.dequantize_nf4_again(again_for, *arguments)
+
+
+def _traced(packed) -> bool:
+    """Whether tensors stand for others here (torch.compile, fake tensors, torch.func), so that only an op will do."""
+    return (
+        torch.compiler.is_compiling() or isinstance(packed, FakeTensor) or torch._C._are_functorch_transforms_active()
+    )
+
+
+torch.library.define(
+    "unsloth_puzzles::dequantize_nf4_again",
+    "(Tensor grad_output, Tensor packed, Tensor absmax, Tensor code, Tensor? code2, Tensor? absmax2, Tensor? offset, "
+    "int blocksize, int blocksize2, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.impl("unsloth_puzzles::dequantize_nf4_again", ("CUDA", "CPU"))
+def _(grad_output, *arguments):
+    return _dequantize(*arguments)
+
+
+@torch.library.register_fake("unsloth_puzzles::dequantize_nf4_again")
+def _(grad_output, packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=packed.device)
