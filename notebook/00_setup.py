@@ -63,6 +63,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from IPython.display import Markdown, display
 
 if not torch.cuda.is_available():
     assert "triton.language" not in sys.modules, "restart the kernel: triton was imported before this cell ran"

@@ -5,8 +5,6 @@
 # bandwidth and rates. It was not measured on one, and it is not part of the score.
 
 # %% tags=["report"]
-from IPython.display import Markdown, display
-
 display(Markdown(section.summary()))
 
 # %% [markdown]

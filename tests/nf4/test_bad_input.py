@@ -50,7 +50,11 @@ def with_packed(change):
 def with_out(change, **options):
     def build():
         packed, state = weight(**options)
-        return {"weight": packed, "quant_state": state, "out": change(torch.empty(SHAPE, dtype=state.dtype, device=DEVICE))}
+        return {
+            "weight": packed,
+            "quant_state": state,
+            "out": change(torch.empty(SHAPE, dtype=state.dtype, device=DEVICE)),
+        }
 
     return build
 
@@ -95,7 +99,11 @@ CASES = {  # name: (builder, error, what the message must name: argument, need, 
     "int8 module": (int8_module, ValueError, ["quant_state", "QuantState", "Linear8bitLt"]),
     "state missing": (lambda: {"weight": weight()[0]}, ValueError, ["quant_state", "QuantState", "Tensor"]),
     "module not yet quantised": (not_yet_quantised, ValueError, ["quant_state", "Linear4bit", "device"]),
-    "state is a dict": (lambda: {"weight": weight()[0], "quant_state": {}}, TypeError, ["quant_state", "QuantState", "dict"]),
+    "state is a dict": (
+        lambda: {"weight": weight()[0], "quant_state": {}},
+        TypeError,
+        ["quant_state", "QuantState", "dict"],
+    ),
     "weight is a list": (lambda: {"weight": [1], "quant_state": weight()[1]}, TypeError, ["weight", "tensor", "list"]),
     "weight is None": (lambda: {"weight": None, "quant_state": weight()[1]}, TypeError, ["weight", "tensor", "None"]),
     "dequantised weight": (dequantised, ValueError, ["weight", "1920", "7680"]),

@@ -6,14 +6,16 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import unsloth_puzzles.nf4.launch as launching
+from tests.nf4.guarded import FULL_PROGRAM, SMALL, guarded_launch
+from tests.nf4.reference import STORAGE, Weight, around_smallest_normal, assert_same_bits, reference, tensors
 from unsloth_puzzles.nf4 import dequantize_nf4
-from unsloth_puzzles.nf4.launch import INTERPRETED
 from unsloth_puzzles.nf4.state import BLOCKSIZES
 
-from tests.nf4.guarded import FULL_PROGRAM, SMALL, guarded_launch
-from tests.nf4.reference import STORAGE, Weight, assert_same_bits, reference
-
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off where there is a GPU: see test_cuda.py")
+pytestmark = pytest.mark.skipif(
+    not launching.INTERPRETED, reason="the interpreter is off where there is a GPU: see test_cuda.py"
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,6 +52,22 @@ def test_pointers_off_alignment(out_shift, packed_shift):
     check(Weight(shape=(2 * FULL_PROGRAM,)), out_shift=out_shift, packed_shift=packed_shift)
 
 
+@pytest.mark.parametrize("shifted", ["packed", "absmax", "code", "code2", "absmax2", "offset", "out"])
+def test_alignment_of_every_pointer_is_seen(shifted, monkeypatch):
+    """The interpreter reads whole words anywhere, a GPU does not: the kernel must be built without that assumption."""
+    seen = []
+    monkeypatch.setattr(launching, "_interpret", lambda *_, **where: seen.append(where["ALIGNED"]))
+    packed, state = Weight(shape=(FULL_PROGRAM,), dtype=torch.float32).make()
+    names = ("packed", "absmax", "code", "code2", "absmax2", "offset", "blocksize", "blocksize2", "out")
+    arguments = dict(zip(names, (packed, *tensors(state), torch.empty(FULL_PROGRAM)), strict=True))
+    launching.launch(**arguments, config=SMALL)
+    tensor = arguments[shifted]
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    arguments[shifted] = room[1:].copy_(tensor.view(-1)).view(tensor.shape)
+    launching.launch(**arguments, config=SMALL)
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize("lookup", ["load", "gather", "select"])
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_every_look_up_and_unrolling(lookup, unroll):
@@ -69,7 +87,15 @@ def test_tiny_subnormal_and_huge_absmax(scale, dtype):
     check(Weight(shape=(2 * FULL_PROGRAM + 9,), blocksize=32, nested=False, scale=scale, dtype=dtype))
 
 
-@pytest.mark.parametrize("offset", [0.0, -0.0, 2.0**-126, -(2.0**-130), 1e-3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_around_the_smallest_normal_number(dtype):
+    packed, state = around_smallest_normal(dtype)
+    actual = guarded_launch(packed, state, SMALL._replace(words=1024))
+    assert_same_bits(actual, reference(packed, state))
+    assert (actual == 2.0**-126).any() and (actual == 0).any()
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**-126, -(2.0**-130), 1e-3])
 def test_subnormal_second_level(offset):
     """Products code2 * absmax2 below 2^-126 vanish; the sum with the offset is not flushed."""
     check(Weight(shape=(FULL_PROGRAM + 9,), blocksize=32, scale=5e-38, offset=offset, dtype=torch.float32))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.nf4.reference import Weight, assert_same_bits, reference, tensors
 from unsloth_puzzles.nf4 import dequantize_nf4
@@ -40,6 +41,17 @@ def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(row):
         fake = dequantize_nf4(mode.from_tensor(packed), state)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
     assert fake.device == real.device
+
+
+def test_a_dispatch_mode_sees_the_op():
+    """Under a mode the output may be fake or traced: a launch past the dispatcher would write to no memory at all."""
+    packed, state = Weight(shape=(6, 10)).make("cpu")
+    if DEVICE == "cuda":
+        pytest.skip("a CPU test: on a GPU it could only fail by an illegal address, for every later test too")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(dequantize_nf4(packed, state), FakeTensor)
+    graph = make_fx(lambda packed: dequantize_nf4(packed, state))(packed).graph
+    assert OP.default in [node.target for node in graph.nodes]
 
 
 class Up(torch.nn.Module):

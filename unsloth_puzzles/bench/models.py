@@ -1,10 +1,16 @@
 """Llama models in 4 bits, with real weights where they can be had and random ones, said aloud, where they cannot."""
 
+import re
+import urllib.error
+import urllib.request
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 MIRROR = "unsloth/Llama-3.2-1B"  # the weights of meta-llama/Llama-3.2-1B, without its gate
 SEED = 3407
@@ -37,7 +43,7 @@ def llama_1b_config() -> LlamaConfig:
 
 
 def tiny_llama_config(vocab_size: int = 256, layers: int = 2) -> LlamaConfig:
-    """The same kind of model in miniature, for a CPU: grouped heads, tied embeddings, every linear layer 64-divisible."""
+    """The same kind of model in miniature, for a CPU: grouped heads, tied embeddings, linear layers of 64 and 128."""
     return LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -68,12 +74,12 @@ def random_nf4_llama(
 ) -> PreTrainedModel:
     """A Llama of `config` with random weights that bitsandbytes has quantised; the same weights for the same seed.
 
-    The linear layers of the blocks are NF4, double-quantised; embeddings, norms and head are in `dtype`. The weights are
-    drawn in `dtype` on the CPU, so that they do not depend on the device. Nothing is read from disk or network.
+    The linear layers of the blocks are NF4, double-quantised; embeddings, norms and head are in `dtype`. The weights
+    are drawn in `dtype` on `device`, whose generator decides what a seed means. Neither disk nor network is read.
     """
-    devices = [] if torch.device(device).type == "cpu" else [torch.device(device)]
+    device = torch.device(device)
     default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
@@ -99,36 +105,40 @@ def load_llama(
     """
     name = path_or_name or MIRROR
     try:
-        if not Path(name).is_dir():
-            _ask_hub(name)
+        _need_source(name)
         return _load(name, device, dtype), f"real weights, {name}"
-    except (
-        OSError
-    ) as refusal:  # transformers and the hub client raise it for a missing file, a gate and no network alike
+    except OSError as refusal:  # so transformers reports a missing file, a gate and no network alike
         reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        warnings.warn(f"RANDOM WEIGHTS: {name} is not to be had: {reason}", stacklevel=2)
+        warnings.warn(f"RANDOM WEIGHTS, for {name} is not to be had: {reason}", stacklevel=2)
     return random_nf4_llama(config or llama_1b_config(), device, dtype, seed), f"random weights, seed {seed}"
 
 
-def _ask_hub(name: str) -> None:
-    """Fetch the smallest file first: without a network that fails at once, where loading a model would retry for long."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        hf_hub_download(name, "config.json", etag_timeout=5)
-    except HFValidationError as error:  # a path that is no directory
-        raise OSError(str(error)) from error
+def _need_source(name: str) -> None:
+    """Raise an OSError at once if the hub is needed and cannot be reached: its client would retry for half a minute."""
+    if Path(name).is_dir():
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"neither a directory nor a name on the hub (OWNER/MODEL): {name!r}")
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    with suppress(urllib.error.HTTPError):  # so somebody answers; what he has, transformers will find out
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
 
 
 def _load(name: str | None, device, dtype: torch.dtype, **arguments) -> PreTrainedModel:
-    model = LlamaForCausalLM.from_pretrained(
-        name,
-        dtype=dtype,
-        device_map={"": torch.device(device)},
-        quantization_config=nf4_config(dtype),
-        **arguments,
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            quantization_config=nf4_config(dtype),
+            **arguments,
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs that have it bitsandbytes would re-pack the weights at the first forward in eval mode, with absmax

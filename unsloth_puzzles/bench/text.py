@@ -8,7 +8,8 @@ from pydoc_data.topics import topics
 def paragraphs(min_characters: int = 100) -> tuple[str, ...]:
     """Paragraphs of at least `min_characters`, each on one line, in the order of their topics, without duplicates.
 
-    Prose only: at least 85 % of the characters are letters and spaces, which code, grammar and tables do not reach.
+    Prose only: at least 85 % of the characters are letters and spaces, which little code, grammar or tables reach, and
+    there is neither a prompt (>>>) nor a production (::=).
     """
     if min_characters < 1:
         raise ValueError(f"min_characters: needs 1 or more, got {min_characters}")
@@ -17,6 +18,7 @@ def paragraphs(min_characters: int = 100) -> tuple[str, ...]:
         for block in topics[topic].split("\n\n"):
             text = " ".join(block.split())
             letters = sum(c.isalpha() or c == " " for c in text)
-            if len(text) >= min_characters and letters >= 0.85 * len(text):
+            code = ">>>" in text or "::=" in text
+            if len(text) >= min_characters and letters >= 0.85 * len(text) and not code:
                 found[text] = None
     return tuple(found)

@@ -4,7 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
-from unsloth_puzzles.nf4.state import check, check_once, resolve
+from unsloth_puzzles.nf4.state import check, resolve
 
 
 def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
@@ -24,18 +24,32 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what it is and what is needed.
     """
-    packed, state = resolve(weight, quant_state)
-    traced = torch.compiler.is_compiling() or isinstance(packed, FakeTensor)
-    check(packed, state) if traced else check_once(packed, state)
+    if is_traced():
+        return _dequantize_state(*resolve(weight, quant_state), out, traced=True)
+    with torch._C.DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
+        return _dequantize_state(*resolve(weight, quant_state), out, traced=False)
+
+
+def is_traced() -> bool:
+    """Whether tensors may stand for others (torch.compile, dispatch modes, torch.func), so that only an op will do."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _dequantize_state(packed, state, out, traced: bool) -> torch.Tensor:
+    check(packed, state)
     if out is not None:
         _check_out(out, packed, state)
-    absmax, code, offset, state2 = state.absmax, state.code, state.offset, state.state2
+    state2 = state.state2
     if state2 is None:
-        parts = (packed, absmax, code, None, None, None, state.blocksize, 1, state.shape, state.dtype)
+        parts = (packed, state.absmax, state.code, None, None, None, state.blocksize, 1, state.shape, state.dtype)
     else:
         sizes = (state.blocksize, state2.blocksize, state.shape, state.dtype)
-        parts = (packed, absmax, code, state2.code, state2.absmax, offset, *sizes)
-    if traced:
+        parts = (packed, state.absmax, state.code, state2.code, state2.absmax, state.offset, *sizes)
+    if traced or isinstance(packed, FakeTensor):
         result = torch.ops.unsloth_puzzles.dequantize_nf4(*parts)
         result = result if out is None else out.copy_(result)
     else:

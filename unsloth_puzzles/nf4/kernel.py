@@ -9,7 +9,10 @@ times, with all the loads issued before the first store.
 import triton
 import triton.language as tl
 
-SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+# A product is tiny, and flushed, if it is below 2^-126 when rounded to 24 bits whatever its exponent (as `.ftz` does in
+# hardware). That is asked of the product times 2^24, which rounds to the same 24 bits and is not subnormal.
+_SCALE = tl.constexpr(2.0**24)
+_TINY = tl.constexpr(2.0**-126 * 2.0**24)
 
 
 @triton.jit
@@ -40,8 +43,7 @@ def _absmax(
             1,
         )
     # Compiled with enable_fp_fusion=False: a fused multiply-add rounds once where bitsandbytes rounds twice.
-    product = code2 * absmax2
-    return tl.where(tl.abs(product) < SMALLEST_NORMAL, offset, product + offset)
+    return tl.where(tl.abs(code2 * _SCALE * absmax2) < _TINY, offset, code2 * absmax2 + offset)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _scale(code, absmax, dtype: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
     """code * absmax, below 2^-126 flushed to a zero of the same sign, rounded once to `dtype`."""
     product = code * absmax
     if dtype != tl.float16:  # in float16 such products round to zero anyway
-        product = tl.where(tl.abs(product) < SMALLEST_NORMAL, product * 0.0, product)
+        product = tl.where(tl.abs(code * _SCALE * absmax) < _TINY, product * 0.0, product)
     if dtype == tl.bfloat16 and SOFTWARE_BF16:
         return _round_bfloat16(product)
     return product.to(dtype)
@@ -120,7 +122,7 @@ def _store_words(
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4 * n), pairs, eviction_policy=EVICT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def dequantize_nf4_kernel(
     packed_ptr,  # uint8 [ceil(numel / 2)], high nibble first
     absmax_ptr,  # uint8 (NESTED) or float32 [ceil(numel / BLOCKSIZE)]

@@ -16,9 +16,11 @@ from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_NUMEL = 2**34  # the kernel counts 32-bit words of 8 weights in 32 bits
 
-_POINTERS = ("packed_ptr", "absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr", "out_ptr")
+POINTERS = ("packed_ptr", "absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr", "out_ptr")
 # For pointers that are not 16-byte aligned: the same source, compiled with no assumption about them.
-_unaligned_kernel = triton.jit(dequantize_nf4_kernel.fn, do_not_specialize_on_alignment=list(_POINTERS))
+_unaligned_kernel = triton.jit(
+    dequantize_nf4_kernel.fn, do_not_specialize=["numel"], do_not_specialize_on_alignment=list(POINTERS)
+)
 
 
 class Config(NamedTuple):
@@ -75,7 +77,7 @@ def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, d
     compiled = compile_kernel(config, dtype, blocksize, blocksize2, device, **where)
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(_POINTERS) - 1)  # the launcher ignores them
+    constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(POINTERS) - 1)  # the launcher ignores them
     if triton.__version__.startswith("3.6."):  # past a Python wrapper that allocates scratch memory; there is none here
         assert run.global_scratch_size == run.profile_scratch_size == 0
         enqueue = run.launch

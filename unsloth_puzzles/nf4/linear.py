@@ -41,15 +41,17 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
     if bias is None and isinstance(weight, torch.nn.Module):
         bias = weight.bias
     check(packed, state)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_input(x, packed, state, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
     return _NF4Linear.apply(x, bias, packed, state)
 
 
 def _check_input(x, packed, state, bias) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: needs a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: needs float16, bfloat16 or float32, got {x.dtype}")
     if x.device != packed.device:

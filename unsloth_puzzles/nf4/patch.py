@@ -4,8 +4,8 @@
         trainer.train()
 
 A layer's class is exchanged for a subclass of it with a `forward` of ours. Its parameters, names, hooks and state dict
-stay what they are, so saving, loading, PEFT (before or after), checkpointing and torch.compile see a `Linear4bit`; and as
-no instance carries a function of its own, torch.compile shares one graph among equal layers.
+stay what they are, so saving, loading, PEFT (before or after), checkpointing and torch.compile see a `Linear4bit`; and
+as no instance carries a function of its own, torch.compile shares one graph among equal layers.
 """
 
 import warnings
@@ -17,8 +17,8 @@ import torch
 
 from unsloth_puzzles.nf4.linear import nf4_linear
 
-# Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies the
-# packed weight, wins: decoding is one row a sequence. To be measured: `nf4/decoding.py`.
+# Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies
+# the packed weight, wins: decoding is one row a sequence. To be measured: `nf4/decoding.py`.
 MIN_ROWS = 64
 
 
@@ -28,9 +28,9 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int = MIN_ROWS) -> "Pa
     A layer behaves as before: it computes in its `compute_dtype` (set by the first input, if nothing else did) and
     returns the input's dtype. The bias, if of another dtype, is cast for the product; bitsandbytes casts it in place.
     With gradients off, calls of fewer than `min_rows` rows (all dimensions of x but the last, multiplied) go to
-    bitsandbytes' fused 4-bit GEMM. With gradients on `nf4_linear` runs whatever the rows are: they are not looked at, so
-    torch.compile has no reason to compile twice. With gradients off it compiles, with dynamic shapes, at most once for
-    fewer and once for more rows, however many lengths it meets.
+    bitsandbytes' fused 4-bit GEMM. With gradients on `nf4_linear` runs whatever the rows are: they are not looked at,
+    so torch.compile has no reason to compile twice. With gradients off it compiles, with dynamic shapes, at most once
+    for fewer and once for more rows, however many lengths it meets.
 
     FP4 layers are left to bitsandbytes, with a warning.
 
@@ -92,7 +92,7 @@ def _nf4_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
     if not layers:
         raise ValueError(
-            f"model: needs bitsandbytes Linear4bit layers with quant_type 'nf4', got {listed or 'no Linear4bit at all'}; "
+            f"model: needs bitsandbytes Linear4bit layers with quant_type 'nf4', got {listed or 'no Linear4bit'}; "
             "load the model with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
         )
     if others:
@@ -126,8 +126,8 @@ def _check_layer(name: str, layer) -> None:
     state = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"model: {name} has run in eval mode on a CPU with AVX-512 bf16, for which bitsandbytes re-packed the weight "
-            "and rounded its absmax; patch a freshly loaded model"
+            f"model: {name} has run in eval mode on a CPU with AVX-512 bf16, for which bitsandbytes re-packed the "
+            "weight and rounded its absmax; patch a freshly loaded model"
         )
 
 

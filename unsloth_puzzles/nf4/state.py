@@ -1,7 +1,5 @@
 """What bitsandbytes stores beside a packed weight, and what is wrong with it when it does not fit."""
 
-import weakref
-
 import torch
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,13 +31,13 @@ def resolve(weight, quant_state=None):
     return packed, quant_state
 
 
-def _check_tensor(name: str, tensor, dtype: torch.dtype, device: int, numel: int) -> None:
+def _check_tensor(name: str, tensor, dtype: torch.dtype, device: torch.device, numel: int) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: needs a {dtype} tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: needs dtype {dtype}, got {tensor.dtype}")
-    if tensor.get_device() != device:
-        raise ValueError(f"{name}: needs the weight's device, got {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: needs the weight's device {device}, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: needs a contiguous tensor, got strides {tensor.stride()}")
     if tensor.numel() < numel:
@@ -54,14 +52,14 @@ def check(packed: torch.Tensor, state) -> None:
         raise ValueError(f"quant_state.quant_type: needs 'nf4', got {state.quant_type!r}")
     if state.dtype not in _DTYPES:
         raise TypeError(f"quant_state.dtype: needs float16, bfloat16 or float32, got {state.dtype}")
-    if state.blocksize not in BLOCKSIZES:
-        raise ValueError(f"quant_state.blocksize: needs one of {BLOCKSIZES}, got {state.blocksize}")
+    if not isinstance(state.blocksize, int) or state.blocksize not in BLOCKSIZES:
+        raise ValueError(f"quant_state.blocksize: needs one of {BLOCKSIZES}, got {state.blocksize!r}")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("quant_state: bitsandbytes has re-packed this weight for CPU inference; load it again")
     if state.shape is None:
         raise ValueError("quant_state.shape: needs the shape of the de-quantised weight, got None")
     numel = torch.Size(state.shape).numel()
-    device = packed.get_device()
+    device = packed.device
     stored, needed = packed.numel() * packed.element_size(), -(-numel // 2)
     if not needed <= stored < needed + packed.element_size():
         raise ValueError(
@@ -83,37 +81,3 @@ def check(packed: torch.Tensor, state) -> None:
         _check_tensor("quant_state.offset", state.offset, torch.float32, device, 1)
         _check_tensor("quant_state.state2.code", state2.code, torch.float32, device, 256)
         _check_tensor("quant_state.state2.absmax", state2.absmax, torch.float32, device, -(-blocks // blocksize2))
-
-
-_checked: dict[int, tuple] = {}
-
-
-def check_once(packed: torch.Tensor, state) -> None:
-    """`check`, but quick (0.8 us instead of 2.3) while the state holds the very objects that passed before."""
-    seen = _checked.get(id(state))
-    if seen is not None:
-        reference, absmax, code, offset, state2, code2, absmax2, dtype, shape, blocksize, stored, device = seen
-        if (
-            reference() is state
-            and state.absmax is absmax
-            and state.code is code
-            and state.offset is offset
-            and state.state2 is state2
-            and (state2 is None or (state2.code is code2 and state2.absmax is absmax2))
-            and state.dtype is dtype
-            and state.shape is shape
-            and state.blocksize == blocksize
-            and packed.numel() * packed.element_size() == stored
-            and packed.get_device() == device == absmax.get_device()
-            and packed.is_contiguous()
-        ):
-            return
-    check(packed, state)
-    key, state2 = id(state), state.state2
-    code2, absmax2 = (state2.code, state2.absmax) if state2 is not None else (None, None)
-    stored = packed.numel() * packed.element_size()
-    _checked[key] = (
-        weakref.ref(state, lambda _: _checked.pop(key, None)),
-        *(state.absmax, state.code, state.offset, state2, code2, absmax2),
-        *(state.dtype, state.shape, state.blocksize, stored, packed.get_device()),
-    )

@@ -1,6 +1,6 @@
 """The real Unsloth on the same GPU, in a process of its own: importing it patches torch, transformers and bitsandbytes.
 
-    python -m unsloth_puzzles.nf4.unsloth_peer
+    python -m unsloth_puzzles.comparisons.unsloth_peer
 
 prints one JSON line. Unsloth may live in a folder of its own, with the versions of its dependencies that it needs; the
 variable UNSLOTH_PUZZLES_PEERS names it.
@@ -32,7 +32,7 @@ def measure_unsloth(shapes: list[tuple[int, int, str]], rounds: int) -> dict | s
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_COMPILE_LOCATION": os.path.join(os.getcwd(), "unsloth_compiled_cache"),
     }
-    command = [sys.executable, "-m", "unsloth_puzzles.nf4.unsloth_peer", json.dumps([shapes, rounds])]
+    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.unsloth_peer", json.dumps([shapes, rounds])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -1,0 +1,50 @@
+"""What one call launches and allocates, counted by PyTorch's profiler and the allocator's statistics.
+
+    python -m unsloth_puzzles.comparisons.launches
+
+A process of its own: once CUPTI has profiled a process, every later launch in it takes three times as long.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def count_launches() -> dict[str, dict]:
+    """For `dequantize_nf4` and the three launches: {"kernels": names, "allocations": how many}."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.launches"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"counting launches failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Count in this process and print one JSON line."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    from unsloth_puzzles.bench import memory
+    from unsloth_puzzles.nf4 import dequantize_nf4
+    from unsloth_puzzles.nf4.baselines import three_launches
+    from unsloth_puzzles.nf4.workload import make_layer
+
+    layer = make_layer(1024, 4096, torch.float16, "cuda")
+    found = {}
+    for name, dequantize in (("ours", dequantize_nf4), ("three launches", three_launches)):
+        dequantize(layer)  # compile
+        requests = memory.allocations(lambda dequantize=dequantize: dequantize(layer))
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            dequantize(layer)
+            torch.cuda.synchronize()
+        kernels = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        found[name] = {"kernels": kernels, "allocations": requests}
+    print("\n" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
