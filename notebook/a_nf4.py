@@ -126,9 +126,6 @@ for rows, columns, dtype in SHAPES:
 # write: unsloth_puzzles/comparisons/*.py
 
 # %%
-# write: unsloth_puzzles/nf4/decoding.py
-
-# %%
 from functools import partial
 
 import bitsandbytes as bnb
@@ -268,8 +265,8 @@ plt.show()
 # %% [markdown]
 # ### Check 3: one launch, one allocation
 #
-# The profiler counts kernels and the allocator's statistics count requests for memory, in a process of their own: once a
-# process has been profiled, its launches stay slow, and they are timed below.
+# The profiler counts kernels and the allocator's statistics count requests for memory, in a process of their own: once
+# a process has been profiled its launches stay slow, and they are timed below.
 
 # %%
 from unsloth_puzzles.comparisons.launches import count_launches
@@ -648,7 +645,7 @@ for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * hardware.bf16:
 # two cross is measured here, and so is generation before and after.
 
 # %%
-from unsloth_puzzles.nf4 import decoding
+from unsloth_puzzles.comparisons import decoding
 
 for record in decoding.measure(hardware, quick=True):
     results.add(**record)

@@ -53,7 +53,7 @@ def _absmax(q: torch.Tensor, state2: QuantState, offset: torch.Tensor) -> torch.
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The hardware flushes what lies below 2^-126 when rounded to 24 bits whatever its exponent: asked at 2^24 times it."""
+    """Hardware flushes what is below 2^-126 when rounded to 24 bits whatever its exponent: asked of 2^24 times it."""
     product = a.double() * b.double()
     tiny = (product * 2.0**24).float().abs() < SMALLEST_NORMAL * 2.0**24
     return torch.where(tiny, torch.copysign(torch.zeros(()), product.float()), product.float())

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.nf4 import linear
+from unsloth_puzzles.nf4 import dequantize
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,8 +37,10 @@ class Fused(TorchDispatchMode):
 def dequantisations(monkeypatch):
     """One entry for each W that was made by our kernel."""
     made = []
-    original = linear._dequantize
-    monkeypatch.setattr(linear, "_dequantize", lambda *arguments: made.append(arguments[-1]) or original(*arguments))
+    original = dequantize.launch
+    monkeypatch.setattr(
+        dequantize, "launch", lambda *arguments: made.append(arguments[-1].dtype) or original(*arguments)
+    )
     return made
 
 

@@ -9,11 +9,13 @@ Keeping W would cost 2 more (16-bit), for all layers of the model at once. x is 
 asks for dW.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from unsloth_puzzles.nf4.dequantize import _dequantize
+from unsloth_puzzles.nf4.dequantize import _dequantize, is_traced
 from unsloth_puzzles.nf4.state import check, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,16 +39,19 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
     Raises:
         TypeError, ValueError: naming the argument, what it is and what is needed.
     """
-    packed, state = resolve(weight, quant_state)
-    if bias is None and isinstance(weight, torch.nn.Module):
-        bias = weight.bias
-    check(packed, state)
-    _check_input(x, packed, state, bias)
+    with nullcontext() if is_traced() else torch._C.DisableTorchFunctionSubclass():  # see dequantize_nf4
+        packed, state = resolve(weight, quant_state)
+        if bias is None and isinstance(weight, torch.nn.Module):
+            bias = weight.bias
+        check(packed, state)
+        _check_input(x, packed, state, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
-    return _NF4Linear.apply(x, bias, packed, state)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _NF4Linear.apply(x, bias, packed, state)
+    return F.linear(x, _weight(packed, state, x.dtype), bias)
 
 
 def _check_input(x, packed, state, bias) -> None:
@@ -98,18 +103,12 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
         second = (state.state2.code, state.state2.absmax, state.offset)
         blocksize2 = state.state2.blocksize
     arguments = (packed, state.absmax, state.code, *second, state.blocksize, blocksize2, state.shape, dtype)
-    if not _traced(packed):
-        return _dequantize(*arguments)
+    if not is_traced() and not isinstance(packed, FakeTensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return _dequantize(*arguments)
     if again_for is None:
         return torch.ops.unsloth_puzzles.dequantize_nf4(*arguments)
     return torch.ops.unsloth_puzzles.dequantize_nf4_again(again_for, *arguments)
-
-
-def _traced(packed) -> bool:
-    """Whether tensors stand for others here (torch.compile, fake tensors, torch.func), so that only an op will do."""
-    return (
-        torch.compiler.is_compiling() or isinstance(packed, FakeTensor) or torch._C._are_functorch_transforms_active()
-    )
 
 
 torch.library.define(

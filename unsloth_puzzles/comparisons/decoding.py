@@ -22,8 +22,8 @@ OURS, THEIRS = "ours", "bitsandbytes"
 # (out_features, in_features) -> how many a block of Llama 3.2 1B has: q and o, k and v, gate and up, down.
 SHAPES = {(2048, 2048): 2, (512, 2048): 2, (8192, 2048): 2, (2048, 8192): 1}
 TINY_SHAPES = {(64, 64): 2, (32, 64): 2, (128, 64): 2, (64, 128): 1}
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-QUICK_ROWS = (1, 4, 16, 32, 64, 128, 512, 4096)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+QUICK_ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 512, 4096)
 BLOCK = "one block of Llama 3.2 1B"
 
 

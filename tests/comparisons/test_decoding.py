@@ -5,8 +5,8 @@ import torch
 
 from unsloth_puzzles.bench.hardware import probe
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.nf4 import decoding
-from unsloth_puzzles.nf4.decoding import crossover, measure
+from unsloth_puzzles.comparisons import decoding
+from unsloth_puzzles.comparisons.decoding import crossover, measure
 
 
 @pytest.mark.parametrize(
