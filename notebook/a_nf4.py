@@ -89,6 +89,9 @@ for rows, columns, dtype in SHAPES:
 # show: unsloth_puzzles/nf4/state.py
 
 # %%
+# show: unsloth_puzzles/nf4/plan.py
+
+# %%
 # show: unsloth_puzzles/nf4/dequantize.py
 
 # %% [markdown]

@@ -35,10 +35,10 @@ MUTATIONS = {
         "kernel.py", "mask = byte * 2 < numel", "mask = byte * 2 < numel + 2", WHOLE_AND_TAIL
     ),
     "tail taken for a whole program": Mutation(
-        "launch.py", "full = aligned and not numel % weights", "full = aligned", WHOLE_AND_TAIL
+        "launch.py", "full = aligned and not out.numel() %", "full = aligned and not 0 %", WHOLE_AND_TAIL
     ),
     "alignment assumed": Mutation(
-        "launch.py", "| o) & 15", "| o) & 0", "test_dequantize.py::test_alignment_of_every_pointer_is_seen"
+        "launch.py", "address & 15", "address & 0", "test_dequantize.py::test_alignment_of_every_pointer_is_seen"
     ),
     "flush dropped": Mutation(
         "kernel.py",

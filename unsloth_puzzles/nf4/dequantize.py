@@ -4,6 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
+from unsloth_puzzles.nf4.plan import plan_of, remember
 from unsloth_puzzles.nf4.state import check, resolve
 
 
@@ -27,7 +28,14 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
     if is_traced():
         return _dequantize_state(*resolve(weight, quant_state), out, traced=True)
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
-        return _dequantize_state(*resolve(weight, quant_state), out, traced=False)
+        packed, state = resolve(weight, quant_state)
+        plan = plan_of(id(state)) if out is None else None
+        result = None if plan is None else plan.run(packed, state)
+        if result is None:
+            result = _dequantize_state(packed, state, out, traced=False)
+            if out is None:
+                remember(packed, state, result)
+        return result
 
 
 def is_traced() -> bool:
@@ -79,9 +87,7 @@ def _dequantize(
         raise ValueError(
             f"weight: needs a CUDA tensor, got {packed.device}; on a CPU set TRITON_INTERPRET=1 before importing triton"
         )
-    if out is None and len(shape) == 2:  # 2.0 us; torch.empty takes 3.3
-        out = torch.empty_strided(shape, (shape[1], 1), dtype=dtype, device=packed.device)
-    elif out is None:
+    if out is None:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     numel = out.numel()
     if numel >= MAX_NUMEL:

@@ -1,10 +1,12 @@
 """Compile the kernel once for each situation, then launch its handle directly.
 
 `kernel[grid](...)` inspects every argument at every call: 20 us on an H200's host, more than the kernel itself runs for
-a small matrix. Here a compiled handle is looked up by what it depends on and its C launcher gets plain addresses: 4 us.
+a small matrix. Here a compiled handle is looked up by what it depends on and its C launcher gets plain addresses: 6 us,
+and 4 where a `plan` spares the look-up.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -86,29 +88,43 @@ def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, d
         enqueue = run
         settings = (function, metadata, None, None, None)
 
-    def launch(programs, stream, packed, absmax, code, code2, absmax2, offset, out, numel):
-        enqueue(
-            programs, 1, 1, stream, *settings,
-            packed, absmax, code, code2, absmax2, offset, out, numel, *constants,
-        )  # fmt: skip
+    def launch(programs, stream, *addresses_and_numel):
+        enqueue(programs, 1, 1, stream, *settings, *addresses_and_numel, *constants)
 
     return launch
 
 
-def _interpret(
-    config: Config, packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, programs, **where
-):
-    nested = where["NESTED"]
-    second = (code2, absmax2, offset) if nested else (code, code, code)
-    tensors = (packed.view(torch.uint8), absmax, code, *second, out)
-    constants = constexprs(config, out.dtype, blocksize, blocksize2, 0, **where)
-    dequantize_nf4_kernel[(programs,)](*tensors, out.numel(), **constants)
+_launches: dict[tuple, Callable] = {}
+current_device = getattr(torch._C, "_cuda_getDevice", None)  # None in builds of PyTorch without CUDA
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-_launches: dict[Config, dict[tuple, Callable]] = {DEFAULT: {}}
-_default_launches = _launches[DEFAULT]
-_current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else None
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+def addresses_of(packed, absmax, code, code2, absmax2, offset) -> tuple[int, ...]:
+    """Where the kernel's inputs lie, in its order; what a plain absmax has no use for is `code`, and never read."""
+    if offset is None:
+        code2 = absmax2 = offset = code
+    return (
+        packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(),
+    )  # fmt: skip
+
+
+def launcher(addresses, out, blocksize: int, blocksize2: int, nested: bool, config: Config) -> tuple[int, Callable]:
+    """The number of programs and the function that enqueues the kernel for these addresses and this output."""
+    where = _where(addresses, out, nested, config)
+    key = (out.dtype, blocksize, blocksize2, out.get_device(), *where.values(), config)
+    if key not in _launches:
+        _launches[key] = _bind(config, out.dtype, blocksize, blocksize2, out.get_device(), **where)
+    return _programs(out, config), _launches[key]
+
+
+def _where(addresses, out, nested: bool, config: Config) -> dict[str, bool]:
+    aligned = not any(address & 15 for address in (*addresses, out.data_ptr()))
+    full = aligned and not out.numel() % (8 * config.words * config.unroll)
+    return {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
+
+
+def _programs(out, config: Config) -> int:
+    return -(-out.numel() // (8 * config.words * config.unroll))
 
 
 def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, config=DEFAULT) -> None:
@@ -116,28 +132,15 @@ def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, 
 
     Arguments are checked by the callers. `code2`, `absmax2`, `offset` are None for a plain float32 `absmax`.
     """
-    numel = out.numel()
-    weights = 8 * config.words * config.unroll  # a program
+    addresses = addresses_of(packed, absmax, code, code2, absmax2, offset)
     nested = offset is not None
-    p, a, c, o = packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), out.data_ptr()
-    c2, a2, f = (code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr()) if nested else (c, c, c)
-    aligned = not (p | a | c | c2 | a2 | f | o) & 15
-    full = aligned and not numel % weights
-    programs = -(-numel // weights)
     if INTERPRETED:
-        where = {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
-        _interpret(config, packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, programs, **where)
+        second = (code2, absmax2, offset) if nested else (code, code, code)
+        constants = constexprs(config, out.dtype, blocksize, blocksize2, 0, **_where(addresses, out, nested, config))
+        tensors = (packed.view(torch.uint8), absmax, code, *second, out)
+        dequantize_nf4_kernel[(_programs(out, config),)](*tensors, out.numel(), **constants)
         return
+    programs, enqueue = launcher(addresses, out, blocksize, blocksize2, nested, config)
     device = out.get_device()
-    launches = _default_launches if config is DEFAULT else _launches.setdefault(config, {})  # hashing takes 0.3 us
-    key = (out.dtype, blocksize, blocksize2, device, nested, full, aligned)
-    enqueue = launches.get(key)
-    if enqueue is None:
-        enqueue = launches[key] = _bind(
-            config, out.dtype, blocksize, blocksize2, device, NESTED=nested, FULL=full, ALIGNED=aligned
-        )
-    if device == _current_device():
-        enqueue(programs, _current_stream(device), p, a, c, c2, a2, f, o, numel)
-    else:
-        with torch.cuda.device(device):
-            enqueue(programs, _current_stream(device), p, a, c, c2, a2, f, o, numel)
+    with nullcontext() if device == current_device() else torch.cuda.device(device):
+        enqueue(programs, current_stream(device), *addresses, out.data_ptr(), out.numel())
