@@ -104,7 +104,7 @@ def test_the_t4s_assembly(look_up, dtype, monkeypatch):
         return built[-1]
 
     monkeypatch.setattr(launching, "constexprs", for_sm_75)
-    monkeypatch.setattr(launching, "_launches", {})
+    monkeypatch.setattr(launching, "_handles", {})
     for numel in (8 * 8192, 3 * 8192 + 77):
         assert_exact(Weight(shape=(numel,), dtype=dtype), Config(lookup=look_up))
         assert_exact(

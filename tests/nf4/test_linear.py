@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.nf4.reference import STORAGE, Weight, reference, tensors
-from unsloth_puzzles.nf4 import linear
+from unsloth_puzzles.nf4 import dequantize
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,11 +42,11 @@ def dequantisations(monkeypatch):
     made = []
 
     def spy(*arguments):
-        made.append(arguments[-1])
+        made.append(arguments[-1].dtype)
         return original(*arguments)
 
-    original = linear._dequantize
-    monkeypatch.setattr(linear, "_dequantize", spy)
+    original = dequantize.launch
+    monkeypatch.setattr(dequantize, "launch", spy)
     return made
 
 

@@ -27,9 +27,13 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
     """
     if is_traced():
         return _dequantize_state(*resolve(weight, quant_state), out, traced=True)
+    packed, state = resolve(weight, quant_state)
+    plan = plan_of(id(state)) if out is None else None
+    if plan is not None and type(packed) is torch.Tensor:
+        result = plan.run(packed, state)
+        if result is not None:
+            return result
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
-        packed, state = resolve(weight, quant_state)
-        plan = plan_of(id(state)) if out is None else None
         result = None if plan is None else plan.run(packed, state)
         if result is None:
             result = _dequantize_state(packed, state, out, traced=False)

@@ -74,27 +74,26 @@ def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize
         return jit.warmup(*pointers, 0, grid=(1,), **constants, **options(config))
 
 
-def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where) -> Callable:
-    """A function (programs, stream, *addresses, numel) that enqueues the kernel."""
+class Handle(NamedTuple):
+    """The compiled kernel's C launcher: `enqueue(programs, 1, 1, stream, *before, *addresses, numel, *after)`."""
+
+    enqueue: Callable
+    before: tuple
+    after: tuple
+
+
+def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where) -> Handle:
     compiled = compile_kernel(config, dtype, blocksize, blocksize2, device, **where)
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(POINTERS) - 1)  # the launcher ignores them
     if triton.__version__.startswith("3.6."):  # past a Python wrapper that allocates scratch memory; there is none here
         assert run.global_scratch_size == run.profile_scratch_size == 0
-        enqueue = run.launch
-        settings = (function, False, False, None, None, metadata, None, None, None)
-    else:
-        enqueue = run
-        settings = (function, metadata, None, None, None)
-
-    def launch(programs, stream, *addresses_and_numel):
-        enqueue(programs, 1, 1, stream, *settings, *addresses_and_numel, *constants)
-
-    return launch
+        return Handle(run.launch, (function, False, False, None, None, metadata, None, None, None), constants)
+    return Handle(run, (function, metadata, None, None, None), constants)
 
 
-_launches: dict[tuple, Callable] = {}
+_handles: dict[tuple, Handle] = {}
 current_device = getattr(torch._C, "_cuda_getDevice", None)  # None in builds of PyTorch without CUDA
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -108,23 +107,24 @@ def addresses_of(packed, absmax, code, code2, absmax2, offset) -> tuple[int, ...
     )  # fmt: skip
 
 
-def launcher(addresses, out, blocksize: int, blocksize2: int, nested: bool, config: Config) -> tuple[int, Callable]:
-    """The number of programs and the function that enqueues the kernel for these addresses and this output."""
+def handle_for(addresses, out, blocksize: int, blocksize2: int, nested: bool, config: Config) -> Handle:
+    """The kernel for these addresses and this output, compiled at the first call that needs it."""
     where = _where(addresses, out, nested, config)
     key = (out.dtype, blocksize, blocksize2, out.get_device(), *where.values(), config)
-    if key not in _launches:
-        _launches[key] = _bind(config, out.dtype, blocksize, blocksize2, out.get_device(), **where)
-    return _programs(out, config), _launches[key]
+    if key not in _handles:
+        _handles[key] = _bind(config, out.dtype, blocksize, blocksize2, out.get_device(), **where)
+    return _handles[key]
+
+
+def programs_for(out, config: Config) -> int:
+    """How many programs de-quantise `out`."""
+    return -(-out.numel() // (8 * config.words * config.unroll))
 
 
 def _where(addresses, out, nested: bool, config: Config) -> dict[str, bool]:
     aligned = not any(address & 15 for address in (*addresses, out.data_ptr()))
     full = aligned and not out.numel() % (8 * config.words * config.unroll)
     return {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
-
-
-def _programs(out, config: Config) -> int:
-    return -(-out.numel() // (8 * config.words * config.unroll))
 
 
 def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, config=DEFAULT) -> None:
@@ -138,9 +138,11 @@ def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, 
         second = (code2, absmax2, offset) if nested else (code, code, code)
         constants = constexprs(config, out.dtype, blocksize, blocksize2, 0, **_where(addresses, out, nested, config))
         tensors = (packed.view(torch.uint8), absmax, code, *second, out)
-        dequantize_nf4_kernel[(_programs(out, config),)](*tensors, out.numel(), **constants)
+        dequantize_nf4_kernel[(programs_for(out, config),)](*tensors, out.numel(), **constants)
         return
-    programs, enqueue = launcher(addresses, out, blocksize, blocksize2, nested, config)
+    handle = handle_for(addresses, out, blocksize, blocksize2, nested, config)
     device = out.get_device()
     with nullcontext() if device == current_device() else torch.cuda.device(device):
-        enqueue(programs, current_stream(device), *addresses, out.data_ptr(), out.numel())
+        stream = current_stream(device)
+        arguments = (*handle.before, *addresses, out.data_ptr(), out.numel(), *handle.after)
+        handle.enqueue(programs_for(out, config), 1, 1, stream, *arguments)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from unsloth_puzzles.nf4.dequantize import _dequantize, is_traced
+from unsloth_puzzles.nf4.dequantize import _dequantize, dequantize_nf4, is_traced
+from unsloth_puzzles.nf4.plan import plan_of
 from unsloth_puzzles.nf4.state import check, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,7 +44,8 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
         packed, state = resolve(weight, quant_state)
         if bias is None and isinstance(weight, torch.nn.Module):
             bias = weight.bias
-        check(packed, state)
+        if is_traced() or plan_of(id(state)) is None:  # else `dequantize_nf4` sees whether anything has changed
+            check(packed, state)
         _check_input(x, packed, state, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -97,13 +99,16 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
     Traced by a compiler, the backward's call must depend on the gradient. Two equal calls would be merged into one and
     its result kept from forward to backward: torch.compile would hold every W of the model, which this file is against.
     """
+    traced = is_traced() or isinstance(packed, FakeTensor)
+    if not traced and dtype == state.dtype and packed.shape[0] != 1:
+        return dequantize_nf4(packed, state)
     second = (None, None, None)
     blocksize2 = 1
     if state.state2 is not None:
         second = (state.state2.code, state.state2.absmax, state.offset)
         blocksize2 = state.state2.blocksize
     arguments = (packed, state.absmax, state.code, *second, state.blocksize, blocksize2, state.shape, dtype)
-    if not is_traced() and not isinstance(packed, FakeTensor):
+    if not traced:
         with torch._C.DisableTorchFunctionSubclass():
             return _dequantize(*arguments)
     if again_for is None:
