@@ -70,6 +70,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved in the notebook
 warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
+warnings.filterwarnings(
+    "ignore", message=".*no current CUDA context.*"
+)  # of the backward's thread, which then sets one
 
 SEED = 3407
 random.seed(SEED)

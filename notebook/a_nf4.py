@@ -148,6 +148,11 @@ SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 PATHS = {"asm": Config(), "plain": PLAIN} if GPU else {"plain": PLAIN}
 results = Measurements("resources/measurements/a_nf4.json", hardware)
 
+if hardware.rehearsal:  # build the kernels as a T4 must: bfloat16 rounded in integers, no packed conversions
+    from unsloth_puzzles.nf4 import launch as building
+
+    building.capability = lambda device: 75
+
 # %% [markdown]
 # ### Check 1: the same bits as bitsandbytes
 #
@@ -321,11 +326,13 @@ if GPU:
         return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
 
     compiled_forward = torch.compile(forward, fullgraph=True)
-    found = timing.wall_time({"eager": lambda: forward(x), "compiled": lambda: compiled_forward(x)}, rounds=20)
+    with torch.no_grad():
+        found = timing.wall_time({"eager": lambda: forward(x), "compiled": lambda: compiled_forward(x)}, rounds=60)
     eager, fast = found["eager"], found["compiled"]
     case = "MLP of the third case, forward, bf16"
     results.add("compile_wall_us", case, fast.median, "us", fast.low, fast.high, {"eager": eager.median})
-    print(f"{case}: eager {eager.median:.0f} us, compiled {fast.median:.0f} us")
+    for name, result in found.items():
+        print(f"{case}, {name}: {result.median:.0f} us ({result.low:.0f} to {result.high:.0f})")
 else:
     print("SKIPPED: compiled and eager are timed on a GPU")
 
@@ -532,17 +539,26 @@ else:
 
 # %%
 if GPU:
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    labels = [f"{r}x{c}\n{SHORT[n]}" for r, c, n in SHAPES] + ["official\nharness"]
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    labels = [f"{r}x{c}\n{SHORT[n]}" for r, c, n in SHAPES] + ["official harness\n(wall clock)"]
     ratios = [found[THREE_LAUNCHES].median / found["ours"].median for found in device_us.values()]
     ratios.append(results.find("official_harness_speedup", "all")[0]["value"])
-    bars = axes.bar(labels, ratios, color=["tab:blue"] * len(SHAPES) + ["tab:green"])
-    axes.bar_label(bars, fmt="%.2fx")
-    axes.axhline(1, color="black", linewidth=1)
+    against = {"three launches, as the puzzle has it": ratios}
+    if not isinstance(peer, str):
+        name, cases = f"Unsloth {peer['version']}", [f"{r}x{c} {n}" for r, c, n in SHAPES]
+        found = [results.find("device_us_beside_unsloth", case)[0] for case in cases]
+        harness_ratio = results.find("harness_speedup_beside_unsloth", f"all, against {name}")[0]["value"]
+        against[f"{name}, its own fused kernel"] = [f["baselines"][name] / f["value"] for f in found] + [harness_ratio]
+    width = 0.8 / len(against)
+    for i, (name, values) in enumerate(against.items()):
+        bars = axes.bar([at + width * i for at in range(len(labels))], values, width, label=name)
+        axes.bar_label(bars, fmt="%.2fx", fontsize=8)
+    axes.set_xticks([at + width * (len(against) - 1) / 2 for at in range(len(labels))], labels)
     axes.axhline(1.15, color="gray", linestyle="--", linewidth=1, label="full marks: 1.15x")
-    axes.set(ylabel="speed-up", ylim=(0, max(ratios) * 1.15))
-    axes.set_title(f"Against three launches: device time (blue), harness by the wall clock (green), {HARDWARE}")
-    axes.legend(loc="lower right")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set(ylabel="speed-up", ylim=(0, 1.35 * max(ratios)))
+    axes.set_title(f"Speed-up of one call, device time (random weights, {HARDWARE})")
+    axes.legend(loc="upper right", fontsize=8)
     figure.savefig("resources/a_nf4_speedup.png", dpi=110)
     plt.show()
 else:
@@ -660,7 +676,7 @@ if GPU:
     axes.plot(rows, [found["baselines"]["bitsandbytes"] for found in block], "s--", label="bitsandbytes")
     axes.axvline(decoding.MIN_ROWS, color="gray", linewidth=1, label=f"threshold: {decoding.MIN_ROWS} rows")
     axes.set(xlabel="rows (tokens)", ylabel="device time, us", xscale="log", yscale="log")
-    axes.set_title(f"The linear layers of one block of Llama 3.2 1B, no gradients, random weights, {HARDWARE}")
+    axes.set_title(f"Linear layers of a Llama 3.2 1B block, no gradients\n(random weights, {HARDWARE})")
     axes.legend()
     figure.savefig("resources/a_nf4_linear.png", dpi=110)
     plt.show()
@@ -703,7 +719,8 @@ for rows, columns, name in SHAPES:
 # - Against today's Unsloth, whose kernel is fused as well, the advantage is the smaller one shown beside "the real
 #   Unsloth", not the one over three launches that the puzzle asks for.
 # - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), as exact but slower.
-# - Decoding does not use it: for a few rows a fused 4-bit GEMM reads a quarter of the bytes, and bitsandbytes has one.
+# - Decoding does not use it: for one or two rows a fused 4-bit GEMM reads a quarter of the bytes, and bitsandbytes has
+#   one. The threshold was measured on an H200; `min_rows` is there for other GPUs.
 # - NF4 only. FP4 and 8-bit weights are refused by name.
 
 # %% [markdown]
@@ -715,4 +732,4 @@ from unsloth_puzzles import scorecard
 results.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "A"]
 display(Markdown(scorecard.table(rows)))
-section.finish()
+_ = section.finish()

@@ -63,12 +63,17 @@ def options(config: Config) -> dict:
     return {"num_warps": config.num_warps, "enable_fp_fusion": config.fp_fusion}
 
 
+def capability(device: int) -> int:
+    """Compute capability of a CUDA device: 75 for a T4, 90 for an H200."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where):
     """The compiled kernel for this CUDA device (a `triton.compiler.CompiledKernel`)."""
-    major, minor = torch.cuda.get_device_capability(device)
     jit = dequantize_nf4_kernel if where["ALIGNED"] else _unaligned_kernel
     absmax = torch.uint8 if where["NESTED"] else torch.float32
-    constants = constexprs(config, dtype, blocksize, blocksize2, 10 * major + minor, **where)
+    constants = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where)
     with torch.cuda.device(device):
         pointers = (torch.uint8, absmax, torch.float32, torch.float32, torch.float32, torch.float32, dtype)
         return jit.warmup(*pointers, 0, grid=(1,), **constants, **options(config))
