@@ -199,7 +199,8 @@ def test_a_gate_leaves_the_other_challenges_alone(tmp_path, judge):
 
 def test_table_shows_measured_values_and_sums(judge):
     text = table(judge("A", {**PERFECT_A, ("official_harness_speedup", "all"): 2.03456}))
-    assert "| A | speed-up of 1.15 or more | 2 of 2 | official_harness_speedup (all): 2.0346 units | met |" in text
+    measured = "official_harness_speedup (all): 2.0346 units"
+    assert f"| A | speed-up of 1.15 or more over the three launches | 2 of 2 | {measured} | met |" in text
     assert re.search(r"\*\*A\. NF4 to Triton\*\* \| \*\*14 of 14\*\*", text)
     columns = {line.count("|") for line in text.splitlines()}
     assert columns == {7}

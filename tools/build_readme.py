@@ -23,6 +23,7 @@ TABLES = {
         ("device_us", "Device time of one matrix"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
+        ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
         ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
         ("mismatched_weights", "Weights that differ from bitsandbytes"),
         ("sanitizer_errors", "compute-sanitizer errors"),

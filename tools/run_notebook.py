@@ -168,7 +168,9 @@ def _environment() -> dict[str, str]:
     return kept | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
-_MACHINE_PATHS = tuple(dict.fromkeys(["/work/", "/root/", "/home/", "/tmp/", f"{ROOT}/", f"{Path.home()}/"]))
+_MACHINE_PATHS = tuple(
+    dict.fromkeys(["/work/", "/root/", "/home/", "/tmp/", "/opt/", f"{sys.prefix}/", f"{ROOT}/", f"{Path.home()}/"])
+)
 
 
 def _clean(node: NotebookNode, folder: Path) -> None:

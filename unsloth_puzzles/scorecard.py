@@ -50,9 +50,12 @@ def score(directory: str | os.PathLike = "resources/measurements") -> list[Row]:
 
 
 def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """Points won and possible per challenge, and under "all"."""
+    """Points won and possible per challenge among `rows`, and, if they hold all challenges, under "all"."""
     rows = list(rows)
-    selections = {challenge: [row for row in rows if row.challenge == challenge] for challenge in FILES} | {"all": rows}
+    selections = {challenge: [row for row in rows if row.challenge == challenge] for challenge in FILES}
+    selections = {challenge: chosen for challenge, chosen in selections.items() if chosen}
+    if len(selections) == len(FILES):
+        selections["all"] = rows
     return {
         name: (sum(row.points for row in chosen), sum(row.possible for row in chosen))
         for name, chosen in selections.items()
@@ -84,7 +87,10 @@ def _judge(criterion: Criterion, measurements: Measurements | None) -> Row:
         verdict, points = NOT_MET, criterion.otherwise
     texts = dict.fromkeys(_measured(condition, measurements) for condition in conditions)
     measured = "; ".join(texts) if any(_holds(condition, measurements) is not None for condition in conditions) else ""
-    hardware = measurements.hardware["name"] if measurements and verdict != NOT_MEASURED else ""
+    hardware = ""
+    if measurements and verdict != NOT_MEASURED:
+        held = measurements.hardware.get("rehearsal")
+        hardware = measurements.hardware["name"] + (" held to a T4's limits" if held else "")
     return Row(criterion.challenge, criterion.text, possible, measured, verdict, points, hardware)
 
 

@@ -15,6 +15,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 
 from tests.nf4.reference import Weight
 from unsloth_puzzles.nf4 import dequantize_nf4
+from unsloth_puzzles.nf4.launch import Config, constexprs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (40, 96)
@@ -178,6 +179,7 @@ def test_cpu_tensors_without_the_interpreter():
 import torch
 from tests.nf4.reference import Weight, tensors
 from unsloth_puzzles.nf4 import dequantize_nf4
+from unsloth_puzzles.nf4.launch import Config, constexprs
 packed, state = Weight(shape=(4, 16)).make("cpu")
 op = torch.ops.unsloth_puzzles.dequantize_nf4
 for call in (lambda: dequantize_nf4(packed, state), lambda: op(packed, *tensors(state), state.shape, state.dtype)):
@@ -215,3 +217,31 @@ def test_a_state_that_dies_leaves_its_tensors_free():
     del packed, state
     gc.collect()
     assert [tensor() for tensor in old] == [None, None, None]
+
+
+@pytest.mark.parametrize("shape", [4096, (64.0, 64.0), (-64, -64), None])
+def test_shapes_that_are_none(shape):
+    packed, state = Weight(shape=(64, 64)).make(DEVICE)
+    state.shape = shape
+    with pytest.raises(ValueError, match=r"quant_state.shape: needs a tuple of integers.* got "):
+        dequantize_nf4(packed, state)
+
+
+def test_a_row_of_more_than_a_matrix():
+    packed, state = Weight(shape=(4, 8, 16)).make(DEVICE)
+    with pytest.raises(ValueError, match=r"weight: needs packed data \[n, 1\]"):
+        dequantize_nf4(packed.view(1, -1), state)
+
+
+def test_memory_that_was_given_back():
+    packed, state = Weight(shape=(64, 64)).make(DEVICE)
+    kept = packed.clone()
+    packed.untyped_storage().resize_(0)
+    assert kept.numel() == packed.numel()
+    with pytest.raises(ValueError, match="weight: needs allocated memory"):
+        dequantize_nf4(packed, state)
+
+
+def test_words_that_no_warp_can_share():
+    with pytest.raises(ValueError, match="config: needs words of 32 or 64 x num_warps"):
+        constexprs(Config(words=512, num_warps=4), torch.float16, 64, 256, 90, NESTED=True, FULL=True, ALIGNED=True)

@@ -65,7 +65,7 @@ def test_alignment_of_every_pointer_is_seen(shifted, monkeypatch):
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     arguments[shifted] = room[1:].copy_(tensor.view(-1)).view(tensor.shape)
     launching.launch(**arguments, config=SMALL)
-    assert seen == [True, False]
+    assert seen == [True, shifted not in ("packed", "out")]  # the others are gathered a value at a time
 
 
 @pytest.mark.parametrize("lookup", ["load", "gather", "select"])

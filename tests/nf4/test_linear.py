@@ -328,3 +328,20 @@ def test_the_forward_leaves_only_its_result_on_the_gpu():
     before = torch.cuda.memory_allocated()
     y = nf4_linear(x, packed, state)
     assert torch.cuda.memory_allocated() - before == y.numel() * y.element_size()
+
+
+def test_an_adapter_is_not_left_out():
+    import peft
+
+    model = torch.nn.Sequential(bnb.nn.Linear4bit(IN, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(TypeError, match="weight: needs a Linear4bit, got a PEFT layer"):
+        nf4_linear(random(3, IN), adapted.base_model.model[0])
+
+
+def test_a_bias_that_is_none_of_its_kind():
+    packed, state, _, _ = weight()
+    with pytest.raises(TypeError, match="bias: needs a tensor, got str"):
+        nf4_linear(random(3, IN), packed, state, "bias")
+    with pytest.raises(ValueError, match="bias: needs x's device"):
+        nf4_linear(random(3, IN), packed, state, torch.empty(state.shape[0], device="meta"))

@@ -38,7 +38,10 @@ MUTATIONS = {
         "launch.py", "full = aligned and not out.numel() %", "full = aligned and not 0 %", WHOLE_AND_TAIL
     ),
     "alignment assumed": Mutation(
-        "launch.py", "address & 15", "address & 0", "test_dequantize.py::test_alignment_of_every_pointer_is_seen"
+        "launch.py",
+        "out.data_ptr()) & 15",
+        "out.data_ptr()) & 0",
+        "test_dequantize.py::test_alignment_of_every_pointer_is_seen",
     ),
     "flush dropped": Mutation(
         "kernel.py",

@@ -116,3 +116,21 @@ def test_gradients_stop_at_the_op():
     up = Up()
     for function in (from_module, torch.compile(from_module, fullgraph=True, backend="aot_eager")):
         assert not any(weight.requires_grad for weight in function(up))
+
+
+def test_a_backward_notices_that_its_weight_was_overwritten():
+    packed, state = Weight(shape=(32, 64), dtype=torch.float32).make(DEVICE)
+    buffer = torch.empty(32, 64, device=DEVICE)
+    x = torch.randn(4, 64, device=DEVICE, requires_grad=True)
+    y = x @ dequantize_nf4(packed, state, out=buffer).t()
+    dequantize_nf4(packed, state, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_fake_tensor_outside_its_mode_is_never_launched_on():
+    packed, state = Weight(shape=(32, 64)).make(DEVICE)
+    mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(packed)
+    for _ in range(2):
+        assert isinstance(dequantize_nf4(fake, state), torch._subclasses.fake_tensor.FakeTensor)

@@ -9,7 +9,6 @@ reports, one JSON object a line. It needs no GPU. Disassembler and cuobjdump com
 import dataclasses
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from unsloth_puzzles.bench import child
 
 ARCHITECTURES = (75, 80, 90, 100, 120)  # T4, A100, H100 and H200, B200, RTX 50
 
@@ -102,10 +103,10 @@ def cross_compile_in_subprocess(spec: str) -> list[CompileReport]:
 
     The process imports from where this one does. Raises RuntimeError with its output if it fails.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     command = [sys.executable, "-m", "unsloth_puzzles.bench.cross_compile", spec]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=child.environment(without=("TRITON_INTERPRET",)), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(
             f"{spec}: cross-compilation failed with exit status {done.returncode}\n{done.stderr[-4000:]}"

@@ -9,6 +9,10 @@ MEMORY_GIB = 15.0  # what a process can use of the 16 GB
 # The datasheet's 8.1 TFLOP/s are 40 x 64 multiply-adds per clock, hence a boost clock of 1.59 GHz.
 THREAD_INSTRUCTIONS = 40 * 4 * 32 * 1.59e9  # instructions of single threads per second
 
+# CUDA C++ Programming Guide, throughput of native instructions, compute capability 7.5: results per clock and SM.
+SHUFFLES = 40 * 32 * 1.59e9  # of a lane, per second
+CONVERSIONS = 40 * 16 * 1.59e9  # between types of different width, per second
+
 LABEL = "predicted for a T4 from its datasheet, not measured"
 
 

@@ -169,7 +169,8 @@ def _device_sampler(batch: Call, size: int, lead: Call | None = None) -> Callabl
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        torch.cuda._sleep(_SLEEP_CYCLES)  # else the gap between `start` and the first kernel is the host's launch cost
+        # Else gaps between the kernels are the host's launch cost: one graph to launch, or `size` calls.
+        torch.cuda._sleep(_SLEEP_CYCLES * (1 if lead else size))
         if lead:
             lead()
         start.record()

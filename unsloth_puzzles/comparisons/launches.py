@@ -6,16 +6,16 @@ A process of its own: once CUPTI has profiled a process, every later launch in i
 """
 
 import json
-import os
 import subprocess
 import sys
+
+from unsloth_puzzles.bench import child
 
 
 def count_launches() -> dict[str, dict]:
     """For `dequantize_nf4` and the three launches: {"kernels": names, "allocations": how many}."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-m", "unsloth_puzzles.comparisons.launches"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"counting launches failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

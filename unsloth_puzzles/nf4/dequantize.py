@@ -2,10 +2,11 @@
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
 from unsloth_puzzles.nf4.plan import plan_of, remember
-from unsloth_puzzles.nf4.state import check, resolve
+from unsloth_puzzles.nf4.state import check, parts_of, resolve
 
 
 def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
@@ -15,7 +16,8 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
         weight: a bitsandbytes `Linear4bit`, a `Params4bit`, or a packed tensor of any `quant_storage` dtype, two
             weights a byte, the high nibble first. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1).
         quant_state: the `QuantState` of a packed tensor; by default the one `weight` carries. `absmax` is uint8 with a
-            second level (`compress_statistics=True`) or float32; every block size of bitsandbytes is accepted.
+            second level (`compress_statistics=True`) or float32; every block size of bitsandbytes is accepted. Its
+            `code` is what 4-bit values mean (bitsandbytes has the NF4 table in its kernel and ignores `code`).
         out: where to write, a contiguous tensor of the state's shape and dtype on the weight's device.
 
     Returns:
@@ -25,21 +27,18 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what it is and what is needed.
     """
-    if is_traced():
-        return _dequantize_state(*resolve(weight, quant_state), out, traced=True)
     packed, state = resolve(weight, quant_state)
-    plan = plan_of(id(state)) if out is None else None
-    if plan is not None and type(packed) is torch.Tensor:
-        result = plan.run(packed, state)
-        if result is not None:
-            return result
+    if is_traced() or isinstance(packed, FakeTensor):
+        check(packed, state)
+        result = torch.ops.unsloth_puzzles.dequantize_nf4(*parts_of(packed, state, state.dtype))
+        if out is not None:
+            _check_out(out, packed, state)
+            result = out.copy_(result)
+        return result.t() if packed.shape[0] == 1 else result
+    if type(packed) is torch.Tensor:
+        return _eager(packed, state, out)
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
-        result = None if plan is None else plan.run(packed, state)
-        if result is None:
-            result = _dequantize_state(packed, state, out, traced=False)
-            if out is None:
-                remember(packed, state, result)
-        return result
+        return _eager(packed, state, out)
 
 
 def is_traced() -> bool:
@@ -51,21 +50,20 @@ def is_traced() -> bool:
     )
 
 
-def _dequantize_state(packed, state, out, traced: bool) -> torch.Tensor:
+def _eager(packed, state, out) -> torch.Tensor:
+    if out is None:
+        plan = plan_of(id(state))
+        result = None if plan is None else plan.run(packed, state)
+        if result is not None:
+            return result
     check(packed, state)
     if out is not None:
         _check_out(out, packed, state)
-    state2 = state.state2
-    if state2 is None:
-        parts = (packed, state.absmax, state.code, None, None, None, state.blocksize, 1, state.shape, state.dtype)
-    else:
-        sizes = (state.blocksize, state2.blocksize, state.shape, state.dtype)
-        parts = (packed, state.absmax, state.code, state2.code, state2.absmax, state.offset, *sizes)
-    if traced or isinstance(packed, FakeTensor):
-        result = torch.ops.unsloth_puzzles.dequantize_nf4(*parts)
-        result = result if out is None else out.copy_(result)
-    else:
-        result = _dequantize(*parts, out)
+    result = dequantize_parts(*parts_of(packed, state, state.dtype), out)
+    if out is None:
+        remember(packed, state, result)
+    elif not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # or a backward that saved `out` would not notice the write
     return result.t() if packed.shape[0] == 1 else result
 
 
@@ -84,9 +82,12 @@ def _check_out(out, packed, state) -> None:
         raise ValueError("out: needs a tensor that does not require gradients; the kernel writes into it")
 
 
-def _dequantize(
+def dequantize_parts(
     packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, out=None
 ) -> torch.Tensor:
+    """What the operator does: `state.parts_of` -> the weight, or `out` filled with it. The parts are not checked."""
+    if is_traceable_wrapper_subclass(packed):
+        raise TypeError(f"weight: needs a plain packed tensor, got {type(packed).__name__}; pass its local tensor")
     if not packed.is_cuda and not INTERPRETED:
         raise ValueError(
             f"weight: needs a CUDA tensor, got {packed.device}; on a CPU set TRITON_INTERPRET=1 before importing triton"
@@ -106,7 +107,7 @@ torch.library.define(
     "(Tensor packed, Tensor absmax, Tensor code, Tensor? code2, Tensor? absmax2, Tensor? offset, "
     "int blocksize, int blocksize2, SymInt[] shape, ScalarType dtype) -> Tensor",
 )
-torch.library.impl("unsloth_puzzles::dequantize_nf4", ("CUDA", "CPU"), _dequantize)
+torch.library.impl("unsloth_puzzles::dequantize_nf4", ("CUDA", "CPU"), dequantize_parts)
 
 
 @torch.library.register_fake("unsloth_puzzles::dequantize_nf4")

@@ -55,7 +55,7 @@ class MLP(nn.Module):
 def build(case: Case, device: str) -> tuple[MLP, torch.Tensor]:
     """The case's MLP, quantised on `device`, and its input [batch, length, hidden]."""
     torch.manual_seed(case.seed)
-    mlp = MLP(case.hidden, case.inner, case.dtype).to(case.dtype).to(device)
+    mlp = MLP(case.hidden, case.inner, case.dtype).to(device)
     for layer in mlp.layers():
         layer.weight.quant_state.dtype = case.dtype
     return mlp, torch.randn(case.batch, case.length, case.hidden, device=device, dtype=case.dtype)
@@ -77,9 +77,9 @@ def measure(
     *,
     device: str = "cuda",
     rounds: int = 1000,
-    repeats: int = 5,
+    repeats: int = 11,
 ) -> dict[str, dict[Case, list[float]]]:
-    """Seconds for `rounds` rounds (three matrices, then a synchronise), per candidate and case, `repeats` of each.
+    """Seconds for `rounds` rounds (three matrices, a synchronise after each) per candidate and case, `repeats` of each.
 
     Every candidate is checked twice on every case before anything is timed; the candidates take turns.
     """
@@ -98,12 +98,10 @@ def measure(
 
 def _timed(layers, dequantize: Dequantize, device: str, rounds: int) -> float:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    first, second, third = layers
     wait()
     start = time.perf_counter()
     for _ in range(rounds):
-        dequantize(first)
-        dequantize(second)
-        dequantize(third)
-        wait()
+        for layer in layers:
+            dequantize(layer).t()
+            wait()
     return time.perf_counter() - start

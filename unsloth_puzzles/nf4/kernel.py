@@ -122,7 +122,11 @@ def _store_words(
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4 * n), pairs, eviction_policy=EVICT)
 
 
-@triton.jit(do_not_specialize=["numel"])
+# What is gathered a value at a time may lie anywhere; packed_ptr and out_ptr are read and written 16 bytes at a time.
+@triton.jit(
+    do_not_specialize=["numel"],
+    do_not_specialize_on_alignment=["absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr"],
+)
 def dequantize_nf4_kernel(
     packed_ptr,  # uint8 [ceil(numel / 2)], high nibble first
     absmax_ptr,  # uint8 (NESTED) or float32 [ceil(numel / BLOCKSIZE)]

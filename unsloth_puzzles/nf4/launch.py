@@ -1,8 +1,8 @@
 """Compile the kernel once for each situation, then launch its handle directly.
 
 `kernel[grid](...)` inspects every argument at every call: 20 us on an H200's host, more than the kernel itself runs for
-a small matrix. Here a compiled handle is looked up by what it depends on and its C launcher gets plain addresses: 6 us,
-and 4 where a `plan` spares the look-up.
+a small matrix. Here a compiled handle is looked up by what it depends on and its C launcher gets plain addresses: 6 us
+without checks and allocation, and 4 where a `plan` spares the look-up.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 MAX_NUMEL = 2**34  # the kernel counts 32-bit words of 8 weights in 32 bits
 
 POINTERS = ("packed_ptr", "absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr", "out_ptr")
-# For pointers that are not 16-byte aligned: the same source, compiled with no assumption about them.
+# For packed or output memory that is not 16-byte aligned: the same source, compiled with no assumption about it.
 _unaligned_kernel = triton.jit(
     dequantize_nf4_kernel.fn, do_not_specialize=["numel"], do_not_specialize_on_alignment=list(POINTERS)
 )
@@ -42,7 +42,13 @@ DEFAULT = PLAIN if INTERPRETED else Config()  # the interpreter cannot run PTX
 
 
 def constexprs(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, sm: int, **where) -> dict:
-    """The kernel's compile-time arguments; `where` holds NESTED, FULL and ALIGNED."""
+    """The kernel's compile-time arguments; `where` holds NESTED, FULL and ALIGNED, as in the kernel.
+
+    Raises ValueError for look-ups by shuffle with fewer words than threads, or more than two a thread: the table must
+    lie across each warp as it is laid out, which is tested for these alone.
+    """
+    if config.asm and config.lookup == "shuffle" and config.words not in (32 * config.num_warps, 64 * config.num_warps):
+        raise ValueError(f"config: needs words of 32 or 64 x num_warps ({config.num_warps}), got {config.words}")
     name = str(dtype).removeprefix("torch.")
     return {
         "BLOCKSIZE": blocksize,
@@ -70,7 +76,7 @@ def capability(device: int) -> int:
 
 
 def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where):
-    """The compiled kernel for this CUDA device (a `triton.compiler.CompiledKernel`)."""
+    """The compiled kernel for this CUDA device (a `triton.compiler.CompiledKernel`); `where` as in `constexprs`."""
     jit = dequantize_nf4_kernel if where["ALIGNED"] else _unaligned_kernel
     absmax = torch.uint8 if where["NESTED"] else torch.float32
     constants = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where)
@@ -85,6 +91,7 @@ class Handle(NamedTuple):
     enqueue: Callable
     before: tuple
     after: tuple
+    compiled: object  # kept: newer releases of Triton unload the module when it goes
 
 
 def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where) -> Handle:
@@ -92,10 +99,11 @@ def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, d
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(POINTERS) - 1)  # the launcher ignores them
-    if triton.__version__.startswith("3.6."):  # past a Python wrapper that allocates scratch memory; there is none here
-        assert run.global_scratch_size == run.profile_scratch_size == 0
-        return Handle(run.launch, (function, False, False, None, None, metadata, None, None, None), constants)
-    return Handle(run, (function, metadata, None, None, None), constants)
+    if triton.__version__.startswith("3.6.") and run.global_scratch_size == run.profile_scratch_size == 0:
+        # Past a Python wrapper that allocates scratch memory. Launch hooks are not called.
+        before = (function, False, False, None, None, metadata, None, None, None)
+        return Handle(run.launch, before, constants, compiled)
+    return Handle(run, (function, metadata, None, None, None), constants, compiled)
 
 
 _handles: dict[tuple, Handle] = {}
@@ -127,7 +135,7 @@ def programs_for(out, config: Config) -> int:
 
 
 def _where(addresses, out, nested: bool, config: Config) -> dict[str, bool]:
-    aligned = not any(address & 15 for address in (*addresses, out.data_ptr()))
+    aligned = not (addresses[0] | out.data_ptr()) & 15  # what is read or written 16 bytes at a time
     full = aligned and not out.numel() % (8 * config.words * config.unroll)
     return {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
 
@@ -138,6 +146,8 @@ def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, 
     Arguments are checked by the callers. `code2`, `absmax2`, `offset` are None for a plain float32 `absmax`.
     """
     addresses = addresses_of(packed, absmax, code, code2, absmax2, offset)
+    if not all(addresses):
+        raise ValueError("weight: needs allocated memory for the packed data and each tensor of quant_state, got none")
     nested = offset is not None
     if INTERPRETED:
         second = (code2, absmax2, offset) if nested else (code, code, code)

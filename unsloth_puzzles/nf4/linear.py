@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from unsloth_puzzles.nf4.dequantize import _dequantize, dequantize_nf4, is_traced
+from unsloth_puzzles.nf4.dequantize import dequantize_nf4, dequantize_parts, is_traced
 from unsloth_puzzles.nf4.plan import plan_of
-from unsloth_puzzles.nf4.state import check, resolve
+from unsloth_puzzles.nf4.state import check, parts_of, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,6 +40,10 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
     Raises:
         TypeError, ValueError: naming the argument, what it is and what is needed.
     """
+    if hasattr(weight, "get_base_layer"):
+        raise TypeError(
+            "weight: needs a Linear4bit, got a PEFT layer, whose adapters would be left out: take its base layer"
+        )
     with nullcontext() if is_traced() else torch._C.DisableTorchFunctionSubclass():  # see dequantize_nf4
         packed, state = resolve(weight, quant_state)
         if bias is None and isinstance(weight, torch.nn.Module):
@@ -68,6 +72,10 @@ def _check_input(x, packed, state, bias) -> None:
     out_features, in_features = state.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: needs a last dimension of {in_features} (in_features), got shape {tuple(x.shape)}")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias: needs a tensor, got {type(bias).__name__}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias: needs x's device {x.device}, got {bias.device}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias: needs shape ({out_features},), got {tuple(bias.shape)}")
 
@@ -102,15 +110,11 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
     traced = is_traced() or isinstance(packed, FakeTensor)
     if not traced and dtype == state.dtype and packed.shape[0] != 1:
         return dequantize_nf4(packed, state)
-    second = (None, None, None)
-    blocksize2 = 1
-    if state.state2 is not None:
-        second = (state.state2.code, state.state2.absmax, state.offset)
-        blocksize2 = state.state2.blocksize
-    arguments = (packed, state.absmax, state.code, *second, state.blocksize, blocksize2, state.shape, dtype)
+    arguments = parts_of(packed, state, dtype)
     if not traced:
+        check(packed, state)  # no plan stands for this dtype
         with torch._C.DisableTorchFunctionSubclass():
-            return _dequantize(*arguments)
+            return dequantize_parts(*arguments)
     if again_for is None:
         return torch.ops.unsloth_puzzles.dequantize_nf4(*arguments)
     return torch.ops.unsloth_puzzles.dequantize_nf4_again(again_for, *arguments)
@@ -125,7 +129,7 @@ torch.library.define(
 
 @torch.library.impl("unsloth_puzzles::dequantize_nf4_again", ("CUDA", "CPU"))
 def _(grad_output, *arguments):
-    return _dequantize(*arguments)
+    return dequantize_parts(*arguments)
 
 
 @torch.library.register_fake("unsloth_puzzles::dequantize_nf4_again")

@@ -4,7 +4,7 @@
         trainer.train()
 
 A layer's class is exchanged for a subclass of it with a `forward` of ours. Its parameters, names, hooks and state dict
-stay what they are, so saving, loading, PEFT (before or after), checkpointing and torch.compile see a `Linear4bit`; and
+stay what they are, so state dicts, PEFT (before or after), checkpointing and torch.compile see a `Linear4bit`; and
 as no instance carries a function of its own, torch.compile shares one graph among equal layers.
 """
 
@@ -18,20 +18,29 @@ import torch
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 # Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies
-# the packed weight, wins: decoding is one row a sequence. Measured by comparisons/decoding.py for the linear layers of
-# one Llama 3.2 1B block, H200, bf16: 2 rows 93 us against 83, 3 rows 93 against 106.
-MIN_ROWS = 3
+# the packed weight, wins: decoding is one row a sequence. By compute capability; measured by comparisons/decoding.py
+# for the linear layers of one Llama 3.2 1B block, H200, bf16: 2 rows 93 us against 83, 3 rows 93 against 106.
+MIN_ROWS = {90: 3}
+MIN_ROWS_ELSEWHERE = 64  # not measured: about where bitsandbytes' own choice leaves its fused kernel on a T4
 
 
-def patch_linear4bit(model: torch.nn.Module, *, min_rows: int = MIN_ROWS) -> "Patch":
+def default_min_rows(device: torch.device) -> int:
+    """The fewest rows for which a layer on `device` is de-quantised when no gradient is wanted."""
+    if device.type != "cuda":
+        return MIN_ROWS_ELSEWHERE
+    major, minor = torch.cuda.get_device_capability(device)
+    return MIN_ROWS.get(10 * major + minor, MIN_ROWS_ELSEWHERE)
+
+
+def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> "Patch":
     """Let every bitsandbytes NF4 `Linear4bit` in `model` (PEFT's base layers too) compute by `nf4_linear`.
 
     A layer behaves as before: it computes in its `compute_dtype` (set by the first input, if nothing else did) and
     returns the input's dtype. The bias, if of another dtype, is cast for the product; bitsandbytes casts it in place.
-    With gradients off, calls of fewer than `min_rows` rows (all dimensions of x but the last, multiplied) go to
-    bitsandbytes' fused 4-bit GEMM. With gradients on `nf4_linear` runs whatever the rows are: they are not looked at,
-    so torch.compile has no reason to compile twice. With gradients off it compiles, with dynamic shapes, at most once
-    for fewer and once for more rows, however many lengths it meets.
+    With gradients off, calls of fewer than `min_rows` rows (all dimensions of x but the last, multiplied; None: see
+    `default_min_rows`) go to bitsandbytes' fused 4-bit GEMM. With gradients on `nf4_linear` runs whatever the rows are:
+    they are not looked at, so torch.compile has no reason to compile twice. With gradients off it compiles, with
+    dynamic shapes, at most once for fewer and once for more rows, however many lengths it meets.
 
     FP4 layers are left to bitsandbytes, with a warning.
 
@@ -45,15 +54,16 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int = MIN_ROWS) -> "Pa
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: needs a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(min_rows, int) or isinstance(min_rows, bool):
-        raise TypeError(f"min_rows: needs an integer, got {min_rows!r}")
-    if min_rows < 0:
+    if min_rows is not None and (not isinstance(min_rows, int) or isinstance(min_rows, bool)):
+        raise TypeError(f"min_rows: needs an integer or None, got {min_rows!r}")
+    if min_rows is not None and min_rows < 0:
         raise ValueError(f"min_rows: needs 0 (always nf4_linear) or more, got {min_rows}")
     layers = _nf4_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer)
     for layer in layers.values():
-        _exchange(layer, _patched_class(type(layer), min_rows))
+        rows = default_min_rows(layer.weight.device) if min_rows is None else min_rows
+        _exchange(layer, _patched_class(type(layer), rows))
     return Patch(layers)
 
 
@@ -163,7 +173,7 @@ def _patched_class(cls: type, min_rows: int) -> type:
         if torch.is_grad_enabled() or x.numel() >= min_rows * x.shape[-1]:
             y = nf4_linear(x, self.weight, state, bias)
         else:
-            y = matmul_4bit(x, self.weight, bias=bias, quant_state=state)
+            y = matmul_4bit(x, self.weight.t(), bias=bias, quant_state=state)  # a row: so all releases take it
         return y.to(input_dtype)
 
     return type(cls.__name__, (cls,), {"forward": forward, "bitsandbytes_class": cls, "__doc__": cls.__doc__})

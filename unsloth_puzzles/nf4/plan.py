@@ -44,9 +44,11 @@ class Plan:
             or state2.blocksize != self.blocksize2
             or state.quant_type != self.quant_type
             or (self.packed() is not packed and _layout(packed) != self.layout)
-            or current_device() != index
         ):
             return None
+        if current_device() != index:
+            with torch.cuda.device(index):
+                return self.run(packed, state)
         addresses = (
             packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), code2.data_ptr(), absmax2.data_ptr(),
             offset.data_ptr(),
@@ -82,7 +84,7 @@ def remember(packed, state, out: torch.Tensor) -> None:
         return
     tensors = (state.absmax, state.code, state.offset, state2, state2.code, state2.absmax)
     addresses = addresses_of(packed, state.absmax, state.code, state2.code, state2.absmax, state.offset)
-    if any(address & 15 for address in addresses):
+    if addresses[0] & 15:
         return
     plan, key = Plan(), id(state)
     plan.tensors, plan.addresses = tuple(map(id, tensors)), addresses
@@ -92,12 +94,15 @@ def remember(packed, state, out: torch.Tensor) -> None:
     plan.size, plan.strides, plan.numel = tuple(out.shape), out.stride(), out.numel()
     plan.programs = programs_for(out, DEFAULT)
     handle = handle_for(addresses, out, state.blocksize, state2.blocksize, True, DEFAULT)
-    plan.enqueue, plan.before, plan.after = handle
+    plan.enqueue, plan.before, plan.after, _ = handle
 
     def forget(_):
         _plans.pop(key, None)
 
-    plan.watched = tuple(weakref.ref(found, forget) for found in (state, *tensors))
+    try:
+        plan.watched = tuple(weakref.ref(found, forget) for found in (state, *tensors))
+    except TypeError:  # a stand-in for a QuantState that cannot be watched
+        return
     _plans[key] = plan
 
 

@@ -56,9 +56,15 @@ def check(packed: torch.Tensor, state) -> None:
         raise ValueError(f"quant_state.blocksize: needs one of {BLOCKSIZES}, got {state.blocksize!r}")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("quant_state: bitsandbytes has re-packed this weight for CPU inference; load it again")
-    if state.shape is None:
-        raise ValueError("quant_state.shape: needs the shape of the de-quantised weight, got None")
-    numel = torch.Size(state.shape).numel()
+    shape = state.shape
+    if not isinstance(shape, tuple | list) or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in shape):
+        raise ValueError(f"quant_state.shape: needs a tuple of integers, none negative, got {shape!r}")
+    if packed.dim() == 0 or (packed.shape[0] == 1 and len(shape) > 2):
+        raise ValueError(
+            f"weight: needs packed data [n, 1], or the row [1, n] of a matrix, got shape {tuple(packed.shape)} "
+            f"for weights of shape {tuple(shape)}"
+        )
+    numel = torch.Size(shape).numel()
     device = packed.device
     stored, needed = packed.numel() * packed.element_size(), -(-numel // 2)
     if not needed <= stored < needed + packed.element_size():
@@ -81,3 +87,12 @@ def check(packed: torch.Tensor, state) -> None:
         _check_tensor("quant_state.offset", state.offset, torch.float32, device, 1)
         _check_tensor("quant_state.state2.code", state2.code, torch.float32, device, 256)
         _check_tensor("quant_state.state2.absmax", state2.absmax, torch.float32, device, -(-blocks // blocksize2))
+
+
+def parts_of(packed: torch.Tensor, state, dtype: torch.dtype) -> tuple:
+    """Arguments of the operator `unsloth_puzzles::dequantize_nf4`; a plain absmax has no second level."""
+    second, blocksize2 = (None, None, None), 1
+    if state.state2 is not None:
+        second = (state.state2.code, state.state2.absmax, state.offset)
+        blocksize2 = state.state2.blocksize
+    return packed, state.absmax, state.code, *second, state.blocksize, blocksize2, state.shape, dtype

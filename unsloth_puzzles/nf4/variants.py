@@ -19,7 +19,7 @@ def job(config: Config, dtype: torch.dtype, sm: int, *, nested=True, full=True, 
         "signature": {**dict(zip(POINTERS, types, strict=True)), "numel": "i64"},
         "constexprs": constexprs(config, dtype, 64, 256, sm, NESTED=nested, FULL=full, ALIGNED=aligned),
         "sm": sm,
-        "divisible": POINTERS if aligned else (),
+        "divisible": ("packed_ptr", "out_ptr") if aligned else (),
         **options(config),
     }
 
@@ -42,8 +42,17 @@ def every_job() -> list[dict]:
 
 
 def t4_jobs() -> list[dict]:
-    """What a T4 would run for a usual weight."""
-    return [found for found in every_job() if found["sm"] == 75 and found["name"].endswith(" whole")]
+    """Every build for sm_75, the other table look-ups included."""
+    others = {"asm-prmt": Config(lookup="prmt"), "plain-gather": PLAIN._replace(lookup="gather")}
+    others["plain-select"] = PLAIN._replace(lookup="select")
+    return [
+        *(found for found in every_job() if found["sm"] == 75),
+        *(
+            job(config, dtype, 75, name=f"{path} {str(dtype).removeprefix('torch.')} whole")
+            for path, config in others.items()
+            for dtype in (torch.float16, torch.bfloat16)
+        ),
+    ]
 
 
 def contraction_jobs() -> list[dict]:

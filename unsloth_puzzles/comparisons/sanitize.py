@@ -1,17 +1,19 @@
 """Run the kernels over odd shapes under NVIDIA's compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m unsloth_puzzles.nf4.sanitize
+    compute-sanitizer --tool memcheck python -m unsloth_puzzles.comparisons.sanitize
 
 Every tensor is its own CUDA allocation and has its exact size, so that a byte read or written beyond an end is seen.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 
+from unsloth_puzzles.bench import child
+
 TOOLS = ("memcheck", "racecheck", "initcheck")
+SECONDS = 300  # a tool
 SHAPES = ((1, 1), (1, 7), (3, 5), (33, 77), (64, 128), (129, 1023), (128, 4096))
 
 
@@ -20,13 +22,17 @@ def sanitizer_errors() -> dict[str, int] | str:
     found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not found:
         return "compute-sanitizer is not on this machine"
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = child.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = {}
     for tool in TOOLS:
         command = [found, "--tool", tool, "--kernel-regex", "kns=dequantize_nf4", "--error-exitcode", "0"]
-        command += [sys.executable, "-m", "unsloth_puzzles.nf4.sanitize"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command += [sys.executable, "-m", "unsloth_puzzles.comparisons.sanitize"]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"{tool} took longer than {SECONDS} s"
         output = done.stdout + done.stderr
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
         if not summary or "every shape ran" not in output:
