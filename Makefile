@@ -4,6 +4,7 @@
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
 # make colab-check   the notebook alone in an environment that holds only torch, triton and Jupyter
+# make clean         remove build/
 #
 # Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
 
@@ -30,6 +31,8 @@ help:
 
 $(VENV)/.installed: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed: make ... PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c "$(FITS)" || { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13 with venv"; exit 1; }
+	@echo "Installing into $(VENV), about 6 GB ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -38,25 +38,38 @@ PINNED = {
 }
 
 
-def is_installed(package):
+OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 0), "numpy": (2, 0)}
+
+
+def installed(package):
+    """Its version, or None."""
     try:
-        return importlib.metadata.version(package) is not None
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
+        return None
 
 
-assert is_installed("torch") and is_installed("triton"), "torch and triton must be there: choose a GPU runtime"
-missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_installed(package)]
+def is_fit(package):
+    version = installed(package)
+    return version is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST.get(package, (0, 0))
+
+
+assert installed("torch") and installed("triton"), "torch and triton must be there: choose a GPU runtime"
+missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_fit(package)]
 if missing:
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     importlib.invalidate_caches()
 print("installed:", " ".join(missing) if missing else "nothing, all is there")
+for package, version in PINNED.items():
+    if installed(package) != version:
+        print(f"kept: {package} {installed(package)}; the published figures were measured with {version}")
 
 # %% [markdown]
 # Without a GPU the kernels run in Triton's interpreter, which has to be said before triton is imported.
 
 # %%
+import logging
 import os
 import random
 import warnings
@@ -70,9 +83,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved in the notebook
 warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
-warnings.filterwarnings(
-    "ignore", message=".*no current CUDA context.*"
-)  # of the backward's thread, which then sets one
+warnings.filterwarnings("ignore", message=".*no current CUDA context.*")  # of the backward's thread, which sets one
+warnings.filterwarnings("ignore", message=".*Guards may run slower on Python 3.13.0.*")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only its CPU path would use
 
 SEED = 3407
 random.seed(SEED)

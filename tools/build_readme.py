@@ -31,6 +31,8 @@ TABLES = {
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
     ),
 }
+RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
+SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
 
 
@@ -110,18 +112,20 @@ def _metric(records: list[dict], metric: str, caption: str) -> str:
     if metric in WORST:
         worst = max(mine, key=lambda record: record["value"])
         return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
-    compared = any(record.get("baselines") for record in mine)
-    header = ("case", "ours", "others") if compared else ("case", "ours")
-    return f"**{caption}**\n\n" + table(header, [_row(record, compared) for record in mine])
+    names = list(dict.fromkeys(name for record in mine for name in record.get("baselines") or {}))
+    unit = "" if mine[0]["unit"] in RATIOS else f", {mine[0]['unit']}"
+    header = ("case", "ours", *(SHORT.get(name, name) for name in names))
+    return f"**{caption}{unit}**\n\n" + table(header, [_row(record, names) for record in mine])
 
 
-def _row(record: dict, compared: bool) -> tuple[str, ...]:
-    unit, low, high = record["unit"], record.get("low"), record.get("high")
+def _row(record: dict, names: list[str]) -> tuple[str, ...]:
+    """Case, ours with its spread, and each baseline; the unit stands in the caption unless it is part of the number."""
+    unit = record["unit"] if record["unit"] in RATIOS else ""
+    low, high, others = record.get("low"), record.get("high"), record.get("baselines") or {}
     ours = amount(record["value"], unit)
     if low is not None and high is not None:
         ours += f" ({amount(low, unit)} to {amount(high, unit)})"
-    others = "; ".join(f"{name} {amount(value, unit)}" for name, value in (record.get("baselines") or {}).items())
-    return (record["case"], ours, others or "-") if compared else (record["case"], ours)
+    return (record["case"], ours, *(amount(others[name], unit) if name in others else "-" for name in names))
 
 
 def _number(value: float) -> str:
@@ -132,7 +136,8 @@ def _number(value: float) -> str:
 
 def _provenance(measured: dict) -> str:
     versions = ", ".join(f"{name} {measured['versions'][name]}" for name in ("torch", "triton", "bitsandbytes"))
-    return f"{measured['hardware']['name']}, {measured['date']}, {versions}."
+    held = " held to a T4's limits (a rehearsal)" if measured["hardware"].get("rehearsal") else ""
+    return f"{measured['hardware']['name']}{held}, {measured['date']}, {versions}."
 
 
 def main(arguments: list[str] | None = None) -> int:
