@@ -364,6 +364,11 @@ else:
     print("SKIPPED: compiled and eager are timed on a GPU")
 
 # %% [markdown]
+# So a compiled MLP is no slower. De-quantising one matrix as a compiled function of its own is, by the clock: the host
+# checks the guards on the layer and its quantisation state at every call, which takes longer than the kernel. Compile a
+# model, where one set of guards stands before many layers, not a single call.
+
+# %% [markdown]
 # ### Check 5: the T4's compiler and NVIDIA's sanitizer
 #
 # The kernels are compiled for the T4 (sm_75) whatever GPU is here, in every form: whole, ragged, unaligned, with a
@@ -686,9 +691,10 @@ else:
 # %% [markdown]
 # Why the default is what it is: the assembly, because it does in one instruction what plain Triton needs several for
 # (a look-up without a trip to the L1 cache, a flush without a comparison) and because no compiler flag can contract it;
-# the shuffle, because `prmt` needs some fifty instructions a word; two words a thread, because one leaves too few loads
-# in flight and four too few threads; 512 threads, for the largest matrices. The two look-ups that lose much do so by
-# instructions: selects by their number, `tl.gather` by its trips through shared memory.
+# the shuffle, because `prmt` needs some fifty instructions a word more; two words a thread, because one leaves too few
+# loads in flight and four too few threads. Whether a program has 128 threads or 512 makes no difference that these two
+# sizes could show. The look-ups that lose much do so by instructions: selects by their number, `tl.gather` by its trips
+# through shared memory.
 #
 # Cache eviction, as the compiled default kernel has it: packed bytes are never read again and neither are the weights
 # by this kernel, so both leave the caches first.
@@ -791,7 +797,9 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 #   instructions; no speed shown here was measured on one.
 # - Triton does not officially support sm_75; kernels without a matrix product, such as this one, work there.
 # - Against an Unsloth whose kernel is fused as well, the advantage is the smaller one shown beside "the real Unsloth":
-#   on large matrices both run at the memory's speed, and the host's share and small matrices make the difference.
+#   on large matrices both are near the memory's speed; small ones and the host's share make most of the difference.
+# - A patched model does not generate faster. One row a step stays with bitsandbytes' kernel before and after; what
+#   differs is a little work on the host around it, and the spread of so short a measurement is wide.
 # - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), as exact but slower.
 # - Decoding does not use it: for one or two rows a fused 4-bit GEMM wins, and bitsandbytes has one. Where the two cross
 #   was measured on an H200; on other GPUs bitsandbytes stays in use below 64 rows unless `min_rows` says otherwise.

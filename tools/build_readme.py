@@ -31,6 +31,12 @@ TABLES = {
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
     ),
 }
+FIGURES = {  # what a figure shows, for who cannot see it
+    "a_nf4_bandwidth": "Share of the copy bandwidth over matrix sizes from 1 M to 1 G weights, ours and every baseline",
+    "a_nf4_contraction": "By how much and where float32 weights differ when the multiply-add is contracted",
+    "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
+    "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
+}
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
 SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
@@ -72,7 +78,7 @@ def results(resources: Path) -> str:
         parts.append(_provenance(measured))
         parts += [_metric(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
         parts += [
-            f"![{figure.stem.replace('_', ' ')}]({figure.relative_to(resources.parent).as_posix()})"
+            f"![{FIGURES.get(figure.stem, figure.stem.replace('_', ' '))}]({figure.relative_to(resources.parent).as_posix()})"
             for figure in sorted(resources.glob("**/*.png"))
             if figure.relative_to(resources).as_posix().startswith((f"{path.stem}_", f"{path.stem}/"))
         ]
@@ -111,6 +117,8 @@ def _metric(records: list[dict], metric: str, caption: str) -> str:
         return f"**{caption}**: not measured."
     if metric in WORST:
         worst = max(mine, key=lambda record: record["value"])
+        if not worst["value"]:
+            return f"**{caption}**: 0 in each of {len(mine)} cases."
         return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
     names = list(dict.fromkeys(name for record in mine for name in record.get("baselines") or {}))
     unit = "" if mine[0]["unit"] in RATIOS else f", {mine[0]['unit']}"
