@@ -9,7 +9,7 @@ import pytest
 
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import RATIOS, TABLES, WORST, amount, gpu_tests, readme, results
+from tools.build_readme import FIGURES, RATIOS, TABLES, WORST, amount, gpu_tests, readme, results
 
 
 def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
@@ -71,8 +71,11 @@ def test_nothing_measured_at_all_is_no_error(tmp_path: Path) -> None:
 
 def test_figures_stand_with_their_challenge(tmp_path: Path) -> None:
     resources = _resources(tmp_path)
-    (resources / "a_nf4_bandwidth.png").write_bytes(b"")
-    assert f"![a nf4 bandwidth]({resources.name}/a_nf4_bandwidth.png)" in results(resources).split("### B.")[0]
+    for name in ("a_nf4_bandwidth.png", "a_nf4_new_one.png"):
+        (resources / name).write_bytes(b"")
+    section = results(resources).split("### B.")[0]
+    assert f"![a nf4 new one]({resources.name}/a_nf4_new_one.png)" in section
+    assert f"![{FIGURES['a_nf4_bandwidth']}]({resources.name}/a_nf4_bandwidth.png)" in section
 
 
 def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:

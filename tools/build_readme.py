@@ -78,7 +78,7 @@ def results(resources: Path) -> str:
         parts.append(_provenance(measured))
         parts += [_metric(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
         parts += [
-            f"![{FIGURES.get(figure.stem, figure.stem.replace('_', ' '))}]({figure.relative_to(resources.parent).as_posix()})"
+            f"![{_alternative(figure)}]({figure.relative_to(resources.parent).as_posix()})"
             for figure in sorted(resources.glob("**/*.png"))
             if figure.relative_to(resources).as_posix().startswith((f"{path.stem}_", f"{path.stem}/"))
         ]
@@ -108,6 +108,10 @@ def amount(value: float, unit: str) -> str:
     if unit == "fraction":
         return f"{100 * value:.1f} %"
     return f"{_number(value)} {unit}".strip()
+
+
+def _alternative(figure: Path) -> str:
+    return FIGURES.get(figure.stem, figure.stem.replace("_", " "))
 
 
 def _metric(records: list[dict], metric: str, caption: str) -> str:
