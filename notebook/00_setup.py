@@ -19,8 +19,8 @@
 # %% [markdown]
 # ## Set-up
 #
-# Install what is missing. torch and triton stay as the machine has them, and so does every package that is already
-# there; with nothing missing no connection is made.
+# Install what is missing or too old. torch and triton stay as the machine has them, and so does every package that is
+# new enough; with nothing missing no connection is made.
 
 # %%
 import importlib
