@@ -169,7 +169,7 @@ def _environment() -> dict[str, str]:
 
 
 _MACHINE_PATHS = tuple(
-    dict.fromkeys(["/work/", "/root/", "/home/", "/tmp/", "/opt/", f"{sys.prefix}/", f"{ROOT}/", f"{Path.home()}/"])
+    dict.fromkeys(["/root/", "/home/", "/tmp/", "/opt/", f"{sys.prefix}/", f"{ROOT}/", f"{Path.home()}/"])
 )
 
 
