@@ -21,6 +21,7 @@ TABLES = {
         ("harness_speedup_beside_unsloth", "The same harness in one process with the real Unsloth"),
         ("speedup_vs_unsloth_device", "Three launches' time over ours, device time"),
         ("device_us", "Device time of one matrix"),
+        ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
         ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),

@@ -60,22 +60,31 @@ def run(notebook: Path, folder: Path, *, python: str = sys.executable, timeout: 
     return node
 
 
-def problems(node: NotebookNode) -> list[str]:
-    """Why an executed notebook must not be shown, a line each: errors, cells not run, machine paths, size."""
+def failures(node: NotebookNode) -> list[str]:
+    """Cells that were not executed or ended in an error, a line each."""
     found = []
-    for number, cell in enumerate(node.cells):
-        if cell.cell_type != "code":
-            continue
-        where = f"cell {number} ({cell.id})"
+    for where, cell in _code(node):
         if cell.execution_count is None:
             found.append(f"{where} was not executed")
         if any(output.output_type == "error" for output in cell.outputs):
             found.append(f"{where} ends in an error")
+    return found
+
+
+def problems(node: NotebookNode) -> list[str]:
+    """Why an executed notebook must not be published, a line each: `failures`, machine paths, size."""
+    found = failures(node)
+    for where, cell in _code(node):
         if path := next((path for path in _MACHINE_PATHS if path in output_text(cell)), None):
             found.append(f"{where} prints a path of this machine ({path})")
     if (size := len(text(node).encode())) > LARGEST:
         found.append(f"the file has {size:,} bytes, at most {LARGEST:,} are wanted")
     return found
+
+
+def _code(node: NotebookNode) -> list[tuple[str, NotebookNode]]:
+    cells = enumerate(node.cells)
+    return [(f"cell {number} ({cell.id})", cell) for number, cell in cells if cell.cell_type == "code"]
 
 
 def output_text(cell: NotebookNode) -> str:
@@ -119,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Figure: {figure}")
     if found := problems(node):
         print("Not fit to be published:", *found, sep="\n  ")
-    return 1 if found and options.need_gpu else 0
+    return 1 if failures(node) or (found and options.need_gpu) else 0  # paths and size matter to a published one
 
 
 def gpu_present() -> bool:

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.nf4.reference import STORAGE, Weight, reference, tensors
-from unsloth_puzzles.nf4 import dequantize
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,27 +33,6 @@ def random(*shape, dtype=torch.float32, seed=0, grad=False):
 
 def relative(actual, exact):
     return ((actual.double() - exact).norm() / exact.norm()).item()
-
-
-@pytest.fixture
-def dequantisations(monkeypatch):
-    """The dtypes in which W was made, one entry a time."""
-    made = []
-
-    def spy(*arguments):
-        made.append(arguments[-1].dtype)
-        return original(*arguments)
-
-    original = dequantize.launch
-    monkeypatch.setattr(dequantize, "launch", spy)
-    return made
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def kept(function):

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.nf4 import dequantize
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,24 +30,6 @@ class Fused(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += function is torch.ops.bitsandbytes.gemm_4bit.default
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def dequantisations(monkeypatch):
-    """One entry for each W that was made by our kernel."""
-    made = []
-    original = dequantize.launch
-    monkeypatch.setattr(
-        dequantize, "launch", lambda *arguments: made.append(arguments[-1].dtype) or original(*arguments)
-    )
-    return made
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def linear4bit(quant_type="nf4", bias=True, compute_dtype=torch.float32, **options):
