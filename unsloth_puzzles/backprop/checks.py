@@ -1,0 +1,133 @@
+"""What is refused, and what is tried once before a function is trusted."""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+ROWS_TRIED = 32
+_tried: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def check_inputs(hidden_states, linear, labels, forward_function, row_args, shared_args) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the shapes and types fit together."""
+    if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+        kind = getattr(hidden_states, "dtype", type(hidden_states).__name__)
+        raise TypeError(f"hidden_states: got {kind}, need a tensor of a floating dtype")
+    if hidden_states.dim() < 2:
+        raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}, need (..., rows, hidden)")
+    if not isinstance(linear, nn.Module):
+        raise TypeError(f"linear: got {type(linear).__name__}, need a torch.nn.Module")
+    if not callable(forward_function):
+        raise TypeError(f"forward_function: got {type(forward_function).__name__}, need a function")
+    for name, values in (("row_args", row_args), ("shared_args", shared_args)):
+        if not isinstance(values, tuple | list):
+            raise TypeError(f"{name}: got {type(values).__name__}, need a tuple")
+    leading = hidden_states.shape[:-1]
+    for name, value in (("labels", labels), *((f"row_args[{i}]", value) for i, value in enumerate(row_args))):
+        if name == "labels" and value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, need a tensor")
+        if value.shape[: len(leading)] != leading:
+            need = f"{tuple(leading)} first, as hidden_states {tuple(hidden_states.shape)} has"
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, need {need}")
+        if value.device != hidden_states.device:
+            raise ValueError(f"{name}: got device {value.device}, need {hidden_states.device}, as hidden_states has")
+    if labels is not None and labels.requires_grad:
+        raise ValueError("labels: got a tensor that requires grad; pass differentiable targets in row_args")
+    width = getattr(linear, "in_features", None)
+    if isinstance(width, int) and width != hidden_states.shape[-1]:
+        raise ValueError(f"hidden_states: got hidden size {hidden_states.shape[-1]}, need {width}, as linear has")
+    weight = getattr(linear, "weight", None)
+    plain = isinstance(linear, nn.Linear) and type(weight) in (torch.Tensor, nn.Parameter)
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    if plain and not autocast and weight.is_floating_point() and weight.dtype != hidden_states.dtype:
+        raise ValueError(f"hidden_states: got {hidden_states.dtype}, need {weight.dtype}, as linear.weight has")
+
+
+def check_labels(labels: torch.Tensor | None, vocab_size: int, ignore_index: int | None) -> None:
+    """Integer labels lie in [0, vocab_size) or equal `ignore_index`; with `ignore_index` None they are not looked at.
+
+    On the CPU a ValueError. On a GPU an assertion on the device, which names the labels and makes nothing wait.
+    """
+    if ignore_index is None or labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
+        return
+    fit = (((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)).all()
+    need = f"0 to {vocab_size - 1}, or ignore_index ({ignore_index})"
+    if labels.is_cuda:
+        torch._assert_async(fit, f"labels: need {need}")
+    elif not fit:
+        outside = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
+        raise ValueError(f"labels: got {outside.flatten()[0].item()}, need {need}")
+
+
+def check_scalar(value: object) -> torch.Tensor:
+    """What an additive function must return: a 0-dim floating tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"forward_function: returned {type(value).__name__}, need a tensor")
+    if value.dim() or not value.is_floating_point():
+        raise ValueError(
+            f"forward_function: returned shape {tuple(value.shape)}, {value.dtype}; need a 0-dim floating tensor, "
+            "or reduction='none' for per-row results"
+        )
+    return value
+
+
+def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
+    """What a per-row function must return: tensors (rows, ...) that are together smaller than the logits."""
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"forward_function: returned {type(result).__name__}, need tensors")
+        if not result.dim() or result.shape[0] != rows:
+            raise ValueError(f"forward_function: returned shape {tuple(result.shape)}, need ({rows}, ...): a row each")
+    if rows and sum(result.numel() for result in results) >= logits_numel:
+        sizes = ", ".join(str(tuple(result.shape)) for result in results)
+        raise ValueError(f"forward_function: returned {sizes}, as large as the logits that must never be kept whole")
+
+
+def first_time(function: Callable, *purpose: str) -> bool:
+    """Whether this function (by its code, where it has one: a lambda is made anew at each step) is new to `purpose`."""
+    tried = _tried.setdefault(getattr(function, "__code__", function), set())
+    new = purpose not in tried
+    tried.add(purpose)
+    return new
+
+
+def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> None:
+    """Raise RuntimeError unless the compiled code's gradient of a few rows is, but for rounding, that of eager mode."""
+    off = (gradient.double() - eager.double()).norm()
+    bound = 4 * torch.finfo(gradient.dtype).eps if gradient.dtype.itemsize == 2 else 1e-4
+    if not off <= bound * eager.double().norm():
+        size = eager.double().norm().item()
+        raise RuntimeError(
+            f"forward_function: compiled, its gradient is {off.item():.3g} away from eager mode's, of norm {size:.3g}; "
+            "use compile=False (or check_additive=False if it draws random numbers)"
+        )
+
+
+def check_additive(evaluate: Callable[[int, int], tuple[torch.Tensor, ...]], rows: int, additive: bool) -> None:
+    """Compare `evaluate(0, n)` with the two halves: their sum, or (`additive` False) their rows one after the other.
+
+    Raises ValueError if they differ by more than rounding. This is the one place that waits for the device.
+    """
+    rows = min(rows, ROWS_TRIED)
+    half = rows // 2
+    if not half:
+        return
+    whole, first, second = (evaluate(*span) for span in ((0, rows), (0, half), (half, rows)))
+    for together, a, b in zip(whole, first, second, strict=True):
+        if not together.is_floating_point():
+            continue
+        parts = a + b if additive else torch.cat([a, b])
+        size = (a.abs() + b.abs() if additive else parts.abs()).double().nan_to_num().max()
+        off = (together - parts).abs().double().nan_to_num().max()
+        # The rounding of a sum in the result's dtype, and of a GEMM that takes other tiles for fewer rows.
+        if off > 0.02 * size:
+            found = f"{off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, of size {size.item():.3g}"
+            raise ValueError(
+                f"forward_function: a chunk of {rows} rows gives a result {found}: it is not "
+                f"{'additive over rows' if additive else 'computed row by row'} (or draws random numbers: then pass "
+                "check_additive=False). A mean needs reduction='mean' or a sum with a normalizer"
+            )

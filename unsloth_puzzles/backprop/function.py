@@ -1,0 +1,273 @@
+"""The user's function on one chunk of logits: its value, and its gradient by autograd, written over the logits."""
+
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+_EAGER_PIECES = 8  # an eager function runs on eighths of a chunk: its float32 temporaries are eighths, too
+EAGER_BYTES_PER_LOGIT = 16 / _EAGER_PIECES  # float32 copies, softmax and gradients that such a function makes
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the function gets beside the logits, whole or cut to the rows of a chunk.
+
+    `labels` (rows, ...) or None, `row_args` cut alike, `shared_args` whole; `wanted` says which of row_args +
+    shared_args need gradients.
+    """
+
+    labels: torch.Tensor | None
+    row_args: tuple
+    shared_args: tuple
+    wanted: tuple[bool, ...]
+
+    def cut(self, start: int, stop: int) -> "Arguments":
+        labels = None if self.labels is None else self.labels[start:stop]
+        return Arguments(labels, tuple(a[start:stop] for a in self.row_args), self.shared_args, self.wanted)
+
+    @property
+    def all(self) -> tuple:
+        return (*self.row_args, *self.shared_args)
+
+    def leaves(self) -> tuple:
+        """All of them detached, those that want gradients as leaves."""
+        return tuple(
+            a.detach().requires_grad_(want) if isinstance(a, torch.Tensor) else a
+            for a, want in zip(self.all, self.wanted, strict=True)
+        )
+
+    def chosen(self, values: tuple) -> list[torch.Tensor]:
+        return [value for value, want in zip(values, self.wanted, strict=True) if want]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a chunk's value enters the loss: as it is, or (`mean`) weighted by the chunk's number of valid labels."""
+
+    mean: bool
+    ignore_index: int | None
+
+    def weight(self, labels: torch.Tensor) -> torch.Tensor | None:
+        return (labels != self.ignore_index).sum() if self.mean else None
+
+
+class EagerFunction:
+    """The function as it is, run by autograd in eager mode on pieces of a chunk."""
+
+    def __init__(self, function: Callable, reduction: Reduction):
+        self.function, self.reduction = function, reduction
+
+    def value(self, logits: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """The chunk's contribution to the loss, before it is normalised: a 0-dim tensor."""
+        with torch.no_grad():
+            pieces = [_weighted(self.function, self.reduction, *piece) for piece in _pieces(logits, arguments)]
+        return torch.stack(pieces).sum()
+
+    def value_and_gradient(self, logits: torch.Tensor, arguments: Arguments, scale: torch.Tensor, add: Callable):
+        """The value; `scale` times its gradient is written over `logits`, those of the arguments go to `add`."""
+        values = []
+        start = 0
+        for piece, cut in _pieces(logits, arguments):
+            leaf = piece.detach().requires_grad_()
+            leaves = cut.leaves()
+            with torch.enable_grad():
+                value = _weighted(self.function, self.reduction, leaf, cut, leaves)
+                inputs = [leaf, *cut.chosen(leaves)]
+                scaled = value * scale
+            gradients = _gradients(scaled, inputs, None)
+            piece.copy_(_without_nan_of_nothing(gradients[0], self.reduction, cut.labels))
+            add(start, gradients[1:])
+            start += len(piece)
+            values.append(value.detach())
+        return torch.stack(values).sum()
+
+    def rows(self, logits: torch.Tensor, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+        """Per-row results."""
+        with torch.no_grad():
+            return _tuple(self.function(logits, arguments.labels, *arguments.all))
+
+    def rows_gradient(self, logits: torch.Tensor, arguments: Arguments, upstream: tuple, add: Callable) -> None:
+        """`upstream` (one per result, None where there is no gradient) times the Jacobian, over `logits`."""
+        start = 0
+        for piece, cut in _pieces(logits, arguments):
+            stop = start + len(piece)
+            leaf = piece.detach().requires_grad_()
+            leaves = cut.leaves()
+            with torch.enable_grad():
+                results = _tuple(self.function(leaf, cut.labels, *leaves))
+            kept = [
+                (result, slope[start:stop])
+                for result, slope in zip(results, upstream, strict=True)
+                if slope is not None
+            ]
+            outputs = [result for result, _ in kept]
+            gradients = _gradients(outputs, [leaf, *cut.chosen(leaves)], [slope for _, slope in kept])
+            piece.copy_(gradients[0])
+            add(start, gradients[1:])
+            start = stop
+
+
+class CompiledFunction(EagerFunction):
+    """The same, compiled by Inductor: value and gradient of a whole chunk in one pass over the logits.
+
+    On a GPU the compiled code writes the gradient over the logits itself (an input that it mutates). On the CPU it
+    returns the gradient, since Inductor's outer-loop fusion there moves reads of an input behind its overwriting
+    (seen in torch 2.11: a cross entropy that took the label's logit from its own gradient).
+    """
+
+    def __init__(self, function: Callable, reduction: Reduction):
+        super().__init__(function, reduction)
+        self._compiled = {}
+
+    def value(self, logits, arguments):
+        run = self._get("value", logits, arguments, partial(_value, self.function, self.reduction))
+        return run(*_marked(logits, arguments))
+
+    def value_and_gradient(self, logits, arguments, scale, add):
+        program = partial(_value_and_gradient, self.function, self.reduction, arguments.wanted, logits.is_cuda)
+        run = self._get("gradient", logits, arguments, program)
+        value, gradient, others = run(*_marked(logits, arguments), scale)
+        if gradient is not None:
+            logits.copy_(gradient)
+        add(0, others)
+        return value
+
+    def rows(self, logits, arguments):
+        run = self._get("rows", logits, arguments, partial(_rows, self.function))
+        return run(*_marked(logits, arguments))
+
+    def rows_gradient(self, logits, arguments, upstream, add):
+        present = tuple(slope is not None for slope in upstream)
+        program = partial(_rows_gradient, self.function, arguments.wanted, present, logits.is_cuda)
+        run = self._get(("rows gradient", present), logits, arguments, program)
+        slopes = tuple(slope for slope in upstream if slope is not None)
+        gradient, others = run(*_marked(logits, arguments), slopes)
+        if gradient is not None:
+            logits.copy_(gradient)
+        add(0, others)
+
+    def _get(self, name: object, logits: torch.Tensor, arguments: Arguments, program: Callable) -> Callable:
+        # exp by the hardware's ex2 is off by 2 ulp of float32: 1/30000 of what rounding a gradient to 16 bits costs.
+        fast = logits.dtype.itemsize == 2
+        key = name, arguments.wanted, fast
+        if key not in self._compiled:
+            options = {"use_fast_math": fast, "coordinate_descent_tuning": logits.is_cuda}
+            self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
+        return self._compiled[key]
+
+
+_known: "weakref.WeakKeyDictionary[Callable, dict]" = weakref.WeakKeyDictionary()
+
+
+def compiled(function: Callable, reduction: Reduction) -> CompiledFunction:
+    """The one `CompiledFunction` of this function object and reduction: compiled code lives as long as the function."""
+    return _known.setdefault(function, {}).setdefault(reduction, CompiledFunction(_Weak(function), reduction))
+
+
+class _Weak:
+    """Calls a function without keeping it alive, so that a key of `_known` does not live in its own value."""
+
+    def __init__(self, function: Callable):
+        self.reference = weakref.ref(function)
+
+    def __call__(self, *arguments):
+        return self.reference()(*arguments)
+
+
+def _value(function, reduction, logits, labels, arguments):
+    return _weighted(function, reduction, logits, Arguments(labels, arguments, (), ()), arguments)
+
+
+def _value_and_gradient(function, reduction, wanted, overwrite, logits, labels, arguments, scale):
+    def scaled(logits, *chosen):
+        values = _merge(arguments, wanted, chosen)
+        value = _weighted(function, reduction, logits, Arguments(labels, values, (), ()), values)
+        return value * scale, value
+
+    chosen = [value for value, want in zip(arguments, wanted, strict=True) if want]
+    argnums = tuple(range(1 + len(chosen)))
+    (gradient, *others), value = torch.func.grad(scaled, argnums=argnums, has_aux=True)(logits, *chosen)
+    gradient = _without_nan_of_nothing(gradient, reduction, labels)
+    if overwrite:
+        logits.copy_(gradient)
+        gradient = None
+    return value, gradient, others
+
+
+def _rows(function, logits, labels, arguments):
+    return _tuple(function(logits, labels, *arguments))
+
+
+def _rows_gradient(function, wanted, present, overwrite, logits, labels, arguments, slopes):
+    def results(logits, *chosen):
+        values = _tuple(function(logits, labels, *_merge(arguments, wanted, chosen)))
+        return tuple(value for value, kept in zip(values, present, strict=True) if kept)
+
+    chosen = [value for value, want in zip(arguments, wanted, strict=True) if want]
+    _, pull_back = torch.func.vjp(results, logits, *chosen)
+    gradient, *others = pull_back(slopes)
+    if overwrite:
+        logits.copy_(gradient)
+        gradient = None
+    return gradient, others
+
+
+def _weighted(function, reduction, logits, arguments, values=None):
+    value = function(logits, arguments.labels, *(arguments.all if values is None else values))
+    weight = reduction.weight(arguments.labels)
+    # A chunk without valid labels has no mean (0/0); it contributes nothing.
+    return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
+
+
+def _without_nan_of_nothing(gradient, reduction, labels):
+    """The gradient of a mean of nothing is 0/0 as well: nothing, too."""
+    weight = reduction.weight(labels)
+    return gradient if weight is None else torch.where(weight > 0, gradient, 0.0)
+
+
+def _gradients(outputs, inputs, slopes) -> list[torch.Tensor]:
+    """Like `autograd.grad`, with zeros for an input that the outputs do not depend on."""
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    recorded = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not recorded:
+        return [torch.zeros_like(given) for given in inputs]
+    slopes = None if slopes is None else [slopes[i] for i in recorded]
+    found = torch.autograd.grad([outputs[i] for i in recorded], inputs, slopes, allow_unused=True)
+    return [torch.zeros_like(i) if gradient is None else gradient for i, gradient in zip(inputs, found, strict=True)]
+
+
+def _pieces(logits: torch.Tensor, arguments: Arguments):
+    rows = max(1, -(-len(logits) // _EAGER_PIECES))
+    for start in range(0, len(logits), rows):
+        stop = min(start + rows, len(logits))
+        yield logits[start:stop], arguments.cut(start, stop)
+
+
+def _marked(logits, arguments):
+    """The tensors of a chunk with their rows marked as dynamic: a ragged last chunk is not compiled anew."""
+    cut = [logits, *([] if arguments.labels is None else [arguments.labels]), *arguments.row_args]
+    for tensor in cut:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return logits, arguments.labels, arguments.all
+
+
+def _merge(values, wanted, chosen):
+    replacing = iter(chosen)
+    return tuple(next(replacing) if want else value for value, want in zip(values, wanted, strict=True))
+
+
+def _tuple(results) -> tuple:
+    return results if isinstance(results, tuple) else tuple(results) if isinstance(results, list) else (results,)
+
+
+def _own_code(program: partial) -> Callable:
+    """`program` as a function with a code object of its own: Dynamo keeps and counts compilations by code object."""
+
+    def run(*arguments):
+        return program(*arguments)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)

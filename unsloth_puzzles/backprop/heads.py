@@ -1,0 +1,172 @@
+"""The output projection, chunk by chunk: any module, its weight gradients accumulated in one buffer each."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from unsloth_puzzles.backprop.scale import narrow_in_place
+
+_VOCABULARY_BLOCK = 8192  # rows of dW that are accumulated at a time where no GEMM accumulates in another dtype
+# What made the logits must not need them again: only then may their gradient overwrite them.
+_FORGETS_ITS_OUTPUT = ("_LinearBackward", "AddmmBackward0", "MmBackward0", "AddBackward0", "MatMul4BitBackward")
+
+
+class Head:
+    """`linear` with its trainable parameters replaced by leaves whose gradients are summed over the chunks.
+
+    The leaves share the parameters' memory, so nothing is ever written to a parameter's `.grad`. Frozen parameters get
+    no gradient and no buffer. `accumulate_dtype` is the dtype of the sums, by default each parameter's own.
+    """
+
+    def __init__(self, linear: nn.Module, parameters: dict[str, torch.Tensor], accumulate_dtype: torch.dtype | None):
+        self.linear = linear
+        self.leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        self.sums = [
+            _Sum(leaf, torch.promote_types(leaf.dtype, accumulate_dtype or leaf.dtype)) for leaf in self.leaves.values()
+        ]
+        self._mode = _LeanLinear({id(leaf): total for leaf, total in zip(self.leaves.values(), self.sums, strict=True)})
+        self._module = _Call(linear)
+        self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
+
+    def call(self, function: Callable | None, x: torch.Tensor, *arguments: object) -> object:
+        """`linear(x)`, or `function(x, linear, *arguments)`, recorded by autograd. x: (rows, hidden)."""
+        with torch.enable_grad(), self._mode:
+            return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
+
+    def backward(self, outputs, gradients, x: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Gradients of x and `others`; those of the trainable parameters are added to their sums."""
+        leaves = list(self.leaves.values())
+        found = torch.autograd.grad(outputs, [x, *others, *leaves], gradients, allow_unused=True)
+        for total, gradient in zip(self.sums, found[1 + len(others) :], strict=True):
+            if gradient is not None:  # used by something else than `F.linear`, which adds to the sum itself
+                total.add(gradient)
+        return list(found[: 1 + len(others)])
+
+    def results(self, parameters: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The summed gradients, None where a parameter was never used."""
+        return [total.result(parameter) for total, parameter in zip(self.sums, parameters, strict=True)]
+
+
+def forgets(logits: torch.Tensor) -> bool:
+    """Whether the operation that made `logits` can be differentiated without them."""
+    return logits.grad_fn is None or logits.grad_fn.name() in _FORGETS_ITS_OUTPUT
+
+
+class _Call(nn.Module):
+    """Gives `functional_call`, which replaces the parameters, a module whose call is what we want to run."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, function: Callable | None, x: torch.Tensor, *arguments: object) -> object:
+        return self.linear(x) if function is None else function(x, self.linear, *arguments)
+
+
+class _LeanLinear(TorchFunctionMode):
+    """While active, `F.linear` with a trainable weight adds dW to its sum instead of making a dW per chunk.
+
+    Whoever calls it: `nn.Linear`, a LoRA layer, or the user's function with `linear.weight`. Under autocast the weight
+    is cast once, not once a chunk.
+    """
+
+    def __init__(self, sums: dict[int, "_Sum"]):
+        super().__init__()
+        self._sums = sums
+        self._cast: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear or kwargs or not _dense(args[1]):
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        total = self._sums.get(id(weight))
+        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias_cast = x.to(dtype), None if bias is None else bias.detach().to(dtype)
+            if id(weight) not in self._cast:
+                self._cast[id(weight)] = weight.detach().to(dtype)
+            weight_cast = self._cast[id(weight)]
+        else:
+            weight_cast, bias_cast = weight.detach(), None if bias is None else bias.detach()
+        if total is None and (bias is None or not bias.requires_grad):
+            return _Linear.apply(x, weight_cast, bias_cast, None, None)
+        if bias is not None and bias.requires_grad and id(bias) not in self._sums:
+            return func(*args)  # a bias computed from something else: autograd's business
+        return _Linear.apply(x, weight_cast, bias_cast, total, None if bias is None else self._sums.get(id(bias)))
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b whose backward returns dx and adds dW and db to their sums."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_sum, bias_sum):
+        ctx.save_for_backward(x, weight)
+        ctx.sums = weight_sum, bias_sum
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        weight_sum, bias_sum = ctx.sums
+        with torch.autocast(x.device.type, enabled=False):
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            if weight_sum is not None:
+                weight_sum.add_product(flat, x.reshape(-1, x.shape[-1]))
+            if bias_sum is not None:
+                bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))
+            return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _Sum:
+    """The gradient of one parameter, summed over the chunks."""
+
+    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype):
+        self.shape, self.device, self.total = parameter.shape, parameter.device, None
+        # A vector costs nothing in float32, and a bias gradient is a sum over all rows.
+        self.dtype = dtype if parameter.dim() > 1 else torch.promote_types(dtype, torch.float32)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        if self.total is None:
+            self.total = gradient.to(self.dtype)
+        else:
+            self.total += gradient
+
+    def add_product(self, gradient: torch.Tensor, x: torch.Tensor) -> None:
+        """Add gradient^T x. gradient: (rows, out), x: (rows, in), of one dtype."""
+        first = self.total is None
+        if first:
+            self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        transposed = gradient.t()
+        if gradient.dtype == self.dtype:
+            torch.mm(transposed, x, out=self.total) if first else self.total.addmm_(transposed, x)
+        elif self.dtype == torch.float32 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
+            if first:
+                torch.mm(transposed, x, out_dtype=torch.float32, out=self.total)
+            else:
+                torch.addmm(self.total, transposed, x, out_dtype=torch.float32, out=self.total)
+        else:  # cuBLAS has no such product below sm_80, nor has the CPU: widen a block of the vocabulary at a time
+            x = x.to(self.dtype)
+            for start in range(0, self.shape[0], _VOCABULARY_BLOCK):
+                rows = slice(start, start + _VOCABULARY_BLOCK)
+                block = transposed[rows].to(self.dtype)
+                torch.mm(block, x, out=self.total[rows]) if first else self.total[rows].addmm_(block, x)
+
+    def result(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        if self.total is None or self.total.dtype == parameter.dtype or _takes(parameter, self.total.dtype):
+            return self.total
+        if self.total.dtype == torch.float32 and parameter.dtype.itemsize == 2 and self.total.is_contiguous():
+            return narrow_in_place(self.total, parameter.dtype)
+        return self.total.to(parameter.dtype)
+
+
+def _takes(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the parameter's owner has said that its gradient may have this dtype (`Tensor.grad_dtype`)."""
+    return parameter.is_leaf and getattr(parameter, "grad_dtype", parameter.dtype) in (None, dtype)
+
+
+def _dense(weight: object) -> bool:
+    return isinstance(weight, torch.Tensor) and type(weight) in (torch.Tensor, nn.Parameter) and weight.dim() == 2

@@ -1,0 +1,64 @@
+"""In place, on tensors too large to have twice: multiply by a scalar on the device; narrow float32 to 16 bits."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 4096  # values of a program: 8 KB or 16 KB, enough in flight to reach the copy bandwidth
+_PIECE = 2**22  # values at a time where Triton does not run: a float32 temporary of 16 MB
+
+
+def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply `tensor` (contiguous, any floating dtype) by `factor` (0-dim) and return it.
+
+    The product is formed in float32 (float64 for float64) and rounded once. `Tensor.mul_` would round the factor to
+    the tensor's dtype first: 1/3 in bfloat16 is 0.3340. On a GPU the kernel reads the factor itself, so nothing waits
+    for the device, and returns at once when it is 1: a loss that is the root of the graph costs no pass over dW.
+    """
+    if tensor.dtype == torch.float64 or not _triton_runs(tensor):
+        exact = torch.promote_types(tensor.dtype, torch.float32)
+        for piece in tensor.view(-1).split(_PIECE):
+            piece.copy_(piece.to(exact) * factor.to(exact))
+        return tensor
+    numel = tensor.numel()
+    if numel:
+        with torch.cuda.device(tensor.device):
+            _scale[(triton.cdiv(numel, _BLOCK),)](tensor, factor.to(torch.float32), numel, BLOCK=_BLOCK, num_warps=8)
+    return tensor
+
+
+def narrow_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` (contiguous float32) rounded to 16-bit `dtype`, in the first half of its own memory.
+
+    The result keeps the whole storage alive, and `tensor` must not be used afterwards. The values are converted in runs
+    of doubling length: the values [n, 2n) lie at bytes [4n, 8n) and go to [2n, 4n), which no later run reads and which
+    does not overlap them. So 2.0 GiB of float32 gradient become bfloat16 without another 1.0 GiB at the peak.
+    """
+    if tensor.dtype != torch.float32 or dtype.itemsize != 2:
+        raise ValueError(f"tensor: got {tensor.dtype} to be narrowed to {dtype}, need float32 and a 16-bit dtype")
+    wide = tensor.view(-1)
+    narrow = wide.view(dtype)[: wide.numel()]
+    done = min(1024, wide.numel())
+    narrow[:done] = wide[:done].to(dtype)  # by way of a temporary: this run overlaps its own target
+    while done < wide.numel():
+        stop = min(2 * done, wide.numel())
+        narrow[done:stop].copy_(wide[done:stop])
+        done = stop
+    return narrow.view(tensor.shape)
+
+
+def _triton_runs(tensor: torch.Tensor) -> bool:
+    """Below sm_80 Triton has no conversion to bfloat16; its interpreter truncates there."""
+    if not tensor.is_cuda or triton.knobs.runtime.interpret or not tensor.is_contiguous():
+        return False
+    return tensor.dtype != torch.bfloat16 or torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+@triton.jit
+def _scale(tensor_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < numel
+        value = tl.load(tensor_ptr + index, mask=mask).to(tl.float32) * factor
+        tl.store(tensor_ptr + index, value.to(tensor_ptr.dtype.element_ty), mask=mask)

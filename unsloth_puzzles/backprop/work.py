@@ -1,0 +1,250 @@
+"""The passes over the chunks: logits, the user's function, gradients, one chunk after the other."""
+
+import math
+from functools import partial
+
+import torch
+
+from unsloth_puzzles.backprop import checks
+from unsloth_puzzles.backprop.chunks import chunk_rows
+from unsloth_puzzles.backprop.function import EAGER_BYTES_PER_LOGIT, Arguments, EagerFunction, Reduction, compiled
+from unsloth_puzzles.backprop.heads import Head, forgets
+from unsloth_puzzles.backprop.rng import RandomStates
+
+_EAGER_WHOLE_BYTES = 16  # per logit: a float32 copy, its softmax, and the gradients of both
+
+
+class Work:
+    """One pass over the chunks: of the forward, or of the backward of per-row results."""
+
+    def __init__(self, X, linear, labels, function, plan, tensors, needs):
+        self.plan, self.shape = plan, X.shape
+        self.x = X.detach().reshape(-1, X.shape[-1])
+        count, leading = len(plan.names), X.dim() - 1
+        self.parameters = tensors[:count]
+        rest = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in tensors[count:])
+        flat = lambda t: t.reshape(-1, *t.shape[leading:])  # noqa: E731
+        wanted = tuple(needs[5 + count :]) if plan.differentiate else (False,) * len(rest)
+        cut = tuple(flat(t) for t in rest[: plan.row_count])
+        self.arguments = Arguments(None if labels is None else flat(labels), cut, rest[plan.row_count :], wanted)
+        self.head = Head(linear, dict(zip(plan.names, self.parameters, strict=True)), plan.accumulate_dtype)
+        self.reduction = Reduction(plan.reduction == "mean", plan.ignore_index)
+        self.user_function = function
+        self.eager = EagerFunction(function, self.reduction)
+        self.function = compiled(function, self.reduction) if plan.compile else self.eager
+        self.verify = plan.compile and plan.check_additive and checks.first_time(function, "compiled", plan.reduction)
+        self.needs_x = needs[0] and plan.differentiate
+        self.differentiate = plan.differentiate and any(needs)
+        self.states = RandomStates(X.device)
+        self._size_chunks()
+
+    def _size_chunks(self) -> None:
+        device = self.x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
+        self.vocab_size = getattr(self.head.linear, "out_features", None)
+        if not isinstance(self.vocab_size, int):
+            with torch.no_grad():
+                self.vocab_size = self.head.call(None, self.x.new_zeros(1, self.x.shape[-1])).shape[-1]
+        spare = 0 if self.plan.compile else EAGER_BYTES_PER_LOGIT
+        if self.plan.function_takes == "linear":
+            spare = _EAGER_WHOLE_BYTES  # all of a chunk's temporaries at once
+        rows = chunk_rows(self.plan.chunk_size, self.vocab_size, dtype, self.x.device, dtype.itemsize + spare)
+        if self.plan.chunk_size == "auto" and self.plan.function_takes == "linear":
+            rows = max(1, rows // 4)
+        self.spans = [(i, min(i + rows, len(self.x))) for i in range(0, len(self.x), rows)]
+        checks.check_labels(self.arguments.labels, self.vocab_size, self.plan.ignore_index)
+
+    def _logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of a chunk with their graph, and their memory, over which the gradient may be written."""
+        logits = self.head.call(None, x)
+        if logits.shape != (len(x), self.vocab_size):
+            need = (len(x), self.vocab_size)
+            raise ValueError(f"linear: maps {tuple(x.shape)} to {tuple(logits.shape)}, need {need}")
+        return logits, logits.detach() if forgets(logits) else logits.detach().clone()
+
+    def additive(self):
+        """The loss; gradients of X, the parameters and the arguments; what multiplies the upstream gradient."""
+        if self.plan.check_additive and self.spans and checks.first_time(self.user_function, self.plan.reduction):
+            self._try(additive=True)
+        count, scale, rescale = self._normalizer()
+        total = None
+        gradients = _Gradients(self)
+        for start, stop in self.spans:
+            value = self._additive_chunk(start, stop, scale, gradients)
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            total = value if total is None else total + value
+        if total is None:
+            total = torch.zeros((), device=self.x.device)
+        loss = total if count is None else torch.where(count == 0, math.nan, total / count)
+        return loss, gradients.results(), rescale
+
+    def _additive_chunk(self, start, stop, scale, gradients):
+        cut = self.arguments.cut(start, stop)
+        x = self.x[start:stop].detach().requires_grad_(self.differentiate)
+        if self.plan.function_takes == "linear":
+            leaves = cut.leaves()
+            value = self._projected(x, cut, leaves)
+            checks.check_scalar(value)
+            weight = self.reduction.weight(cut.labels)
+            with torch.enable_grad():
+                if weight is not None:
+                    value = torch.where(weight > 0, value * weight, 0.0)
+                scaled = value * scale
+            if self.differentiate:
+                found = self.head.backward(scaled, None, x, cut.chosen(leaves))
+                gradients.add(start, stop, found[0], found[1:])
+            return value.detach()
+        logits, over = self._logits(x)
+        if not self.differentiate:
+            return checks.check_scalar(self.function.value(over, cut))
+        before = over[: checks.ROWS_TRIED].clone() if self.verify else None
+        value = self.function.value_and_gradient(over, cut, scale, partial(gradients.add_arguments, start))
+        if self.verify:
+            self.verify = False
+            part = cut.cut(0, len(before))
+            self.eager.value_and_gradient(before, part, scale, lambda start, found: None)
+            checks.check_compiled(over[: len(before)], before)
+        gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
+        return value
+
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Per-row results, with the leading dimensions of X."""
+        if self.plan.check_additive and self.spans and checks.first_time(self.user_function, self.plan.reduction):
+            self._try(additive=False)
+        whole: list[torch.Tensor] = []
+        for start, stop in self.spans or [(0, 0)]:
+            self.states.record()
+            with torch.no_grad():
+                results = self._rows_chunk(start, stop, self.function)
+            checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
+            if not whole:
+                whole = [result.new_empty(len(self.x), *result.shape[1:]) for result in results]
+            for target, result in zip(whole, results, strict=True):
+                target[start:stop] = result
+        return tuple(target.view(*self.shape[:-1], *target.shape[1:]) for target in whole)
+
+    def rows_backward(self, upstream, states):
+        leading = len(self.shape) - 1
+        upstream = [None if u is None else u.reshape(-1, *u.shape[leading:]) for u in upstream]
+        gradients = _Gradients(self)
+        if any(slope is not None for slope in upstream):
+            with states.replay() as at_chunk:
+                for i, (start, stop) in enumerate(self.spans):
+                    at_chunk(i)
+                    slopes = tuple(None if u is None else u[start:stop] for u in upstream)
+                    self._rows_backward_chunk(start, stop, slopes, gradients)
+        return gradients.results()
+
+    def _rows_backward_chunk(self, start, stop, slopes, gradients):
+        cut = self.arguments.cut(start, stop)
+        x = self.x[start:stop].detach().requires_grad_()
+        if self.plan.function_takes == "linear":
+            leaves = cut.leaves()
+            results = self._projected(x, cut, leaves)
+            results = results if isinstance(results, tuple | list) else (results,)
+            kept = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
+            found = self.head.backward([r for r, _ in kept], [s for _, s in kept], x, cut.chosen(leaves))
+            gradients.add(start, stop, found[0], found[1:])
+            return
+        logits, over = self._logits(x)
+        before = over[: checks.ROWS_TRIED].clone() if self.verify else None
+        self.function.rows_gradient(over, cut, slopes, partial(gradients.add_arguments, start))
+        if self.verify:
+            self.verify = False
+            rows = len(before)
+            part = tuple(None if slope is None else slope[:rows] for slope in slopes)
+            self.eager.rows_gradient(before, cut.cut(0, rows), part, lambda start, found: None)
+            checks.check_compiled(over[:rows], before)
+        gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
+
+    def _rows_chunk(self, start, stop, function):
+        cut = self.arguments.cut(start, stop)
+        if self.plan.function_takes == "linear":
+            results = self._projected(self.x[start:stop], cut, cut.all)
+            return tuple(results) if isinstance(results, tuple | list) else (results,)
+        return function.rows(self._logits(self.x[start:stop])[1], cut)
+
+    def _projected(self, x, cut, values):
+        return self.head.call(self.user_function, x, cut.labels, *values)
+
+    def _normalizer(self):
+        """The divisor of the loss or None; the factor of a chunk's gradient; what is still missing from the gradients.
+
+        Gradients of a sum over 16 K tokens are of size 1, those of the mean of size 1e-4, where float16 has lost most
+        of its digits. So in float16 they are kept times the power of two next to the divisor, which costs no digit.
+        """
+        labels, given, device = self.arguments.labels, self.plan.normalizer, self.x.device
+        if self.plan.reduction == "mean" or isinstance(given, str):
+            count = (labels != self.plan.ignore_index).sum()
+        elif given is None:
+            one = torch.ones((), device=device)
+            return None, one, one
+        else:
+            count = torch.as_tensor(given).to(device, non_blocking=True).reshape(())
+        wide = torch.promote_types(self.x.dtype, torch.float32)
+        count = count.to(wide)
+        boost = torch.exp2(torch.log2(count.abs()).ceil()) if self.x.dtype == torch.float16 else torch.ones_like(count)
+        nothing = count == 0
+        return count, torch.where(nothing, 0, boost / count), torch.where(nothing, 0, 1 / boost)
+
+    def _try(self, additive: bool) -> None:
+        """Hold a few rows of the function against their halves, without moving the random numbers of the run."""
+
+        def evaluate(start, stop):
+            with torch.no_grad():
+                cut = self.arguments.cut(start, stop)
+                if not additive:
+                    results = self._rows_chunk(start, stop, self.eager)
+                    checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
+                    return results
+                if self.plan.function_takes == "linear":
+                    value = self._projected(self.x[start:stop], cut, cut.all)
+                else:
+                    logits = self._logits(self.x[start:stop])[1]
+                    value = self.user_function(logits, cut.labels, *cut.all)
+                weight = self.reduction.weight(cut.labels)
+                value = checks.check_scalar(value)
+                return (value if weight is None else torch.where(weight > 0, value * weight, 0.0),)
+
+        with RandomStates(self.x.device).replay():
+            checks.check_additive(evaluate, len(self.x), additive)
+
+
+class _Gradients:
+    """What the chunks' gradients are gathered in."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        arguments = work.arguments
+        self.x = torch.zeros_like(work.x) if work.needs_x else None
+        self.arguments = [
+            torch.zeros_like(value, memory_format=torch.contiguous_format) if want else None
+            for value, want in zip(arguments.all, arguments.wanted, strict=True)
+        ]
+
+    def add(self, start, stop, x, others) -> None:
+        if self.x is not None and x is not None:
+            self.x[start:stop] = x
+        if others is not None:
+            self.add_arguments(start, 0, others)
+
+    def add_arguments(self, chunk, offset, found) -> None:
+        """`found`: a gradient for each argument that wants one, of the rows from `offset` of the `chunk` on."""
+        start, found = chunk + offset, iter(found)
+        for i, total in enumerate(self.arguments):
+            gradient = None if total is None else next(found)
+            if gradient is None:
+                continue
+            if i < len(self.work.arguments.row_args):
+                total[start : start + len(gradient)] = gradient
+            else:
+                total += gradient
+
+    def results(self) -> list[torch.Tensor | None]:
+        work = self.work
+        leading, rows = work.shape[:-1], len(work.arguments.row_args)
+        arguments = [
+            a if a is None or i >= rows else a.view(*leading, *a.shape[1:]) for i, a in enumerate(self.arguments)
+        ]
+        x = None if self.x is None else self.x.view(work.shape)
+        return [x, *work.head.results(list(work.parameters)), *arguments]
