@@ -1,0 +1,195 @@
+"""GRPO without the logits: TRL's trainer, whose log-probabilities and entropies come from `memory_efficient_linear`.
+
+    trainer = MemoryEfficientGRPOTrainer(model=model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=data)
+
+GRPO's loss needs one number per completion token, the log-probability of the token that was sampled, and for the
+metrics (and the entropy bonus) a second, the entropy: both are per-row functions of the logits. So every loss type,
+ratio, clipping and metric stays TRL's, and only the function of the rows is ours.
+
+Written for TRL 1.16, whose own fused head (`trl.trainer.utils.add_fused_lm_head`, derivatives by hand) it replaces.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import trl
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl import GRPOTrainer
+
+from unsloth_puzzles.backprop.linear import memory_efficient_linear
+from unsloth_puzzles.backprop.losses import entropy, soft_cap, token_log_probs
+
+TRL = (1, 16)
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere and MPT, Muse, Falcon-H1
+_SAME_LOGITS = 0.02  # relative norm: a model that scales bfloat16 logits rounds them again, by 0.4 % at most
+
+
+class MemoryEfficientGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` (the same arguments), in which no more logits exist than one chunk's.
+
+    `chunk_size` and `accumulate_dtype` are `memory_efficient_linear`'s; `compile` too, where None stands for True on a
+    GPU and False elsewhere. Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the
+    architectures and the auxiliary loss of mixtures of experts are honoured. At construction a few tokens are sent
+    through the model, whose own logits must be those that we take, so an unknown scaling is refused, not overlooked.
+    Entropies cost nothing in the backward unless there is an entropy bonus: without one nobody asks for their gradient.
+
+    Raises:
+        RuntimeError: another TRL than 1.16.
+        ValueError: `cast_lm_head_to_fp32`, a sharded model (DeepSpeed, FSDP), or a model whose logits are not
+            cap(scale * head(hidden states)).
+    """
+
+    def __init__(
+        self,
+        *args,
+        chunk_size: int | str = "auto",
+        compile: bool | None = None,
+        accumulate_dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        _check_trl()
+        config = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
+        if getattr(config, "cast_lm_head_to_fp32", False):
+            raise ValueError(
+                "cast_lm_head_to_fp32: got True, need False: the logits are made in the model's dtype and reduced in "
+                "float32; for a float32 head load the model in float32 and set bf16=True (autocast) without it"
+            )
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("args: got DeepSpeed or FSDP, need an unsharded head (one process, or DDP)")
+        options = {
+            "chunk_size": chunk_size,
+            "compile": self.accelerator.device.type == "cuda" if compile is None else compile,
+            "accumulate_dtype": accumulate_dtype,
+        }
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        _install(policy, self.temperature, True, options)
+        if self.ref_model is not None:
+            _install(self.ref_model, self.temperature, False, options)
+
+
+@dataclass
+class TokenScores(ModelOutput):
+    """What TRL reads: (batch, length - 1) float32 log-probabilities of each next token and entropies (None for the
+    reference model), 0 where the label is -100, and the auxiliary loss."""
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def row_scores(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    scale: float,
+    cap: float | None,
+    with_entropy: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and, `with_entropy`, entropies, each (rows,), of logits (rows, vocabulary) from the head."""
+    z = _scaled(logits, scale, cap)
+    log_probs = token_log_probs(z, labels, temperature)
+    # Apart, not `token_log_probs_and_entropy`: compiled, the gradient of the log-probabilities alone is one lean pass.
+    return (log_probs, entropy(z, labels, temperature)) if with_entropy else log_probs
+
+
+def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:
+    """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`."""
+    scale, cap = _scaling(model)
+    _check_logits(model, scale, cap)
+    # One object for the whole training: compiled code belongs to it.
+    scores = functools.partial(row_scores, temperature=temperature, scale=scale, cap=cap, with_entropy=with_entropy)
+    before = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(self, *args, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs):
+        if not fused_lm_head:
+            return before(*args, **(kwargs if labels is None else {**kwargs, "labels": labels}))
+        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})  # looked up now: PEFT and DDP come later
+        head = self.get_output_embeddings()
+        log_probs, entropies = _next_tokens(scores, outputs.last_hidden_state, head, labels, options)
+        aux_loss = _aux_loss(self, outputs, kwargs) if kwargs.get("output_router_logits") else None
+        return TokenScores(log_probs=log_probs, entropy=entropies, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module, labels: torch.Tensor, options: dict):
+    """hidden_states (batch, length, hidden), labels (batch, length) -> two (batch, length - 1), the second or None."""
+    device = next(head.parameters()).device  # a model spread over devices may end on another
+    hidden_states, labels = hidden_states[:, :-1].to(device), labels[:, 1:].to(device)
+    valid = labels != -100
+    # Only the completion's rows: prompts and padding would cost as much and count nothing.
+    rows = memory_efficient_linear(hidden_states[valid], head, labels[valid], scores, reduction="none", **options)
+    rows = rows if isinstance(rows, tuple) else (rows, None)
+    return [None if x is None else x.new_zeros(valid.shape).masked_scatter(valid, x) for x in rows]
+
+
+def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the architecture does to its logits: (factor, cap), the factor first. From the names in its config."""
+    config = model.config.get_text_config()
+    scale = next((v for name in MULTIPLIERS if (v := getattr(config, name, None)) is not None), None)
+    if scale is None:
+        scale = getattr(config, "logits_scaling", None) or 1.0  # Granite and MiniCPM divide, HyperCLOVA X multiplies
+        scale = scale if config.model_type == "hyperclovax" else 1 / scale
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def _scaled(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    if scale != 1.0:
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    return logits if cap is None else soft_cap(logits, cap)
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, scale: float, cap: float | None) -> None:
+    """Raise ValueError unless the model's own logits of a few tokens are cap(scale * head(hidden states))."""
+    if model.base_model is model:
+        raise ValueError(f"model: got {type(model).__name__}, need a backbone (`base_model`) apart from the head")
+    tokens = {"input_ids": torch.arange(1, 5, device=model.device)[None], "use_cache": False}
+    expected = _seeded(model, tokens).logits.double()
+    found = model.get_output_embeddings()(_seeded(model.base_model, tokens).last_hidden_state)
+    found = _scaled(found.to(expected.device), scale, cap).double()
+    difference, norm = (expected - found).norm().item(), expected.norm().item()
+    if not difference <= _SAME_LOGITS * norm:  # NaN, from logits of -inf, is refused too
+        names = ", ".join((*MULTIPLIERS, "logits_scaling", "final_logit_softcapping"))
+        raise ValueError(
+            f"model: {type(model).__name__} does something unknown to its logits: with factor {scale} and "
+            f"soft cap {cap}, read from its config ({names}), they "
+            f"differ from its own by {difference:.3g}, of a norm of {norm:.3g}"
+        )
+
+
+def _seeded(module: nn.Module, tokens: dict):
+    """Run with the same random numbers each time (dropout), and leave the generators as they were."""
+    device = tokens["input_ids"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return module(**tokens)
+
+
+def _aux_loss(model: PreTrainedModel, outputs, inputs: dict) -> torch.Tensor:
+    """The load-balancing loss of a mixture of experts: Mixtral's, from which the other architectures take theirs."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    return load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
+    )
+
+
+def _check_trl() -> None:
+    if Version(trl.__version__).release[:2] != TRL:
+        raise RuntimeError(
+            f"trl: got {trl.__version__}, need {'.'.join(map(str, TRL))}: how the trainer asks its model for "
+            "log-probabilities has changed from release to release"
+        )
