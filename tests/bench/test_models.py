@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_puzzles.bench import models
-from unsloth_puzzles.bench.models import llama_1b_config, load_llama, random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.bench.models import llama_1b_config, load_llama, random_llama, random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.bench.text import paragraphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +59,30 @@ def test_a_local_directory_gives_real_weights(tmp_path):
     assert provenance == f"real weights, {tmp_path}"
     assert torch.equal(model.model.embed_tokens.weight.cpu(), original.model.embed_tokens.weight)
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+
+
+def test_the_same_directory_gives_the_weights_as_they_are(tmp_path):
+    original = random_llama(tiny_llama_config(), "cpu", seed=4)
+    original.save_pretrained(tmp_path)
+    model, provenance = load_llama(str(tmp_path), device=DEVICE, dtype=torch.float32, four_bit=False)
+    assert provenance == f"real weights, {tmp_path}" and model.lm_head.weight is model.model.embed_tokens.weight
+    for name, weight in original.named_parameters():
+        assert torch.equal(model.get_parameter(name).cpu(), weight), name
+
+
+def test_a_seed_decides_the_weights_that_are_not_quantised():
+    state = torch.get_rng_state()
+    one, same, other = (random_llama(tiny_llama_config(), DEVICE, torch.float32, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(one.get_parameter(name), same.get_parameter(name))
+    assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
+    with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for no/such directory"):
+        fallback, provenance = load_llama(
+            "no/such directory", device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=1, four_bit=False
+        )
+    assert provenance == "random weights, seed 1"
+    assert torch.equal(fallback.get_parameter(name), one.get_parameter(name))
 
 
 @pytest.mark.parametrize("name", ["no/such directory", "unsloth/Llama-3.2-1B", None])

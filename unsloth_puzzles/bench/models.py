@@ -1,4 +1,4 @@
-"""Llama models in 4 bits, with real weights where they can be had and random ones, said aloud, where they cannot."""
+"""Llama models, in 4 bits or not, with real weights where they can be had and random ones, said aloud, where not."""
 
 import re
 import urllib.error
@@ -77,16 +77,22 @@ def random_nf4_llama(
     The linear layers of the blocks are NF4, double-quantised; embeddings, norms and head are in `dtype`. The weights
     are drawn in `dtype` on `device`, whose generator decides what a seed means. Neither disk nor network is read.
     """
+    return _load(None, device, dtype, config=config, state_dict=random_llama(config, device, dtype, seed).state_dict())
+
+
+def random_llama(
+    config: LlamaConfig, device: str | torch.device, dtype: torch.dtype = torch.float32, seed: int = SEED
+) -> PreTrainedModel:
+    """A Llama of `config` in `dtype` with random weights, drawn as for `random_nf4_llama`, not quantised."""
     device = torch.device(device)
     default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
-            weights = LlamaForCausalLM(config).state_dict()
+            return LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(default)
-    return _load(None, device, dtype, config=config, state_dict=weights)
 
 
 def load_llama(
@@ -96,21 +102,23 @@ def load_llama(
     dtype: torch.dtype = torch.bfloat16,
     config: LlamaConfig | None = None,
     seed: int = SEED,
+    four_bit: bool = True,
 ) -> tuple[PreTrainedModel, str]:
-    """A 4-bit Llama and where its weights come from: "real weights, NAME" or "random weights, seed N".
+    """A 4-bit Llama (or not: `four_bit`) and its weights' source: "real weights, NAME" or "random weights, seed N".
 
     `path_or_name` is a local directory or a name on the hub, by default Llama 3.2 1B's ungated mirror. If it cannot be
-    had (no network, no access, no such directory), a warning says why and the model is `random_nf4_llama` of `config`
-    (Llama 3.2 1B by default).
+    had (no network, no access, no such directory), a warning says why and the model is `random_nf4_llama` (or
+    `random_llama`) of `config` (Llama 3.2 1B by default).
     """
     name = path_or_name or MIRROR
     try:
         _need_source(name)
-        return _load(name, device, dtype), f"real weights, {name}"
+        return _load(name, device, dtype, four_bit), f"real weights, {name}"
     except OSError as refusal:  # so transformers reports a missing file, a gate and no network alike
         reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
         warnings.warn(f"RANDOM WEIGHTS, for {name} is not to be had: {reason}", stacklevel=2)
-    return random_nf4_llama(config or llama_1b_config(), device, dtype, seed), f"random weights, seed {seed}"
+    make = random_nf4_llama if four_bit else random_llama
+    return make(config or llama_1b_config(), device, dtype, seed), f"random weights, seed {seed}"
 
 
 def _need_source(name: str) -> None:
@@ -125,7 +133,7 @@ def _need_source(name: str) -> None:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
 
 
-def _load(name: str | None, device, dtype: torch.dtype, **arguments) -> PreTrainedModel:
+def _load(name: str | None, device, dtype: torch.dtype, four_bit: bool = True, **arguments) -> PreTrainedModel:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -133,7 +141,7 @@ def _load(name: str | None, device, dtype: torch.dtype, **arguments) -> PreTrain
             name,
             dtype=dtype,
             device_map={"": torch.device(device)},
-            quantization_config=nf4_config(dtype),
+            quantization_config=nf4_config(dtype) if four_bit else None,
             **arguments,
         )
     finally:

@@ -1,0 +1,237 @@
+"""Train a causal language model of transformers without its logits, whoever the trainer is.
+
+    with use_memory_efficient_loss(model):           # transformers.Trainer, accelerate, a loop of one's own
+        Trainer(model, ...).train()
+
+    trainer = SFTTrainer(model, ...)                 # TRL puts a fused head of its own into the model it is given:
+    with use_memory_efficient_loss(trainer):         # so afterwards, and the trainer, not the model
+        trainer.train()
+
+The only thing exchanged is the `forward` of the causal LM (inside PEFT's wrapper if there is one), and of that only
+calls with labels. This file is for transformers (made for 5.17; TRL 1.16), which nothing else in this package needs.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, Trainer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from unsloth_puzzles.backprop.causal_lm import find_causal_lm, logit_transform, transform
+from unsloth_puzzles.backprop.linear import memory_efficient_linear
+from unsloth_puzzles.backprop.losses import cross_entropy, token_log_probs, token_log_probs_and_entropy
+
+
+def use_memory_efficient_loss(
+    model: PreTrainedModel | torch.nn.Module | Trainer,
+    loss: Callable = cross_entropy,
+    *,
+    predictions: bool = False,
+    chunk_size: int | str = "auto",
+    accumulate_dtype: torch.dtype | None = None,
+    compile: bool = False,
+) -> "Patch":
+    """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
+
+    `model` is a causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself). The call
+    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers shifts
+    them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a
+    function like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient
+    accumulation weighs every token alike. Soft cap and logit scale of the config are applied, in the logits' dtype as
+    the model does. Calls without labels (generation) are the model's own, and so is everything before the head:
+    gradient checkpointing, attention, quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
+
+    Metrics: with `predictions`, outputs in eval mode also hold `predicted_ids` (batch, length), int64, the likeliest
+    next token at each position, and `token_log_probs` (batch, length), float32, 0 where there is no label. They are
+    what `compute_metrics` then gets as predictions, instead of logits.
+
+    `SFTTrainer` (loss types "nll" and "dft") asks for per-token log-probabilities and takes its metrics
+    `mean_token_accuracy` and `entropy` from the same call: they come from the op's per-row mode, which projects once
+    more in the backward (4 matrix products instead of 3). One process per GPU: `nn.DataParallel` is not supported.
+
+    Returns:
+        A handle: `.calls`, the losses computed so far, `.undo()`; as a context manager it undoes at the end.
+
+    Raises:
+        TypeError: `model` is no causal LM of transformers.
+        ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
+            auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by
+            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits
+            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead); a model that is patched already.
+    """
+    trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
+    per_token = trainer is not None and _check_trainer(trainer, loss, predictions)
+    causal_lm = find_causal_lm(model, per_token)
+    between = logit_transform(causal_lm)
+    options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
+    return Patch(causal_lm, loss, between, predictions, per_token, options)
+
+
+class Patch:
+    """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
+
+    def __init__(self, causal_lm, loss, between, predictions, per_token, options):
+        self.calls, self.active = 0, True
+        self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
+        # One object for the life of the patch: compiled code is kept per function object.
+        self._loss = loss if between is None else functools.partial(_transformed, loss, *between)
+        self._rows = functools.partial(_predictions if not per_token else _token_statistics, *(between or (1.0, None)))
+        # accelerate keeps the forward that its hooks go around under another name; TRL's head goes around the hooks.
+        self._name = "_old_forward" if "_old_forward" in vars(causal_lm) and not per_token else "forward"
+        self._previous = vars(causal_lm).get(self._name)
+        self._forward = MethodType(_make_forward(self, type(causal_lm).forward, self._previous), causal_lm)
+        setattr(causal_lm, self._name, self._forward)
+        causal_lm._memory_efficient_loss = self
+
+    def undo(self) -> None:
+        """Give the model its own loss back, also where another library has wrapped its forward since."""
+        if not self.active:
+            return
+        self.active = False  # so a forward that somebody has wrapped passes everything on
+        del self._causal_lm._memory_efficient_loss
+        if vars(self._causal_lm).get(self._name) is self._forward:
+            if self._previous is None:
+                delattr(self._causal_lm, self._name)
+            else:
+                setattr(self._causal_lm, self._name, self._previous)
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"Patch({type(self._causal_lm).__name__}, {'active' if self.active else 'undone'}, {self.calls} losses)"
+
+    def output(self, causal_lm, labels, shift_labels, num_items_in_batch, fused_lm_head, **inputs) -> ModelOutput:
+        """The output of a call with labels."""
+        if fused_lm_head and not self._per_token:
+            raise ValueError(
+                "fused_lm_head: a TRL trainer was made of this model after the patch; patch its SFTTrainer"
+            )
+        if inputs.get("output_router_logits"):
+            raise ValueError("output_router_logits: the router's auxiliary loss is not supported")
+        if inputs.pop("logits_to_keep", 0):
+            raise ValueError("logits_to_keep: not together with labels, which need every position")
+        return_dict = inputs.pop("return_dict", None)
+        ignore_index = inputs.pop("ignore_index", -100)
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        inputs.setdefault("use_cache", False)
+        found = causal_lm.base_model(**inputs)
+        head = causal_lm.get_output_embeddings()
+        device = next(head.parameters()).device  # with a `device_map` the backbone may end elsewhere
+        normalizer = "labels" if num_items_in_batch is None else num_items_in_batch
+        if isinstance(normalizer, torch.Tensor):
+            normalizer = normalizer.to(device).reshape(())
+        call = functools.partial(
+            memory_efficient_linear,
+            found.last_hidden_state.to(device),
+            head,
+            shift_labels.to(device),
+            ignore_index=ignore_index,
+            **self._options,
+        )
+        self.calls += 1
+        if fused_lm_head:
+            return _per_token_output(*call(self._rows, reduction="none"), shift_labels != ignore_index, normalizer)
+        output = EvaluatedCausalLMOutput(
+            loss=call(self._loss, reduction="sum", normalizer=normalizer),
+            past_key_values=found.get("past_key_values"),
+            hidden_states=found.get("hidden_states"),
+            attentions=found.get("attentions"),
+        )
+        if self._predictions and not causal_lm.training:
+            with torch.no_grad():
+                output.predicted_ids, output.token_log_probs = call(self._rows, reduction="none")
+        return output.to_tuple() if return_dict is False else output
+
+
+@dataclass
+class EvaluatedCausalLMOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast without logits; in eval mode, if asked for, with what metrics need instead of them."""
+
+    predicted_ids: torch.LongTensor | None = None
+    token_log_probs: torch.FloatTensor | None = None
+
+
+@dataclass
+class PerTokenOutput(ModelOutput):
+    """What TRL's `SFTTrainer` reads: all fields but `loss` are (batch, length), 0 where there is no label."""
+
+    loss: torch.FloatTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    entropy: torch.FloatTensor | None = None
+    is_top1: torch.BoolTensor | None = None
+    label_mask: torch.BoolTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+def _make_forward(patch: Patch, of_class: Callable, previous: Callable | None) -> Callable:
+    names = [name for name in inspect.signature(of_class).parameters if name != "self"]
+
+    @functools.wraps(of_class)  # generation and Trainer read the signature
+    def forward(self, *args, **inputs):
+        inputs = {**dict(zip(names, args, strict=False)), **inputs}
+        if not patch.active or (inputs.get("labels") is None and inputs.get("shift_labels") is None):
+            return of_class(self, **inputs) if previous is None else previous(**inputs)
+        given = {
+            name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
+        }
+        return patch.output(self, **given, **inputs)
+
+    return forward
+
+
+def _transformed(loss, scale, cap, logits, labels):
+    return loss(transform(logits, scale, cap), labels)
+
+
+def _predictions(scale, cap, logits, labels):
+    """Likeliest class and the label's log-probability, row by row."""
+    logits = transform(logits, scale, cap)
+    return logits.argmax(-1), token_log_probs(logits, labels)
+
+
+def _token_statistics(scale, cap, logits, labels):
+    """The label's log-probability, with a gradient, and for the metrics entropy and whether the label is likeliest."""
+    logits = transform(logits, scale, cap)
+    entropies = token_log_probs_and_entropy(logits.detach(), labels)[1]
+    return token_log_probs(logits, labels), entropies, logits.detach().argmax(-1) == labels
+
+
+def _per_token_output(log_probs, entropies, is_top1, label_mask, normalizer) -> PerTokenOutput:
+    label_mask = label_mask.to(log_probs.device)
+    loss = -log_probs.sum() / (label_mask.sum().clamp(min=1) if isinstance(normalizer, str) else normalizer)
+    return PerTokenOutput(loss, log_probs, entropies, is_top1, label_mask)
+
+
+def _check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
+    """Whether `trainer` is an SFTTrainer. Raises ValueError for one whose loss is not the model's."""
+    from_trl = [kind for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
+    is_sft = any(kind.__name__ == "SFTTrainer" for kind in from_trl)
+    if from_trl and not is_sft:
+        raise ValueError(f"model: of TRL's trainers only SFTTrainer is supported, got a {type(trainer).__name__}")
+    if is_sft and loss is not cross_entropy:
+        raise ValueError(
+            "loss: SFTTrainer makes its own of the log-probabilities; choose its loss_type ('nll' or 'dft')"
+        )
+    if is_sft and predictions:
+        raise ValueError(
+            "predictions: SFTTrainer has its own metrics, and evaluates with the logits if others are given"
+        )
+    for name, given, instead in (
+        ("label_smoothing_factor", trainer.label_smoother, "pass loss=partial(cross_entropy, label_smoothing=...)"),
+        ("compute_loss_func", trainer.compute_loss_func, "pass it as loss, in the form of backprop.losses"),
+        ("use_liger_kernel", trainer.args.use_liger_kernel, "switch it off: it exchanges the same forward"),
+    ):
+        if given:
+            raise ValueError(f"{name}: needs the logits or replaces the loss; {instead}")
+    return is_sft
