@@ -1,5 +1,6 @@
 """What is refused, and what is tried once before a function is trusted."""
 
+import types
 import weakref
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 ROWS_TRIED = 32
+_EMPTY = types.CellType()
 _tried: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
@@ -87,12 +89,20 @@ def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
         raise ValueError(f"forward_function: returned {sizes}, as large as the logits that must never be kept whole")
 
 
-def first_time(function: Callable, *purpose: str) -> bool:
+def is_new(function: Callable, *purpose: str) -> bool:
     """Whether this function (by its code, where it has one: a lambda is made anew at each step) is new to `purpose`."""
-    tried = _tried.setdefault(getattr(function, "__code__", function), set())
-    new = purpose not in tried
-    tried.add(purpose)
-    return new
+    return (purpose, _inner(function)) not in _tried.get(getattr(function, "__code__", function), ())
+
+
+def trust(function: Callable, *purpose: str) -> None:
+    """From now on it is not new."""
+    _tried.setdefault(getattr(function, "__code__", function), set()).add((purpose, _inner(function)))
+
+
+def _inner(function: Callable) -> tuple[int, ...]:
+    """The functions that a closure holds, by their codes: a wrapper's code is one whatever it wraps."""
+    held = (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != _EMPTY)
+    return tuple(id(getattr(value, "__code__", value)) for value in held if callable(value))
 
 
 def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> None:
@@ -107,15 +117,25 @@ def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> None:
         )
 
 
+def rows_to_try(labels: torch.Tensor | None, rows: int, ignore_index: int | None, device) -> torch.Tensor:
+    """Indices of `ROWS_TRIED` rows: three in four have a label that counts, the rest (in the second half) have not.
+
+    So a function that divides by the wrong number is seen, also where the first rows are all a prompt's.
+    """
+    if labels is None or ignore_index is None or labels.is_floating_point():
+        return torch.arange(min(rows, ROWS_TRIED), device=device)
+    valid = (labels != ignore_index).reshape(rows, -1).any(1)
+    most = 3 * ROWS_TRIED // 4
+    counted, ignored = valid.nonzero()[:, 0][:most], (~valid).nonzero()[:, 0][: ROWS_TRIED - most]
+    return torch.cat([counted, ignored]) if len(counted) > 1 else counted[:0]
+
+
 def check_additive(evaluate: Callable[[int, int], tuple[torch.Tensor, ...]], rows: int, additive: bool) -> None:
     """Compare `evaluate(0, n)` with the two halves: their sum, or (`additive` False) their rows one after the other.
 
     Raises ValueError if they differ by more than rounding. This is the one place that waits for the device.
     """
-    rows = min(rows, ROWS_TRIED)
     half = rows // 2
-    if not half:
-        return
     whole, first, second = (evaluate(*span) for span in ((0, rows), (0, half), (half, rows)))
     for together, a, b in zip(whole, first, second, strict=True):
         if not together.is_floating_point():

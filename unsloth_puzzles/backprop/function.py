@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+from unsloth_puzzles.backprop import checks
+
 _EAGER_PIECES = 8  # an eager function runs on eighths of a chunk: its float32 temporaries are eighths, too
 EAGER_BYTES_PER_LOGIT = 16 / _EAGER_PIECES  # float32 copies, softmax and gradients that such a function makes
 
@@ -25,9 +27,9 @@ class Arguments:
     shared_args: tuple
     wanted: tuple[bool, ...]
 
-    def cut(self, start: int, stop: int) -> "Arguments":
-        labels = None if self.labels is None else self.labels[start:stop]
-        return Arguments(labels, tuple(a[start:stop] for a in self.row_args), self.shared_args, self.wanted)
+    def cut(self, rows: slice | torch.Tensor) -> "Arguments":
+        labels = None if self.labels is None else self.labels[rows]
+        return Arguments(labels, tuple(a[rows] for a in self.row_args), self.shared_args, self.wanted)
 
     @property
     def all(self) -> tuple:
@@ -79,16 +81,21 @@ class EagerFunction:
                 inputs = [leaf, *cut.chosen(leaves)]
                 scaled = value * scale
             gradients = _gradients(scaled, inputs, None)
-            piece.copy_(_without_nan_of_nothing(gradients[0], self.reduction, cut.labels))
+            gradients = _without_nan_of_nothing(gradients, self.reduction, cut.labels)
+            piece.copy_(gradients[0])
             add(start, gradients[1:])
             start += len(piece)
             values.append(value.detach())
         return torch.stack(values).sum()
 
     def rows(self, logits: torch.Tensor, arguments: Arguments) -> tuple[torch.Tensor, ...]:
-        """Per-row results."""
+        """Per-row results, by the pieces of the backward, so that a function draws the same random numbers there."""
+        found = []
         with torch.no_grad():
-            return _tuple(self.function(logits, arguments.labels, *arguments.all))
+            for piece, cut in _pieces(logits, arguments) if len(logits) else [(logits, arguments)]:
+                found.append(_tuple(self.function(piece, cut.labels, *cut.all)))
+                checks.check_rows(found[-1], len(piece), piece.numel())
+        return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
     def rows_gradient(self, logits: torch.Tensor, arguments: Arguments, upstream: tuple, add: Callable) -> None:
         """`upstream` (one per result, None where there is no gradient) times the Jacobian, over `logits`."""
@@ -190,8 +197,8 @@ def _value_and_gradient(function, reduction, wanted, overwrite, logits, labels, 
 
     chosen = [value for value, want in zip(arguments, wanted, strict=True) if want]
     argnums = tuple(range(1 + len(chosen)))
-    (gradient, *others), value = torch.func.grad(scaled, argnums=argnums, has_aux=True)(logits, *chosen)
-    gradient = _without_nan_of_nothing(gradient, reduction, labels)
+    found, value = torch.func.grad(scaled, argnums=argnums, has_aux=True)(logits, *chosen)
+    gradient, *others = _without_nan_of_nothing(found, reduction, labels)
     if overwrite:
         logits.copy_(gradient)
         gradient = None
@@ -223,10 +230,10 @@ def _weighted(function, reduction, logits, arguments, values=None):
     return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
 
 
-def _without_nan_of_nothing(gradient, reduction, labels):
-    """The gradient of a mean of nothing is 0/0 as well: nothing, too."""
+def _without_nan_of_nothing(gradients, reduction, labels):
+    """The gradients of a mean of nothing are 0/0 as well: nothing, too."""
     weight = reduction.weight(labels)
-    return gradient if weight is None else torch.where(weight > 0, gradient, 0.0)
+    return gradients if weight is None else [torch.where(weight > 0, gradient, 0.0) for gradient in gradients]
 
 
 def _gradients(outputs, inputs, slopes) -> list[torch.Tensor]:
@@ -244,7 +251,7 @@ def _pieces(logits: torch.Tensor, arguments: Arguments):
     rows = max(1, -(-len(logits) // _EAGER_PIECES))
     for start in range(0, len(logits), rows):
         stop = min(start + rows, len(logits))
-        yield logits[start:stop], arguments.cut(start, stop)
+        yield logits[start:stop], arguments.cut(slice(start, stop))
 
 
 def _marked(logits, arguments):

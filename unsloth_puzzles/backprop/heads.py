@@ -32,14 +32,23 @@ class Head:
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
     def call(self, function: Callable | None, x: torch.Tensor, *arguments: object) -> object:
-        """`linear(x)`, or `function(x, linear, *arguments)`, recorded by autograd. x: (rows, hidden)."""
-        with torch.enable_grad(), self._mode:
+        """`linear(x)`, or `function(x, linear, *arguments)`, recorded by autograd if x requires grad.
+
+        x: (rows, hidden).
+        """
+        with torch.set_grad_enabled(x.requires_grad), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
 
-    def backward(self, outputs, gradients, x: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Gradients of x and `others`; those of the trainable parameters are added to their sums."""
+    def backward(self, outputs, gradients, x, others, live=None) -> list[torch.Tensor | None]:
+        """Gradients of x and `others`; those of the trainable parameters are added to their sums.
+
+        `live`, a 0-dim bool: where it is False the outputs do not count and all gradients are zero, even if NaN.
+        """
         leaves = list(self.leaves.values())
+        self._mode.live = live
         found = torch.autograd.grad(outputs, [x, *others, *leaves], gradients, allow_unused=True)
+        if live is not None:
+            found = [g if g is None else torch.where(live, g, 0) for g in found]
         for total, gradient in zip(self.sums, found[1 + len(others) :], strict=True):
             if gradient is not None:  # used by something else than `F.linear`, which adds to the sum itself
                 total.add(gradient)
@@ -52,7 +61,9 @@ class Head:
 
 def forgets(logits: torch.Tensor) -> bool:
     """Whether the operation that made `logits` can be differentiated without them."""
-    return logits.grad_fn is None or logits.grad_fn.name() in _FORGETS_ITS_OUTPUT
+    if logits.grad_fn is None:
+        return not logits.requires_grad  # a head that returns its input: the memory is the caller's
+    return logits.grad_fn.name() in _FORGETS_ITS_OUTPUT
 
 
 class _Call(nn.Module):
@@ -77,34 +88,39 @@ class _LeanLinear(TorchFunctionMode):
         super().__init__()
         self._sums = sums
         self._cast: dict[int, torch.Tensor] = {}
+        self.live: torch.Tensor | None = None  # see Head.backward
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.linear or kwargs or not _dense(args[1]):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, None)[:3]
-        total = self._sums.get(id(weight))
+        weight_sum, bias_sum = self._sums.get(id(weight)), None if bias is None else self._sums.get(id(bias))
+        made = (weight_sum is None and weight.requires_grad) or (
+            bias is not None and bias_sum is None and bias.requires_grad
+        )
+        if made:  # a weight computed from something else, or another argument: autograd's business
+            return func(*args)
         if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias_cast = x.to(dtype), None if bias is None else bias.detach().to(dtype)
-            if id(weight) not in self._cast:
-                self._cast[id(weight)] = weight.detach().to(dtype)
-            weight_cast = self._cast[id(weight)]
+            weight_cast = self._cast.get(id(weight))
+            if weight_cast is None:
+                weight_cast = weight.detach().to(dtype)
+                if weight_sum is not None or isinstance(weight, nn.Parameter):  # it lives as long as its id is used
+                    self._cast[id(weight)] = weight_cast
         else:
             weight_cast, bias_cast = weight.detach(), None if bias is None else bias.detach()
-        if total is None and (bias is None or not bias.requires_grad):
-            return _Linear.apply(x, weight_cast, bias_cast, None, None)
-        if bias is not None and bias.requires_grad and id(bias) not in self._sums:
-            return func(*args)  # a bias computed from something else: autograd's business
-        return _Linear.apply(x, weight_cast, bias_cast, total, None if bias is None else self._sums.get(id(bias)))
+        # The last arguments make the result require grad where x does not but they do.
+        return _Linear.apply(x, weight_cast, bias_cast, weight_sum, bias_sum, self, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     """x W^T + b whose backward returns dx and adds dW and db to their sums."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_sum, bias_sum):
+    def forward(ctx, x, weight, bias, weight_sum, bias_sum, mode, *trained):
         ctx.save_for_backward(x, weight)
-        ctx.sums = weight_sum, bias_sum
+        ctx.sums, ctx.mode = (weight_sum, bias_sum), mode
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight, bias)
 
@@ -113,12 +129,14 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_sum, bias_sum = ctx.sums
         with torch.autocast(x.device.type, enabled=False):
+            if ctx.mode.live is not None:
+                gradient = torch.where(ctx.mode.live, gradient, 0)
             flat = gradient.reshape(-1, gradient.shape[-1])
             if weight_sum is not None:
                 weight_sum.add_product(flat, x.reshape(-1, x.shape[-1]))
             if bias_sum is not None:
                 bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))
-            return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+            return (gradient @ weight if ctx.needs_input_grad[0] else None), *(None,) * 7
 
 
 class _Sum:
@@ -130,8 +148,8 @@ class _Sum:
         self.dtype = dtype if parameter.dim() > 1 else torch.promote_types(dtype, torch.float32)
 
     def add(self, gradient: torch.Tensor) -> None:
-        if self.total is None:
-            self.total = gradient.to(self.dtype)
+        if self.total is None:  # a copy: autograd may give the same tensor to two parameters, or a transposed one
+            self.total = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         else:
             self.total += gradient
 

@@ -58,8 +58,8 @@ def memory_efficient_linear(
 
     Autocast, dropout in the function or in the head, and gradient checkpointing around the call behave as in eager
     mode. Raises TypeError or ValueError, naming the argument. A label out of range raises ValueError on the CPU and
-    fails an assertion on the device on a GPU. `torch.func` transforms raise RuntimeError, and so does a second backward
-    unless the graph was retained.
+    fails an assertion on the device on a GPU. `torch.func` transforms raise RuntimeError, and so do create_graph=True
+    in the backward, and a second backward unless the graph was retained.
     """
     checks.check_inputs(hidden_states, linear, labels, forward_function, row_args, shared_args)
     plan = Plan(
@@ -110,13 +110,14 @@ class MemoryEfficientLinear(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
+        if torch.is_grad_enabled():  # once_differentiable lets a gradient pass as a constant if the upstream one is
+            raise RuntimeError("memory_efficient_linear: its gradient has no derivative (create_graph=True)")
         if ctx.plan.reduction == "none":
             X, labels, *tensors = ctx.saved_tensors
             tensors = [other if given is None else given for given, other in zip(tensors, ctx.other, strict=True)]
             with torch.autocast(**ctx.autocast):
-                work = Work(X, ctx.linear, labels, ctx.function, ctx.plan, tuple(tensors), ctx.needs_input_grad)
+                work = Work(X, ctx.linear, labels, ctx.function, ctx.plan, tuple(tensors), ctx.needs_input_grad, True)
                 gradients = work.rows_backward(upstream, ctx.states)
         elif upstream[0] is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -29,6 +29,9 @@ class Plan:
             raise ValueError(f"normalizer: got {self.normalizer!r} with reduction={self.reduction!r}, need 'sum'")
         if isinstance(self.normalizer, str) and self.normalizer != "labels":
             raise ValueError(f"normalizer: got {self.normalizer!r}, need a number, a 0-dim tensor or 'labels'")
+        if not isinstance(self.normalizer, int | float | str | torch.Tensor | None):
+            kind = type(self.normalizer).__name__
+            raise TypeError(f"normalizer: got {kind}, need a number, a 0-dim tensor or 'labels'")
         if isinstance(self.normalizer, torch.Tensor) and (
             self.normalizer.numel() != 1 or self.normalizer.requires_grad
         ):

@@ -17,7 +17,7 @@ _EAGER_WHOLE_BYTES = 16  # per logit: a float32 copy, its softmax, and the gradi
 class Work:
     """One pass over the chunks: of the forward, or of the backward of per-row results."""
 
-    def __init__(self, X, linear, labels, function, plan, tensors, needs):
+    def __init__(self, X, linear, labels, function, plan, tensors, needs, backward=False):
         self.plan, self.shape = plan, X.shape
         self.x = X.detach().reshape(-1, X.shape[-1])
         count, leading = len(plan.names), X.dim() - 1
@@ -32,7 +32,11 @@ class Work:
         self.user_function = function
         self.eager = EagerFunction(function, self.reduction)
         self.function = compiled(function, self.reduction) if plan.compile else self.eager
-        self.verify = plan.compile and plan.check_additive and checks.first_time(function, "compiled", plan.reduction)
+        # Only where gradients are made: a first call without them leaves the compiled gradient to be looked at later.
+        making = plan.differentiate and any(needs) and (plan.reduction != "none" or backward)
+        self.verify = (
+            making and plan.compile and plan.check_additive and checks.is_new(function, "compiled", plan.reduction)
+        )
         self.needs_x = needs[0] and plan.differentiate
         self.differentiate = plan.differentiate and any(needs)
         self.states = RandomStates(X.device)
@@ -41,6 +45,7 @@ class Work:
     def _size_chunks(self) -> None:
         device = self.x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
+        self.dtype = dtype  # of the logits
         self.vocab_size = getattr(self.head.linear, "out_features", None)
         if not isinstance(self.vocab_size, int):
             with torch.no_grad():
@@ -64,7 +69,7 @@ class Work:
 
     def additive(self):
         """The loss; gradients of X, the parameters and the arguments; what multiplies the upstream gradient."""
-        if self.plan.check_additive and self.spans and checks.first_time(self.user_function, self.plan.reduction):
+        if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
             self._try(additive=True)
         count, scale, rescale = self._normalizer()
         total = None
@@ -79,7 +84,7 @@ class Work:
         return loss, gradients.results(), rescale
 
     def _additive_chunk(self, start, stop, scale, gradients):
-        cut = self.arguments.cut(start, stop)
+        cut = self.arguments.cut(slice(start, stop))
         x = self.x[start:stop].detach().requires_grad_(self.differentiate)
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
@@ -90,8 +95,9 @@ class Work:
                 if weight is not None:
                     value = torch.where(weight > 0, value * weight, 0.0)
                 scaled = value * scale
-            if self.differentiate:
-                found = self.head.backward(scaled, None, x, cut.chosen(leaves))
+            if scaled.requires_grad:
+                live = None if weight is None else weight > 0
+                found = self.head.backward(scaled, None, x, cut.chosen(leaves), live)
                 gradients.add(start, stop, found[0], found[1:])
             return value.detach()
         logits, over = self._logits(x)
@@ -101,21 +107,22 @@ class Work:
         value = self.function.value_and_gradient(over, cut, scale, partial(gradients.add_arguments, start))
         if self.verify:
             self.verify = False
-            part = cut.cut(0, len(before))
+            part = cut.cut(slice(len(before)))
             self.eager.value_and_gradient(before, part, scale, lambda start, found: None)
             checks.check_compiled(over[: len(before)], before)
+            checks.trust(self.user_function, "compiled", self.plan.reduction)
         gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
         return value
 
     def rows(self) -> tuple[torch.Tensor, ...]:
         """Per-row results, with the leading dimensions of X."""
-        if self.plan.check_additive and self.spans and checks.first_time(self.user_function, self.plan.reduction):
+        if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
             self._try(additive=False)
         whole: list[torch.Tensor] = []
         for start, stop in self.spans or [(0, 0)]:
             self.states.record()
             with torch.no_grad():
-                results = self._rows_chunk(start, stop, self.function)
+                results = self._rows_chunk(self.x[start:stop], self.arguments.cut(slice(start, stop)), self.function)
             checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
             if not whole:
                 whole = [result.new_empty(len(self.x), *result.shape[1:]) for result in results]
@@ -136,15 +143,16 @@ class Work:
         return gradients.results()
 
     def _rows_backward_chunk(self, start, stop, slopes, gradients):
-        cut = self.arguments.cut(start, stop)
+        cut = self.arguments.cut(slice(start, stop))
         x = self.x[start:stop].detach().requires_grad_()
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
             results = self._projected(x, cut, leaves)
             results = results if isinstance(results, tuple | list) else (results,)
             kept = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
-            found = self.head.backward([r for r, _ in kept], [s for _, s in kept], x, cut.chosen(leaves))
-            gradients.add(start, stop, found[0], found[1:])
+            if kept:
+                found = self.head.backward([r for r, _ in kept], [s for _, s in kept], x, cut.chosen(leaves))
+                gradients.add(start, stop, found[0], found[1:])
             return
         logits, over = self._logits(x)
         before = over[: checks.ROWS_TRIED].clone() if self.verify else None
@@ -153,16 +161,16 @@ class Work:
             self.verify = False
             rows = len(before)
             part = tuple(None if slope is None else slope[:rows] for slope in slopes)
-            self.eager.rows_gradient(before, cut.cut(0, rows), part, lambda start, found: None)
+            self.eager.rows_gradient(before, cut.cut(slice(rows)), part, lambda start, found: None)
             checks.check_compiled(over[:rows], before)
+            checks.trust(self.user_function, "compiled", self.plan.reduction)
         gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
 
-    def _rows_chunk(self, start, stop, function):
-        cut = self.arguments.cut(start, stop)
+    def _rows_chunk(self, x, cut, function):
         if self.plan.function_takes == "linear":
-            results = self._projected(self.x[start:stop], cut, cut.all)
+            results = self._projected(x, cut, cut.all)
             return tuple(results) if isinstance(results, tuple | list) else (results,)
-        return function.rows(self._logits(self.x[start:stop])[1], cut)
+        return function.rows(self._logits(x)[1], cut)
 
     def _projected(self, x, cut, values):
         return self.head.call(self.user_function, x, cut.labels, *values)
@@ -183,31 +191,38 @@ class Work:
             count = torch.as_tensor(given).to(device, non_blocking=True).reshape(())
         wide = torch.promote_types(self.x.dtype, torch.float32)
         count = count.to(wide)
-        boost = torch.exp2(torch.log2(count.abs()).ceil()) if self.x.dtype == torch.float16 else torch.ones_like(count)
+        boost = torch.exp2(torch.log2(count.abs()).ceil()) if self.dtype == torch.float16 else torch.ones_like(count)
         nothing = count == 0
         return count, torch.where(nothing, 0, boost / count), torch.where(nothing, 0, 1 / boost)
 
     def _try(self, additive: bool) -> None:
         """Hold a few rows of the function against their halves, without moving the random numbers of the run."""
+        whole = self.arguments
+        tried = checks.rows_to_try(whole.labels, len(self.x), self.plan.ignore_index, self.x.device)
+        if len(tried) < 2:
+            return  # nothing to compare; it is new the next time, too
 
         def evaluate(start, stop):
+            rows = tried[start:stop]
+            cut = whole.cut(rows)
             with torch.no_grad():
-                cut = self.arguments.cut(start, stop)
+                x = self.x[rows]
                 if not additive:
-                    results = self._rows_chunk(start, stop, self.eager)
+                    results = self._rows_chunk(x, cut, self.eager)
                     checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
                     return results
                 if self.plan.function_takes == "linear":
-                    value = self._projected(self.x[start:stop], cut, cut.all)
+                    value = self._projected(x, cut, cut.all)
                 else:
-                    logits = self._logits(self.x[start:stop])[1]
+                    logits = self._logits(x)[1]
                     value = self.user_function(logits, cut.labels, *cut.all)
                 weight = self.reduction.weight(cut.labels)
                 value = checks.check_scalar(value)
                 return (value if weight is None else torch.where(weight > 0, value * weight, 0.0),)
 
         with RandomStates(self.x.device).replay():
-            checks.check_additive(evaluate, len(self.x), additive)
+            checks.check_additive(evaluate, len(tried), additive)
+        checks.trust(self.user_function, self.plan.reduction)
 
 
 class _Gradients:
@@ -216,7 +231,7 @@ class _Gradients:
     def __init__(self, work: Work):
         self.work = work
         arguments = work.arguments
-        self.x = torch.zeros_like(work.x) if work.needs_x else None
+        self.x = torch.zeros_like(work.x, memory_format=torch.contiguous_format) if work.needs_x else None
         self.arguments = [
             torch.zeros_like(value, memory_format=torch.contiguous_format) if want else None
             for value, want in zip(arguments.all, arguments.wanted, strict=True)

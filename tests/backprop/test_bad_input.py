@@ -1,0 +1,161 @@
+"""What is refused, each with the name of the argument."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.backprop.reference import (
+    HIDDEN,
+    VOCABULARY,
+    draw,
+    draw_labels,
+    make_linear,
+    mean_loss,
+    sum_loss,
+    token_losses,
+    transformation,
+)
+from unsloth_puzzles.backprop import MemoryEfficientLinear, memory_efficient_linear
+
+pytestmark = pytest.mark.usefixtures("untried")
+
+
+def call(function=mean_loss, **changed):
+    given = {"hidden_states": draw(2, 32, HIDDEN), "linear": make_linear(), "labels": draw_labels(2, 32)} | changed
+    return memory_efficient_linear(*(given.pop(k) for k in ("hidden_states", "linear", "labels")), function, **given)
+
+
+ROWS = {"reduction": "none"}
+SUM = {"reduction": "sum"}
+labels_with = lambda value: draw_labels(2, 32).index_fill(1, torch.tensor([31]), value)  # noqa: E731
+
+REFUSED = {
+    "hidden_states no tensor": ("hidden_states", TypeError, {"hidden_states": [1.0]}),
+    "hidden_states integer": ("hidden_states", TypeError, {"hidden_states": torch.ones(2, 32, HIDDEN).long()}),
+    "hidden_states a vector": ("hidden_states", ValueError, {"hidden_states": draw(HIDDEN)}),
+    "hidden_states too wide": ("hidden_states", ValueError, {"hidden_states": draw(2, 32, HIDDEN + 1)}),
+    "hidden_states of another dtype": ("hidden_states", ValueError, {"hidden_states": draw(2, 32, HIDDEN).float()}),
+    "linear a weight": ("linear", TypeError, {"linear": draw(VOCABULARY, HIDDEN)}),
+    "linear that drops rows": ("linear", ValueError, {"linear": nn.Sequential(make_linear(), nn.Flatten(0))}),
+    "function no function": ("forward_function", TypeError, {"function": 3}),
+    "labels a list": ("labels", TypeError, {"labels": [1]}),
+    "labels too short": ("labels", ValueError, {"labels": draw_labels(2, 31)}),
+    "labels flat": ("labels", ValueError, {"labels": draw_labels(64)}),
+    "labels transposed": ("labels", ValueError, {"labels": draw_labels(32, 2)}),
+    "labels on another device": ("labels", ValueError, {"labels": draw_labels(2, 32).to("meta")}),
+    "labels with a gradient": ("labels", ValueError, {"labels": draw(2, 32).requires_grad_()}),
+    "labels too large": ("labels", ValueError, {"labels": labels_with(VOCABULARY)}),
+    "labels negative": ("labels", ValueError, {"labels": labels_with(-1)}),
+    "labels that another index ignores": ("labels", ValueError, {"ignore_index": -1}),
+    "no labels for a mean": ("labels", ValueError, {"labels": None}),
+    "no labels to divide by": ("labels", ValueError, {"labels": None, "normalizer": "labels", **SUM}),
+    "row_args a tensor": ("row_args", TypeError, {"row_args": draw(2, 32)}),
+    "row_args of numbers": (r"row_args\[1\]", TypeError, {"row_args": (draw(2, 32), 3)}),
+    "row_args too short": (r"row_args\[0\]", ValueError, {"row_args": (draw(2, 31),)}),
+    "shared_args a tensor": ("shared_args", TypeError, {"shared_args": draw(2)}),
+    "reduction unknown": ("reduction", ValueError, {"reduction": "avg"}),
+    "function_takes unknown": ("function_takes", ValueError, {"function_takes": "weights"}),
+    "normalizer of a mean": ("normalizer", ValueError, {"normalizer": 3}),
+    "normalizer of rows": ("normalizer", ValueError, {"normalizer": 3, "function": token_losses, **ROWS}),
+    "normalizer unknown": ("normalizer", ValueError, {"normalizer": "tokens", **SUM}),
+    "normalizer several": ("normalizer", ValueError, {"normalizer": torch.ones(2), **SUM}),
+    "normalizer a list": ("normalizer", TypeError, {"normalizer": [3], **SUM}),
+    "normalizer with a gradient": (
+        "normalizer", ValueError, {"normalizer": torch.tensor(2.0, requires_grad=True), **SUM},
+    ),
+    "nothing to ignore in a mean": ("ignore_index", ValueError, {"ignore_index": None}),
+    "nothing to ignore in a number of labels": (
+        "ignore_index", ValueError, {"ignore_index": None, "normalizer": "labels", **SUM},
+    ),
+    "chunk_size 0": ("chunk_size", ValueError, {"chunk_size": 0}),
+    "chunk_size negative": ("chunk_size", ValueError, {"chunk_size": -4}),
+    "chunk_size in parsecs": ("chunk_size", ValueError, {"chunk_size": "12 parsecs"}),
+    "chunk_size less than a row": ("chunk_size", ValueError, {"chunk_size": "80B"}),
+    "chunk_size a fraction": ("chunk_size", TypeError, {"chunk_size": 2.0}),
+    "accumulate_dtype narrow": ("accumulate_dtype", ValueError, {"accumulate_dtype": torch.float16}),
+    "compile of what projects itself": (
+        "compile", ValueError, {"compile": True, "function_takes": "linear", "function": transformation},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    argument, error, changed = REFUSED[name]
+    with pytest.raises(error, match=rf"^{argument}: "):
+        call(**changed)
+
+
+FUNCTIONS = {
+    "a number": (lambda z, y: 3.0, {}, TypeError),
+    "a row each, in a mean": (token_losses, {}, ValueError),
+    "an integer": (lambda z, y: z.argmax(), {}, ValueError),
+    "logits, in a sum": (lambda z, y: z.softmax(-1), SUM, ValueError),
+    "the mean in a sum": (mean_loss, SUM, ValueError),
+    "the sum in a mean": (sum_loss, {}, ValueError),
+    "the largest": (lambda z, y: z.max(), SUM, ValueError),
+    "a mean over ignored rows, too": (lambda z, y: sum_loss(z, y) / len(y), {}, ValueError),
+    "a softmax over the rows": (lambda z, y: z.softmax(0).square().sum(), SUM, ValueError),
+    "logits": (lambda z, y: z.log_softmax(-1), ROWS, ValueError),
+    "as much as the logits": (lambda z, y: (z[:, 1:], z[:, 0]), ROWS, ValueError),
+    "a number, for rows": (mean_loss, ROWS, ValueError),
+    "a float, for rows": (lambda z, y: 1.0, ROWS, TypeError),
+    "too few rows": (lambda z, y: token_losses(z, y)[1:], ROWS, ValueError),
+    "rows that know each other": (lambda z, y: z[:, 0].cumsum(0), ROWS, ValueError),
+    "random rows": (lambda z, y: F.dropout(z, 0.5).sum(-1), ROWS, ValueError),
+}
+
+
+@pytest.mark.parametrize("takes", ["logits", "linear"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_function_may_not_return(name, takes):
+    """Refused again at the second call; and behind labels of which the first 40 do not count."""
+    of_logits, form, error = FUNCTIONS[name]
+    function = of_logits if takes == "logits" else lambda x, linear, labels: of_logits(linear(x), labels)
+    for ignored in ((0, 5, 6, 7), range(40)):
+        for _ in range(2):
+            with pytest.raises(error, match=r"^forward_function: "):
+                call(function, **form, function_takes=takes, labels=draw_labels(2, 32, ignored=ignored))
+
+
+def test_a_function_that_is_wrapped_is_looked_at_whatever_the_wrapper_has_seen():
+    def doubled(function):
+        return lambda logits, labels: 2 * function(logits, labels)
+
+    call(doubled(mean_loss))
+    with pytest.raises(ValueError, match=r"^forward_function: "):
+        call(doubled(sum_loss))
+    with pytest.raises(ValueError, match=r"^forward_function: "):
+        call(functools.partial(sum_loss))
+
+
+def test_a_function_is_tried_once_by_its_code():
+    seen = []
+
+    def make():
+        return lambda logits, labels: seen.append(len(labels)) or mean_loss(logits, labels)
+
+    call(make(), chunk_size=64)
+    first = list(seen)
+    call(make(), chunk_size=64)
+    assert len(seen) - len(first) == len(first) - 3
+    call(make(), chunk_size=64, check_additive=False)
+
+
+def test_too_few_labels_to_try_leave_it_new():
+    call(sum_loss, labels=draw_labels(2, 32, ignored=range(1, 64)))
+    with pytest.raises(ValueError, match=r"^forward_function: "):
+        call(sum_loss)
+
+
+def test_the_skeleton_refuses_too():
+    x, labels = draw(2, 7, HIDDEN), draw_labels(2, 7)
+    with pytest.raises(ValueError, match=r"^labels: "):
+        MemoryEfficientLinear.apply(x, make_linear(), labels[:, 1:], transformation)
+    with pytest.raises(TypeError, match=r"^linear: "):
+        MemoryEfficientLinear.apply(x, make_linear().weight, labels, transformation)
+    with pytest.raises(ValueError, match=r"^labels: "):
+        MemoryEfficientLinear.apply(x, make_linear(), None, transformation)

@@ -1,0 +1,118 @@
+"""compile=True on the CPU: eager mode's values and gradients, without compiling anew for another length."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.backprop.reference import as_tuple, assert_same, draw, draw_labels, eager, make_linear
+from unsloth_puzzles.backprop import checks, memory_efficient_linear
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "untried")
+HIDDEN, VOCABULARY, ROUNDING = 32, 200, 2e-6
+
+
+def cross_entropy(logits, labels, shift, scale, ignored=-100):
+    z = logits * (scale + shift[:, None])
+    one_hot = torch.arange(z.shape[-1]) == labels[:, None]
+    losses = z.logsumexp(-1) - torch.where(one_hot, z, 0).sum(-1)
+    return torch.where(labels != ignored, losses, 0).sum()
+
+
+def mean_of_gathered(logits, labels, shift, scale):
+    valid = labels != -100
+    z = logits * (scale + shift[:, None])
+    losses = z.logsumexp(-1) - z.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    return (losses * valid).sum() / valid.sum()
+
+
+def rows(logits, labels, shift, scale):
+    log_probs = (logits * (scale + shift[:, None])).log_softmax(-1)
+    return F.nll_loss(log_probs, labels, reduction="none"), -(log_probs.exp() * log_probs).sum(-1), logits.argmax(-1)
+
+
+FORMS = {
+    "sum": (functools.partial(cross_entropy), {"reduction": "sum", "normalizer": "labels"}),
+    "mean": (mean_of_gathered, {"reduction": "mean"}),
+    "rows": (rows, {"reduction": "none"}),
+}
+
+
+def problem(length, **options):
+    x = draw(length, HIDDEN, dtype=torch.float32).requires_grad_()
+    shared = (torch.tensor(1.5, requires_grad=True),)
+    per_row = (draw(length, seed=7, dtype=torch.float32).requires_grad_(),)
+    return x, draw_labels(length, vocabulary=VOCABULARY, **options), per_row, shared
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_as_eager_at_any_length_and_compiled_once(name):
+    """Ragged last chunks of 8, 3 and 5 rows; the second chunk has no label that counts."""
+    function, form = FORMS[name]
+    head = make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
+    graphs = []
+    for length in (40, 35, 53):
+        x, labels, per_row, shared = problem(length, ignored=range(16, 32))
+        arguments = {"row_args": per_row, "shared_args": shared}
+        actual = memory_efficient_linear(x, head, labels, function, chunk_size=16, compile=True, **form, **arguments)
+        expected = eager(x, head, labels, function, rows=per_row, shared=shared, **form)
+        assert_same(actual, expected, [x, per_row[0], shared[0], *head.parameters()], bound=ROUNDING)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
+def test_values_without_gradients():
+    head = make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
+    x, labels, per_row, shared = problem(35)
+    for name in ("sum", "rows"):
+        function, form = FORMS[name]
+        with torch.no_grad():
+            actual = memory_efficient_linear(
+                x, head, labels, function, chunk_size=16, compile=True, row_args=per_row, shared_args=shared, **form
+            )
+            expected = eager(x, head, labels, function, rows=per_row, shared=shared, **form)
+        for ours, theirs in zip(as_tuple(actual), as_tuple(expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sum", "rows"])
+def test_the_compiled_gradient_is_compared_with_eager_modes_the_first_time(name, monkeypatch):
+    """Also where the first call makes no gradient; and until it has passed."""
+    looked, fails = [], True
+
+    def look(gradient, expected):
+        looked.append(gradient.shape)
+        if fails:
+            raise RuntimeError("not the same")
+
+    monkeypatch.setattr(checks, "check_compiled", look)
+    head = make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
+    x, labels, per_row, shared = problem(35)
+    function, form = FORMS[name]
+
+    def run():
+        return memory_efficient_linear(
+            x, head, labels, function, chunk_size=16, compile=True, row_args=per_row, shared_args=shared, **form
+        )
+
+    with torch.no_grad():
+        run()
+    assert not looked
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not the same"):
+            torch.autograd.grad(run()[0] if name == "rows" else run(), x, torch.ones(35) if name == "rows" else None)
+    fails = False
+    for _ in range(2):
+        torch.autograd.grad(run()[0] if name == "rows" else run(), x, torch.ones(35) if name == "rows" else None)
+    assert looked == [(16, VOCABULARY)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_compiled_gradient_is_refused(dtype):
+    exact = draw(4, 50, dtype=dtype)
+    checks.check_compiled(exact.clone(), exact)
+    with pytest.raises(RuntimeError, match=r"^forward_function: compiled, its gradient is "):
+        checks.check_compiled(exact * 1.05, exact)
+    with pytest.raises(RuntimeError, match=r"^forward_function: compiled, its gradient is "):
+        checks.check_compiled(torch.full_like(exact, torch.nan), exact)

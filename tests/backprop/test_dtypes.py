@@ -1,0 +1,150 @@
+"""Low precision: in which dtype gradients are summed and returned, autocast, and float16's small numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.backprop.reference import (
+    HIDDEN,
+    draw,
+    draw_labels,
+    eager,
+    make_linear,
+    mean_loss,
+    relative,
+    sum_loss,
+    token_losses,
+    transformation,
+)
+from unsloth_puzzles.backprop import memory_efficient_linear
+
+FORMS = {
+    "mean": (mean_loss, {}),
+    "sum": (sum_loss, {"reduction": "sum", "normalizer": "labels"}),
+    "rows": (token_losses, {"reduction": "none"}),
+    "projects itself": (transformation, {"function_takes": "linear"}),
+}
+
+
+def run(name, x, head, labels, **options):
+    """Gradients of X and of the weight, for an upstream gradient of 1 or of ones."""
+    function, form = FORMS[name]
+    result = memory_efficient_linear(x, head, labels, function, **form, **options)
+    return torch.autograd.grad(result.sum(), [x, *head.parameters()])
+
+
+def exact(name, x, head, labels):
+    """The same in float64, from the same 16-bit inputs."""
+    function, form = FORMS[name]
+    wide = torch.nn.Linear(*head.weight.shape[::-1], bias=head.bias is not None, dtype=torch.float64)
+    wide.load_state_dict({key: value.double() for key, value in head.state_dict().items()})
+    x = x.detach().double().requires_grad_()
+    form = {"takes" if key == "function_takes" else key: value for key, value in form.items()}
+    return torch.autograd.grad(eager(x, wide, labels, function, **form).sum(), [x, *wide.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMS)
+def test_sums_in_float32_are_nearer_than_sums_in_16_bits(name, dtype):
+    """64 chunks: each addition in 16 bits costs a rounding; one rounding of a float32 sum costs 2^-9 (bfloat16)."""
+    x, head = draw(512, 32, dtype=dtype).requires_grad_(), make_linear(32, 64, dtype=dtype, bias=False)
+    labels = draw_labels(512, vocabulary=64)
+    truth = exact(name, x, head, labels)
+    narrow = run(name, x, head, labels, chunk_size=8)
+    wide = run(name, x, head, labels, chunk_size=8, accumulate_dtype=torch.float32)
+    assert [g.dtype for g in (*narrow, *wide)] == [dtype] * 4
+    whole = [function_gradient(name, x, head, labels)[1], truth[1]]
+    assert relative(wide[1], truth[1]) <= relative(*whole) * 1.02  # what eager mode loses
+    assert relative(wide[1], truth[1]) < 0.7 * relative(narrow[1], truth[1])
+
+
+def function_gradient(name, x, head, labels):
+    function, form = FORMS[name]
+    form = {"takes" if key == "function_takes" else key: value for key, value in form.items()}
+    return torch.autograd.grad(eager(x, head, labels, function, **form).sum(), [x, *head.parameters()])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_bias_gradient_is_summed_in_float32(name):
+    x, head = draw(512, 32, dtype=torch.bfloat16).requires_grad_(), make_linear(32, 64, dtype=torch.bfloat16)
+    labels = draw_labels(512, vocabulary=64)
+    ours, truth = run(name, x, head, labels, chunk_size=8)[2], exact(name, x, head, labels)[2]
+    assert ours.dtype == torch.bfloat16
+    assert relative(ours, truth) <= 1.02 * relative(function_gradient(name, x, head, labels)[2], truth)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_gradient_in_float32_where_the_weight_takes_one(name):
+    """`Tensor.grad_dtype`: the float32 sum is returned as it is."""
+    head = make_linear(32, 64, dtype=torch.bfloat16, bias=False)
+    x = draw(512, 32, dtype=torch.bfloat16).requires_grad_()
+    labels = draw_labels(512, vocabulary=64)
+    head.weight.grad_dtype = torch.float32
+    function, form = FORMS[name]
+    options = {"chunk_size": 8, "accumulate_dtype": torch.float32, **form}
+    memory_efficient_linear(x, head, labels, function, **options).sum().backward()
+    wide, head.weight.grad = head.weight.grad, None
+    assert wide.dtype == torch.float32
+    head.weight.grad_dtype = torch.bfloat16
+    narrow = run(name, x, head, labels, chunk_size=8, accumulate_dtype=torch.float32)[1]
+    truth = exact(name, x, head, labels)[1]
+    assert relative(wide, truth) < relative(narrow, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMS)
+def test_autocast_as_eager(name, dtype):
+    """float32 parameters, 16-bit products: values to rounding of float32, gradients no further from the truth."""
+    x, head = draw(64, 32, dtype=torch.float32).requires_grad_(), make_linear(32, 64, dtype=torch.float32)
+    labels = draw_labels(64, vocabulary=64)
+    function, form = FORMS[name]
+    expected = {"takes" if key == "function_takes" else key: value for key, value in form.items()}
+    with torch.autocast("cpu", dtype):
+        ours = memory_efficient_linear(x, head, labels, function, chunk_size=16, **form)
+        theirs = eager(x, head, labels, function, **expected)
+    assert ours.dtype == theirs.dtype
+    assert relative(ours, theirs) <= 1e-6
+    truth = exact(name, x, head, labels)
+    inputs = [x, *head.parameters()]
+    for mine, other, true in zip(
+        torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(theirs.sum(), inputs), truth, strict=True
+    ):
+        assert mine.dtype == torch.float32
+        assert relative(mine, true) <= 1.05 * relative(other, true)
+
+
+def test_autocast_of_two_weights_made_on_the_way():
+    """Each is cast anew: they have one address, if the first is freed before the second is made."""
+    x, head, labels = draw(64, 32, dtype=torch.float32), make_linear(32, 64, dtype=torch.float32), draw_labels(64)
+    head.requires_grad_(False)
+    x.requires_grad_()
+
+    def function(x, linear, labels):
+        first = F.linear(x, linear.weight * 2)
+        return token_losses(first - F.linear(x, linear.weight * 3), labels).sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = memory_efficient_linear(x, head, labels, function, reduction="sum", function_takes="linear")
+        theirs = function(x, head, labels)
+    assert relative(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["mean", "sum"])
+def test_float16_gradients_of_a_mean_do_not_underflow(name, autocast):
+    """A mean over 16384 rows: a logit's gradient is 1e-4 p, of which float16 has nothing left where p < 1e-3.
+
+    The upstream gradient is a loss scale of 65536, as a GradScaler's.
+    """
+    rows, vocabulary = 16384, 512
+    dtype = torch.float32 if autocast else torch.float16
+    x, head = draw(rows, HIDDEN, dtype=dtype).requires_grad_(), make_linear(HIDDEN, vocabulary, bias=False, dtype=dtype)
+    labels = draw_labels(rows, vocabulary=vocabulary)
+    truth = exact(name, x, head, labels)
+    function, form = FORMS[name]
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        loss = memory_efficient_linear(
+            x, head, labels, function, chunk_size=1024, accumulate_dtype=torch.float32, **form
+        )
+    for ours, true in zip(torch.autograd.grad(loss * 65536, [x, head.weight]), truth, strict=True):
+        assert relative(ours, true * 65536) < 2e-3

@@ -1,0 +1,152 @@
+"""The suite notices a broken op: each mutation of a copy of the source makes the test named with it fail."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN_MUTANTS = ROOT / "tests" / "nf4" / "run_mutants.py"
+
+
+class Mutation(NamedTuple):
+    edits: tuple[tuple[str, str, str], ...]  # file in unsloth_puzzles/backprop, old, new
+    test: str  # in tests/backprop
+
+
+def mutation(file: str, old: str, new: str, test: str) -> Mutation:
+    return Mutation(((file, old, new),), test)
+
+
+MEAN, ROWS = (f"test_linear.py::test_unchecked[{name}]" for name in ("mean", "rows"))
+COUNT = "count = (labels != self.plan.ignore_index).sum()"
+MUTATIONS = {
+    "gradient times the number of chunks": mutation(
+        "work.py", "torch.where(nothing, 0, boost / count)", "boost / count * len(self.spans)", MEAN
+    ),
+    "mean of the chunks' means": Mutation(
+        (
+            ("function.py", "return (labels != self.ignore_index).sum() if", "return torch.ones(()) if"),
+            ("work.py", COUNT, "count = torch.tensor(8.0 * len(self.spans))"),  # pieces are eighths of a chunk
+        ),
+        MEAN,
+    ),
+    "chunks weighted by their rows": mutation(
+        "function.py", "return (labels != self.ignore_index).sum() if", "return (labels == labels).sum() if", MEAN
+    ),
+    "upstream ignored": mutation("linear.py", "factor = upstream[0] * ctx.rescale", "factor = ctx.rescale", MEAN),
+    "upstream of rows ignored": mutation(
+        "work.py", "None if u is None else u[start:stop]", "None if u is None else torch.ones_like(u[start:stop])", ROWS
+    ),
+    "ignored labels counted": mutation("work.py", COUNT, "count = torch.tensor(labels.numel())", MEAN),
+    "last ragged chunk dropped": mutation(
+        "work.py", "range(0, len(self.x), rows)", "range(0, len(self.x) - rows + 1, rows)", MEAN
+    ),
+    "dW for a frozen head": mutation(
+        "linear.py",
+        "linear.named_parameters() if value.requires_grad",
+        "linear.named_parameters()",
+        "test_heads.py::test_a_frozen_head_makes_no_buffer_of_the_weights_size",
+    ),
+    "dW of the last chunk only": mutation("heads.py", "first = self.total is None", "first = True", MEAN),
+    "saved gradients scaled though the graph is kept": mutation(
+        "linear.py", "g.clone() if keep else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
+    ),
+    "0/0 of a chunk without labels": mutation(
+        "function.py",
+        "return gradients if weight is None else",
+        "return gradients if True else",
+        "test_linear.py::test_a_chunk_without_labels_in_a_mean_that_divides_by_their_number[logits]",
+    ),
+    "0/0 of a chunk without labels, projected by the function": mutation(
+        "work.py",
+        "live = None if weight is None else weight > 0",
+        "live = None",
+        "test_linear.py::test_a_chunk_without_labels_in_a_mean_that_divides_by_their_number[linear]",
+    ),
+    "a weight that was computed gets no gradient": mutation(
+        "heads.py",
+        "weight_sum is None and weight.requires_grad",
+        "False",
+        "test_arguments.py::test_a_shared_weight_that_the_function_projects_with[sum]",
+    ),
+    "row arguments' gradients in the wrong rows": mutation(
+        "function.py",
+        "add(start, gradients[1:])",
+        "add(0, gradients[1:])",
+        "test_arguments.py::test_gradients_of_row_and_shared_arguments[sum-logits]",
+    ),
+    "a gradient without a power of two": mutation(
+        "work.py",
+        "if self.dtype == torch.float16 else",
+        "if False else",
+        "test_dtypes.py::test_float16_gradients_of_a_mean_do_not_underflow[mean-False]",
+    ),
+    "other random numbers in the backward": mutation(
+        "rng.py",
+        "torch.set_rng_state(cpu)",
+        "pass",
+        "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[dropout in the function-none]",
+    ),
+    "factor rounded to 16 bits": mutation(
+        "scale.py",
+        "piece.to(exact) * factor.to(exact)",
+        "piece * factor.to(piece.dtype)",
+        "test_scale.py::test_a_third_is_not_rounded_to_16_bits_first",
+    ),
+    "not narrowed behind the first run": mutation(
+        "scale.py",
+        "narrow[done:stop].copy_(wide[done:stop])",
+        "pass",
+        "test_scale.py::test_narrowed_in_its_own_memory",
+    ),
+    "whole logits": mutation(
+        "work.py", "self.spans = [", "rows = len(self.x)\n        self.spans = [",
+        "test_memory.py::test_no_tensor_is_larger_than_a_chunk_of_logits[sum]",
+    ),
+}  # fmt: skip
+
+
+def copy_with(folder: Path, edits: tuple[tuple[str, str, str], ...]) -> None:
+    for name in ("unsloth_puzzles", "tests/backprop"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)  # with it pytest puts the copy before every other package
+    for file, old, new in edits:
+        path = folder / "unsloth_puzzles" / "backprop" / file
+        source = path.read_text()
+        assert old in source, f"{file} no longer holds {old!r}"
+        path.write_text(source.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Exit status and output of every run, with "" for the copy that is not mutated."""
+    jobs = {}
+    for name, each in {"": Mutation((), ""), **MUTATIONS}.items():
+        folder = tmp_path_factory.mktemp("mutant")
+        copy_with(folder, each.edits)
+        tests = {each.test} if name else {mutant.test for mutant in MUTATIONS.values()}
+        jobs[name] = (str(folder), [f"tests/backprop/{test}" for test in sorted(tests)])
+    command = [sys.executable, "-P", str(RUN_MUTANTS), json.dumps([*jobs.values()])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outputs = [Path(folder, "output.txt").read_text() for folder, _ in jobs.values()]
+    return dict(zip(jobs, zip(json.loads(done.stdout), outputs, strict=True), strict=True))
+
+
+def test_the_unmutated_copy_passes(runs):
+    status, output = runs[""]
+    assert status == 0, output
+    assert "skipped" not in output
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(runs, name):
+    assert runs[""][0] == 0, "the unmutated copy fails too"
+    status, output = runs[name]
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "AssertionError" in output or "\nE   assert " in output, output
