@@ -54,7 +54,7 @@ MUTATIONS = {
     ),
     "dW of the last chunk only": mutation("heads.py", "first = self.total is None", "first = True", MEAN),
     "saved gradients scaled though the graph is kept": mutation(
-        "linear.py", "g.clone() if keep else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
+        "linear.py", "g.clone() if again else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
     ),
     "0/0 of a chunk without labels": mutation(
         "function.py",

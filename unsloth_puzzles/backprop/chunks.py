@@ -11,7 +11,7 @@ _FLOPS_PER_CLOCK = {70: 1024, 75: 1024, 80: 2048, 86: 1024, 87: 2048, 89: 1024, 
 _USUAL_BALANCE = 200  # FLOPs a byte: T4 203, A100 200, H200 218
 _LEAST, _MOST = 256, 4096  # fewer rows leave most of a GEMM's tiles empty; more gain nothing (H200: 1 % from 2048 on)
 _SHARE = 4  # a chunk may take a quarter of the free memory
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def chunk_rows(
@@ -20,6 +20,7 @@ def chunk_rows(
     dtype: torch.dtype,
     device: torch.device,
     bytes_per_logit: float | None = None,
+    hidden_size: int = 4096,
 ) -> int:
     """Rows of a chunk, from `chunk_size`: a number of rows, bytes of logits such as "256MiB", or "auto".
 
@@ -27,19 +28,21 @@ def chunk_rows(
     per weight and moves 8 bytes per weight that a bigger chunk would not have moved again: W is read for the logits and
     for dX, dW is read and written. At four times the balance the moving alone would take a third of the time; most of
     it hides behind the arithmetic, and the matrix products reach 95 % of their full rate (measured on an H200: 904
-    rows). Never more than a quarter of the free memory, at `bytes_per_logit` (default: the logit itself). The same
-    answer for the same arguments, so a run's memory does not depend on its history, and nothing waits for the device.
+    rows). With hidden states narrower than 4096 there are more rows in proportion, since dX (rows x hidden) has to be
+    large enough to occupy all multiprocessors (2048: 88 % of the full rate at 904 rows, 95 % at 1800). Never more than
+    a quarter of the free memory, at `bytes_per_logit` (default: the logit itself). The same answer for the same
+    arguments, so a run's memory does not depend on its history, and nothing waits for the device.
 
     Raises ValueError or TypeError, naming `chunk_size`, for anything else.
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     if chunk_size == "auto":
-        return _auto_rows(vocab_size, dtype, torch.device(device), bytes_per_logit or itemsize)
+        return _auto_rows(vocab_size, hidden_size, dtype, torch.device(device), bytes_per_logit or itemsize)
     if isinstance(chunk_size, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", chunk_size.upper())
-        if not found:
+        size = _bytes(chunk_size)
+        if size is None:
             raise ValueError(f"chunk_size: got {chunk_size!r}, need 'auto', rows (an int) or bytes such as '256MiB'")
-        rows = int(float(found[1]) * _UNITS[found[2]] / (vocab_size * itemsize))
+        rows = size // (vocab_size * itemsize)
         if rows < 1:
             need = f"at least {vocab_size * itemsize} bytes, one row of {vocab_size} logits"
             raise ValueError(f"chunk_size: got {chunk_size!r}, need {need}")
@@ -51,14 +54,31 @@ def chunk_rows(
     return chunk_size
 
 
+def kept_bytes(keep_logits: int | str) -> int:
+    """`keep_logits` in bytes: an int, or a text such as "1GiB". Raises ValueError or TypeError that names it."""
+    size = _bytes(keep_logits) if isinstance(keep_logits, str) else keep_logits
+    if not isinstance(size, int | None) or isinstance(size, bool):
+        raise TypeError(f"keep_logits: got {keep_logits!r}, need bytes: an int or a text such as '1GiB'")
+    if size is None or size < 0:
+        raise ValueError(f"keep_logits: got {keep_logits!r}, need bytes, 0 or more, such as '1GiB'")
+    return size
+
+
+def _bytes(text: str) -> int | None:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", text.upper())
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
 @cache
-def _auto_rows(vocab_size: int, dtype: torch.dtype, device: torch.device, bytes_per_logit: float) -> int:
+def _auto_rows(
+    vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device, bytes_per_logit: float
+) -> int:
     if device.type != "cuda":
         return _LEAST
-    balance = _balance(dtype, device)
+    wanted = 4 * _balance(dtype, device) * max(1, 4096 / hidden_size)
     # Tensor cores take rows by eights. An odd number of them, since cuBLAS splits some multiples of 128 badly: 896 rows
     # take 56.2 ms where 904 take 50.3 (bfloat16, 4096 x 128256, H200).
-    eights = 2 * math.ceil((4 * balance / 8 - 1) / 2) + 1
+    eights = 2 * math.ceil((wanted / 8 - 1) / 2) + 1
     rows = min(_MOST, max(_LEAST, 8 * eights))
     return max(1, min(rows, int(_free_bytes(device) / _SHARE / (vocab_size * bytes_per_logit))))
 

@@ -1,5 +1,6 @@
 """The user's function on one chunk of logits: its value, and its gradient by autograd, written over the logits."""
 
+import itertools
 import types
 import weakref
 from collections.abc import Callable
@@ -160,7 +161,7 @@ class CompiledFunction(EagerFunction):
     def _get(self, name: object, logits: torch.Tensor, arguments: Arguments, program: Callable) -> Callable:
         # exp by the hardware's ex2 is off by 2 ulp of float32: 1/30000 of what rounding a gradient to 16 bits costs.
         fast = logits.dtype.itemsize == 2
-        key = name, arguments.wanted, fast
+        key = name, arguments.wanted, fast, logits.shape[-1]
         if key not in self._compiled:
             options = {"use_fast_math": fast, "coordinate_descent_tuning": logits.is_cuda}
             self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
@@ -272,9 +273,17 @@ def _tuple(results) -> tuple:
 
 
 def _own_code(program: partial) -> Callable:
-    """`program` as a function with a code object of its own: Dynamo keeps and counts compilations by code object."""
+    """`program` as a function with a code object and a name of its own.
+
+    Dynamo keeps and counts compilations by code object; and by name it remembers which sizes have changed: another
+    function's vocabulary would make this one's a variable, for which Inductor's code is slower.
+    """
 
     def run(*arguments):
         return program(*arguments)
 
-    return types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    name = f"run_{next(_numbers)}"
+    return types.FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
+
+
+_numbers = itertools.count()

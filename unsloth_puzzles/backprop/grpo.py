@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.losses import entropy, soft_cap, token_log_probs
+from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
 
 TRL = (1, 16)
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere and MPT, Muse, Falcon-H1
@@ -35,7 +35,8 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` (the same arguments), in which no more logits exist than one chunk's.
 
     `chunk_size` and `accumulate_dtype` are `memory_efficient_linear`'s; `compile` too, where None stands for True on a
-    GPU and False elsewhere. Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the
+    GPU and False elsewhere; `keep_logits` too, where None stands for twice the head's own memory, which is what its
+    gradient takes in float32. Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the
     architectures and the auxiliary loss of mixtures of experts are honoured. At construction a few tokens are sent
     through the model, whose own logits must be those that we take, so an unknown scaling is refused, not overlooked.
     Entropies cost nothing in the backward unless there is an entropy bonus: without one nobody asks for their gradient.
@@ -52,6 +53,7 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
         chunk_size: int | str = "auto",
         compile: bool | None = None,
         accumulate_dtype: torch.dtype | None = None,
+        keep_logits: int | str | None = None,
         **kwargs,
     ):
         _check_trl()
@@ -68,6 +70,7 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
             "chunk_size": chunk_size,
             "compile": self.accelerator.device.type == "cuda" if compile is None else compile,
             "accumulate_dtype": accumulate_dtype,
+            "keep_logits": keep_logits,
         }
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
@@ -97,9 +100,12 @@ def row_scores(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and, `with_entropy`, entropies, each (rows,), of logits (rows, vocabulary) from the head."""
     z = _scaled(logits, scale, cap)
-    log_probs = token_log_probs(z, labels, temperature)
-    # Apart, not `token_log_probs_and_entropy`: compiled, the gradient of the log-probabilities alone is one lean pass.
-    return (log_probs, entropy(z, labels, temperature)) if with_entropy else log_probs
+    return (token_log_probs_and_entropy if with_entropy else token_log_probs)(z, labels, temperature)
+
+
+def kept_bytes(head: nn.Module) -> int:
+    """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise."""
+    return 2 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
 
 
 def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:
@@ -129,6 +135,8 @@ def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module,
     hidden_states, labels = hidden_states[:, :-1].to(device), labels[:, 1:].to(device)
     valid = labels != -100
     # Only the completion's rows: prompts and padding would cost as much and count nothing.
+    if options["keep_logits"] is None:
+        options = {**options, "keep_logits": kept_bytes(head)}
     rows = memory_efficient_linear(hidden_states[valid], head, labels[valid], scores, reduction="none", **options)
     rows = rows if isinstance(rows, tuple) else (rows, None)
     return [None if x is None else x.new_zeros(valid.shape).masked_scatter(valid, x) for x in rows]

@@ -79,7 +79,8 @@ def candidates(
 
 def auto_rows(case: Case) -> int:
     """The rows that "auto" stands for, with the compiled loss."""
-    return chunk_rows("auto", case.shape.vocabulary, case.shape.dtype, case.hidden_states.device)
+    shape = case.shape
+    return chunk_rows("auto", shape.vocabulary, shape.dtype, case.hidden_states.device, hidden_size=shape.hidden)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def memory_efficient_linear(
     accumulate_dtype: torch.dtype | None = None,
     compile: bool = False,
     check_additive: bool = True,
+    keep_logits: int | str = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """`forward_function` of `linear(hidden_states)`, with gradients, in the memory of one chunk of logits.
 
@@ -54,7 +55,8 @@ def memory_efficient_linear(
     chunk_size: rows, bytes of logits ("256MiB") or "auto" (see `chunk_rows`). accumulate_dtype: in which the weight's
     gradient is summed over the chunks; None is the weight's own. compile: Inductor fuses the function and its gradient
     into one or two passes over the logits (pass the same function object each time). check_additive: on the first
-    call of a function, compare a few rows with their two halves.
+    call of a function, compare a few rows with their two halves. keep_logits: with "none", this many bytes of logits
+    ("1GiB") are kept for the backward instead of being computed again.
 
     Autocast, dropout in the function or in the head, and gradient checkpointing around the call behave as in eager
     mode. Raises TypeError or ValueError, naming the argument. A label out of range raises ValueError on the CPU and
@@ -64,7 +66,7 @@ def memory_efficient_linear(
     checks.check_inputs(hidden_states, linear, labels, forward_function, row_args, shared_args)
     plan = Plan(
         reduction, function_takes, len(row_args), normalizer, ignore_index, chunk_size, accumulate_dtype, compile,
-        check_additive,
+        check_additive, keep_logits,
     )  # fmt: skip
     return MemoryEfficientLinear.apply(hidden_states, linear, labels, forward_function, plan, *row_args, *shared_args)
 
@@ -101,6 +103,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
             ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
             # What the backward needs to do the forward again.
             ctx.linear, ctx.function, ctx.states = linear, forward_function, work.states
+            ctx.head, ctx.kept = work.head, work.kept  # and what it need not do again
             ctx.autocast = _autocast_state(X.device.type)
             ctx.other = tuple(None if isinstance(t, torch.Tensor) else t for t in tensors)
             ctx.save_for_backward(X, labels, *(t if isinstance(t, torch.Tensor) else None for t in tensors))
@@ -113,20 +116,22 @@ class MemoryEfficientLinear(torch.autograd.Function):
     def backward(ctx, *upstream):
         if torch.is_grad_enabled():  # once_differentiable lets a gradient pass as a constant if the upstream one is
             raise RuntimeError("memory_efficient_linear: its gradient has no derivative (create_graph=True)")
+        # A graph that is kept may be walked again: then what was saved has to stay what it is.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.plan.reduction == "none":
             X, labels, *tensors = ctx.saved_tensors
             tensors = [other if given is None else given for given, other in zip(tensors, ctx.other, strict=True)]
             with torch.autocast(**ctx.autocast):
                 work = Work(X, ctx.linear, labels, ctx.function, ctx.plan, tuple(tensors), ctx.needs_input_grad, True)
+                if ctx.kept and not again:
+                    work.head, work.kept, ctx.kept = ctx.head, ctx.kept, {}
                 gradients = work.rows_backward(upstream, ctx.states)
         elif upstream[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         else:
             gradients = ctx.saved_tensors
-            # A graph that is kept may be walked again: then the saved gradients have to stay what they are.
-            keep = torch._C._autograd._get_current_graph_task_keep_graph()
             factor = upstream[0] * ctx.rescale
-            gradients = [g if g is None else scale_in_place(g.clone() if keep else g, factor) for g in gradients]
+            gradients = [g if g is None else scale_in_place(g.clone() if again else g, factor) for g in gradients]
         return gradients[0], None, None, None, None, *gradients[1:]
 
 

@@ -21,6 +21,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+_BLOCK = 256  # of the vocabulary: what a program holds in registers
+
 
 def cross_entropy(
     logits: torch.Tensor,
@@ -117,17 +119,17 @@ def entropy(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, *, ignore_index: int = -100
 ) -> torch.Tensor:
     """Entropy of softmax(logits / temperature) of each row, in nats: (...) float32 (float64), 0 where ignored."""
-    log_p = _log_softmax(logits, temperature)
-    return torch.where(labels != ignore_index, -_mean_under(log_p.exp(), log_p), 0)
+    lse, mean = _softmax_statistics(_cooled(logits, temperature))
+    return torch.where(labels != ignore_index, lse - mean, 0)
 
 
 def token_log_probs_and_entropy(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, *, ignore_index: int = -100
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_log_probs` and `entropy` of each row from one softmax: what policy gradients (GRPO) are made of."""
-    log_p, valid = _log_softmax(logits, temperature), labels != ignore_index
-    entropies = -_mean_under(log_p.exp(), log_p)
-    return torch.where(valid, target_logits(log_p, labels), 0), torch.where(valid, entropies, 0)
+    z, valid = _cooled(logits, temperature), labels != ignore_index
+    lse, mean = _softmax_statistics(z)
+    return torch.where(valid, target_logits(z, labels) - lse, 0), torch.where(valid, lse - mean, 0)
 
 
 def dpo_loss(
@@ -185,6 +187,26 @@ def target_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     classes = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
     return torch.where(classes == labels[..., None].int(), logits, 0).sum(-1)
+
+
+def _softmax_statistics(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(sum(exp(z))) and the expected z under softmax(z), of each row; entropy is their difference.
+
+    By blocks of the vocabulary, each with its own maximum, so that compiled they take one pass over the logits and one
+    exponential a logit: 158 us against 238 for 904 rows of 128256 by way of log_softmax (H200). The maxima only keep
+    the exponentials finite and cancel out: they are constants to autograd. A logit of -inf masks its class.
+    """
+    width = _BLOCK
+    while z.shape[-1] % width:
+        width //= 2
+    blocks = z.unflatten(-1, (-1, width))
+    highest = blocks.detach().amax(-1).clamp(min=torch.finfo(z.dtype).min)
+    top = highest.amax(-1, keepdim=True)
+    share = (highest - top).exp()
+    exponentials = (blocks - highest[..., None]).exp()
+    total = (exponentials.sum(-1) * share).sum(-1)
+    weighted = exponentials * torch.where(exponentials > 0, blocks, 0)
+    return total.log() + top.squeeze(-1), (weighted.sum(-1) * share).sum(-1) / total
 
 
 def _upcast(logits: torch.Tensor) -> torch.Tensor:

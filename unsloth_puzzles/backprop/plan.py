@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth_puzzles.backprop.chunks import kept_bytes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -18,6 +20,7 @@ class Plan:
     accumulate_dtype: torch.dtype | None = None
     compile: bool = False
     check_additive: bool = True
+    keep_logits: int | str = 0
     names: tuple[str, ...] = ()  # the head's trainable parameters
     differentiate: bool = True
 
@@ -39,6 +42,11 @@ class Plan:
         counts = self.reduction == "mean" or isinstance(self.normalizer, str)
         if counts and self.ignore_index is None:
             raise ValueError("ignore_index: got None, need an index: the labels that are not equal to it are counted")
+        if kept_bytes(self.keep_logits) and (self.reduction != "none" or self.function_takes == "linear"):
+            raise ValueError(
+                f"keep_logits: got {self.keep_logits!r} with reduction={self.reduction!r}, "
+                f"function_takes={self.function_takes!r}; need 'none' and 'logits': only those are computed again"
+            )
         if self.compile and self.function_takes == "linear":
             raise ValueError("compile: got True with function_takes='linear', need 'logits': only that is compiled")
         if self.accumulate_dtype not in (None, torch.float32, torch.float64):

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from unsloth_puzzles.backprop import checks
-from unsloth_puzzles.backprop.chunks import chunk_rows
+from unsloth_puzzles.backprop.chunks import chunk_rows, kept_bytes
 from unsloth_puzzles.backprop.function import EAGER_BYTES_PER_LOGIT, Arguments, EagerFunction, Reduction, compiled
 from unsloth_puzzles.backprop.heads import Head, forgets
 from unsloth_puzzles.backprop.rng import RandomStates
@@ -40,6 +40,7 @@ class Work:
         self.needs_x = needs[0] and plan.differentiate
         self.differentiate = plan.differentiate and any(needs)
         self.states = RandomStates(X.device)
+        self.kept: dict[int, tuple] = {}  # by chunk: its rows of x, their logits with the graph, the logits' memory
         self._size_chunks()
 
     def _size_chunks(self) -> None:
@@ -53,10 +54,13 @@ class Work:
         spare = 0 if self.plan.compile else EAGER_BYTES_PER_LOGIT
         if self.plan.function_takes == "linear":
             spare = _EAGER_WHOLE_BYTES  # all of a chunk's temporaries at once
-        rows = chunk_rows(self.plan.chunk_size, self.vocab_size, dtype, self.x.device, dtype.itemsize + spare)
+        device, hidden = self.x.device, self.x.shape[-1]
+        rows = chunk_rows(self.plan.chunk_size, self.vocab_size, dtype, device, dtype.itemsize + spare, hidden)
         if self.plan.chunk_size == "auto" and self.plan.function_takes == "linear":
             rows = max(1, rows // 4)
         self.spans = [(i, min(i + rows, len(self.x))) for i in range(0, len(self.x), rows)]
+        chunks = kept_bytes(self.plan.keep_logits) // (rows * self.vocab_size * dtype.itemsize)
+        self.first_kept = max(0, len(self.spans) - chunks) if self.differentiate else len(self.spans)
         checks.check_labels(self.arguments.labels, self.vocab_size, self.plan.ignore_index)
 
     def _logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,10 +123,16 @@ class Work:
         if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
             self._try(additive=False)
         whole: list[torch.Tensor] = []
-        for start, stop in self.spans or [(0, 0)]:
+        for i, (start, stop) in enumerate(self.spans or [(0, 0)]):
             self.states.record()
-            with torch.no_grad():
-                results = self._rows_chunk(self.x[start:stop], self.arguments.cut(slice(start, stop)), self.function)
+            cut = self.arguments.cut(slice(start, stop))
+            if self.first_kept <= i < len(self.spans):
+                x = self.x[start:stop].detach().requires_grad_()
+                self.kept[i] = x, *self._logits(x)
+                results = self.function.rows(self.kept[i][-1], cut)
+            else:
+                with torch.no_grad():
+                    results = self._rows_chunk(self.x[start:stop], cut, self.function)
             checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
             if not whole:
                 whole = [result.new_empty(len(self.x), *result.shape[1:]) for result in results]
@@ -136,25 +146,25 @@ class Work:
         gradients = _Gradients(self)
         if any(slope is not None for slope in upstream):
             with states.replay() as at_chunk:
-                for i, (start, stop) in enumerate(self.spans):
+                for i, (start, stop) in reversed(list(enumerate(self.spans))):  # first those that hold memory
                     at_chunk(i)
                     slopes = tuple(None if u is None else u[start:stop] for u in upstream)
-                    self._rows_backward_chunk(start, stop, slopes, gradients)
+                    self._rows_backward_chunk(start, stop, slopes, gradients, self.kept.pop(i, None))
         return gradients.results()
 
-    def _rows_backward_chunk(self, start, stop, slopes, gradients):
+    def _rows_backward_chunk(self, start, stop, slopes, gradients, kept):
         cut = self.arguments.cut(slice(start, stop))
-        x = self.x[start:stop].detach().requires_grad_()
+        x = self.x[start:stop].detach().requires_grad_() if kept is None else kept[0]
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
             results = self._projected(x, cut, leaves)
             results = results if isinstance(results, tuple | list) else (results,)
-            kept = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
-            if kept:
-                found = self.head.backward([r for r, _ in kept], [s for _, s in kept], x, cut.chosen(leaves))
+            pairs = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
+            if pairs:
+                found = self.head.backward([r for r, _ in pairs], [s for _, s in pairs], x, cut.chosen(leaves))
                 gradients.add(start, stop, found[0], found[1:])
             return
-        logits, over = self._logits(x)
+        logits, over = self._logits(x) if kept is None else kept[1:]
         before = over[: checks.ROWS_TRIED].clone() if self.verify else None
         self.function.rows_gradient(over, cut, slopes, partial(gradients.add_arguments, start))
         if self.verify:

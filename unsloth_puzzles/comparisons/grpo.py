@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_entropy
 
-from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, row_scores
+from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes, row_scores
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.bench.memory import peak_memory
 from unsloth_puzzles.bench.models import SEED, llama_1b_config, tiny_llama_config
@@ -276,7 +276,7 @@ def _losses(case: _Case, chunk_size: int | str) -> dict[str, Callable[[], torch.
 
     def ours(accumulate_dtype=None):
         options = {"chunk_size": chunk_size, "compile": compile, "accumulate_dtype": accumulate_dtype}
-        options["reduction"] = "none"
+        options |= {"reduction": "none", "keep_logits": kept_bytes(case.head)}
         return case.loss(memory_efficient_linear(case.x, case.head, case.tokens, scores, **options)[0])
 
     def fused_head():
