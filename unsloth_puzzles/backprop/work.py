@@ -146,7 +146,9 @@ class Work:
         gradients = _Gradients(self)
         if any(slope is not None for slope in upstream):
             with states.replay() as at_chunk:
-                for i, (start, stop) in reversed(list(enumerate(self.spans))):  # first those that hold memory
+                # Kept chunks first, since they hold memory; else in order, for Inductor tunes for the first's size.
+                for i in sorted(range(len(self.spans)), key=lambda i: i not in self.kept):
+                    start, stop = self.spans[i]
                     at_chunk(i)
                     slopes = tuple(None if u is None else u[start:stop] for u in upstream)
                     self._rows_backward_chunk(start, stop, slopes, gradients, self.kept.pop(i, None))
