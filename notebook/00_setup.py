@@ -25,6 +25,7 @@
 # %%
 import importlib
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 
@@ -33,12 +34,17 @@ PINNED = {
     "transformers": "5.17.0",
     "peft": "0.21.0",
     "accelerate": "1.15.0",
+    "trl": "1.16.0",
+    "datasets": "5.2.0",
     "numpy": "2.4.6",
     "matplotlib": "3.11.2",
 }
-
-
-OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 0), "numpy": (2, 0)}
+BASELINES = {  # other people's kernels, timed beside ours on a GPU; whichever cannot be had is left out by name
+    "liger-kernel": "0.8.5",
+    "cut-cross-entropy": "25.1.1",
+}
+OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 10), "datasets": (4, 7)}
+OLDEST["numpy"] = (2, 0)
 
 
 def installed(package):
@@ -49,21 +55,37 @@ def installed(package):
         return None
 
 
+def release(version):
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def is_fit(package):
     version = installed(package)
-    return version is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST.get(package, (0, 0))
+    if package == "trl":  # how its GRPO trainer asks the model for log-probabilities differs from release to release
+        return version is not None and release(version) == release(PINNED["trl"])
+    return version is not None and release(version) >= OLDEST.get(package, (0, 0))
+
+
+def install(*requirements):
+    """pip's error, or nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *requirements]
+    done = subprocess.run(command, capture_output=True, text=True)
+    importlib.invalidate_caches()
+    return done.stderr if done.returncode else ""
 
 
 assert installed("torch") and installed("triton"), "torch and triton must be there: choose a GPU runtime"
 missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_fit(package)]
-if missing:
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    importlib.invalidate_caches()
+error = install(*missing) if missing else ""
+assert not error, error
+if shutil.which("nvidia-smi"):
+    for package, version in BASELINES.items():
+        if not installed(package) and not install("--no-deps", f"{package}=={version}"):
+            missing.append(f"{package}=={version}")
 print("installed:", " ".join(missing) if missing else "nothing, all is there")
-for package, version in PINNED.items():
-    if installed(package) != version:
-        print(f"kept: {package} {installed(package)}; the published figures were measured with {version}")
+for package, version in (PINNED | BASELINES).items():
+    if installed(package) not in (version, None):
+        print(f"kept: {package} {installed(package)}; pinned: {version}")
 
 # %% [markdown]
 # Without a GPU the kernels run in Triton's interpreter, which has to be said before triton is imported.

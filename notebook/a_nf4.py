@@ -123,7 +123,19 @@ for rows, columns, dtype in SHAPES:
 # write: unsloth_puzzles/nf4/variants.py
 
 # %%
-# write: unsloth_puzzles/comparisons/*.py
+# write: unsloth_puzzles/comparisons/__init__.py
+
+# %%
+# write: unsloth_puzzles/comparisons/decoding.py
+
+# %%
+# write: unsloth_puzzles/comparisons/launches.py
+
+# %%
+# write: unsloth_puzzles/comparisons/sanitize.py
+
+# %%
+# write: unsloth_puzzles/comparisons/unsloth_peer.py
 
 # %%
 import math
@@ -244,7 +256,6 @@ for report in cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:contract
 # fp16 hides nearly all of that, and rounding to bf16, which is coarser, more still:
 
 # %%
-fused_absmax = {}
 contracted_figure = None
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     short = SHORT[str(dtype).removeprefix("torch.")]

@@ -9,7 +9,7 @@ import pytest
 
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import FIGURES, RATIOS, TABLES, WORST, amount, gpu_tests, readme, results
+from tools.build_readme import FIGURES, RATIOS, TABLES, TURNED, WORST, amount, gpu_tests, readme, results
 
 
 def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
@@ -43,6 +43,11 @@ def test_every_measured_headline_stands_in_the_committed_readme() -> None:
         for metric, caption in tables:
             for record in (r for r in records if r["metric"] == metric and metric not in WORST):
                 section = page.split(f"**{caption}")[1].split("\n**")[0]
+                if metric in TURNED:
+                    heads, ours = re.findall(r"^\| (?:ours)? ?\| (.+) \|$", section, flags=re.MULTILINE)
+                    cells = dict(zip(heads.split(" | "), (text.split()[0] for text in ours.split(" | ")), strict=True))
+                    assert cells[record["case"]] == amount(record["value"], "")
+                    continue
                 cells = dict(re.findall(r"^\| (.+?) \| (\S+(?: %)?)", section, flags=re.MULTILINE))
                 unit = record["unit"] if record["unit"] in RATIOS else ""
                 assert cells[record["case"]] == amount(record["value"], unit)
@@ -78,6 +83,24 @@ def test_figures_stand_with_their_challenge(tmp_path: Path) -> None:
     assert f"![{FIGURES['a_nf4_bandwidth']}]({resources.name}/a_nf4_bandwidth.png)" in section
 
 
+def test_many_baselines_are_rows_and_a_figure_may_lie_elsewhere(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    beside = {"eager": 23.5, "Liger FLCE": 1.23, "Apple CCE": 1.11}
+    records = [
+        _record("extra_peak_gib", "head trained", 1.3, "GiB", baselines=beside),
+        _record("extra_peak_gib", "head frozen", 0.31, "GiB", baselines={"eager": 23.5}),
+    ]
+    path = resources / "measurements" / "e_backprop.json"
+    path.write_text(json.dumps({**MEASURED, "records": records}))
+    (resources / "q5").mkdir()
+    (resources / "q5" / "llama32_1b_loss_curve.png").write_bytes(b"")
+    page = results(resources)
+    section = page.split("### E.")[1]
+    for line in ("|  | head trained | head frozen |", "| ours | 1.3 | 0.31 |", "| Liger FLCE | 1.23 | - |"):
+        assert line in section
+    assert page.count("q5/llama32_1b_loss_curve.png") == section.count("q5/llama32_1b_loss_curve.png") == 1
+
+
 def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
     kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
     skips = [{"test": "t::a", "reason": "needs two GPUs"}, {"test": "t::b", "reason": "needs two GPUs"}]
@@ -104,9 +127,11 @@ def test_the_tables_fit_a_narrow_page(tmp_path: Path) -> None:
 
 
 def test_the_examples_of_library_use_run() -> None:
-    """The first two as they stand, on the CPU; the third needs a model from the hub: its imports and names only."""
+    """As they stand, on the CPU; of the third and the fifth, which need a real model, imports and names only."""
     pytest.importorskip("bitsandbytes")
-    first, second, third = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    first, second, third, fourth, fifth = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL
+    )
     names: dict = {}
     exec(first.replace('"cuda"', '"cpu"'), names)
     assert names["weight"].shape == (1024, 512) and str(names["weight"].dtype) == "torch.float16"
@@ -115,6 +140,12 @@ def test_the_examples_of_library_use_run() -> None:
     imports = [node for node in ast.parse(third).body if isinstance(node, ast.ImportFrom)]
     exec(compile(ast.Module(imports, []), "third", "exec"), names)
     assert callable(names["patch_linear4bit"])
+    exec(fourth.replace('"cuda"', '"cpu"'), names)
+    assert names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0
+    pytest.importorskip("trl")
+    imports = [node for node in ast.parse(fifth).body if isinstance(node, ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "fifth", "exec"), names)
+    assert callable(names["use_memory_efficient_loss"]) and callable(names["MemoryEfficientGRPOTrainer"])
 
 
 def _resources(folder: Path) -> Path:

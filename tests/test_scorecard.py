@@ -172,10 +172,14 @@ def test_penalties_of_c(judge, metric, case, value, lost):
     [
         ("checks_passed", "float32 upcast", 0, 0),
         ("checks_passed", "derivatives by autograd", 0.9, 0),
-        ("loss_difference", "Llama 1B", 0.002, 0),
-        ("memory_saved", "reference shape", 0.49, 8),
+        ("loss_curve_max_abs_difference", "Llama 1B", 0.002, 0),
+        ("checks_passed", "Llama 1B learns", 0.5, 0),
+        ("memory_saved", "head trained", 0.49, 8),
+        ("memory_saved", "head frozen", 0.49, 8),
         ("checks_passed", "other functions", 0.9, 9),
-        ("loss_difference", "GRPO", 0.002, 6),
+        ("checks_passed", "GRPO", 0.99, 6),
+        ("grpo_reward_rise", "GRPO run", 0.0, 6),
+        ("grpo_peak_over_full_logits", "head only", 0.6, 6),
     ],
 )
 def test_gates_of_e_take_every_point_away(judge, metric, case, value, expected):
@@ -186,7 +190,7 @@ def test_gates_of_e_take_every_point_away(judge, metric, case, value, expected):
 
 def test_a_gate_leaves_the_other_challenges_alone(tmp_path, judge):
     judge("A", PERFECT_A)
-    judge("E", {**perfect("E"), ("loss_difference", "Llama 1B"): 1.0})
+    judge("E", {**perfect("E"), ("loss_curve_max_abs_difference", "Llama 1B"): 1.0})
     assert totals(score(tmp_path)) == {
         "A": (14, 14),
         "B": (0, 10),

@@ -31,15 +31,37 @@ TABLES = {
         ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
     ),
+    "e_backprop.json": (
+        ("extra_peak_gib", "Extra peak memory of forward and backward, gradients included"),
+        ("forward_backward_ms", "Time of forward and backward"),
+        ("time_over_gemm_floor", "Our time over that of the bare matrix products in the same chunks"),
+        ("time_over_liger", "Our time over Liger's"),
+        ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
+        ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step"),
+        ("loss_fall", "By how much the loss fell in those steps"),
+        ("training_peak_gib", "Peak memory of each training's process"),
+        ("grpo_peak_gib", "GRPO: extra peak memory"),
+        ("grpo_ms", "GRPO: time of forward and backward"),
+        ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
+        ("grpo_reward_rise", "GRPO: by how much the reward rose, from 0 to 1"),
+        ("checks_passed", "Named checks that passed"),
+    ),
 }
 FIGURES = {  # what a figure shows, for who cannot see it
     "a_nf4_bandwidth": "Share of the copy bandwidth over matrix sizes from 1 M to 1 G weights, ours and every baseline",
     "a_nf4_contraction": "By how much and where float32 weights differ when the multiply-add is contracted",
     "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
     "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
+    "e_backprop_frontier": "Time over extra peak memory for chunks of 256 to 4096 rows, every baseline and the floor",
+    "e_backprop_grpo_memory": "GRPO's extra peak memory, head alone and whole step, ours, TRL, Liger and full logits",
+    "e_backprop_grpo_reward": "Reward and entropy over the steps of a GRPO run, TRL's trainer and ours overlaid",
+    "e_backprop_vocabulary": "Extra peak memory and time over the size of the vocabulary, ours and every baseline",
+    "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over 100 steps, standard loss and ours, and their difference below",
 }
+FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
 SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
+TURNED = {"extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms"}  # a row a candidate, a column a case
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
 
 
@@ -81,7 +103,7 @@ def results(resources: Path) -> str:
         parts += [
             f"![{_alternative(figure)}]({figure.relative_to(resources.parent).as_posix()})"
             for figure in sorted(resources.glob("**/*.png"))
-            if figure.relative_to(resources).as_posix().startswith((f"{path.stem}_", f"{path.stem}/"))
+            if figure.relative_to(resources).as_posix().startswith(_places(path.stem))
         ]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
 
@@ -111,6 +133,10 @@ def amount(value: float, unit: str) -> str:
     return f"{_number(value)} {unit}".strip()
 
 
+def _places(stem: str) -> tuple[str, ...]:
+    return f"{stem}_", f"{stem}/", *FOLDERS.get(stem, ())
+
+
 def _alternative(figure: Path) -> str:
     return FIGURES.get(figure.stem, figure.stem.replace("_", " "))
 
@@ -127,6 +153,12 @@ def _metric(records: list[dict], metric: str, caption: str) -> str:
         return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
     names = list(dict.fromkeys(name for record in mine for name in record.get("baselines") or {}))
     unit = "" if mine[0]["unit"] in RATIOS else f", {mine[0]['unit']}"
+    if metric in TURNED:
+        rows = [_row(record, names)[1:] for record in mine]
+        header = ("", *(record["case"] for record in mine))
+        labels = ("ours", *(SHORT.get(name, name) for name in names))
+        lines = [(label, *cells) for label, cells in zip(labels, zip(*rows, strict=True), strict=True)]
+        return f"**{caption}{unit}**\n\n" + table(header, lines)
     header = ("case", "ours", *(SHORT.get(name, name) for name in names))
     return f"**{caption}{unit}**\n\n" + table(header, [_row(record, names) for record in mine])
 

@@ -80,7 +80,9 @@ def test_auto_is_four_times_the_balance(machine):
     balance = 4096 * 132 * 1.98e9 / (2 * 3.201e9 * 6144 / 8)
     rows = chunk_rows("auto", 128256, BF16, cuda)
     assert rows % 16 == 8 and 4 * balance <= rows < 4 * balance + 16
-    assert chunk_rows("auto", 128256, torch.float32, cuda) == 256  # the least: float32 needs fewer
+    assert chunk_rows("auto", 128256, torch.float32, cuda) == 264  # the least, in odd eights: float32 needs fewer
+    assert chunk_rows("auto", 8192, BF16, cuda) == 4096  # a small vocabulary: enough logits to outlast the host
+    assert chunk_rows("auto", 128256, BF16, cuda, hidden_size=2048) > 1.9 * rows
     machine(2**34, **T4)
     assert 256 <= chunk_rows("auto", 128256, torch.float16, cuda) <= 1024
     machine(2**34, **NAMELESS)

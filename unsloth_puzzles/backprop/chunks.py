@@ -10,6 +10,7 @@ import torch
 _FLOPS_PER_CLOCK = {70: 1024, 75: 1024, 80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 103: 8192}
 _USUAL_BALANCE = 200  # FLOPs a byte: T4 203, A100 200, H200 218
 _LEAST, _MOST = 256, 4096  # fewer rows leave most of a GEMM's tiles empty; more gain nothing (H200: 1 % from 2048 on)
+_LEAST_LOGITS = 2**25  # with fewer, a chunk's products are done before the host's 0.8 ms are (8192 classes, H200)
 _SHARE = 4  # a chunk may take a quarter of the free memory
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,9 +30,10 @@ def chunk_rows(
     for dX, dW is read and written. At four times the balance the moving alone would take a third of the time; most of
     it hides behind the arithmetic, and the matrix products reach 95 % of their full rate (measured on an H200: 904
     rows). With hidden states narrower than 4096 there are more rows in proportion, since dX (rows x hidden) has to be
-    large enough to occupy all multiprocessors (2048: 88 % of the full rate at 904 rows, 95 % at 1800). Never more than
-    a quarter of the free memory, at `bytes_per_logit` (default: the logit itself). The same answer for the same
-    arguments, so a run's memory does not depend on its history, and nothing waits for the device.
+    large enough to occupy all multiprocessors (2048: 88 % of the full rate at 904 rows, 95 % at 1800), and with a
+    vocabulary so small that the host could not keep up. Never more than a quarter of the free memory, at
+    `bytes_per_logit` (default: the logit itself). The same answer for the same arguments, so a run's memory does not
+    depend on its history, and nothing waits for the device.
 
     Raises ValueError or TypeError, naming `chunk_size`, for anything else.
     """
@@ -76,6 +78,7 @@ def _auto_rows(
     if device.type != "cuda":
         return _LEAST
     wanted = 4 * _balance(dtype, device) * max(1, 4096 / hidden_size)
+    wanted = max(wanted, _LEAST_LOGITS / vocab_size)
     # Tensor cores take rows by eights. An odd number of them, since cuBLAS splits some multiples of 128 badly: 896 rows
     # take 56.2 ms where 904 take 50.3 (bfloat16, 4096 x 128256, H200).
     eights = 2 * math.ceil((wanted / 8 - 1) / 2) + 1

@@ -28,7 +28,8 @@ def measure_unsloth(shapes: list[tuple[int, int, str]], rounds: int) -> dict | s
         return "unsloth is not installed here"
     settings = {
         "UNSLOTH_DISABLE_STATISTICS": "1",
-        # Unsloth would choose expandable segments, in which every kernel here, ours too, is 4 % slower.
+        # Unsloth would choose expandable segments, in which every kernel here, ours too, is 2 to 4 % slower,
+        # inferred from two processes.
         "PYTORCH_ALLOC_CONF": "expandable_segments:False",
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_COMPILE_LOCATION": os.path.join(os.getcwd(), "unsloth_compiled_cache"),

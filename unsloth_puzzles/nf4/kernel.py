@@ -112,12 +112,20 @@ def _store_words(
             v = v + (_scale(_look_up(nibble, code_ptr, LOOKUP), absmax, dtype, SOFTWARE_BF16),)
         tl.store(out_ptr + tl.arange(0, 8 * n), _interleave8(v), eviction_policy=EVICT)
     elif dtype == tl.float32:
-        types: tl.constexpr = (tl.float32,) * 8
-        v = tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, absmax, table], types, True, 1)
+        # Types as a literal: of a tuple held in a constexpr Triton 3.9 no longer takes the single types.
+        v = tl.inline_asm_elementwise(
+            ASM,
+            CONSTRAINTS,
+            [words, absmax, table],
+            (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            True,
+            1,
+        )
         tl.store(out_ptr + tl.arange(0, 8 * n), _interleave8(v), eviction_policy=EVICT)
     else:
-        types: tl.constexpr = (tl.int32,) * 4
-        p = tl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, absmax, table], types, True, 1)
+        p = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words, absmax, table], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
+        )
         pairs = tl.reshape(tl.join(tl.join(p[0], p[2]), tl.join(p[1], p[3])), (4 * n,))
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4 * n), pairs, eviction_policy=EVICT)
 

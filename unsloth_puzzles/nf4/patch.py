@@ -8,6 +8,7 @@ stay what they are, so state dicts, PEFT (before or after), checkpointing and to
 as no instance carries a function of its own, torch.compile shares one graph among equal layers.
 """
 
+import importlib.metadata
 import warnings
 from collections import Counter
 from functools import cache
@@ -22,6 +23,18 @@ from unsloth_puzzles.nf4.linear import nf4_linear
 # for the linear layers of one Llama 3.2 1B block, H200, bf16: 2 rows 93 us against 83, 3 rows 93 against 106.
 MIN_ROWS = {90: 3}
 MIN_ROWS_ELSEWHERE = 64  # not measured: about where bitsandbytes' own choice leaves its fused kernel on a T4
+
+
+def _wants_a_row() -> bool:
+    """Whether bitsandbytes' `matmul_4bit` tells W from its transpose by the packed weight's shape: before 0.50."""
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) < (0, 50)
+
+
+_WANTS_A_ROW = _wants_a_row()
 
 
 def default_min_rows(device: torch.device) -> int:
@@ -173,7 +186,8 @@ def _patched_class(cls: type, min_rows: int) -> type:
         if torch.is_grad_enabled() or x.numel() >= min_rows * x.shape[-1]:
             y = nf4_linear(x, self.weight, state, bias)
         else:
-            y = matmul_4bit(x, self.weight.t(), bias=bias, quant_state=state)  # a row: so all releases take it
+            packed = self.weight.t() if _WANTS_A_ROW else self.weight
+            y = matmul_4bit(x, packed, bias=bias, quant_state=state)
         return y.to(input_dtype)
 
     return type(cls.__name__, (cls,), {"forward": forward, "bitsandbytes_class": cls, "__doc__": cls.__doc__})
