@@ -104,7 +104,8 @@ def test_versions_name_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(hardware.metadata, "version", version)
     found = versions()
-    assert set(found) == {"python", "torch", "triton", "bitsandbytes", "transformers", "peft", "cuda", "driver"}
+    packages = {"torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy"}
+    assert set(found) == {"python", "cuda", "driver"} | packages
     assert (found["triton"], found["peft"], found["torch"]) == ("triton 1.0", None, torch.__version__)
 
 

@@ -122,7 +122,8 @@ def probe(measure: bool = True) -> Hardware:
 def versions() -> dict[str, str | None]:
     """Versions of everything a figure depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton", "bitsandbytes", "transformers", "peft"):
+    measured = ("torch", "triton", "bitsandbytes", "transformers", "peft", "trl")
+    for package in (*measured, "liger-kernel", "cut-cross-entropy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
