@@ -57,6 +57,11 @@ class Reduction:
     def weight(self, labels: torch.Tensor) -> torch.Tensor | None:
         return (labels != self.ignore_index).sum() if self.mean else None
 
+    def contribution(self, value: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What a chunk's `value` adds to the loss. A chunk without valid labels has no mean (0/0); it adds nothing."""
+        weight = self.weight(labels)
+        return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
+
 
 class EagerFunction:
     """The function as it is, run by autograd in eager mode on pieces of a chunk."""
@@ -94,7 +99,7 @@ class EagerFunction:
         found = []
         with torch.no_grad():
             for piece, cut in _pieces(logits, arguments) if len(logits) else [(logits, arguments)]:
-                found.append(_tuple(self.function(piece, cut.labels, *cut.all)))
+                found.append(as_tuple(self.function(piece, cut.labels, *cut.all)))
                 checks.check_rows(found[-1], len(piece), piece.numel())
         return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
@@ -106,7 +111,7 @@ class EagerFunction:
             leaf = piece.detach().requires_grad_()
             leaves = cut.leaves()
             with torch.enable_grad():
-                results = _tuple(self.function(leaf, cut.labels, *leaves))
+                results = as_tuple(self.function(leaf, cut.labels, *leaves))
             kept = [
                 (result, slope[start:stop])
                 for result, slope in zip(results, upstream, strict=True)
@@ -207,12 +212,12 @@ def _value_and_gradient(function, reduction, wanted, overwrite, logits, labels, 
 
 
 def _rows(function, logits, labels, arguments):
-    return _tuple(function(logits, labels, *arguments))
+    return as_tuple(function(logits, labels, *arguments))
 
 
 def _rows_gradient(function, wanted, present, overwrite, logits, labels, arguments, slopes):
     def results(logits, *chosen):
-        values = _tuple(function(logits, labels, *_merge(arguments, wanted, chosen)))
+        values = as_tuple(function(logits, labels, *_merge(arguments, wanted, chosen)))
         return tuple(value for value, kept in zip(values, present, strict=True) if kept)
 
     chosen = [value for value, want in zip(arguments, wanted, strict=True) if want]
@@ -226,9 +231,7 @@ def _rows_gradient(function, wanted, present, overwrite, logits, labels, argumen
 
 def _weighted(function, reduction, logits, arguments, values=None):
     value = function(logits, arguments.labels, *(arguments.all if values is None else values))
-    weight = reduction.weight(arguments.labels)
-    # A chunk without valid labels has no mean (0/0); it contributes nothing.
-    return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
+    return reduction.contribution(value, arguments.labels)
 
 
 def _without_nan_of_nothing(gradients, reduction, labels):
@@ -268,7 +271,8 @@ def _merge(values, wanted, chosen):
     return tuple(next(replacing) if want else value for value, want in zip(values, wanted, strict=True))
 
 
-def _tuple(results) -> tuple:
+def as_tuple(results) -> tuple:
+    """The results of a function that may return one alone."""
     return results if isinstance(results, tuple) else tuple(results) if isinstance(results, list) else (results,)
 
 

@@ -7,7 +7,14 @@ import torch
 
 from unsloth_puzzles.backprop import checks
 from unsloth_puzzles.backprop.chunks import chunk_rows, kept_bytes
-from unsloth_puzzles.backprop.function import EAGER_BYTES_PER_LOGIT, Arguments, EagerFunction, Reduction, compiled
+from unsloth_puzzles.backprop.function import (
+    EAGER_BYTES_PER_LOGIT,
+    Arguments,
+    EagerFunction,
+    Reduction,
+    as_tuple,
+    compiled,
+)
 from unsloth_puzzles.backprop.heads import Head, forgets
 from unsloth_puzzles.backprop.rng import RandomStates
 
@@ -94,12 +101,11 @@ class Work:
             leaves = cut.leaves()
             value = self._projected(x, cut, leaves)
             checks.check_scalar(value)
-            weight = self.reduction.weight(cut.labels)
             with torch.enable_grad():
-                if weight is not None:
-                    value = torch.where(weight > 0, value * weight, 0.0)
+                value = self.reduction.contribution(value, cut.labels)
                 scaled = value * scale
             if scaled.requires_grad:
+                weight = self.reduction.weight(cut.labels)
                 live = None if weight is None else weight > 0
                 found = self.head.backward(scaled, None, x, cut.chosen(leaves), live)
                 gradients.add(start, stop, found[0], found[1:])
@@ -159,8 +165,7 @@ class Work:
         x = self.x[start:stop].detach().requires_grad_() if kept is None else kept[0]
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
-            results = self._projected(x, cut, leaves)
-            results = results if isinstance(results, tuple | list) else (results,)
+            results = as_tuple(self._projected(x, cut, leaves))
             pairs = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
             if pairs:
                 found = self.head.backward([r for r, _ in pairs], [s for _, s in pairs], x, cut.chosen(leaves))
@@ -180,8 +185,7 @@ class Work:
 
     def _rows_chunk(self, x, cut, function):
         if self.plan.function_takes == "linear":
-            results = self._projected(x, cut, cut.all)
-            return tuple(results) if isinstance(results, tuple | list) else (results,)
+            return as_tuple(self._projected(x, cut, cut.all))
         return function.rows(self._logits(x)[1], cut)
 
     def _projected(self, x, cut, values):
@@ -228,9 +232,7 @@ class Work:
                 else:
                     logits = self._logits(x)[1]
                     value = self.user_function(logits, cut.labels, *cut.all)
-                weight = self.reduction.weight(cut.labels)
-                value = checks.check_scalar(value)
-                return (value if weight is None else torch.where(weight > 0, value * weight, 0.0),)
+                return (self.reduction.contribution(checks.check_scalar(value), cut.labels),)
 
         with RandomStates(self.x.device).replay():
             checks.check_additive(evaluate, len(tried), additive)
