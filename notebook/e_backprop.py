@@ -149,7 +149,7 @@ else:
 # write: unsloth_puzzles/backprop/errors.py
 
 # %%
-# write: unsloth_puzzles/backprop/harness.py
+# write: unsloth_puzzles/comparisons/linear_losses.py
 
 # %%
 import inspect
@@ -165,9 +165,10 @@ import torch.nn.functional as F
 from IPython.display import Markdown, display
 from torch import nn
 
-from unsloth_puzzles.backprop import MemoryEfficientLinear, baselines, errors, harness, losses, memory_efficient_linear
+from unsloth_puzzles.backprop import MemoryEfficientLinear, baselines, errors, losses, memory_efficient_linear
 from unsloth_puzzles.backprop.workload import REFERENCE, TINY, Shape, make_case, release
 from unsloth_puzzles.bench.record import Measurements
+from unsloth_puzzles.comparisons import linear_losses
 
 DEVICE = hardware.device
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
@@ -489,17 +490,17 @@ HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
 # On a CPU 16 bits are not worth measuring, so dW has one dtype, and compiling would take longer than all the rest.
-WITHOUT = () if GPU else (harness.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.COMPILED)
+WITHOUT = () if GPU else (linear_losses.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.COMPILED)
 measured = {}
 print(f"{SHAPE_TEXT}, random weights, {HARDWARE}")
 for head_case, train_head in HEADS.items():
     case = make_case(SHAPE, DEVICE, train_head=train_head)
-    calls, left_out = harness.candidates(case, compile=GPU, without=WITHOUT)
-    measured[head_case] = found = harness.measure(calls, rounds=ROUNDS["measure"])
+    calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
+    measured[head_case] = found = linear_losses.measure(calls, rounds=ROUNDS["measure"])
     for name, reason in {**left_out, **found.failed}.items():
         print(f"SKIPPED: {name}, {head_case}: {reason}")
     section.work(flops=len(calls) * (ROUNDS["measure"] + 2) * SHAPE.flops(train_head))
-    auto = harness.auto_rows(case)
+    auto = linear_losses.auto_rows(case)
     print(
         f"{head_case}: chunks of {auto} rows, which need {SHAPE.least_gib(auto, train_head):.3g} GiB with the gradients"
     )
@@ -526,15 +527,16 @@ def compare(metric, case, ours, found, floor=None):
 
 
 MINE = {
-    harness.OURS: (baselines.FLOOR, baselines.LIGER),
-    harness.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
+    linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
+    linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
 }
 for head_case, found in measured.items():
     others = {name: one for name, one in found.measured.items() if name not in MINE}
     for name, (floor, liger) in MINE.items():
         if name not in found.measured:
             continue
-        detail = "" if head_case == "head frozen" else f", {'float32' if name == harness.OURS_FLOAT32 else short} dW"
+        summed = "float32" if name == linear_losses.OURS_FLOAT32 else short
+        detail = "" if head_case == "head frozen" else f", {summed} dW"
         one = found.measured[name]
         beside = {other: value.extra_peak_gib for other, value in others.items()}
         results.add("extra_peak_gib", head_case + detail, one.extra_peak_gib, "GiB", baselines=beside)
@@ -544,7 +546,7 @@ for head_case, found in measured.items():
         compare("time_over_gemm_floor", head_case + detail, name, found, floor)
         compare("time_over_liger", head_case + detail, name, found, liger)
     if baselines.EAGER in others:
-        saved = 1 - found.measured[harness.OURS].extra_peak_gib / others[baselines.EAGER].extra_peak_gib
+        saved = 1 - found.measured[linear_losses.OURS].extra_peak_gib / others[baselines.EAGER].extra_peak_gib
         print(f"{head_case}: {100 * saved:.1f} % less memory than eager")
         if GPU:
             results.add("memory_saved", head_case, saved, "fraction")
@@ -559,7 +561,7 @@ if not GPU:
 
 # %%
 case = make_case(SHAPE, DEVICE, any_gradient_dtype=True)
-named, _ = harness.losses(case, compile=GPU, without=(baselines.COMPILED, *WITHOUT))
+named, _ = linear_losses.losses(case, compile=GPU, without=(baselines.COMPILED, *WITHOUT))
 try:
     wrong = errors.gradient_errors(case, named)
 except torch.OutOfMemoryError:
@@ -572,8 +574,8 @@ lines += [f"| {n} | {e['hidden_states']:.2e} | {e['weight']:.2e} | {e['loss']:.1
 display(Markdown("\n".join(lines)))
 if baselines.EAGER in wrong:
     eager = wrong[baselines.EAGER]
-    of = {"dX": (harness.OURS, "hidden_states"), f"{short} dW": (harness.OURS, "weight")}
-    of |= {"float32 dW": (harness.OURS_FLOAT32, "weight")} if harness.OURS_FLOAT32 in wrong else {}
+    of = {"dX": (linear_losses.OURS, "hidden_states"), f"{short} dW": (linear_losses.OURS, "weight")}
+    of |= {"float32 dW": (linear_losses.OURS_FLOAT32, "weight")} if linear_losses.OURS_FLOAT32 in wrong else {}
     for what, (name, key) in of.items():
         others = {n: e[key] / eager[key] for n, e in wrong.items() if n not in (*MINE, baselines.EAGER)}
         results.add(
@@ -586,10 +588,10 @@ if baselines.EAGER in wrong:
 # The frontier: every point of ours is one chunk size, and beside it the bare matrix products in chunks of that size.
 
 # %%
-SIZES = harness.CHUNK_SIZES if GPU else (128, 512)
+SIZES = linear_losses.CHUNK_SIZES if GPU else (128, 512)
 STYLES = {
-    harness.OURS: ("tab:blue", "o-"), harness.OURS_FLOAT32: ("tab:cyan", "P"), baselines.FLOOR: ("gray", "--"),
-    baselines.FLOOR_FLOAT32: ("silver", "2"), baselines.EAGER: ("tab:red", "s"),
+    linear_losses.OURS: ("tab:blue", "o-"), linear_losses.OURS_FLOAT32: ("tab:cyan", "P"),
+    baselines.FLOOR: ("gray", "--"), baselines.FLOOR_FLOAT32: ("silver", "2"), baselines.EAGER: ("tab:red", "s"),
     baselines.COMPILED: ("tab:orange", "^"), baselines.LIGER: ("tab:green", "D"),
     baselines.LIGER_FLOAT32: ("olive", "d"), baselines.CCE: ("tab:purple", "v"),
 }  # fmt: skip
@@ -607,18 +609,18 @@ def plain_log(axis, steps):
 figure, panes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 for axes, (head_case, train_head) in zip(panes, HEADS.items(), strict=True):
     case = make_case(SHAPE, DEVICE, train_head=train_head)
-    named, _ = harness.losses(case, compile=GPU)
+    named, _ = linear_losses.losses(case, compile=GPU)
     beside = {name: named[name] for name in (baselines.LIGER,) if name in named}
-    along = harness.frontier(case, SIZES, beside=beside, compile=GPU, rounds=ROUNDS["frontier"])
+    along = linear_losses.frontier(case, SIZES, beside=beside, compile=GPU, rounds=ROUNDS["frontier"])
     del case, named
     release()
     for size, at in along.items():
-        for name in (harness.OURS, baselines.FLOOR):
+        for name in (linear_losses.OURS, baselines.FLOOR):
             one = at.measured[name]
             print(
                 f"{head_case}, {size:5} rows: {name:20} {one.extra_peak_gib:7.3f} GiB {one.time.median / 1e3:8.2f} ms"
             )
-        one, floor = at.measured[harness.OURS], at.measured[baselines.FLOOR]
+        one, floor = at.measured[linear_losses.OURS], at.measured[baselines.FLOOR]
         case_text = f"{head_case}, {size} rows"
         results.add(
             "frontier_ms", case_text, one.time.median / 1e3, "ms", one.time.low / 1e3, one.time.high / 1e3,
@@ -626,8 +628,8 @@ for axes, (head_case, train_head) in zip(panes, HEADS.items(), strict=True):
         )  # fmt: skip
         results.add("frontier_peak_gib", case_text, one.extra_peak_gib, "GiB")
         if baselines.LIGER in at.measured:
-            compare("frontier_time_over_liger", case_text, harness.OURS, at, baselines.LIGER)
-    for name in (harness.OURS, baselines.FLOOR):
+            compare("frontier_time_over_liger", case_text, linear_losses.OURS, at, baselines.LIGER)
+    for name in (linear_losses.OURS, baselines.FLOOR):
         points = [at.measured[name] for at in along.values()]
         color, style = STYLES[name]
         label = f"{name}, by chunk size"
@@ -635,16 +637,16 @@ for axes, (head_case, train_head) in zip(panes, HEADS.items(), strict=True):
             [p.extra_peak_gib for p in points], [p.time.median / 1e3 for p in points], style, color=color, label=label
         )
     for size, at in along.items():
-        one = at.measured[harness.OURS]
+        one = at.measured[linear_losses.OURS]
         axes.annotate(
             size, (one.extra_peak_gib, one.time.median / 1e3), xytext=(3, 4), textcoords="offset points", fontsize=7
         )
     for name, one in measured[head_case].measured.items():
-        if name in (harness.OURS, baselines.FLOOR, baselines.FLOOR_FLOAT32):
+        if name in (linear_losses.OURS, baselines.FLOOR, baselines.FLOOR_FLOAT32):
             continue
         color, style = STYLES[name]
         axes.plot(one.extra_peak_gib, one.time.median / 1e3, style[0], color=color, label=name)
-    auto = measured[head_case].measured[harness.OURS]
+    auto = measured[head_case].measured[linear_losses.OURS]
     axes.plot(
         auto.extra_peak_gib, auto.time.median / 1e3, "o", mfc="none", ms=12, color="tab:blue", label='ours, "auto"'
     )
@@ -662,9 +664,11 @@ plt.show()
 # Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
 
 # %%
-VOCABULARIES = harness.VOCABULARIES if GPU else (512, 2048)
-EXTRA = (harness.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32, *WITHOUT)
-sweep = harness.vocabulary_sweep(SHAPE, DEVICE, VOCABULARIES, compile=GPU, without=EXTRA, rounds=ROUNDS["vocabulary"])
+VOCABULARIES = linear_losses.VOCABULARIES if GPU else (512, 2048)
+EXTRA = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32, *WITHOUT)
+sweep = linear_losses.vocabulary_sweep(
+    SHAPE, DEVICE, VOCABULARIES, compile=GPU, without=EXTRA, rounds=ROUNDS["vocabulary"]
+)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 names = dict.fromkeys(name for at in sweep.values() for name in at.measured)
 for name in names:
@@ -674,8 +678,8 @@ for name in names:
     left.plot(sizes, [sweep[size].measured[name].extra_peak_gib for size in sizes], style, color=color, label=name)
     right.plot(sizes, [sweep[size].measured[name].time.median / 1e3 for size in sizes], style, color=color, label=name)
 for size, at in sweep.items():
-    one = at.measured[harness.OURS]
-    others = {name: other for name, other in at.measured.items() if name != harness.OURS}
+    one = at.measured[linear_losses.OURS]
+    others = {name: other for name, other in at.measured.items() if name != linear_losses.OURS}
     beside = {name: other.extra_peak_gib for name, other in others.items()}
     results.add("vocabulary_peak_gib", f"vocabulary {size}", one.extra_peak_gib, "GiB", baselines=beside)
     beside = {name: other.time.median / 1e3 for name, other in others.items()}

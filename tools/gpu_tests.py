@@ -7,6 +7,7 @@ Refuses without a GPU, where every one of them would be a skip.
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -17,6 +18,7 @@ from tools.run_notebook import gpu_present
 
 SUMMARY = ROOT / "resources" / "measurements" / "gpu_tests.json"
 REPORT = ROOT / "build" / "gpu_tests.xml"
+GIB_PER_WORKER, MOST_WORKERS = 16, 8  # most tests wait for a compiler, and none needs more memory than a T4 has
 
 
 def main() -> int:
@@ -28,7 +30,10 @@ def main() -> int:
     hardware = dataclasses.asdict(probe(measure=False))
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={REPORT}"], cwd=ROOT, check=False)
+    workers = min(MOST_WORKERS, os.cpu_count() or 1, int(hardware["memory_gib"] // GIB_PER_WORKER))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={REPORT}"]
+    command += ["-n", str(workers)] if workers > 1 else []
+    done = subprocess.run(command, cwd=ROOT, check=False)
     if not REPORT.exists():
         print(f"pytest ended with {done.returncode} and wrote no report; {SUMMARY.name} is left as it was.")
         return 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unsloth_puzzles.backprop import chunks
-from unsloth_puzzles.backprop.chunks import chunk_rows
+from unsloth_puzzles.backprop.chunks import chunk_rows, even_rows
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -106,3 +106,27 @@ def test_auto_does_not_change_within_a_process(machine):
 
 def test_auto_on_the_cpu():
     assert chunk_rows("auto", 128256, BF16, CPU) == 256
+
+
+@pytest.mark.parametrize("rows", [256, 904, 1784, 4096])
+def test_even_chunks(rows):
+    for of in (*range(1, 40), *range(41, 40000, 97), 16384, 10**6):
+        even = even_rows(rows, of)
+        chunks = -(-of // even)
+        assert chunks <= -(-of // rows)
+        assert even <= 1.05 * rows + 15
+        if even < of and chunks < rows / 32:
+            assert of - (chunks - 1) * even > 0.4 * even  # the last pays for the rounding up of all others
+    assert even_rows(rows, 0) == rows
+
+
+@pytest.mark.parametrize("rows", [1, 8, 255])
+def test_chunks_that_memory_limits_stay_as_they_are(rows):
+    assert {even_rows(rows, of) for of in range(1, 3000)} == {rows}
+
+
+def test_even_chunks_of_the_puzzles_shape():
+    assert even_rows(904, 16384) == 920
+    assert even_rows(1784, 16384) == 1832
+    assert even_rows(904, 904) == 904
+    assert even_rows(904, 940) == 940

@@ -5,8 +5,8 @@ import torch
 
 from unsloth_puzzles.backprop.baselines import EAGER, eager
 from unsloth_puzzles.backprop.errors import gradient_errors, truth
-from unsloth_puzzles.backprop.harness import OURS, OURS_FLOAT32, ours
 from unsloth_puzzles.backprop.workload import Shape, make_case
+from unsloth_puzzles.comparisons.linear_losses import OURS, OURS_FLOAT32, ours
 
 SHAPE = Shape(100, 16, 300, torch.float32)
 BFLOAT16 = Shape(1500, 64, 2048, torch.bfloat16)

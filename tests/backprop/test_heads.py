@@ -93,6 +93,17 @@ class Detached(nn.Module):
         return self.linear(x) + self.other(x.detach())
 
 
+class Twice(nn.Module):
+    """One weight, three products of which two give a gradient of the same rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = make_linear()
+
+    def forward(self, x):
+        return self.linear(x) + self.linear(x.tanh()) + self.linear(x)
+
+
 def lora(head=None, dropout=0.0):
     """LoRA on a frozen head, with a B that is not zero."""
     import peft  # here, since it takes seconds and most tests do without
@@ -125,6 +136,7 @@ HEADS = {
     "transposed": Transposed,
     "computed": Computed,
     "detached": Detached,
+    "twice": Twice,
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(make_linear()),
     "sequence": lambda: nn.Sequential(make_linear(vocabulary=HIDDEN), nn.GELU(), make_linear()),
     "no parameters": lambda: nn.Identity(),

@@ -1,26 +1,8 @@
 """The suite notices a broken op: each mutation of a copy of the source makes the test named with it fail."""
 
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RUN_MUTANTS = ROOT / "tests" / "nf4" / "run_mutants.py"
-
-
-class Mutation(NamedTuple):
-    edits: tuple[tuple[str, str, str], ...]  # file in unsloth_puzzles/backprop, old, new
-    test: str  # in tests/backprop
-
-
-def mutation(file: str, old: str, new: str, test: str) -> Mutation:
-    return Mutation(((file, old, new),), test)
-
+from tests.mutants import Mutation, Run, assert_caught, assert_unmutated_passes, mutation, run_mutants
 
 MEAN, ROWS = (f"test_linear.py::test_unchecked[{name}]" for name in ("mean", "rows"))
 COUNT = "count = (labels != self.plan.ignore_index).sum()"
@@ -111,42 +93,15 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-def copy_with(folder: Path, edits: tuple[tuple[str, str, str], ...]) -> None:
-    for name in ("unsloth_puzzles", "tests/backprop"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)  # with it pytest puts the copy before every other package
-    for file, old, new in edits:
-        path = folder / "unsloth_puzzles" / "backprop" / file
-        source = path.read_text()
-        assert old in source, f"{file} no longer holds {old!r}"
-        path.write_text(source.replace(old, new))
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, tuple[int, str]]:
-    """Exit status and output of every run, with "" for the copy that is not mutated."""
-    jobs = {}
-    for name, each in {"": Mutation((), ""), **MUTATIONS}.items():
-        folder = tmp_path_factory.mktemp("mutant")
-        copy_with(folder, each.edits)
-        tests = {each.test} if name else {mutant.test for mutant in MUTATIONS.values()}
-        jobs[name] = (str(folder), [f"tests/backprop/{test}" for test in sorted(tests)])
-    command = [sys.executable, "-P", str(RUN_MUTANTS), json.dumps([*jobs.values()])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    outputs = [Path(folder, "output.txt").read_text() for folder, _ in jobs.values()]
-    return dict(zip(jobs, zip(json.loads(done.stdout), outputs, strict=True), strict=True))
+def runs(tmp_path_factory) -> dict[str, Run]:
+    return run_mutants("backprop", MUTATIONS, tmp_path_factory)
 
 
 def test_the_unmutated_copy_passes(runs):
-    status, output = runs[""]
-    assert status == 0, output
-    assert "skipped" not in output
+    assert_unmutated_passes(runs)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught(runs, name):
-    assert runs[""][0] == 0, "the unmutated copy fails too"
-    status, output = runs[name]
-    assert status == pytest.ExitCode.TESTS_FAILED, output
-    assert "AssertionError" in output or "\nE   assert " in output, output
+    assert_caught(runs, name)

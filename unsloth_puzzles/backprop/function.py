@@ -12,6 +12,8 @@ import torch
 from unsloth_puzzles.backprop import checks
 
 _EAGER_PIECES = 8  # an eager function runs on eighths of a chunk: its float32 temporaries are eighths, too
+# Inductor tries block sizes: with rows so long its first guess reads them all from memory again in the second pass.
+_TUNING = ("coordinate_descent_tuning", "max_autotune_pointwise")
 EAGER_BYTES_PER_LOGIT = 16 / _EAGER_PIECES  # float32 copies, softmax and gradients that such a function makes
 
 
@@ -168,7 +170,7 @@ class CompiledFunction(EagerFunction):
         fast = logits.dtype.itemsize == 2
         key = name, arguments.wanted, fast, logits.shape[-1]
         if key not in self._compiled:
-            options = {"use_fast_math": fast, "coordinate_descent_tuning": logits.is_cuda}
+            options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
         return self._compiled[key]
 
@@ -178,7 +180,10 @@ _known: "weakref.WeakKeyDictionary[Callable, dict]" = weakref.WeakKeyDictionary(
 
 def compiled(function: Callable, reduction: Reduction) -> CompiledFunction:
     """The one `CompiledFunction` of this function object and reduction: compiled code lives as long as the function."""
-    return _known.setdefault(function, {}).setdefault(reduction, CompiledFunction(_Weak(function), reduction))
+    known = _known.setdefault(function, {})
+    if reduction not in known:
+        known[reduction] = CompiledFunction(_Weak(function), reduction)
+    return known[reduction]
 
 
 class _Weak:

@@ -35,10 +35,11 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` (the same arguments), in which no more logits exist than one chunk's.
 
     `chunk_size` and `accumulate_dtype` are `memory_efficient_linear`'s; `compile` too, where None stands for True on a
-    GPU and False elsewhere; `keep_logits` too, where None stands for twice the head's own memory, which is what its
-    gradient takes in float32. Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the
-    architectures and the auxiliary loss of mixtures of experts are honoured. At construction a few tokens are sent
-    through the model, whose own logits must be those that we take, so an unknown scaling is refused, not overlooked.
+    GPU and False elsewhere; `keep_logits` too, where None stands for three times the head's own memory, which is what
+    its gradient and Adam's two moments take together. Temperature, soft cap (`final_logit_softcapping`), the logit
+    multipliers of the architectures and the auxiliary loss of mixtures of experts are honoured. At construction a few
+    tokens are sent through the model, whose own logits must be those that we take, so an unknown scaling is refused,
+    not overlooked.
     Entropies cost nothing in the backward unless there is an entropy bonus: without one nobody asks for their gradient.
 
     Raises:
@@ -105,7 +106,7 @@ def row_scores(
 
 def kept_bytes(head: nn.Module) -> int:
     """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise."""
-    return 2 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
+    return 3 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
 
 
 def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:

@@ -39,13 +39,15 @@ class Head:
         with torch.set_grad_enabled(x.requires_grad), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
 
-    def backward(self, outputs, gradients, x, others, live=None) -> list[torch.Tensor | None]:
+    def backward(self, outputs, gradients, x, others, into=None, live=None) -> list[torch.Tensor | None]:
         """Gradients of x and `others`; those of the trainable parameters are added to their sums.
 
-        `live`, a 0-dim bool: where it is False the outputs do not count and all gradients are zero, even if NaN.
+        `into`, shaped like x, may be overwritten: the first product that gives a gradient of that shape goes there, so
+        the gradient of x need not be copied to where it belongs. `live`, a 0-dim bool: where it is False the outputs do
+        not count and all gradients are zero, even if NaN.
         """
         leaves = list(self.leaves.values())
-        self._mode.live = live
+        self._mode.live, self._mode.into = live, into
         found = torch.autograd.grad(outputs, [x, *others, *leaves], gradients, allow_unused=True)
         if live is not None:
             found = [g if g is None else torch.where(live, g, 0) for g in found]
@@ -89,6 +91,7 @@ class _LeanLinear(TorchFunctionMode):
         self._sums = sums
         self._cast: dict[int, torch.Tensor] = {}
         self.live: torch.Tensor | None = None  # see Head.backward
+        self.into: torch.Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.linear or kwargs or not _dense(args[1]):
@@ -113,6 +116,12 @@ class _LeanLinear(TorchFunctionMode):
         # The last arguments make the result require grad where x does not but they do.
         return _Linear.apply(x, weight_cast, bias_cast, weight_sum, bias_sum, self, weight, bias)
 
+    def product(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        into, self.into = self.into, None  # once: a second product would overwrite the first
+        if into is None or into.dtype != gradient.dtype or into.shape != (*gradient.shape[:-1], weight.shape[1]):
+            return gradient @ weight
+        return torch.mm(gradient, weight, out=into)
+
 
 class _Linear(torch.autograd.Function):
     """x W^T + b whose backward returns dx and adds dW and db to their sums."""
@@ -136,7 +145,7 @@ class _Linear(torch.autograd.Function):
                 weight_sum.add_product(flat, x.reshape(-1, x.shape[-1]))
             if bias_sum is not None:
                 bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))
-            return (gradient @ weight if ctx.needs_input_grad[0] else None), *(None,) * 7
+            return (ctx.mode.product(gradient, weight) if ctx.needs_input_grad[0] else None), *(None,) * 7
 
 
 class _Sum:

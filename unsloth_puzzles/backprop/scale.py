@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096  # values of a program: 8 KB or 16 KB, enough in flight to reach the copy bandwidth
+_BLOCK = 4096  # values at a time: 8 KB or 16 KB, enough in flight to reach the copy bandwidth
+_PROGRAMS = 2048  # at most: enough to fill any GPU, few enough to cost nothing where there is nothing to do
 _PIECE = 2**22  # values at a time where Triton does not run: a float32 temporary of 16 MB
 
 
@@ -23,7 +24,8 @@ def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     numel = tensor.numel()
     if numel:
         with torch.cuda.device(tensor.device):
-            _scale[(triton.cdiv(numel, _BLOCK),)](tensor, factor.to(torch.float32), numel, BLOCK=_BLOCK, num_warps=8)
+            programs = min(_PROGRAMS, triton.cdiv(numel, _BLOCK))
+            _scale[(programs,)](tensor, factor.to(torch.float32), numel, BLOCK=_BLOCK, num_warps=8)
     return tensor
 
 
@@ -58,7 +60,11 @@ def _triton_runs(tensor: torch.Tensor) -> bool:
 def _scale(tensor_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = index < numel
-        value = tl.load(tensor_ptr + index, mask=mask).to(tl.float32) * factor
-        tl.store(tensor_ptr + index, value.to(tensor_ptr.dtype.element_ty), mask=mask)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
+        while start < numel:
+            index = start + tl.arange(0, BLOCK)
+            mask = index < numel
+            value = tl.load(tensor_ptr + index, mask=mask).to(tl.float32) * factor
+            tl.store(tensor_ptr + index, value.to(tensor_ptr.dtype.element_ty), mask=mask)
+            start += stride

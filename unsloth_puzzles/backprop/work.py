@@ -1,12 +1,13 @@
 """The passes over the chunks: logits, the user's function, gradients, one chunk after the other."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 
 from unsloth_puzzles.backprop import checks
-from unsloth_puzzles.backprop.chunks import chunk_rows, kept_bytes
+from unsloth_puzzles.backprop.chunks import chunk_rows, even_rows, kept_bytes
 from unsloth_puzzles.backprop.function import (
     EAGER_BYTES_PER_LOGIT,
     Arguments,
@@ -47,6 +48,7 @@ class Work:
         self.needs_x = needs[0] and plan.differentiate
         self.differentiate = plan.differentiate and any(needs)
         self.states = RandomStates(X.device)
+        self.labels_checked = backward  # the forward has done it
         self.kept: dict[int, tuple] = {}  # by chunk: its rows of x, their logits with the graph, the logits' memory
         self._size_chunks()
 
@@ -63,12 +65,18 @@ class Work:
             spare = _EAGER_WHOLE_BYTES  # all of a chunk's temporaries at once
         device, hidden = self.x.device, self.x.shape[-1]
         rows = chunk_rows(self.plan.chunk_size, self.vocab_size, dtype, device, dtype.itemsize + spare, hidden)
-        if self.plan.chunk_size == "auto" and self.plan.function_takes == "linear":
-            rows = max(1, rows // 4)
+        if self.plan.chunk_size == "auto":
+            rows = max(1, rows // 4) if self.plan.function_takes == "linear" else rows
+            rows = even_rows(rows, len(self.x))
         self.spans = [(i, min(i + rows, len(self.x))) for i in range(0, len(self.x), rows)]
         chunks = kept_bytes(self.plan.keep_logits) // (rows * self.vocab_size * dtype.itemsize)
         self.first_kept = max(0, len(self.spans) - chunks) if self.differentiate else len(self.spans)
-        checks.check_labels(self.arguments.labels, self.vocab_size, self.plan.ignore_index)
+
+    def _check_labels(self) -> None:
+        """Once, when the first product is under way: a GPU is busy while the host launches these small kernels."""
+        if not self.labels_checked:
+            checks.check_labels(self.arguments.labels, self.vocab_size, self.plan.ignore_index)
+            self.labels_checked = True
 
     def _logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of a chunk with their graph, and their memory, over which the gradient may be written."""
@@ -76,25 +84,26 @@ class Work:
         if logits.shape != (len(x), self.vocab_size):
             need = (len(x), self.vocab_size)
             raise ValueError(f"linear: maps {tuple(x.shape)} to {tuple(logits.shape)}, need {need}")
+        self._check_labels()
         return logits, logits.detach() if forgets(logits) else logits.detach().clone()
 
     def additive(self):
         """The loss; gradients of X, the parameters and the arguments; what multiplies the upstream gradient."""
         if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
             self._try(additive=True)
-        count, scale, rescale = self._normalizer()
         total = None
         gradients = _Gradients(self)
         for start, stop in self.spans:
-            value = self._additive_chunk(start, stop, scale, gradients)
+            value = self._additive_chunk(start, stop, gradients)
             value = value.to(torch.promote_types(value.dtype, torch.float32))
             total = value if total is None else total + value
         if total is None:
             total = torch.zeros((), device=self.x.device)
+        count, _, rescale = self._normalizer
         loss = total if count is None else torch.where(count == 0, math.nan, total / count)
         return loss, gradients.results(), rescale
 
-    def _additive_chunk(self, start, stop, scale, gradients):
+    def _additive_chunk(self, start, stop, gradients):
         cut = self.arguments.cut(slice(start, stop))
         x = self.x[start:stop].detach().requires_grad_(self.differentiate)
         if self.plan.function_takes == "linear":
@@ -103,26 +112,30 @@ class Work:
             checks.check_scalar(value)
             with torch.enable_grad():
                 value = self.reduction.contribution(value, cut.labels)
-                scaled = value * scale
+                scaled = value * self._normalizer[1]
             if scaled.requires_grad:
                 weight = self.reduction.weight(cut.labels)
                 live = None if weight is None else weight > 0
-                found = self.head.backward(scaled, None, x, cut.chosen(leaves), live)
+                found = self.head.backward(scaled, None, x, cut.chosen(leaves), live=live)
                 gradients.add(start, stop, found[0], found[1:])
             return value.detach()
         logits, over = self._logits(x)
         if not self.differentiate:
             return checks.check_scalar(self.function.value(over, cut))
-        before = over[: checks.ROWS_TRIED].clone() if self.verify else None
+        scale, few = self._normalizer[1], slice(checks.ROWS_TRIED)
+        before = over[few].clone() if self.verify else None
         value = self.function.value_and_gradient(over, cut, scale, partial(gradients.add_arguments, start))
-        if self.verify:
-            self.verify = False
-            part = cut.cut(slice(len(before)))
-            self.eager.value_and_gradient(before, part, scale, lambda start, found: None)
-            checks.check_compiled(over[: len(before)], before)
-            checks.trust(self.user_function, "compiled", self.plan.reduction)
-        gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
+        self._verify(over, before, lambda: self.eager.value_and_gradient(before, cut.cut(few), scale, _drop))
+        gradients.add(start, stop, self.head.backward(logits, over, x, [], gradients.of_x(start, stop))[0], None)
         return value
+
+    def _verify(self, gradient: torch.Tensor, before: torch.Tensor | None, overwrite: Callable) -> None:
+        """Hold the compiled gradient of a few rows against eager mode's, with which `overwrite` fills `before`."""
+        if before is not None:
+            self.verify = False
+            overwrite()
+            checks.check_compiled(gradient[: len(before)], before)
+            checks.trust(self.user_function, "compiled", self.plan.reduction)
 
     def rows(self) -> tuple[torch.Tensor, ...]:
         """Per-row results, with the leading dimensions of X."""
@@ -172,16 +185,12 @@ class Work:
                 gradients.add(start, stop, found[0], found[1:])
             return
         logits, over = self._logits(x) if kept is None else kept[1:]
-        before = over[: checks.ROWS_TRIED].clone() if self.verify else None
+        few = slice(checks.ROWS_TRIED)
+        before = over[few].clone() if self.verify else None
         self.function.rows_gradient(over, cut, slopes, partial(gradients.add_arguments, start))
-        if self.verify:
-            self.verify = False
-            rows = len(before)
-            part = tuple(None if slope is None else slope[:rows] for slope in slopes)
-            self.eager.rows_gradient(before, cut.cut(slice(rows)), part, lambda start, found: None)
-            checks.check_compiled(over[:rows], before)
-            checks.trust(self.user_function, "compiled", self.plan.reduction)
-        gradients.add(start, stop, self.head.backward(logits, over, x, [])[0], None)
+        part = tuple(None if slope is None else slope[few] for slope in slopes)
+        self._verify(over, before, lambda: self.eager.rows_gradient(before, cut.cut(few), part, _drop))
+        gradients.add(start, stop, self.head.backward(logits, over, x, [], gradients.of_x(start, stop))[0], None)
 
     def _rows_chunk(self, x, cut, function):
         if self.plan.function_takes == "linear":
@@ -189,8 +198,10 @@ class Work:
         return function.rows(self._logits(x)[1], cut)
 
     def _projected(self, x, cut, values):
+        self._check_labels()
         return self.head.call(self.user_function, x, cut.labels, *values)
 
+    @cached_property
     def _normalizer(self):
         """The divisor of the loss or None; the factor of a chunk's gradient; what is still missing from the gradients.
 
@@ -239,6 +250,10 @@ class Work:
         checks.trust(self.user_function, self.plan.reduction)
 
 
+def _drop(start, found) -> None:
+    """For gradients of arguments that nobody wants."""
+
+
 class _Gradients:
     """What the chunks' gradients are gathered in."""
 
@@ -251,8 +266,14 @@ class _Gradients:
             for value, want in zip(arguments.all, arguments.wanted, strict=True)
         ]
 
+    def of_x(self, start, stop) -> torch.Tensor | None:
+        """Where a chunk's gradient of x belongs."""
+        return None if self.x is None else self.x[start:stop]
+
     def add(self, start, stop, x, others) -> None:
-        if self.x is not None and x is not None:
+        if self.x is not None and x is None:
+            self.x[start:stop] = 0
+        elif self.x is not None and x.data_ptr() != self.x[start:stop].data_ptr():
             self.x[start:stop] = x
         if others is not None:
             self.add_arguments(start, 0, others)

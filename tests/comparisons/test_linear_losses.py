@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from unsloth_puzzles.backprop import harness
 from unsloth_puzzles.backprop.baselines import COMPILED, EAGER, FLOOR, FLOOR_FLOAT32
-from unsloth_puzzles.backprop.harness import (
+from unsloth_puzzles.backprop.workload import TINY, Shape, make_case
+from unsloth_puzzles.bench.timing import Timing
+from unsloth_puzzles.comparisons import linear_losses
+from unsloth_puzzles.comparisons.linear_losses import (
     OURS,
     OURS_FLOAT32,
     Measured,
@@ -18,8 +20,6 @@ from unsloth_puzzles.backprop.harness import (
     ours,
     vocabulary_sweep,
 )
-from unsloth_puzzles.backprop.workload import TINY, Shape, make_case
-from unsloth_puzzles.bench.timing import Timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="exact byte counts are the CPU's: a GPU's blocks are rounded up")
@@ -94,7 +94,7 @@ def test_the_peak_is_that_of_a_second_call(monkeypatch):
         measured_at.append(len(calls))
         return call(), 2**30
 
-    monkeypatch.setattr(harness, "peak_memory", peak)
+    monkeypatch.setattr(linear_losses, "peak_memory", peak)
     found = measure({"one": lambda: calls.append(1)}, rounds=1)
     assert measured_at == [1] and found.measured["one"].extra_peak_gib == 1
 
@@ -131,7 +131,7 @@ def test_vocabulary_sweep():
 
 def test_chunk_size_and_dtype_of_the_sum_reach_the_op(monkeypatch):
     given = {}
-    monkeypatch.setattr(harness, "memory_efficient_linear", lambda *args, **options: given.update(options))
+    monkeypatch.setattr(linear_losses, "memory_efficient_linear", lambda *args, **options: given.update(options))
     case = make_case(TINY, "cpu")
     ours(77, accumulate_dtype=torch.float32)(case.hidden_states, case.weight, case.labels)
     assert given == {

@@ -1,0 +1,73 @@
+"""Breaks copies of the project, one edit each, and sees whether the test named with the edit notices."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    edits: tuple[tuple[str, str, str], ...]  # file in the package, old, new
+    test: str  # in the package's tests
+
+
+class Run(NamedTuple):
+    status: int
+    output: str
+
+
+def mutation(file: str, old: str, new: str, test: str) -> Mutation:
+    return Mutation(((file, old, new),), test)
+
+
+def run_mutants(
+    package: str, mutations: Mapping[str, Mutation], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """Each mutation's test in a copy with that mutation, and under "" all these tests in a copy without any.
+
+    `package` is a folder of unsloth_puzzles/ and of tests/.
+    """
+    jobs = {}
+    for name, each in {"": Mutation((), ""), **mutations}.items():
+        folder = tmp_path_factory.mktemp("mutant")
+        _copy_with(folder, package, each.edits)
+        tests = {each.test} if name else {mutant.test for mutant in mutations.values()}
+        jobs[name] = (str(folder), [f"tests/{package}/{test}" for test in sorted(tests)])
+    script = Path(__file__).with_name("run_mutants.py")
+    command = [sys.executable, "-P", str(script), json.dumps([*jobs.values()])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outputs = [Path(folder, "output.txt").read_text() for folder, _ in jobs.values()]
+    return dict(zip(jobs, map(Run, json.loads(done.stdout), outputs), strict=True))
+
+
+def assert_unmutated_passes(runs: Mapping[str, Run]) -> None:
+    status, output = runs[""]
+    assert status == 0, output
+    assert "skipped" not in output, output
+
+
+def assert_caught(runs: Mapping[str, Run], name: str) -> None:
+    """An assertion of the test failed, and not the import of what was edited."""
+    assert runs[""].status == 0, "the unmutated copy fails too"
+    status, output = runs[name]
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "AssertionError" in output or "\nE   assert " in output, output
+
+
+def _copy_with(folder: Path, package: str, edits: tuple[tuple[str, str, str], ...]) -> None:
+    for name in ("unsloth_puzzles", f"tests/{package}"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)  # with it pytest puts the copy before every other package
+    for file, old, new in edits:
+        path = folder / "unsloth_puzzles" / package / file
+        source = path.read_text()
+        assert old in source, f"{file} no longer holds {old!r}"
+        path.write_text(source.replace(old, new))
