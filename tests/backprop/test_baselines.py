@@ -114,11 +114,17 @@ def test_the_kernels_agree_with_the_truth_about_as_well_as_eager(train_head):
     found, left_out = baselines("cuda", torch.bfloat16)
     for name, package in ((LIGER, "liger_kernel"), (CCE, "cut_cross_entropy")):
         assert name in found or not importlib.util.find_spec(package), left_out[name]
-    errors = gradient_errors(case, found)
+    true = truth(case)
+    errors = gradient_errors(case, found, true)
+    # CCE rounds each product of a label's logit to bfloat16 before it adds them up (its indexed_dot.py).
+    x, weight = case.hidden_states.detach()[valid := case.labels != -100], case.weight.detach()[case.labels[valid]]
+    rounded = (x * weight).double().sum(-1) - (x.double() * weight.double()).sum(-1)
+    of_cce = (rounded.mean() / true.loss).abs().item()
     for name in found:
         for key, value in errors[name].items():
             # Liger adds its chunks in bfloat16, and CCE drops what is below bfloat16's resolution.
-            assert value <= 4 * errors[EAGER][key] + 1e-4 * (key == "loss"), (name, key)
+            allowed = 4 * errors[EAGER][key] + (key == "loss") * (1e-4 + (name == CCE) * of_cce)
+            assert value <= allowed, (name, key)
 
 
 @pytest.mark.gpu
