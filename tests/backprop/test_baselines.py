@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unsloth_puzzles.backprop import baselines as module
 from unsloth_puzzles.backprop.baselines import CCE, COMPILED, EAGER, LIGER, LIGER_FLOAT32, baselines, gemm_floor
-from unsloth_puzzles.backprop.errors import gradient_errors
+from unsloth_puzzles.backprop.errors import gradient_errors, truth
 from unsloth_puzzles.backprop.workload import Shape, make_case
 from unsloth_puzzles.bench.memory import peak_memory
 
@@ -117,7 +117,8 @@ def test_the_kernels_agree_with_the_truth_about_as_well_as_eager(train_head):
     true = truth(case)
     errors = gradient_errors(case, found, true)
     # CCE rounds each product of a label's logit to bfloat16 before it adds them up (its indexed_dot.py).
-    x, weight = case.hidden_states.detach()[valid := case.labels != -100], case.weight.detach()[case.labels[valid]]
+    valid = case.labels != -100
+    x, weight = case.hidden_states.detach()[valid], case.weight.detach()[case.labels[valid]]
     rounded = (x * weight).double().sum(-1) - (x.double() * weight.double()).sum(-1)
     of_cce = (rounded.mean() / true.loss).abs().item()
     for name in found:
