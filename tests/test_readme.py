@@ -110,6 +110,13 @@ def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
     assert gpu_tests(path).count("- skipped: needs two GPUs") == 1
 
 
+def test_a_failure_on_the_gpu_is_named(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    path = tmp_path / "gpu_tests.json"
+    path.write_text(json.dumps(kept | {"passed": 4, "failed": 1, "skipped": 0, "failures": ["t::a[x]"], "skips": []}))
+    assert gpu_tests(path).endswith("\n\n- failed: `t::a[x]`")
+
+
 def test_check_sees_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = readme()
     monkeypatch.setattr(build_readme, "ROOT", tmp_path)

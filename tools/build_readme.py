@@ -37,13 +37,13 @@ TABLES = {
         ("time_over_gemm_floor", "Our time over that of the bare matrix products in the same chunks"),
         ("time_over_liger", "Our time over Liger's"),
         ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
-        ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step"),
-        ("loss_fall", "By how much the loss fell in those steps"),
+        ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step, nats"),
+        ("loss_fall", "By how much the loss fell in those steps, nats"),
         ("training_peak_gib", "Peak memory of each training's process"),
         ("grpo_peak_gib", "GRPO: extra peak memory"),
         ("grpo_ms", "GRPO: time of forward and backward"),
         ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
-        ("grpo_reward_rise", "GRPO: by how much the reward rose, from 0 to 1"),
+        ("grpo_reward_rise", "GRPO: by how much the reward, a number from 0 to 1, rose"),
         ("checks_passed", "Named checks that passed"),
     ),
 }
@@ -60,6 +60,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
 }
 FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
+NAMELESS = ("relative", "loss", "reward")  # units that only say again what the caption says
 SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
 TURNED = {"extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms"}  # a row a candidate, a column a case
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
@@ -109,15 +110,14 @@ def results(resources: Path) -> str:
 
 
 def gpu_tests(path: Path) -> str:
-    """One sentence on what `make gpu-test` kept, and every skip with its reason."""
+    """One sentence on what `make gpu-test` kept, every failed test, and every skip with its reason."""
     if not path.exists():
         return "Not measured yet."
     kept = json.loads(path.read_text(encoding="utf-8"))
     counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
-    reasons = dict.fromkeys(skip["reason"] for skip in kept["skips"])
-    return "\n".join(
-        [f"{counts}. {_provenance(kept)}", *(["", *(f"- skipped: {r}" for r in reasons)] if reasons else [])]
-    )
+    said = [f"- failed: `{name}`" for name in kept["failures"]]
+    said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
+    return "\n".join([f"{counts}. {_provenance(kept)}", *(["", *said] if said else [])])
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -152,7 +152,7 @@ def _metric(records: list[dict], metric: str, caption: str) -> str:
             return f"**{caption}**: 0 in each of {len(mine)} cases."
         return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
     names = list(dict.fromkeys(name for record in mine for name in record.get("baselines") or {}))
-    unit = "" if mine[0]["unit"] in RATIOS else f", {mine[0]['unit']}"
+    unit = "" if mine[0]["unit"] in (*RATIOS, *NAMELESS) else f", {mine[0]['unit']}"
     if metric in TURNED:
         rows = [_row(record, names)[1:] for record in mine]
         header = ("", *(record["case"] for record in mine))
