@@ -35,6 +35,10 @@
 #   unknown in the forward. There the backward makes the logits again: four products, exact for any upstream gradient.
 # - $G_c$ comes from `torch.autograd` through the user's function, in eager mode or compiled by Inductor, and is written
 #   over the logits. Nothing in the operator knows what cross entropy is.
+# - Two `backward` methods are written by hand, as the puzzle's `torch.autograd.Function` demands: the operator's own,
+#   which multiplies by the upstream gradient (or does the chunks again), and that of the matrix product $Z=XW^\top$ in
+#   `heads.py`, $G_cW$ and $G_c^\top X_c$ above, because PyTorch's own would make a new dW for every chunk. No loss has
+#   one.
 #
 # ### The bound, before anything is measured
 #
@@ -46,11 +50,14 @@
 # | logits, dX, dW | 3 x 17.2 TFLOP | dW 0.98 GiB + dX 0.125 GiB |
 # | logits, dX (head frozen) | 2 x 17.2 TFLOP | dX 0.125 GiB |
 # | a chunk of $c$ rows | | 2 c V bytes: 0.25 GiB for 1024 rows |
-# | all logits, as PyTorch makes them | | 2 + 4 + 4 + ... bytes each: 23.5 GiB |
+# | all logits, as PyTorch makes them | | 2 + 4 + 4 + 2 bytes each, 23.5 GiB |
+#
+# (All logits: 16 bits, a float32 copy, its log-softmax, a gradient.)
 #
 # Small chunks save memory and cost time: each one reads W for its logits, reads it again for dX and reads and writes
-# dW, 8 bytes per weight, against 6c FLOPs per weight of arithmetic. The best possible time is that of these matrix
-# products alone in the same chunks, and it is measured beside everything else.
+# dW, 8 bytes per weight, against 6c FLOPs per weight of arithmetic. The best possible time in chunks is that of these
+# matrix products alone in the same chunks, and it is measured beside everything else. (Whoever holds all logits has
+# larger products, which are faster: `torch.compile` of the plain loss can be below this floor.)
 
 # %%
 from unsloth_puzzles.bench import section
@@ -89,7 +96,8 @@ else:
 
 # %% [markdown]
 # The head may be any module (tied, frozen, LoRA, 4-bit): its trainable tensors are replaced by leaves, and whatever
-# calls `F.linear` with one of them adds to one buffer instead of making a dW per chunk.
+# calls `F.linear` with one of them adds to one buffer instead of making a dW per chunk: `_Linear`, the matrix product
+# with its derivative.
 
 # %%
 # show: unsloth_puzzles/backprop/heads.py
@@ -287,7 +295,8 @@ judge("cross entropy", checks)
 #
 # A spy looks at what the function is given in 16 bits, and the loss must be that of a float32 upcast of exactly these
 # logits. That the derivative is autograd's shows where no formula could know it: in a function invented here, in one
-# that stops a gradient, and in one whose derivative is a lie.
+# that stops a gradient, and in one whose derivative is a lie. The only `backward` methods of the package are those of
+# the operator and of its matrix product.
 
 # %%
 seen = []
@@ -557,7 +566,8 @@ if not GPU:
 # ### How exact the gradients are
 #
 # Relative error of dX and dW against the truth in float64 (from the same 16-bit inputs), for labels as a trained model
-# sees them. dW is summed over chunks: in 16 bits each addition rounds, in float32 none of that is left.
+# sees them. dW is summed over chunks: in 16 bits each addition rounds; summed in float32 only the rounding of the
+# logits' gradient to 16 bits is left, which eager mode has as well.
 
 # %%
 case = make_case(SHAPE, DEVICE, any_gradient_dtype=True)
@@ -699,8 +709,10 @@ plt.show()
 # ### Llama 3.2 1B: the standard loss and ours, from the same seed
 #
 # Two trainings of 100 steps that differ in the loss alone: gradient accumulation 2, micro-batches with different
-# numbers of labels that count, real text. Full fine-tuning with a tied head in float32 (no TF32), and QLoRA over A's
-# kernel. Each runs in a process of its own, so that its peak memory is its own. The model is patched in one line:
+# numbers of labels that count, real text, chunks of 256 rows (a micro-batch has 768: "auto" would take them at once).
+# Full fine-tuning with a tied head in float32 (no TF32), and QLoRA over A's kernel. Each runs in a process of its own,
+# so that its peak memory is its own; with so few rows the logits are a small part of it, and the optimiser's state of
+# a full fine-tuning the largest. The model is patched in one line:
 #
 # ```python
 # with use_memory_efficient_loss(model):   # transformers' Trainer, or a loop; of TRL's SFTTrainer, the trainer
@@ -880,7 +892,8 @@ judge("GRPO", checks)
 # A tiny Llama from fixed-seed weights learns to write vowels: the reward is the share of a completion's characters that
 # are one, which a program can check. Generation, rewards, advantages, updates: all of it, with TRL's trainer and with
 # ours, from the same seed. The two sample the same completions until the last bit of some probability decides another
-# token.
+# token. As each batch is used once, the ratio is 1 and the loss is the mean advantage, whatever the log-probabilities
+# are: that the losses agree says little, that the same completions are drawn after every update says more.
 
 # %%
 SHORTER = {} if GPU else {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
@@ -997,6 +1010,8 @@ plt.show()
 # The head alone: from hidden states of 16 x 1024 completion tokens to the gradients of hidden states and head, for the
 # same clipped loss; and a whole step of Llama 3.2 1B (forward, loss, backward; gradient checkpointing, no generation).
 # "Full logits" holds them all in float32, as one would write it; TRL's own trainer has had a fused head since 1.16.
+# Liger's GRPO loss multiplies the gradients in float32, without tensor cores unless TF32 is allowed, and has no part in
+# the whole step, since TRL 1.16 no longer calls it.
 
 # %%
 if GPU and hardware.memory_gib >= 40:
@@ -1070,15 +1085,23 @@ plt.show()
 # %% [markdown]
 # ### What this does not do
 #
-# - **Less memory than one chunk of logits.** Apple's CCE never writes a logit to memory: with a frozen head its extra
-#   memory is dX alone, less than ours, and it needs no chunk size. It pays in time (it makes the logits twice, in
-#   Triton, and counts on gradients so small that blocks of them can be left out) and computes cross entropy only.
+# - **Less memory than one chunk of logits.** Apple's CCE never writes a logit to memory: its extra memory is dX, and dW
+#   if the head is trained, less than ours in both cases, and it needs no chunk size. Liger's chunks are smaller than
+#   ours, so it takes a little less as well. CCE pays in time (it makes the logits twice, in Triton, and counts on
+#   gradients so small that blocks of them can be left out), and both compute cross entropy only.
+# - **The least time where memory is no matter.** `torch.compile` of the plain loss holds all logits in 16 bits, needs
+#   several times our memory, and is as fast or faster; for GRPO so is TRL's own kernel on full logits.
+# - **Small vocabularies.** The host needs about a millisecond to start and as much for each chunk, which a vocabulary
+#   of 8192 does not hide: there ours is slower than eager mode, as the figure over the vocabulary shows, and at 32768
+#   slower than Liger's. There the logits are small, and nobody needs a chunk of them.
+# - **What the function closes over gets no gradient.** A tensor that requires grad has to be an argument
+#   (`shared_args`, `row_args`); one that the function merely holds is a constant to the operator, without a word.
 # - **A loss that mixes rows** (a contrastive loss over the batch, say) is no sum over rows. The first call compares a
 #   chunk with its halves and refuses it.
 # - **Double backward and `torch.func`** raise an error: gradients are made in the forward, once.
 # - **Sharded heads** (tensor parallel, FSDP) are not supported; one process per GPU with a whole head is.
-# - 16-bit dW is rounded at every chunk, as the errors above show; `accumulate_dtype=torch.float32` is exact and needs
-#   twice dW's memory.
+# - 16-bit dW is rounded at every chunk, as the errors above show; `accumulate_dtype=torch.float32` adds the chunks
+#   without that, and needs twice dW's memory.
 # - Speed is the compiled function's. In eager mode the same function makes several passes over each chunk.
 # - The GRPO trainer is written for TRL 1.16 and refuses any other: what the trainer asks of its model is not a public
 #   interface. `cast_lm_head_to_fp32` and logits that are neither scaled nor soft-capped but changed otherwise are
@@ -1088,7 +1111,10 @@ plt.show()
 # %% [markdown]
 # ### Aimed at, and reached
 #
-# The figures that this section set out to reach on an H200, and what this run measured:
+# The figures that this section set out to reach on an H200, and what this run measured. The one over the bare matrix
+# products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
+# three, and the products' own time spreads by more than what is missing, since the clocks follow the power that the
+# candidate before has drawn. Among products alone, in the run over the chunk sizes, the ratio is lower.
 
 # %%
 AIMS = [  # metric, case, at most
