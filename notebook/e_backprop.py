@@ -768,9 +768,10 @@ from contextlib import nullcontext
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+logging.getLogger("transformers").setLevel(logging.ERROR)
 rows = [
     {"input_ids": row.tolist(), "labels": [-100] * prompt + row.tolist()[prompt:]}
     for prompt, row in enumerate(torch.randint(2, 256, (12, 16), generator=torch.Generator().manual_seed(SEED)), 1)
@@ -800,6 +801,7 @@ for kind, config, names in (
     for mine in (False, True):
         model = random_llama(tiny_llama_config(), DEVICE)
         trainer = kind(model, config(**every_step), train_dataset=Dataset.from_list(rows), processing_class=words)
+        trainer.remove_callback(PrinterCallback)
         with use_memory_efficient_loss(trainer, chunk_size=16) if mine else nullcontext():
             trainer.train()
         entries = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -807,9 +809,11 @@ for kind, config, names in (
     one, other = logged[kind.__name__, True], logged[kind.__name__, False]
     checks[f"{kind.__name__}: {', '.join(names)} of {len(one)} steps"] = far([one], [other]) <= 2e-5
 
+model = random_llama(tiny_llama_config(), DEVICE)
 trainer = Trainer(
     model, TrainingArguments(**every_step), eval_dataset=Dataset.from_list(rows), compute_metrics=accuracy
 )
+trainer.remove_callback(PrinterCallback)
 with use_memory_efficient_loss(trainer, predictions=True):
     found = trainer.evaluate()
 ids = torch.tensor([row["input_ids"] for row in rows], device=DEVICE)
@@ -874,7 +878,6 @@ from trl import GRPOTrainer
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 from unsloth_puzzles.comparisons import grpo
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 PAIRS = ((None, 0.0, 2), (1.4, 0.04, 1))  # delta, beta, accumulation
 SEQUENCES, PROMPT, COMPLETION, WORDS = 8, 5, 7, 131
