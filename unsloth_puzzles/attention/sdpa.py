@@ -16,19 +16,21 @@ class Sdpa(Backend):
     )
     memory = "none; with a window or documents length^2 bytes a row"
 
-    def prepare(self, pattern: Pattern, batch: Batch) -> torch.Tensor | None:
-        square = batch.offset == 0
-        if pattern.causal and pattern.window is None and batch.documents is None and square:
-            return None  # is_causal says it
-        return dense_mask(pattern, batch)
+    def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None]:
+        """Whether its flag for causal masks says all, and the mask if not."""
+        if pattern.causal and pattern.window is None and batch.documents is None and batch.offset == 0:
+            return True, None
+        mask = dense_mask(pattern, batch)
+        if mask is not None:
+            torch._dynamo.maybe_mark_dynamic(mask, (2, 3))
+        return False, mask
 
-    def run(self, query, key, value, pattern: Pattern, data: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-        # A single query sees all keys: it is the last position. A shape, so no part of what is compiled.
-        causal = pattern.causal and data is None and query.shape[-2] == key.shape[-2]
+    def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
+        causal, mask = data
         grouped = key.shape[1] != query.shape[1]
-        if grouped and data is not None:  # else PyTorch takes its slowest path, which holds all scores
+        if grouped and mask is not None:  # else PyTorch takes its slowest path, which holds all scores
             key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
             grouped = False
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=data, is_causal=causal, scale=scale, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
