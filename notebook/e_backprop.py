@@ -766,12 +766,13 @@ for name, more in (("mean", {}), ("num_items_in_batch", {"num_items_in_batch": t
 # %%
 from contextlib import nullcontext
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
+disable_progress_bars()
 rows = [
     {"input_ids": row.tolist(), "labels": [-100] * prompt + row.tolist()[prompt:]}
     for prompt, row in enumerate(torch.randint(2, 256, (12, 16), generator=torch.Generator().manual_seed(SEED)), 1)
@@ -845,7 +846,7 @@ roomy = GPU and hardware.memory_gib >= 100 and not hardware.rehearsal
 CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 settings = {mode: {"steps": 100} for mode in CURVES}
 if not GPU:  # Triton's interpreter takes two seconds a step of QLoRA
-    settings = {"full": {"steps": 60, "length": 64}, "qlora": {"steps": 4, "length": 64}}
+    settings = {"full": {"steps": 60, "length": 64}, "qlora": {"steps": 3, "length": 64}}
 if GPU and hardware.memory_gib < 22:  # full fine-tuning in float32 with a float32 AdamW needs 18.4 GiB
     settings["full"]["optimizer"] = "adamw8bit"
 if hardware.rehearsal:

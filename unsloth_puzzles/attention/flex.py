@@ -47,7 +47,9 @@ class Flex(Backend):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
         # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were.
         with fx_config.patch(use_duck_shape=False):
-            compiled = _evaluated if query.device.type == "cpu" else _compiled
+            compiled = _compiled
+            if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag
+                compiled, (query, key, value) = _evaluated, (t.detach() for t in (query, key, value))
             return compiled(query, key, value, scale, pattern.soft_cap, data)[..., :length, :]
 
 
