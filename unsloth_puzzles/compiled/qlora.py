@@ -19,6 +19,7 @@ from torch._inductor import utils as inductor_utils
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
+from unsloth_puzzles.attention.interface import BACKENDS
 from unsloth_puzzles.attention.models import NAME, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
@@ -61,6 +62,9 @@ def compile_qlora(
         raise TypeError(f"model: got {type(found).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
     if not any(name for name, p in found.named_parameters() if p.requires_grad and "lora" in name):
         raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+    backends = ["auto", *(name for name, backend in BACKENDS.items() if "fullgraph" in backend.features)]
+    if attention not in backends:
+        raise ValueError(f"attention: got {attention!r}, need one of {', '.join(map(repr, backends))}")
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
     layers, norm = _parts(causal_lm)
