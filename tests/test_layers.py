@@ -32,4 +32,4 @@ def test_compiled_stands_on_the_solutions_that_it_compiles():
 
 
 def test_comparisons_stand_on_all_of_them():
-    assert imported("comparisons") == {"bench", "nf4", "backprop", "comparisons"}
+    assert imported("comparisons") == {"bench", "nf4", "backprop", "compiled", "comparisons"}

@@ -32,7 +32,7 @@ def run(data, slope, backend, asked):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", REQUESTS)
 def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
-    """Relative norms against float64; the margin is for sums in another order. xformers may be missing: said by name."""
+    """Relative norms against float64."""
     if reason := BACKENDS[backend].missing(torch.device("cuda")):
         pytest.skip(f"{backend}: {reason}")
     for length in (64, 200, 777):

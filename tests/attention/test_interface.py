@@ -147,3 +147,15 @@ def test_backends_that_are_unknown_or_not_here():
         attention(*draw(6), backend="flash")
     with pytest.raises(ValueError, match=r"^backend: flash cannot do a CPU"):
         attention(*draw(6, dtype=torch.bfloat16), backend="flash")
+
+
+@pytest.mark.parametrize("share", [None, 0.2, 0.5])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 5}, {"window": 1}, {"window": 100}], ids=str)
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_xformers_is_given_the_mask_that_was_asked_for(length, options, share):
+    """Its own dense form of the mask object; the rows of a batch lie end to end in it."""
+    pytest.importorskip("xformers")
+    documents = None if share is None else draw_documents(length, share)
+    batch, pattern = make_batch(length, documents=documents, dtype=torch.float16), Pattern(**options)
+    given = BACKENDS["xformers"].prepare(pattern, batch).materialize((1, 1, 2 * length, 2 * length))[0, 0]
+    assert torch.equal(given == 0, torch.block_diag(*sees(pattern, batch).int()).bool())
