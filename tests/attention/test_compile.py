@@ -16,6 +16,7 @@ from unsloth_puzzles.attention import attention
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.flex import _flex
 from unsloth_puzzles.attention.pattern import Pattern
+from unsloth_puzzles.compiled.count import count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LENGTHS = (300, 17, 2, 128, 129, 1000, 64, 511, 256, 700)
@@ -66,3 +67,19 @@ def test_one_forward_and_one_backward_graph(monkeypatch, soft_cap):
             for tensor in data:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
             compiled(*(t.requires_grad_() for t in data), None, soft_cap, blocks)
+
+
+def test_the_interface_compiles_once_too():
+    """What `attention` itself calls, here without gradients, from the first length on."""
+    with count_compilations() as counts:
+        for length in (77, 5, 300, 1, 128, 129):
+            attention(*draw(length), backend="flex", documents=draw_documents(length, 0.05))
+    assert counts.graphs == 1 and counts.graph_breaks == {}, counts.table()
+
+
+def test_scales_and_soft_caps_are_constants():
+    """A second one is compiled for, and a third, without becoming a variable, which flex attention cannot take."""
+    for number in (0.5, 1.5, 2.5):
+        data, options = draw(40), {"scale": number, "soft_cap": 2 * number}
+        found, exact = (attention(*data, backend=backend, **options) for backend in ("flex", "dense"))
+        assert (found - exact).norm() <= 1e-6 * exact.norm()

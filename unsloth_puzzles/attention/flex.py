@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo import config as dynamo_config
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -38,18 +39,18 @@ class Flex(Backend):
             if query.device.type == "cpu":
                 raise ValueError("backend: flex cannot be compiled into a layer on a CPU; sdpa can")
             return _flex(query, key, value, scale, pattern.soft_cap, data)
-        length = query.shape[-2]
+        length, compiled = query.shape[-2], _compiled
+        if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag
+            compiled, (query, key, value) = _evaluated, (t.detach() for t in (query, key, value))
         if key.shape[-2] == 1:  # compiled code takes a size of 1 for a constant
             key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
         if length == 1:
             query = F.pad(query, (0, 0, 0, 1))
         for tensor in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were.
-        with fx_config.patch(use_duck_shape=False):
-            compiled = _compiled
-            if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag
-                compiled, (query, key, value) = _evaluated, (t.detach() for t in (query, key, value))
+        # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were;
+        # and a second scale or soft cap would make a variable of it, which flex attention does not take.
+        with fx_config.patch(use_duck_shape=False), dynamo_config.patch(specialize_float=True):
             return compiled(query, key, value, scale, pattern.soft_cap, data)[..., :length, :]
 
 
