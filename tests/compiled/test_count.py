@@ -32,6 +32,21 @@ def test_each_length_that_is_compiled_anew_is_counted_with_its_reason():
     assert counts.compilations == [] and counts.graphs == 0
 
 
+def test_more_compilations_than_dynamo_remembers_by_itself():
+    """A process that has compiled 64 functions before, and 70 in the block."""
+    torch._dynamo.utils.set_compilation_metrics_limit(64)
+
+    def compile_many(number):
+        for n in range(number):
+            torch._dynamo.reset()
+            torch.compile(lambda x, n=n: x + n, backend="eager")(torch.ones(2))
+
+    compile_many(70)
+    with count_compilations() as counts:
+        compile_many(70)
+    assert len(counts.compilations) == counts.graphs == 70
+
+
 def test_a_graph_break_is_counted():
     @torch.compile(backend="eager")
     def broken(x):

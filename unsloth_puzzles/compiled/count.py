@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch._dynamo.utils import counters, get_compilation_metrics
+from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
+
+_LIMIT = 100_000  # compilations that Dynamo remembers: its own 64 would drop the first ones, and with them the count
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def count_compilations() -> Iterator[Counts]:
         raise RuntimeError(
             "torch._dynamo.config.suppress_errors: got True, need False: failures would be eager, unseen"
         )
+    set_compilation_metrics_limit(_LIMIT)
     known = len(get_compilation_metrics())
     breaks, graphs = dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
     found = Counts()
