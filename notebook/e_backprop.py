@@ -295,7 +295,7 @@ judge("cross entropy", checks)
 # A spy looks at what the function is given in 16 bits, and the loss must be that of a float32 upcast of exactly these
 # logits; a second spy sees in which dtype the loss takes its exponentials. That the derivative is autograd's shows
 # where no formula could know it: in a function invented here, in one that stops a gradient, and in one whose derivative
-# is a lie. The only `backward` methods of the package are those of the operator and of its matrix product.
+# is a lie. The only `backward` methods in `backprop` are those of the operator and of its matrix product.
 
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1173,9 +1173,9 @@ plt.show()
 #   gradients so small that blocks of them can be left out), and both compute cross entropy only.
 # - **The least time where memory is no matter.** `torch.compile` of the plain loss holds all logits in 16 bits, needs
 #   several times our memory, and is as fast or faster; for GRPO so is TRL's own kernel on full logits.
-# - **Small vocabularies.** The host needs about a millisecond to start and as much for each chunk, which a vocabulary
-#   of 8192 does not hide: there ours is slower than eager mode, as the figure over the vocabulary shows, and at 32768
-#   slower than Liger's. There the logits are small, and nobody needs a chunk of them.
+# - **Small vocabularies.** At 8192 ours is slower than eager mode, as the figure over the vocabulary shows, and at
+#   32768 slower than Liger's: probably for the host's sake, which is busy with a chunk almost as long as the GPU. There
+#   the logits are small, and nobody needs a chunk of them.
 # - **A loss that mixes rows** (a contrastive loss over the batch, say) is no sum over rows. The first call compares a
 #   chunk with its halves and refuses it.
 # - **Double backward and `torch.func`** raise an error: gradients are made in the forward, once.
@@ -1193,8 +1193,8 @@ plt.show()
 #
 # The figures that this section set out to reach on an H200, and what this run measured. The one over the bare matrix
 # products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
-# three, and the products' own time spreads by more than what is missing, since the clocks follow the power that the
-# candidate before has drawn. Among products alone, in the run over the chunk sizes, the ratio is lower.
+# three, and where it was missed the products' own time spread by more than what was missing, probably since the clocks
+# follow the power that the candidate before has drawn; each sample now follows an untimed one of its own.
 
 # %%
 AIMS = [  # metric, case, at most

@@ -168,8 +168,8 @@ def _device_sampler(batch: Call, size: int) -> Callable[[], float]:
     """Times the second of two batches in a row, so that each candidate pays for itself.
 
     The first writes back what another candidate has left dirty in the L2 (up to 60 MB: 3 % of a sample of 1 ms), and
-    brings the clocks to what this one's power draw allows: matrix products run faster after something that draws less
-    (the same ones took 45 to 51 ms in one run without the first batch, H200).
+    brings the clocks to what this one's power draw allows: without it the same matrix products took 45 to 51 ms in one
+    run (H200), probably by what power the candidate before them had drawn.
     """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
