@@ -1,1 +1,0 @@
-"""QLoRA under torch.compile: which regions are compiled, and how compilations are counted."""
