@@ -160,7 +160,6 @@ else:
 # write: unsloth_puzzles/comparisons/linear_losses.py
 
 # %%
-import inspect
 import logging
 import math
 import statistics
@@ -294,22 +293,34 @@ judge("cross entropy", checks)
 # ### Check 2: the upcast is the user's, the derivative is autograd's
 #
 # A spy looks at what the function is given in 16 bits, and the loss must be that of a float32 upcast of exactly these
-# logits. That the derivative is autograd's shows where no formula could know it: in a function invented here, in one
-# that stops a gradient, and in one whose derivative is a lie. The only `backward` methods in `backprop` are those of
-# the operator and of its matrix product.
+# logits; a second spy sees in which dtype the loss takes its exponentials. That the derivative is autograd's shows
+# where no formula could know it: in a function invented here, in one that stops a gradient, and in one whose derivative
+# is a lie. The only `backward` methods in `backprop` are those of the operator and of its matrix product.
 
 # %%
-seen = []
+from torch.utils._python_dispatch import TorchDispatchMode
+
+seen, exponentials = [], set()
+
+
+class Exponentials(TorchDispatchMode):
+    """Notes the dtype of everything that is exponentiated."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.exp, torch.ops.aten.exp2):
+            exponentials.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def spying(logits, labels):
-    seen.append((logits.detach().clone(), labels, logits.float().dtype))
-    return losses.cross_entropy(logits, labels)
+    seen.append((logits.detach().clone(), labels))
+    with Exponentials():
+        return losses.cross_entropy(logits, labels)
 
 
 head16 = new_head(bias=False, dtype=SIXTEEN)
 loss = memory_efficient_linear(x.to(SIXTEEN), head16, labels, spying, **of_mean, check_additive=False)
-logits, wanted = (torch.cat(parts) for parts in ([s[0] for s in seen], [s[1] for s in seen]))
+logits, wanted = (torch.cat(parts) for parts in zip(*seen, strict=True))
 upcast = F.cross_entropy(logits.float(), wanted)
 rounded = F.cross_entropy(logits, wanted).float()
 print(f"loss {loss.item():.7f}; upcast by hand {upcast.item():.7f}; without upcast {rounded.item():.7f}")
@@ -319,7 +330,7 @@ judge(
     {
         f"the function is given the projection's dtype, {SHORT[SIXTEEN]}": logits.dtype == SIXTEEN,
         "it sees every row once": len(logits) == ROWS,
-        "what it upcasts is float32": {dtype for _, _, dtype in seen} == {torch.float32},
+        "it exponentiates float32": exponentials == {torch.float32},
         "the loss is float32": loss.dtype == torch.float32,
         "and is that of the upcast": far([loss], [upcast]) <= 1e-6,
         "without which every row would be rounded": far(by_row[:1], by_row[1:]) > 1e-5,
@@ -382,9 +393,9 @@ def tiny(x, weight, function=losses.cross_entropy, **options):
 checks["gradcheck, additive"] = torch.autograd.gradcheck(partial(tiny, reduction="sum", normalizer="labels"), small)
 per_row = partial(tiny, function=losses.token_log_probs_and_entropy, reduction="none")
 checks["gradcheck, two results a row"] = torch.autograd.gradcheck(per_row, small)
-checks["no autograd.Function and no backward among the losses"] = not any(
-    word in inspect.getsource(losses) for word in ("autograd.Function", "def backward", ".backward(")
-)
+sources = {path.name: path.read_text() for path in Path("unsloth_puzzles/backprop").glob("*.py")}
+by_hand = {name for name, source in sources.items() if "def backward(ctx" in source}
+checks["no backward but the operator's and its matrix product's"] = by_hand == {"linear.py", "heads.py"}
 judge("derivatives by autograd", checks)
 
 # %% [markdown]
@@ -519,8 +530,10 @@ for head_case, train_head in HEADS.items():
 # %%
 lines = ["| | candidate | extra peak, GiB | ms | spread | of the floor's time |", "|---|---|---|---|---|---|"]
 for head_case, found in measured.items():
-    floor = found.measured[baselines.FLOOR].time.median
     for name, one in found.measured.items():
+        wide = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32)
+        floor_name = baselines.FLOOR_FLOAT32 if name in wide else baselines.FLOOR
+        floor = found.measured[floor_name].time.median
         spread = f"{one.time.low / 1e3:.1f} to {one.time.high / 1e3:.1f}"
         cells = (head_case, name, f"{one.extra_peak_gib:.3g}", f"{one.time.median / 1e3:.1f}", spread)
         lines.append(f"| {' | '.join(cells)} | {one.time.median / floor:.2f} |")
@@ -652,7 +665,7 @@ for axes, (head_case, train_head) in zip(panes, HEADS.items(), strict=True):
             size, (one.extra_peak_gib, one.time.median / 1e3), xytext=(3, 4), textcoords="offset points", fontsize=7
         )
     for name, one in measured[head_case].measured.items():
-        if name in (linear_losses.OURS, baselines.FLOOR, baselines.FLOOR_FLOAT32):
+        if name in (linear_losses.OURS, baselines.FLOOR):
             continue
         color, style = STYLES[name]
         axes.plot(one.extra_peak_gib, one.time.median / 1e3, style[0], color=color, label=name)
@@ -745,6 +758,71 @@ for name, more in (("mean", {}), ("num_items_in_batch", {"num_items_in_batch": t
         checks[f"in evaluation too, {name}"] = far([model(**given, **more).loss], exact[:1]) <= 1e-6
         model.train()
     checks[f"undone, {name}"] = model(**given, **more).logits.shape == (3, 40, 256) and not patch.active
+
+# %% [markdown]
+# And under the trainers: `transformers.Trainer` with gradient accumulation, an evaluation whose metric gets predicted
+# tokens instead of logits, and TRL's `SFTTrainer` with the metrics it logs; each beside the same training without ours.
+
+# %%
+from contextlib import nullcontext
+
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+disable_progress_bars()
+rows = [
+    {"input_ids": row.tolist(), "labels": [-100] * prompt + row.tolist()[prompt:]}
+    for prompt, row in enumerate(torch.randint(2, 256, (12, 16), generator=torch.Generator().manual_seed(SEED)), 1)
+]
+words = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>")),
+    pad_token="<pad>", eos_token="</s>",
+)  # fmt: skip
+every_step = {
+    "output_dir": tempfile.mkdtemp(), "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+    "gradient_accumulation_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": [], "seed": SEED,
+    "use_cpu": not GPU, "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+def accuracy(evaluated):
+    """Of the likeliest next tokens, which come in place of the logits."""
+    predicted, labels = evaluated.predictions[0][:, :-1], evaluated.label_ids[:, 1:]
+    return {"accuracy": (predicted == labels)[labels != -100].mean()}
+
+
+logged = {}
+for kind, config, names in (
+    (Trainer, TrainingArguments, ("loss", "grad_norm")),
+    (SFTTrainer, SFTConfig, ("loss", "grad_norm", "entropy", "mean_token_accuracy")),
+):
+    for mine in (False, True):
+        model = random_llama(tiny_llama_config(), DEVICE)
+        trainer = kind(model, config(**every_step), train_dataset=Dataset.from_list(rows), processing_class=words)
+        trainer.remove_callback(PrinterCallback)
+        with use_memory_efficient_loss(trainer, chunk_size=16) if mine else nullcontext():
+            trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        logged[kind.__name__, mine] = torch.tensor([[entry[name] for name in names] for entry in entries])
+    one, other = logged[kind.__name__, True], logged[kind.__name__, False]
+    checks[f"{kind.__name__}: {', '.join(names)} of {len(one)} steps"] = far([one], [other]) <= 2e-5
+
+model = random_llama(tiny_llama_config(), DEVICE)
+trainer = Trainer(
+    model, TrainingArguments(**every_step), eval_dataset=Dataset.from_list(rows), compute_metrics=accuracy
+)
+trainer.remove_callback(PrinterCallback)
+with use_memory_efficient_loss(trainer, predictions=True):
+    found = trainer.evaluate()
+ids = torch.tensor([row["input_ids"] for row in rows], device=DEVICE)
+wanted = torch.tensor([row["labels"] for row in rows], device=DEVICE)[:, 1:]
+with torch.no_grad():
+    right = model(ids).logits[:, :-1].argmax(-1) == wanted
+share = right[wanted != -100].float().mean().item()
+checks["evaluation: a metric without logits"] = abs(found["eval_accuracy"] - share) < 1e-6
 judge("use_memory_efficient_loss", checks)
 
 # %% [markdown]
@@ -768,7 +846,7 @@ roomy = GPU and hardware.memory_gib >= 100 and not hardware.rehearsal
 CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 settings = {mode: {"steps": 100} for mode in CURVES}
 if not GPU:  # Triton's interpreter takes two seconds a step of QLoRA
-    settings = {"full": {"steps": 60, "length": 64}, "qlora": {"steps": 4, "length": 64}}
+    settings = {"full": {"steps": 60, "length": 64}, "qlora": {"steps": 3, "length": 64}}
 if GPU and hardware.memory_gib < 22:  # full fine-tuning in float32 with a float32 AdamW needs 18.4 GiB
     settings["full"]["optimizer"] = "adamw8bit"
 if hardware.rehearsal:
@@ -788,8 +866,8 @@ if not roomy:  # neither memory nor cores for more than one at a time
 #
 # TRL's GRPO needs from the head one log-probability per sampled token, and their entropies; everything after that
 # (ratio, clipping, KL, normalisation, metrics) is TRL's own code in both trainers. The grid: loss type x importance
-# level x two-sided clipping (delta) x KL (beta) x gradient accumulation, on the same inputs; of the last three every
-# two settings meet here, and the package's tests go through all combinations. In float64 against a plain full-logits
+# level x two-sided clipping (delta) x KL (beta) x gradient accumulation, on the same inputs; of the last three two
+# combinations are tried here, and the package's tests go through all of them. In float64 against a plain full-logits
 # trainer (1e-10), in float32 against TRL's fused head (1e-5): loss, every gradient, every metric.
 
 # %%
@@ -801,9 +879,8 @@ from trl import GRPOTrainer
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 from unsloth_puzzles.comparisons import grpo
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-PAIRS = ((None, 0.0, 1), (None, 0.04, 2), (1.4, 0.0, 2), (1.4, 0.04, 1))  # every two settings meet
+PAIRS = ((None, 0.0, 2), (1.4, 0.04, 1))  # delta, beta, accumulation
 SEQUENCES, PROMPT, COMPLETION, WORDS = 8, 5, 7, 131
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -892,8 +969,8 @@ judge("GRPO", checks)
 # A tiny Llama from fixed-seed weights learns to write vowels: the reward is the share of a completion's characters that
 # are one, which a program can check. Generation, rewards, advantages, updates: all of it, with TRL's trainer and with
 # ours, from the same seed. The two sample the same completions until the last bit of some probability decides another
-# token. As each batch is used once, the ratio is 1 and the loss is the mean advantage, whatever the log-probabilities
-# are: that the losses agree says little, that the same completions are drawn after every update says more.
+# token. As each batch is used once, the ratio is 1 and the loss itself says nothing of the log-probabilities (it is the
+# mean advantage); their gradient does, so its norm is compared.
 
 # %%
 SHORTER = {} if GPU else {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
@@ -911,15 +988,16 @@ def rise(reward):
 
 together = [abs(a - b) < 1e-6 for a, b in zip(runs["ours"]["reward"], runs["TRL"]["reward"], strict=True)]
 same_steps = together.index(False) if False in together else len(together)
-gaps = [abs(a - b) for a, b in zip(runs["ours"]["loss"], runs["TRL"]["loss"], strict=True)]
+norms = [abs(a - b) / b for a, b in zip(runs["ours"]["grad_norm"], runs["TRL"]["grad_norm"], strict=True)]
 rises = {name: rise(run_of["reward"]) for name, run_of in runs.items()}
 results.add("grpo_reward_rise", "GRPO run", rises["ours"], "reward", baselines={"TRL": rises["TRL"]})
 results.add("grpo_steps_with_the_same_rewards", "GRPO run", same_steps, f"steps of {len(together)}")
 print(f"reward rises by {rises['ours']:.3f} with ours, {rises['TRL']:.3f} with TRL's trainer")
 print(f"the same rewards for the first {same_steps} of {len(together)} steps")
 if same_steps:
-    results.add("grpo_loss_difference", "GRPO run, while the rewards agree", max(gaps[:same_steps]), "loss")
-    print(f"while the rewards agree the losses differ by at most {max(gaps[:same_steps]):.1e}")
+    worst_norm = max(norms[:same_steps])
+    results.add("grpo_gradient_norm_difference", "GRPO run, while the rewards agree", worst_norm, "relative")
+    print(f"while the rewards agree the gradients' norms differ by at most {worst_norm:.1e} of themselves")
 assert rises["ours"] > 0, "the reward must rise"
 
 # %%
@@ -994,8 +1072,8 @@ for (upper, lower), (mode, gaps) in zip(panes.T, apart.items(), strict=False):
     lower.axhline(1e-3, color="tab:red", linestyle="--", linewidth=1, label="1e-3")
     model_text, batch_text = llama_curve.title(curves[mode, "ours"]).split("\n")
     upper.set_title("\n".join(part.strip() for part in (*model_text.split(";"), *batch_text.split(";"))), fontsize=8)
-    upper.set_ylabel("loss")
-    lower.set(xlabel="step", ylabel="|difference|")
+    upper.set_ylabel("loss, nats a token")
+    lower.set(xlabel="step", ylabel="|difference|, nats a token")
     for axes in (upper, lower):
         axes.legend(fontsize=8)
 if apart:
@@ -1010,8 +1088,8 @@ plt.show()
 # The head alone: from hidden states of 16 x 1024 completion tokens to the gradients of hidden states and head, for the
 # same clipped loss; and a whole step of Llama 3.2 1B (forward, loss, backward; gradient checkpointing, no generation).
 # "Full logits" holds them all in float32, as one would write it; TRL's own trainer has had a fused head since 1.16.
-# Liger's GRPO loss multiplies the gradients in float32, without tensor cores unless TF32 is allowed, and has no part in
-# the whole step, since TRL 1.16 no longer calls it.
+# Liger's GRPO loss multiplies the gradients in float32, without tensor cores unless TF32 is allowed (both are shown),
+# and has no part in the whole step, since TRL 1.16 no longer calls it.
 
 # %%
 if GPU and hardware.memory_gib >= 40:
@@ -1036,11 +1114,12 @@ for what, measure, sizes in (("head only", grpo.head_only, head_sizes), ("whole 
     except torch.OutOfMemoryError:
         print(f"SKIPPED: GRPO, {what}: out of memory")
     release()
-lines = ["| | candidate | extra peak, GiB | ms | error of dX | error of dW |", "|---|---|---|---|---|---|"]
+lines = ["| | candidate | extra peak, GiB | ms | spread | error of dX | error of dW |", "|---|---|---|---|---|---|---|"]
 for what, found in grpo_measured.items():
     for name, one in found.items():
         wrong = [f"{one[key]:.1e}" if key in one else "" for key in ("hidden_error", "weight_error")]
-        cells = (what, name, f"{one['peak_gib']:.3g}", f"{one['time'].median / 1e3:.1f}", *wrong)
+        spread = f"{one['time'].low / 1e3:.1f} to {one['time'].high / 1e3:.1f}"
+        cells = (what, name, f"{one['peak_gib']:.3g}", f"{one['time'].median / 1e3:.1f}", spread, *wrong)
         lines.append(f"| {' | '.join(cells)} |")
 display(Markdown("\n".join(lines)))
 for what, found in grpo_measured.items() if GPU else ():
@@ -1064,7 +1143,10 @@ if not GPU:
 
 # %%
 figure, panes = plt.subplots(1, max(1, len(grpo_measured)), figsize=(11, 3.6), squeeze=False, layout="constrained")
-BARS = {grpo.OURS: "tab:blue", grpo.OURS_FLOAT32: "tab:cyan", grpo.TRL: "tab:orange", grpo.LIGER: "tab:green"}
+BARS = {
+    grpo.OURS: "tab:blue", grpo.OURS_FLOAT32: "tab:cyan", grpo.TRL: "tab:orange",
+    grpo.LIGER: "tab:green", grpo.LIGER_TF32: "olive",
+}  # fmt: skip
 for axes, (what, found) in zip(panes[0], grpo_measured.items(), strict=False):
     order = sorted(found, key=lambda name: found[name]["peak_gib"], reverse=True)
     bars = axes.barh(order, [found[n]["peak_gib"] for n in order], color=[BARS.get(n, "tab:red") for n in order])
@@ -1094,17 +1176,12 @@ plt.show()
 # - **Small vocabularies.** At 8192 ours is slower than eager mode, as the figure over the vocabulary shows, and at
 #   32768 slower than Liger's: probably for the host's sake, which is busy with a chunk almost as long as the GPU. There
 #   the logits are small, and nobody needs a chunk of them.
-# - **What the function closes over gets no gradient.** A tensor that requires grad has to be an argument
-#   (`shared_args`, `row_args`); one that the function merely holds is a constant to the operator, without a word.
 # - **A loss that mixes rows** (a contrastive loss over the batch, say) is no sum over rows. The first call compares a
 #   chunk with its halves and refuses it.
 # - **Double backward and `torch.func`** raise an error: gradients are made in the forward, once.
 # - **Sharded heads** (tensor parallel, FSDP) are not supported; one process per GPU with a whole head is.
 # - 16-bit dW is rounded at every chunk, as the errors above show; `accumulate_dtype=torch.float32` adds the chunks
 #   without that, and needs twice dW's memory.
-# - **Known and not mended in this run:** `keep_logits` together with random numbers in the head and in the function
-#   (dropout in both) gives wrong gradients, and the first-call check overlooks a constant beside the sum of less than
-#   2 % of it, as well as a second function made of the same code with other settings.
 # - Speed is the compiled function's. In eager mode the same function makes several passes over each chunk.
 # - The GRPO trainer is written for TRL 1.16 and refuses any other: what the trainer asks of its model is not a public
 #   interface. `cast_lm_head_to_fp32` and logits that are neither scaled nor soft-capped but changed otherwise are
@@ -1116,8 +1193,8 @@ plt.show()
 #
 # The figures that this section set out to reach on an H200, and what this run measured. The one over the bare matrix
 # products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
-# three, and the products' own time spreads by more than what is missing, probably since the clocks follow the power
-# that the candidate before has drawn. Among products alone, in the run over the chunk sizes, the ratio is lower.
+# three, and where it was missed the products' own time spread by more than what was missing, probably since the clocks
+# follow the power that the candidate before has drawn; each sample now follows an untimed one of its own.
 
 # %%
 AIMS = [  # metric, case, at most

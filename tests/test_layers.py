@@ -22,10 +22,14 @@ def imported(folder: str) -> set[str]:
     return {name.split(".")[1] for name in found if name.startswith(f"{PACKAGE.name}.")}
 
 
-@pytest.mark.parametrize("folder", ["bench", "nf4", "backprop"])
+@pytest.mark.parametrize("folder", ["bench", "nf4", "backprop", "attention"])
 def test_imports_nothing_else_of_the_package(folder):
     assert imported(folder) == {folder}
 
 
+def test_compiled_stands_on_the_solutions_that_it_compiles():
+    assert imported("compiled") == {"nf4", "backprop", "attention"}
+
+
 def test_comparisons_stand_on_all_of_them():
-    assert imported("comparisons") == {"bench", "nf4", "backprop", "comparisons"}
+    assert imported("comparisons") == {"bench", "nf4", "backprop", "compiled", "comparisons"}

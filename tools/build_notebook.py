@@ -23,7 +23,8 @@ from nbformat import NotebookNode
 from tools.address import NOTEBOOK, badges
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("00_setup", "a_nf4", "b_fsdp2", "c_compile", "d_issues", "e_backprop", "z_scorecard")
+# In the order in which they need one another: C compiles the loss of E.
+SECTIONS = ("00_setup", "a_nf4", "e_backprop", "c_compile", "d_issues", "b_fsdp2", "z_scorecard")
 DIRECTIVE = re.compile(r"# (show|write): (\S+)")
 WRITEFILE = re.compile(r"%%writefile (\S+)\n")
 COLLAPSED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}

@@ -1,5 +1,6 @@
 """What is refused, each with the name of the argument."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -159,3 +160,101 @@ def test_the_skeleton_refuses_too():
         MemoryEfficientLinear.apply(x, make_linear().weight, labels, transformation)
     with pytest.raises(ValueError, match=r"^labels: "):
         MemoryEfficientLinear.apply(x, make_linear(), None, transformation)
+
+
+def closing_over(shift):
+    """By reduction: functions that use `shift` though it is none of their arguments."""
+    return {
+        "sum": lambda logits, labels: sum_loss(logits + shift, labels),
+        "none": lambda logits, labels: token_losses(logits + shift, labels),
+    }
+
+
+@pytest.mark.parametrize("takes", ["logits", "linear"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_gradient_that_no_argument_could_bring_is_refused(reduction, takes):
+    """Also when the function was called before with a tensor that wants none, and again after a refusal."""
+    trained = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)
+
+    def loss(shift):
+        of_logits = closing_over(shift)[reduction]
+        function = of_logits if takes == "logits" else lambda x, linear, labels: of_logits(linear(x), labels)
+        return call(function, reduction=reduction, function_takes=takes, chunk_size=16).sum()
+
+    loss(trained.detach()).backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^forward_function: .*\(11,\) that requires grad.*shared_args"):
+            loss(trained).backward()
+    with torch.no_grad():
+        loss(trained)
+
+
+def test_a_weight_that_the_function_has_kept_is_refused():
+    """It is not the leaf that stands for it: eager mode would give it a gradient, the op would not."""
+    linear = make_linear()
+    kept = linear.weight
+    with pytest.raises(ValueError, match=r"^forward_function: uses a tensor of shape \(11, 6\) that requires grad"):
+        call(lambda x, linear, labels: mean_loss(x @ kept.t(), labels), linear=linear, function_takes="linear")
+
+
+@pytest.mark.parametrize("form", [SUM, ROWS])
+def test_a_function_that_writes_to_the_logits_is_refused(form):
+    def halving(logits, labels):
+        logits.div_(2)
+        return sum_loss(logits, labels) if form is SUM else token_losses(logits, labels)
+
+    with pytest.raises(ValueError, match=r"^forward_function: changes the logits in place"):
+        call(halving, **form)
+
+
+@pytest.mark.parametrize("dtype, constant", [(torch.float64, 1e-5), (torch.float32, 1.0), (torch.bfloat16, 20.0)])
+def test_a_constant_beside_the_sum_is_not_additive(dtype, constant):
+    given = {"hidden_states": draw(2, 32, HIDDEN).to(dtype), "linear": make_linear().to(dtype)}
+    wide = torch.promote_types(dtype, torch.float32)
+    with pytest.raises(ValueError, match=r"^forward_function: .*not additive"):
+        call(lambda logits, labels: sum_loss(logits.to(wide), labels) + constant, **SUM, **given)
+    call(lambda logits, labels: sum_loss(logits.to(wide), labels), **SUM, **given)
+
+
+def test_functions_of_one_code_are_told_apart_by_what_they_hold():
+    def make(reduction):
+        return lambda logits, labels: F.cross_entropy(logits, labels, reduction=reduction)
+
+    def with_default(logits, labels, mean=False):
+        return mean_loss(logits, labels) if mean else sum_loss(logits, labels)
+
+    class Method:
+        def __init__(self, function):
+            self.function = function
+
+        def loss(self, logits, labels):
+            return self.function(logits, labels)
+
+    call(make("sum"), **SUM)
+    call(with_default, **SUM)
+    right, wrong = Method(sum_loss), Method(mean_loss)
+    call(right.loss, **SUM)
+    with_default.__defaults__ = (True,)
+    for refused in (make("mean"), with_default, wrong.loss):
+        with pytest.raises(ValueError, match=r"^forward_function: .*not additive"):
+            call(refused, **SUM)
+
+
+def test_callables_that_have_no_hash_or_no_weak_reference():
+    @dataclasses.dataclass
+    class Weighted:
+        weight: float = 1.0
+
+        def __call__(self, logits, labels):
+            return self.weight * sum_loss(logits, labels)
+
+    class Slots:
+        __slots__ = ()
+
+        def __call__(self, logits, labels):
+            return sum_loss(logits, labels)
+
+    for function in (Weighted(), Slots()):
+        assert torch.equal(call(function, **SUM), call(sum_loss, **SUM))
+        with pytest.raises(TypeError, match=r"^forward_function: .*cannot be kept as a key"):
+            call(function, **SUM, compile=True)

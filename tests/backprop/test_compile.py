@@ -116,3 +116,22 @@ def test_a_wrong_compiled_gradient_is_refused(dtype):
         checks.check_compiled(exact * 1.05, exact)
     with pytest.raises(RuntimeError, match=r"^forward_function: compiled, its gradient is "):
         checks.check_compiled(torch.full_like(exact, torch.nan), exact)
+
+
+def test_a_method_is_compiled_once(monkeypatch):
+    """Each access makes a new bound method; the compiled code belongs to the object."""
+    made = []
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **options: made.append(given) or compile(*given, **options))
+
+    class Loss:
+        def of(self, logits, labels):
+            return F.cross_entropy(logits, labels, reduction="sum")
+
+    loss, x, head, labels = Loss(), draw(20, HIDDEN, dtype=torch.float32), make_linear(), draw_labels(20)
+    head, x = torch.nn.Linear(HIDDEN, VOCABULARY), x.requires_grad_()
+    found = [
+        memory_efficient_linear(x, head, labels, loss.of, reduction="sum", chunk_size=8, compile=True) for _ in range(3)
+    ]
+    assert len(made) == 1
+    torch.testing.assert_close(found[-1], F.cross_entropy(head(x), labels, reduction="sum"))

@@ -180,9 +180,9 @@ def test_tied_embeddings(reduction):
     assert relative(found[0], expected[0]) <= EXACT
 
 
-def count_products(watch, reduction, *frozen_names, rows=12):
+def count_products(watch, reduction, *frozen_names, rows=12, of_x=True):
     """Matrix products of a forward and a backward in chunks of 4, with the first-call check behind it."""
-    head, x, labels = frozen(*frozen_names), draw(rows, HIDDEN).requires_grad_(), draw_labels(rows)
+    head, x, labels = frozen(*frozen_names), draw(rows, HIDDEN).requires_grad_(of_x), draw_labels(rows)
     options = {"reduction": reduction, "chunk_size": 4, "check_additive": False}
     with watch() as seen:
         memory_efficient_linear(x, head, labels, FUNCTIONS[reduction], **options).sum().backward()
@@ -197,6 +197,9 @@ def test_three_products_a_chunk_two_for_a_frozen_head_and_one_more_for_rows(redu
     seen, head = count_products(watch, reduction, "weight", "bias")
     assert seen.products == 6 + more
     assert head.weight.grad is None and head.bias.grad is None
+    seen, head = count_products(watch, reduction, of_x=False)  # hidden states that want no gradient: no dX
+    assert seen.products == 6 + more
+    assert head.weight.grad is not None
 
 
 def test_a_frozen_head_makes_no_buffer_of_the_weights_size(watch):

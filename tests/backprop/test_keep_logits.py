@@ -92,3 +92,28 @@ def test_it_is_for_results_per_row(data):
     x, head, labels, _ = data
     with pytest.raises(ValueError, match="keep_logits"):
         memory_efficient_linear(x, head, labels, losses.cross_entropy, reduction="sum", keep_logits=1)
+
+
+def test_hidden_states_that_want_no_gradient(data):
+    x, head, labels, slopes = data
+    found, expected = (
+        torch.autograd.grad(run((x.detach(), head, labels, slopes), keep), [*head.parameters()]) for keep in ("1GiB", 0)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("keep", (0, "1GiB"))
+def test_between_forward_and_backward_only_what_was_kept_is_alive(data, keep):
+    """No copy of the weight that autocast made, and after the backward nothing at all."""
+    x, head, labels, _ = data
+    head = head.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = memory_efficient_linear(
+            x.detach().float().requires_grad_(), head, labels, losses.token_log_probs,
+            reduction="none", chunk_size=CHUNK, keep_logits=keep,
+        )  # fmt: skip
+    alive = loss.grad_fn.kept
+    assert (alive is None) == (keep == 0)
+    loss.sum().backward()
+    assert loss.grad_fn is None or loss.grad_fn.kept is None

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.backprop.reference import (
     EXACT,
+    HIDDEN,
     IGNORED,
     as_tuple,
     assert_same,
@@ -257,3 +258,23 @@ def test_the_loss_is_float32_at_least():
     x, linear, labels = draw(14, 6, dtype=torch.bfloat16), make_linear(dtype=torch.bfloat16), draw_labels(14)
     assert memory_efficient_linear(x, linear, labels, mean_loss).dtype == torch.float32
     assert memory_efficient_linear(x, linear, labels, lambda z, y: F.cross_entropy(z, y)).dtype == torch.float32
+
+
+def test_a_frozen_head_that_changes_before_the_backward_of_rows_is_noticed():
+    x, linear, labels = draw(9, HIDDEN).requires_grad_(), make_linear().requires_grad_(False), draw_labels(9)
+    losses = memory_efficient_linear(x, linear, labels, token_losses, reduction="none", chunk_size=4)
+    linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+def test_the_skeleton_inside_torch_compile():
+    """It loops over chunks: the compiler leaves it as it is, and its result is right."""
+    x, linear, labels = draw(2, 9, HIDDEN).requires_grad_(), make_linear(), draw_labels(2, 9)
+
+    @torch.compile(backend="eager")
+    def twice(x):
+        return 2 * MemoryEfficientLinear.apply(x, linear, labels, transformation)
+
+    expected = 2 * MemoryEfficientLinear.apply(x, linear, labels, transformation)
+    assert torch.equal(twice(x), expected)

@@ -72,7 +72,25 @@ MUTATIONS = {
         "rng.py",
         "torch.set_rng_state(cpu)",
         "pass",
-        "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[dropout in the function-none]",
+        "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[dropout in the function, none]",
+    ),
+    "numbers of the head drawn again over kept logits": mutation(
+        "work.py",
+        'at(i if kept is None else (i, "kept"))',
+        "at(i)",
+        "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[both, kept]",
+    ),
+    "a lost gradient": mutation(
+        "checks.py",
+        "if leaf is not None and not any(",
+        "if False and not any(",
+        "test_bad_input.py::test_a_gradient_that_no_argument_could_bring_is_refused[sum-linear]",
+    ),
+    "functions of one code taken for one": mutation(
+        "checks.py",
+        "*(_identity(value, depth) for value in held))",
+        ")",
+        "test_bad_input.py::test_functions_of_one_code_are_told_apart_by_what_they_hold",
     ),
     "factor rounded to 16 bits": mutation(
         "scale.py",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.backprop.reference import EXACT, HIDDEN, draw, draw_labels, make_linear, relative, token_losses
+from tests.backprop.reference import EXACT, HIDDEN, VOCABULARY, draw, draw_labels, make_linear, relative, token_losses
 from tests.backprop.test_heads import lora
 from unsloth_puzzles.backprop import memory_efficient_linear
 
@@ -40,13 +40,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_belong_to_the_numbers_of_the_forward(name, reduction):
+SOME = 2 * 32 * VOCABULARY * 8  # bytes: the logits of two chunks of three
+FORMS = [(name, {"reduction": reduction}) for name in CASES for reduction in ("sum", "none")]
+FORMS += [(name, {"reduction": "none", "keep_logits": SOME}) for name in CASES if CASES[name][2] == "logits"]
+
+
+IDS = [f"{name}, {'kept' if 'keep_logits' in options else options['reduction']}" for name, options in FORMS]
+
+
+@pytest.mark.parametrize("name, options", FORMS, ids=IDS)
+def test_gradients_belong_to_the_numbers_of_the_forward(name, options):
     make, rows, takes = CASES[name]
     head, x, labels = make(), draw(ROWS, HIDDEN).requires_grad_(), draw_labels(ROWS)
-    function = rows if reduction == "none" else lambda *arguments: rows(*arguments).sum()
-    options = {"reduction": reduction, "function_takes": takes}
+    function = rows if options["reduction"] == "none" else lambda *arguments: rows(*arguments).sum()
+    options = options | {"function_takes": takes}
     loss = run(head, function, x, labels, **options).sum()
     torch.manual_seed(6)  # what comes between must not matter
     (gradient,) = torch.autograd.grad(loss, x)

@@ -75,6 +75,31 @@ def test_the_device_is_drained_before_each_enqueue_sample(clock, monkeypatch):
     assert log == ["wait", *["call"] * (timing._LEAD_CALLS + 2)] * 3
 
 
+def test_on_a_device_the_second_of_two_batches_is_timed(clock, monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, stop):
+            return (stop.at - self.at) / 1e6
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    durations = itertools.cycle([50_000, 50_000, 3_000, 3_000])  # a batch is two calls, the first of each pair slow
+    timings = event_time({"one": clock.takes(durations, log, "call")}, rounds=2, calls=2)
+    assert timings == {"one": Timing(3.0, 3.0, 3.0, 2)}
+    assert log == ["sleep", "call", "call", "record", "call", "call", "record", "wait"] * 3
+
+
 @pytest.mark.parametrize("calls", [0, 101])
 def test_a_batch_that_could_fill_the_queue_is_refused(clock, calls):
     with pytest.raises(ValueError, match=f"calls: got {calls}, need 1 to 100"):

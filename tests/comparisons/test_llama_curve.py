@@ -99,7 +99,7 @@ def test_a_process_of_its_own_with_real_weights_from_a_directory(tmp_path):
         "float32",
         "AdamW",
         "learning rate 0.001",
-        "2 x 2 x 48",
+        "2 x 2 sequences of up to 48 tokens",
     ):
         assert said in title(found)
     failed = run("full", "ours", steps=1, dtype="float99", **SMALL)

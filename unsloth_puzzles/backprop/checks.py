@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 ROWS_TRIED = 32
+# What the halves of some rows may differ from the whole by, per byte of the result's dtype: the rounding of a sum.
+_ADDITIVE = {2: 0.02, 4: 1e-3, 8: 1e-8}
 _EMPTY = types.CellType()
 _tried: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -77,6 +79,15 @@ def check_scalar(value: object) -> torch.Tensor:
     return value
 
 
+def check_unchanged(logits: torch.Tensor) -> None:
+    """Raise ValueError if the function has written to the fresh `logits` that it was given."""
+    if logits._version:
+        raise ValueError(
+            "forward_function: changes the logits in place, but they are a leaf of its graph and the op's own buffer; "
+            "write z = z / 2, not z.div_(2)"
+        )
+
+
 def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
     """What a per-row function must return: tensors (rows, ...) that are together smaller than the logits."""
     for result in results:
@@ -90,19 +101,68 @@ def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
 
 
 def is_new(function: Callable, *purpose: str) -> bool:
-    """Whether this function (by its code, where it has one: a lambda is made anew at each step) is new to `purpose`."""
-    return (purpose, _inner(function)) not in _tried.get(getattr(function, "__code__", function), ())
+    """Whether this function is new to `purpose`. A function is known by its code and by what it holds, since a lambda
+    is made anew at each step; any other callable by itself."""
+    return (purpose, _held(function)) not in _tried.get(_code(function), ())
 
 
 def trust(function: Callable, *purpose: str) -> None:
     """From now on it is not new."""
-    _tried.setdefault(getattr(function, "__code__", function), set()).add((purpose, _inner(function)))
+    _tried.setdefault(_code(function), set()).add((purpose, _held(function)))
 
 
-def _inner(function: Callable) -> tuple[int, ...]:
-    """The functions that a closure holds, by their codes: a wrapper's code is one whatever it wraps."""
-    held = (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != _EMPTY)
-    return tuple(id(getattr(value, "__code__", value)) for value in held if callable(value))
+def _code(function: Callable) -> object:
+    if hasattr(function, "__code__"):
+        return function.__code__
+    try:
+        weakref.ref(function)
+        hash(function)
+        return function
+    except TypeError:  # a dataclass, or an object with slots
+        return type(function)
+
+
+def _held(function: Callable, depth: int = 4) -> tuple:
+    """What makes one function of a code differ from another: closure, defaults, the object of a method.
+
+    Functions that it holds are looked into as well, `depth` levels of them.
+    """
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != _EMPTY]
+    named = [*(getattr(function, "__kwdefaults__", None) or {}).values()]
+    if not hasattr(function, "__code__"):
+        named += getattr(function, "__dict__", {}).values()
+    held = (*cells, *(getattr(function, "__defaults__", None) or ()), *named)
+    return (id(getattr(function, "__self__", None)), *(_identity(value, depth) for value in held))
+
+
+def _identity(value: object, depth: int) -> object:
+    """Equal for values that a function is not tried anew for: tensors and floats may change at each step."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.requires_grad
+    if callable(value):
+        return id(getattr(value, "__code__", value)), _held(value, depth - 1) if depth else ()
+    return value if isinstance(value, int | str | None) else type(value)
+
+
+def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[torch.Tensor]) -> None:
+    """Raise ValueError if `outputs`, the first of this function, depend on a tensor that wants a gradient but is none
+    of `known`: a parameter that the function closes over. Its gradient would be lost, for no argument brings it."""
+    if not is_new(function, "leaves"):
+        return
+    waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is one for one in known):
+            raise ValueError(
+                f"forward_function: uses a tensor of shape {tuple(leaf.shape)} that requires grad and is none of its "
+                "arguments, so it would get no gradient; pass it in shared_args (or row_args), or detach it"
+            )
+    trust(function, "leaves")
 
 
 def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> None:
@@ -130,21 +190,24 @@ def rows_to_try(labels: torch.Tensor | None, rows: int, ignore_index: int | None
     return torch.cat([counted, ignored]) if len(counted) > 1 else counted[:0]
 
 
-def check_additive(evaluate: Callable[[int, int], tuple[torch.Tensor, ...]], rows: int, additive: bool) -> None:
+def check_additive(
+    evaluate: Callable[[int, int], tuple[torch.Tensor, ...]], rows: int, additive: bool, dtype: torch.dtype
+) -> None:
     """Compare `evaluate(0, n)` with the two halves: their sum, or (`additive` False) their rows one after the other.
 
-    Raises ValueError if they differ by more than rounding. This is the one place that waits for the device.
+    Raises ValueError if they differ by more than rounding. `evaluate` must take the same logits each time, so that no
+    other tiling of a matrix product gets in between. This is the one place that waits for the device.
     """
-    half = rows // 2
+    half, itemsize = rows // 2, dtype.itemsize
     whole, first, second = (evaluate(*span) for span in ((0, rows), (0, half), (half, rows)))
     for together, a, b in zip(whole, first, second, strict=True):
         if not together.is_floating_point():
             continue
+        tolerance = _ADDITIVE[min(itemsize, together.dtype.itemsize)]
         parts = a + b if additive else torch.cat([a, b])
         size = (a.abs() + b.abs() if additive else parts.abs()).double().nan_to_num().max()
         off = (together - parts).abs().double().nan_to_num().max()
-        # The rounding of a sum in the result's dtype, and of a GEMM that takes other tiles for fewer rows.
-        if off > 0.02 * size:
+        if off > tolerance * size:
             found = f"{off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, of size {size.item():.3g}"
             raise ValueError(
                 f"forward_function: a chunk of {rows} rows gives a result {found}: it is not "

@@ -80,7 +80,7 @@ def kept_bytes(keep_logits: int | str) -> int:
 
 
 def _bytes(text: str) -> int | None:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?B)\s*", text.upper())
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 

@@ -88,6 +88,7 @@ class EagerFunction:
                 value = _weighted(self.function, self.reduction, leaf, cut, leaves)
                 inputs = [leaf, *cut.chosen(leaves)]
                 scaled = value * scale
+            checks.check_leaves(self.function, [value], inputs)
             gradients = _gradients(scaled, inputs, None)
             gradients = _without_nan_of_nothing(gradients, self.reduction, cut.labels)
             piece.copy_(gradients[0])
@@ -114,6 +115,7 @@ class EagerFunction:
             leaves = cut.leaves()
             with torch.enable_grad():
                 results = as_tuple(self.function(leaf, cut.labels, *leaves))
+            checks.check_leaves(self.function, results, [leaf, *cut.chosen(leaves)])
             kept = [
                 (result, slope[start:stop])
                 for result, slope in zip(results, upstream, strict=True)
@@ -168,7 +170,7 @@ class CompiledFunction(EagerFunction):
     def _get(self, name: object, logits: torch.Tensor, arguments: Arguments, program: Callable) -> Callable:
         # exp by the hardware's ex2 is off by 2 ulp of float32: 1/30000 of what rounding a gradient to 16 bits costs.
         fast = logits.dtype.itemsize == 2
-        key = name, arguments.wanted, fast, logits.shape[-1]
+        key = name, arguments.wanted, fast, logits.shape[-1], logits.device.type
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
@@ -179,21 +181,33 @@ _known: "weakref.WeakKeyDictionary[Callable, dict]" = weakref.WeakKeyDictionary(
 
 
 def compiled(function: Callable, reduction: Reduction) -> CompiledFunction:
-    """The one `CompiledFunction` of this function object and reduction: compiled code lives as long as the function."""
-    known = _known.setdefault(function, {})
-    if reduction not in known:
-        known[reduction] = CompiledFunction(_Weak(function), reduction)
-    return known[reduction]
+    """The one `CompiledFunction` of this function object and reduction: compiled code lives as long as the function.
+
+    A bound method, which is made anew whenever it is asked for, belongs to its object.
+    """
+    method = isinstance(function, types.MethodType)
+    owner, key = (function.__self__, (function.__func__, reduction)) if method else (function, reduction)
+    try:
+        known = _known.setdefault(owner, {})
+    except TypeError as error:
+        kind = type(owner).__name__
+        raise TypeError(f"forward_function: {kind} cannot be kept as a key ({error}); pass a function") from error
+    if key not in known:
+        known[key] = CompiledFunction(_Weak(function), reduction)
+    return known[key]
 
 
 class _Weak:
     """Calls a function without keeping it alive, so that a key of `_known` does not live in its own value."""
 
     def __init__(self, function: Callable):
-        self.reference = weakref.ref(function)
+        method = isinstance(function, types.MethodType)
+        self.of_class = function.__func__ if method else None
+        self.reference = weakref.ref(function.__self__ if method else function)
 
     def __call__(self, *arguments):
-        return self.reference()(*arguments)
+        alive = self.reference()
+        return alive(*arguments) if self.of_class is None else self.of_class(alive, *arguments)
 
 
 def _value(function, reduction, logits, labels, arguments):

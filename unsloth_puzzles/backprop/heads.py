@@ -31,30 +31,32 @@ class Head:
         self._module = _Call(linear)
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
-    def call(self, function: Callable | None, x: torch.Tensor, *arguments: object) -> object:
-        """`linear(x)`, or `function(x, linear, *arguments)`, recorded by autograd if x requires grad.
+    def call(self, function: Callable | None, x: torch.Tensor, *arguments: object, record: bool = False) -> object:
+        """`linear(x)`, or `function(x, linear, *arguments)`, with `record` recorded by autograd.
 
         x: (rows, hidden).
         """
-        with torch.set_grad_enabled(x.requires_grad), self._mode:
+        with torch.set_grad_enabled(record), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
 
     def backward(self, outputs, gradients, x, others, into=None, live=None) -> list[torch.Tensor | None]:
-        """Gradients of x and `others`; those of the trainable parameters are added to their sums.
+        """Gradients of x (None if it requires none) and `others`; those of the parameters are added to their sums.
 
         `into`, shaped like x, may be overwritten: the first product that gives a gradient of that shape goes there, so
         the gradient of x need not be copied to where it belongs. `live`, a 0-dim bool: where it is False the outputs do
         not count and all gradients are zero, even if NaN.
         """
-        leaves = list(self.leaves.values())
+        inputs = [x] * x.requires_grad + [*others, *self.leaves.values()]
         self._mode.live, self._mode.into = live, into
-        found = torch.autograd.grad(outputs, [x, *others, *leaves], gradients, allow_unused=True)
+        found = list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
         if live is not None:
             found = [g if g is None else torch.where(live, g, 0) for g in found]
+        if not x.requires_grad:
+            found.insert(0, None)
         for total, gradient in zip(self.sums, found[1 + len(others) :], strict=True):
             if gradient is not None:  # used by something else than `F.linear`, which adds to the sum itself
                 total.add(gradient)
-        return list(found[: 1 + len(others)])
+        return found[: 1 + len(others)]
 
     def results(self, parameters: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """The summed gradients, None where a parameter was never used."""

@@ -12,7 +12,6 @@ from unsloth_puzzles.backprop.scale import scale_in_place
 from unsloth_puzzles.backprop.work import Work
 
 
-@torch.compiler.disable(reason="it loops over chunks and calls autograd; its function is compiled by compile=True")
 def memory_efficient_linear(
     hidden_states: torch.Tensor,
     linear: nn.Module,
@@ -81,6 +80,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
     """
 
     @classmethod
+    @torch.compiler.disable(reason="it loops over chunks and calls autograd; its function is compiled by compile=True")
     def apply(cls, X, linear, labels, forward_function, plan=None, *arguments):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("memory_efficient_linear: torch.func transforms (grad, vmap, jvp) are not supported")
@@ -103,10 +103,12 @@ class MemoryEfficientLinear(torch.autograd.Function):
             ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
             # What the backward needs to do the forward again.
             ctx.linear, ctx.function, ctx.states = linear, forward_function, work.states
-            ctx.head, ctx.kept = work.head, work.kept  # and what it need not do again
+            ctx.kept = (work.head, work.kept) if work.kept else None  # and what it need not do again
             ctx.autocast = _autocast_state(X.device.type)
             ctx.other = tuple(None if isinstance(t, torch.Tensor) else t for t in tensors)
-            ctx.save_for_backward(X, labels, *(t if isinstance(t, torch.Tensor) else None for t in tensors))
+            # The frozen parameters only so that autograd notices if they change before the backward.
+            frozen = [value for value in linear.parameters() if not value.requires_grad]
+            ctx.save_for_backward(X, labels, *(t if isinstance(t, torch.Tensor) else None for t in tensors), *frozen)
             return results
         loss, gradients, ctx.rescale = work.additive()
         ctx.save_for_backward(*gradients)
@@ -120,11 +122,12 @@ class MemoryEfficientLinear(torch.autograd.Function):
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.plan.reduction == "none":
             X, labels, *tensors = ctx.saved_tensors
-            tensors = [other if given is None else given for given, other in zip(tensors, ctx.other, strict=True)]
+            # zip ends with `other`: what was saved behind are the frozen parameters
+            tensors = [other if given is None else given for given, other in zip(tensors, ctx.other, strict=False)]
             with torch.autocast(**ctx.autocast):
                 work = Work(X, ctx.linear, labels, ctx.function, ctx.plan, tuple(tensors), ctx.needs_input_grad, True)
                 if ctx.kept and not again:
-                    work.head, work.kept, ctx.kept = ctx.head, ctx.kept, {}
+                    (work.head, work.kept), ctx.kept = ctx.kept, None
                 gradients = work.rows_backward(upstream, ctx.states)
         elif upstream[0] is None:
             return (None,) * len(ctx.needs_input_grad)

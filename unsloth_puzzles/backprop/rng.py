@@ -1,30 +1,30 @@
 """Random numbers that a computation drew, drawn again when it is done again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class RandomStates:
-    """States of the CPU's generator and of the device's, one per chunk."""
+    """States of the CPU's generator and of the device's, by name of what drew from them."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._states: list[tuple] = []
+        self._states: dict[Hashable, tuple] = {}
 
-    def record(self) -> None:
+    def record(self, name: Hashable) -> None:
         """Note the present states."""
         # A graph under capture keeps its own count of random numbers, which cannot be read.
         gpu = self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-        self._states.append((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if gpu else None))
+        self._states[name] = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if gpu else None
 
     @contextmanager
-    def replay(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that sets the i-th state; when left, the generators are as they were before."""
+    def replay(self) -> Iterator[Callable[[Hashable], None]]:
+        """Gives a function that sets a state; when left, the generators are as they were before."""
 
-        def at(index: int) -> None:
-            cpu, gpu = self._states[index]
+        def at(name: Hashable) -> None:
+            cpu, gpu = self._states[name]
             torch.set_rng_state(cpu)
             if gpu is not None:
                 torch.cuda.set_rng_state(gpu, self.device)

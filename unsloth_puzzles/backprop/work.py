@@ -78,9 +78,9 @@ class Work:
             checks.check_labels(self.arguments.labels, self.vocab_size, self.plan.ignore_index)
             self.labels_checked = True
 
-    def _logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of a chunk with their graph, and their memory, over which the gradient may be written."""
-        logits = self.head.call(None, x)
+    def _logits(self, x: torch.Tensor, record: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of a chunk, with `record` with their graph, and their memory, which the gradient may overwrite."""
+        logits = self.head.call(None, x, record=record)
         if logits.shape != (len(x), self.vocab_size):
             need = (len(x), self.vocab_size)
             raise ValueError(f"linear: maps {tuple(x.shape)} to {tuple(logits.shape)}, need {need}")
@@ -89,8 +89,7 @@ class Work:
 
     def additive(self):
         """The loss; gradients of X, the parameters and the arguments; what multiplies the upstream gradient."""
-        if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
-            self._try(additive=True)
+        self._try(additive=True)
         total = None
         gradients = _Gradients(self)
         for start, stop in self.spans:
@@ -105,11 +104,12 @@ class Work:
 
     def _additive_chunk(self, start, stop, gradients):
         cut = self.arguments.cut(slice(start, stop))
-        x = self.x[start:stop].detach().requires_grad_(self.differentiate)
+        x = self.x[start:stop].detach().requires_grad_(self.needs_x)
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
-            value = self._projected(x, cut, leaves)
+            value = self._projected(x, cut, leaves, self.differentiate)
             checks.check_scalar(value)
+            checks.check_leaves(self.user_function, [value], self._known(x, cut, leaves))
             with torch.enable_grad():
                 value = self.reduction.contribution(value, cut.labels)
                 scaled = value * self._normalizer[1]
@@ -119,15 +119,23 @@ class Work:
                 found = self.head.backward(scaled, None, x, cut.chosen(leaves), live=live)
                 gradients.add(start, stop, found[0], found[1:])
             return value.detach()
-        logits, over = self._logits(x)
+        logits, over = self._logits(x, self.differentiate)
         if not self.differentiate:
             return checks.check_scalar(self.function.value(over, cut))
         scale, few = self._normalizer[1], slice(checks.ROWS_TRIED)
         before = over[few].clone() if self.verify else None
         value = self.function.value_and_gradient(over, cut, scale, partial(gradients.add_arguments, start))
         self._verify(over, before, lambda: self.eager.value_and_gradient(before, cut.cut(few), scale, _drop))
-        gradients.add(start, stop, self.head.backward(logits, over, x, [], gradients.of_x(start, stop))[0], None)
+        self._head_backward(logits, over, x, start, stop, gradients)
         return value
+
+    def _head_backward(self, logits, over, x, start, stop, gradients) -> None:
+        if logits.requires_grad:  # else only the function's arguments want gradients
+            gradients.add(start, stop, self.head.backward(logits, over, x, [], gradients.of_x(start, stop))[0], None)
+
+    def _known(self, x, cut, leaves) -> list[torch.Tensor]:
+        """The leaves that a gradient is found for, or that are there for nothing else."""
+        return [x, *cut.chosen(leaves), *self.head.leaves.values()]
 
     def _verify(self, gradient: torch.Tensor, before: torch.Tensor | None, overwrite: Callable) -> None:
         """Hold the compiled gradient of a few rows against eager mode's, with which `overwrite` fills `before`."""
@@ -139,15 +147,15 @@ class Work:
 
     def rows(self) -> tuple[torch.Tensor, ...]:
         """Per-row results, with the leading dimensions of X."""
-        if self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction):
-            self._try(additive=False)
+        self._try(additive=False)
         whole: list[torch.Tensor] = []
         for i, (start, stop) in enumerate(self.spans or [(0, 0)]):
-            self.states.record()
+            self.states.record(i)
             cut = self.arguments.cut(slice(start, stop))
             if self.first_kept <= i < len(self.spans):
-                x = self.x[start:stop].detach().requires_grad_()
-                self.kept[i] = x, *self._logits(x)
+                x = self.x[start:stop].detach().requires_grad_(self.needs_x)
+                self.kept[i] = x, *self._logits(x, record=True)
+                self.states.record((i, "kept"))  # what the head drew (dropout) is not drawn again
                 results = self.function.rows(self.kept[i][-1], cut)
             else:
                 with torch.no_grad():
@@ -164,42 +172,44 @@ class Work:
         upstream = [None if u is None else u.reshape(-1, *u.shape[leading:]) for u in upstream]
         gradients = _Gradients(self)
         if any(slope is not None for slope in upstream):
-            with states.replay() as at_chunk:
+            with states.replay() as at:
                 # Kept chunks first, since they hold memory; else in order, for Inductor tunes for the first's size.
                 for i in sorted(range(len(self.spans)), key=lambda i: i not in self.kept):
                     start, stop = self.spans[i]
-                    at_chunk(i)
+                    kept = self.kept.pop(i, None)
+                    at(i if kept is None else (i, "kept"))
                     slopes = tuple(None if u is None else u[start:stop] for u in upstream)
-                    self._rows_backward_chunk(start, stop, slopes, gradients, self.kept.pop(i, None))
+                    self._rows_backward_chunk(start, stop, slopes, gradients, kept)
         return gradients.results()
 
     def _rows_backward_chunk(self, start, stop, slopes, gradients, kept):
         cut = self.arguments.cut(slice(start, stop))
-        x = self.x[start:stop].detach().requires_grad_() if kept is None else kept[0]
+        x = self.x[start:stop].detach().requires_grad_(self.needs_x) if kept is None else kept[0]
         if self.plan.function_takes == "linear":
             leaves = cut.leaves()
-            results = as_tuple(self._projected(x, cut, leaves))
+            results = as_tuple(self._projected(x, cut, leaves, record=True))
+            checks.check_leaves(self.user_function, results, self._known(x, cut, leaves))
             pairs = [(r, s) for r, s in zip(results, slopes, strict=True) if s is not None and r.requires_grad]
             if pairs:
                 found = self.head.backward([r for r, _ in pairs], [s for _, s in pairs], x, cut.chosen(leaves))
                 gradients.add(start, stop, found[0], found[1:])
             return
-        logits, over = self._logits(x) if kept is None else kept[1:]
+        logits, over = self._logits(x, record=True) if kept is None else kept[1:]
         few = slice(checks.ROWS_TRIED)
         before = over[few].clone() if self.verify else None
         self.function.rows_gradient(over, cut, slopes, partial(gradients.add_arguments, start))
         part = tuple(None if slope is None else slope[few] for slope in slopes)
         self._verify(over, before, lambda: self.eager.rows_gradient(before, cut.cut(few), part, _drop))
-        gradients.add(start, stop, self.head.backward(logits, over, x, [], gradients.of_x(start, stop))[0], None)
+        self._head_backward(logits, over, x, start, stop, gradients)
 
     def _rows_chunk(self, x, cut, function):
         if self.plan.function_takes == "linear":
             return as_tuple(self._projected(x, cut, cut.all))
         return function.rows(self._logits(x)[1], cut)
 
-    def _projected(self, x, cut, values):
+    def _projected(self, x, cut, values, record=False):
         self._check_labels()
-        return self.head.call(self.user_function, x, cut.labels, *values)
+        return self.head.call(self.user_function, x, cut.labels, *values, record=record)
 
     @cached_property
     def _normalizer(self):
@@ -223,30 +233,33 @@ class Work:
         return count, torch.where(nothing, 0, boost / count), torch.where(nothing, 0, 1 / boost)
 
     def _try(self, additive: bool) -> None:
-        """Hold a few rows of the function against their halves, without moving the random numbers of the run."""
+        """Hold a few rows of a new function against their halves, without moving the random numbers of the run."""
+        if not (self.plan.check_additive and self.spans and checks.is_new(self.user_function, self.plan.reduction)):
+            return
         whole = self.arguments
         tried = checks.rows_to_try(whole.labels, len(self.x), self.plan.ignore_index, self.x.device)
         if len(tried) < 2:
             return  # nothing to compare; it is new the next time, too
 
-        def evaluate(start, stop):
-            rows = tried[start:stop]
-            cut = whole.cut(rows)
-            with torch.no_grad():
-                x = self.x[rows]
-                if not additive:
-                    results = self._rows_chunk(x, cut, self.eager)
-                    checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
-                    return results
-                if self.plan.function_takes == "linear":
-                    value = self._projected(x, cut, cut.all)
-                else:
-                    logits = self._logits(x)[1]
-                    value = self.user_function(logits, cut.labels, *cut.all)
-                return (self.reduction.contribution(checks.check_scalar(value), cut.labels),)
+        takes_logits = self.plan.function_takes == "logits"
 
-        with RandomStates(self.x.device).replay():
-            checks.check_additive(evaluate, len(tried), additive)
+        def evaluate(start, stop):
+            cut = whole.cut(tried[start:stop])
+            if takes_logits:
+                given = logits[start:stop].clone()
+                result = self.user_function(given, cut.labels, *cut.all)
+                checks.check_unchanged(given)
+            else:
+                result = self._projected(self.x[tried[start:stop]], cut, cut.all)
+            if additive:
+                return (self.reduction.contribution(checks.check_scalar(result), cut.labels),)
+            results = as_tuple(result)
+            checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
+            return results
+
+        with RandomStates(self.x.device).replay(), torch.no_grad():
+            logits = self._logits(self.x[tried])[1] if takes_logits else None
+            checks.check_additive(evaluate, len(tried), additive, self.dtype)
         checks.trust(self.user_function, self.plan.reduction)
 
 

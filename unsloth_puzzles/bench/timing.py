@@ -61,9 +61,7 @@ def device_time(
         if callable(closures) or not closures:
             raise TypeError(f"candidates[{name!r}]: got {closures!r}, need a non-empty list of functions")
         batch, size = _captured(closures, pool) if on_gpu else (_in_turn(closures), len(closures))
-        # The lead writes back what another candidate has left dirty in the L2 (up to 60 MB: 3 % of a sample), and
-        # leaves there what this one leaves: each pays for itself.
-        samplers[name] = _device_sampler(batch, size, lead=batch) if on_gpu else _clock_sampler(batch, size)
+        samplers[name] = _device_sampler(batch, size) if on_gpu else _clock_sampler(batch, size)
         calls += size * (rounds + 1) * (1 + on_gpu)
     timings = _interleaved(samplers, rounds)
     section.work(calls * bytes_per_call, calls * flops_per_call)
@@ -73,7 +71,8 @@ def device_time(
 def event_time(candidates: Mapping[str, Call], *, rounds: int = 20, calls: int = 1) -> dict[str, Timing]:
     """Time on the device of `calls` eager calls between two events: for what does not belong into a CUDA graph.
 
-    For long calls: the host has 0.3 ms to enqueue them all, or it is the host's time that is measured.
+    A sample is two batches in a row, of which the second is timed. While the first is at work the host enqueues the
+    second, as in a training loop.
     """
     _check_queue(calls)
     samplers = {name: _device_sampler(_in_turn([call] * calls), calls) for name, call in candidates.items()}
@@ -165,14 +164,18 @@ def _clock_sampler(batch: Call, size: int, wait: Call | None = None, lead: Call 
     return sample
 
 
-def _device_sampler(batch: Call, size: int, lead: Call | None = None) -> Callable[[], float]:
+def _device_sampler(batch: Call, size: int) -> Callable[[], float]:
+    """Times the second of two batches in a row, so that each candidate pays for itself.
+
+    The first writes back what another candidate has left dirty in the L2 (up to 60 MB: 3 % of a sample of 1 ms), and
+    brings the clocks to what this one's power draw allows: without it the same matrix products took 45 to 51 ms in one
+    run (H200), probably by what power the candidate before them had drawn.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        # Else gaps between the kernels are the host's launch cost: one graph to launch, or `size` calls.
-        torch.cuda._sleep(_SLEEP_CYCLES * (1 if lead else size))
-        if lead:
-            lead()
+        torch.cuda._sleep(_SLEEP_CYCLES)  # else gaps between the first kernels are the host's launch cost
+        batch()
         start.record()
         batch()
         stop.record()

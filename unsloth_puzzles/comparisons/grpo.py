@@ -5,8 +5,9 @@
     train(GRPOTrainer), train(MemoryEfficientGRPOTrainer)
 
 Results are plain dicts by candidate: "ours" (and with the head's gradient summed in float32, as TRL does), "TRL" (the
-fused head of trl 1.16), "Liger" (`LigerFusedLinearGRPOLoss`, if it can be imported), "full logits" (in float32, as one
-would write it) and "full logits, TRL's kernel" (as the head made them, one Triton kernel on a GPU).
+fused head of trl 1.16), "Liger" (`LigerFusedLinearGRPOLoss`, if it can be imported; it multiplies the gradients in
+float32, so once more with TF32 allowed), "full logits" (in float32, as one would write it) and "full logits, TRL's
+kernel" (as the head made them, one Triton kernel on a GPU).
 A script, which no part of the package imports.
 """
 
@@ -34,7 +35,7 @@ from unsloth_puzzles.bench.models import SEED, llama_1b_config, tiny_llama_confi
 from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.bench.timing import Timing, event_time, wall_time
 
-OURS, OURS_FLOAT32, TRL, LIGER = "ours", "ours, float32 dW", "TRL", "Liger"
+OURS, OURS_FLOAT32, TRL, LIGER, LIGER_TF32 = "ours", "ours, float32 dW", "TRL", "Liger", "Liger, TF32"
 FULL, FULL_KERNEL = "full logits", "full logits, TRL's kernel"
 EPSILON = 0.2
 _TILE = 32768  # of the vocabulary: what TRL's fused head passes
@@ -306,13 +307,22 @@ def _losses(case: _Case, chunk_size: int | str) -> dict[str, Callable[[], torch.
 
         liger_loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=compile)
 
-        def liger():
+        def liger(tf32=False):
+            allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+            try:
+                return liger_call()
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = allowed
+
+        def liger_call():
             shaped = (t.view(*case.shape, *t.shape[1:]) for t in (case.x, case.tokens, case.old))
             x, tokens, old = shaped
             weight = case.head.weight
             return liger_loss(x, weight, tokens, case.mask, case.advantages, old_per_token_logps=old)[0]
 
         found[LIGER] = liger
+        if compile:
+            found[LIGER_TF32] = partial(liger, tf32=True)
     return found
 
 

@@ -76,7 +76,7 @@ def title(curve: dict) -> str:
     model = "tiny Llama" if curve["tiny"] else "Llama 3.2 1B"
     kind = "full fine-tuning, tied head" if curve["mode"] == "full" else "QLoRA, NF4 by patch_linear4bit, r = 16"
     optimizer = "AdamW" if curve["optimizer"] == "adamw" else "8-bit AdamW"
-    batch = f"batch {curve['batch']} x {curve['accumulation']} x {curve['length']} tokens"
+    batch = f"{curve['accumulation']} x {curve['batch']} sequences of up to {curve['length']} tokens a step"
     return (
         f"{model}, {curve['weights']}; {kind}, {curve['dtype']}, {optimizer}, "
         f"learning rate {curve['learning_rate']:g}\n{batch}, {curve['text']}; {curve['hardware']}"

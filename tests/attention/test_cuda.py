@@ -1,0 +1,86 @@
+"""On a GPU: every backend against float64, forward and backward; no NaN at any length; compiled once by Inductor."""
+
+import pytest
+import torch
+
+from tests.attention.conftest import draw, draw_documents
+from tests.attention.test_interface import REQUESTS, request
+from unsloth_puzzles.attention import BACKENDS, attention
+from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.compiled.count import count_compilations
+
+pytestmark = pytest.mark.gpu
+KERNELS = ("flash", "flex", "xformers", "sdpa")
+LENGTHS = (1, 2, 7, 8, 63, 64, 65, 127, 128, 129, 200, 511, 512, 777, 1000, 1025)
+
+
+def can(backend, name, length, dtype, head_size=64):
+    asked = request(name, length)
+    documents = asked.get("documents")
+    batch = Batch(2, length, length, 4, 2, head_size, dtype, torch.device("cuda"), documents, True)
+    pattern = Pattern(asked.get("causal", True), asked.get("window"), asked.get("soft_cap"))
+    return BACKENDS[backend].refuses(pattern, batch) is None
+
+
+def run(data, slope, backend, asked):
+    data = [t.detach().requires_grad_() for t in data]
+    out = attention(*data, backend=backend, **asked)
+    return [out.detach(), *torch.autograd.grad(out, data, slope.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
+    """Relative norms against float64."""
+    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+        pytest.skip(f"{backend}: {reason}")
+    for length in (64, 200, 777):
+        data = [t.cuda() for t in draw(length, head_size=64, dtype=dtype)]
+        asked = {k: v.cuda() if k == "documents" else v for k, v in request(name, length).items()}
+        if not can(backend, name, length, dtype):
+            with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do"):
+                attention(*data, backend=backend, **asked)
+            return
+        slope = draw(length, head_size=64, seed=5, dtype=torch.float64)[0].cuda()
+        exact = run([t.double() for t in data], slope, "dense", asked)
+        found, formula = run(data, slope, backend, asked), run(data, slope, "dense", asked)
+        for what, one, plain, true in zip(("output", "dQ", "dK", "dV"), found, formula, exact, strict=True):
+            off, allowed = ((t.double() - true).norm() / true.norm() for t in (one, plain))
+            # The formula computes in float32 and rounds once; kernels round the probabilities to 16 bits as well.
+            assert off <= allowed + 2 * torch.finfo(dtype).eps, (what, length, off.item(), allowed.item())
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_flex_gives_no_nan_at_any_length(soft_cap):
+    """With a soft cap, too: PyTorch's own issue 153799 is about lengths that are no multiple of 128."""
+    for length in LENGTHS:
+        for packed in (False, True):
+            documents = draw_documents(length, 0.02).cuda() if packed else None
+            data = [t.cuda() for t in draw(length, head_size=64, dtype=torch.bfloat16)]
+            asked = {"soft_cap": soft_cap, "documents": documents, "window": 100}
+            found = run(data, torch.ones_like(data[0]), "flex", asked)
+            exact = run([t.double() for t in data], torch.ones_like(data[0]), "dense", asked)
+            for one, true in zip(found, exact, strict=True):
+                assert one.isfinite().all(), (length, packed)
+                assert (one.double() - true).norm() <= 0.02 * true.norm() + 1e-6
+
+
+def test_two_graphs_for_fifty_lengths():
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 4096, *torch.randint(2, 4096, (50,), generator=generator).tolist()]
+
+    def step(length, window, packed):
+        documents = draw_documents(length, 0.005).cuda() if packed else None
+        data = [t.cuda().requires_grad_() for t in draw(length, head_size=64, dtype=torch.bfloat16)]
+        out = attention(*data, backend="flex", window=window, documents=documents)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), data))
+
+    with count_compilations() as counts:
+        for n, length in enumerate(lengths):
+            step(length, (None, 64, 1000)[n % 3], n % 2 == 0)
+    assert counts.graphs <= 2 and counts.graph_breaks == {}, counts.table()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (3, 1111, 3333):
+            step(length, 17, True)

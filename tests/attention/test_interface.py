@@ -1,0 +1,161 @@
+"""Every backend that runs here gives what was asked for, or refuses by name; none answers with another mask."""
+
+import math
+
+import pytest
+import torch
+
+from tests.attention.conftest import draw, draw_documents, make_batch, sees
+from unsloth_puzzles.attention import BACKENDS, attention, backend_table, prepare
+from unsloth_puzzles.attention.backend import FEATURES
+from unsloth_puzzles.attention.interface import choose
+from unsloth_puzzles.attention.pattern import Pattern
+
+REQUESTS = {
+    "causal": {},
+    "bidirectional": {"causal": False},
+    "window": {"window": 9},
+    "packed": {"documents": True},
+    "packed, bidirectional": {"documents": True, "causal": False},
+    "packed with a window": {"documents": True, "window": 5},
+    "soft cap": {"soft_cap": 1.5, "scale": 0.4},
+    "everything": {"documents": True, "window": 5, "soft_cap": 1.5, "scale": 0.4},
+}
+HERE = ("flex", "sdpa", "dense")
+
+
+def by_definition(query, key, value, *, causal=True, window=None, documents=None, soft_cap=None, scale=None):
+    """In float64, one head and one row at a time."""
+    size, heads, q_length, width = query.shape
+    pattern = Pattern(causal, window, soft_cap)
+    mask = sees(pattern, make_batch(key.shape[2], q_length, documents=documents, size=size))
+    rows = []
+    for b in range(size):
+        for h in range(heads):
+            k, v = (t[b, h // (heads // t.shape[1])].double() for t in (key, value))
+            scores = query[b, h].double() @ k.T * (1 / math.sqrt(width) if scale is None else scale)
+            scores = scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
+            rows.append(scores.masked_fill(~mask[b], -math.inf).softmax(-1) @ v)
+    return torch.stack(rows).view(size, heads, q_length, width)
+
+
+def request(name, length):
+    asked = dict(REQUESTS[name])
+    if asked.get("documents"):
+        asked["documents"] = draw_documents(length, 0.15)
+    return asked
+
+
+def can(backend, name, q_length, length, gradients=False):
+    asked = request(name, length)
+    batch = make_batch(length, q_length, documents=asked.get("documents"), gradients=gradients)
+    pattern = Pattern(asked.get("causal", True), asked.get("window"), asked.get("soft_cap"))
+    return BACKENDS[backend].refuses(pattern, batch) is None
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("length, q_length", [(1, 1), (8, 8), (40, 40), (33, 1), (33, 12)])
+def test_forward_is_the_definition(name, backend, length, q_length):
+    data = draw(length, q_length)
+    asked = request(name, length)
+    if not can(backend, name, q_length, length):
+        with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do .*dense.* can$"):
+            attention(*data, backend=backend, **asked)
+        return
+    found, exact = attention(*data, backend=backend, **asked), by_definition(*data, **asked)
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    assert (found - exact).norm() <= 5e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_gradients_are_those_of_the_definition(name, backend):
+    length, asked = 23, request(name, 23)
+    if not can(backend, name, length, length, gradients=True):
+        pytest.skip(f"{backend} cannot do {name}: refused, as the test of the forward shows")
+    data = [t.requires_grad_() for t in draw(length, dtype=torch.float64)]
+    slope = draw(length, seed=3, dtype=torch.float64)[0]
+    found = torch.autograd.grad(attention(*data, backend=backend, **asked), data, slope)
+    for one, other in zip(found, torch.autograd.grad(by_definition(*data, **asked), data, slope), strict=True):
+        assert (one - other).norm() <= 1e-12 * other.norm()
+
+
+def test_flex_on_a_cpu_has_no_gradients_and_says_so():
+    query, key, value = draw(20)
+    with pytest.raises(ValueError, match=r"^backend: flex cannot do gradients on a CPU; sdpa, dense can$"):
+        attention(query.requires_grad_(), key, value, backend="flex")
+    with torch.no_grad():
+        attention(query, key, value, backend="flex")
+
+
+def test_the_automatic_choice_is_the_first_that_can():
+    chosen = {
+        name: choose(Pattern(a.get("causal", True), a.get("window"), a.get("soft_cap")), make_batch(9)).name
+        for name, a in REQUESTS.items()
+    }
+    assert chosen["causal"] == chosen["window"] == "sdpa" and chosen["soft cap"] == "flex"
+    assert choose(Pattern(soft_cap=2.0), make_batch(9, gradients=True)).name == "dense"
+    with pytest.raises(ValueError, match=r"^backend: xformers cannot be compiled without a graph break"):
+        prepare(Pattern(), make_batch(9, dtype=torch.float16), "xformers", fullgraph=True)
+
+
+def test_the_table_says_what_each_backend_accepts():
+    """A column at a time: what it claims is what it refuses or not."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    documents = draw_documents(8, 0.3)
+    asks = {
+        "window": (Pattern(window=3), {"device": gpu}),
+        "documents": (Pattern(), {"documents": documents, "device": gpu}),
+        "soft cap": (Pattern(soft_cap=1.0), {"device": gpu}),
+        "cache": (Pattern(), {"q_length": 2, "device": gpu}),
+        "float32": (Pattern(), {"dtype": torch.float32, "device": gpu}),
+        "without a GPU": (Pattern(), {"device": cpu}),
+        "gradients on a CPU": (Pattern(), {"device": cpu, "gradients": True}),
+    }
+    assert {*asks, "fullgraph"} == set(FEATURES)
+    for backend in BACKENDS.values():
+        for feature, (pattern, options) in asks.items():
+            batch = make_batch(8, **{"dtype": torch.float16, **options})
+            needs = {feature} | ({"without a GPU"} if batch.device == cpu else set())
+            assert (backend.refuses(pattern, batch) is None) == (needs <= backend.features), (backend.name, feature)
+    lines = backend_table("cpu").splitlines()
+    assert len(lines) == 2 + len(BACKENDS) and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "it needs a CUDA GPU from sm_80 on" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "argument, change",
+    [
+        ("query", lambda q, k, v: (q[0], k, v)),
+        ("key", lambda q, k, v: (q, k.double(), v)),
+        ("key", lambda q, k, v: (q, k[:1], v[:1])),
+        ("value", lambda q, k, v: (q, k, v[:, :, 1:])),
+        ("query", lambda q, k, v: (q[:, :3], k, v)),
+        ("query", lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:])),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(argument, change):
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        attention(*change(*draw(6)))
+
+
+def test_backends_that_are_unknown_or_not_here():
+    with pytest.raises(ValueError, match=r"^backend: got 'fast', need 'auto' or one of 'flash'"):
+        attention(*draw(6), backend="fast")
+    with pytest.raises(ValueError, match=r"^backend: flash cannot do float32; flex, sdpa, dense can$"):
+        attention(*draw(6), backend="flash")
+    with pytest.raises(ValueError, match=r"^backend: flash cannot do a CPU"):
+        attention(*draw(6, dtype=torch.bfloat16), backend="flash")
+
+
+@pytest.mark.parametrize("share", [None, 0.2, 0.5])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 5}, {"window": 1}, {"window": 100}], ids=str)
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_xformers_is_given_the_mask_that_was_asked_for(length, options, share):
+    """Its own dense form of the mask object; the rows of a batch lie end to end in it."""
+    pytest.importorskip("xformers")
+    documents = None if share is None else draw_documents(length, share)
+    batch, pattern = make_batch(length, documents=documents, dtype=torch.float16), Pattern(**options)
+    given = BACKENDS["xformers"].prepare(pattern, batch).materialize((1, 1, 2 * length, 2 * length))[0, 0]
+    assert torch.equal(given == 0, torch.block_diag(*sees(pattern, batch).int()).bool())

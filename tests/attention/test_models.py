@@ -1,0 +1,152 @@
+"""Under transformers' models: the logits of their own attention, with windows, soft caps, packing, padding, a cache."""
+
+import functools
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    masking_utils,
+)
+
+from unsloth_puzzles.attention.models import NAME, attention_forward, make_mask, register
+
+NAMES = register()
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+}
+MODELS = {
+    "Llama": (LlamaForCausalLM, LlamaConfig, {}, "sdpa"),
+    "Mistral, window": (MistralForCausalLM, MistralConfig, {"sliding_window": 9}, "sdpa"),
+    # Every other layer has the window; transformers' sdpa leaves the soft cap out, so its eager attention is compared.
+    "Gemma 2, soft cap": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 10},
+        "eager",
+    ),
+}
+LENGTH = 40
+PACKED = torch.cat([torch.arange(11), torch.arange(20), torch.arange(9)])[None].expand(3, -1)
+LEFT = (torch.arange(LENGTH) >= torch.tensor([[0], [7], [1]])).long()
+RIGHT = (torch.arange(LENGTH) < torch.tensor([[40], [31], [39]])).long()
+INPUTS = {
+    "plain": {},
+    "packed": {"position_ids": PACKED},
+    "padded on the left": {"attention_mask": LEFT},
+    "padded on the right": {"attention_mask": RIGHT},
+}
+
+
+@functools.cache
+def model_of(name):
+    kind, config, options, _ = MODELS[name]
+    torch.manual_seed(0)
+    return kind(config(**SMALL, **options)).eval()
+
+
+def ids(rows=3, length=LENGTH):
+    return torch.randint(64, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, implementation, inputs):
+    model.set_attn_implementation(implementation)
+    found = model(ids(), use_cache=False, **inputs).logits
+    return found[inputs["attention_mask"].bool()] if "attention_mask" in inputs else found
+
+
+@pytest.mark.parametrize("backend", ["auto", "flex", "sdpa", "dense"])
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_logits_are_those_of_transformers(name, inputs, backend):
+    model, theirs = model_of(name), MODELS[name][3]
+    ours = NAME if backend == "auto" else f"{NAME}_{backend}"
+    if backend == "sdpa" and theirs == "eager":
+        with pytest.raises(ValueError, match=r"^backend: sdpa cannot do a soft cap \(2\.0\)"):
+            logits(model, ours, INPUTS[inputs])
+        return
+    expected = logits(model, theirs, INPUTS[inputs])
+    assert (logits(model, ours, INPUTS[inputs]) - expected).norm() <= 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral, window"])
+def test_gradients_are_those_of_transformers(name):
+    model, found = model_of(name), []
+    for implementation in (MODELS[name][3], NAME):
+        model.zero_grad()
+        logits(model, implementation, INPUTS["packed"]).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral, window"])
+def test_generation_with_a_cache_and_padding(name):
+    model, made = model_of(name), []
+    for implementation in (MODELS[name][3], NAME):
+        model.set_attn_implementation(implementation)
+        tokens = {"input_ids": ids(2, 12), "attention_mask": LEFT[1:, :12]}
+        made.append(model.generate(**tokens, max_new_tokens=12, do_sample=False, pad_token_id=0))
+    assert torch.equal(*made) and made[0].shape == (2, 24)
+
+
+@torch.no_grad()
+def test_a_bidirectional_model():
+    options = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=64, **options), add_pooling_layer=False).eval()
+    found = []
+    for implementation in ("sdpa", NAME):
+        model.set_attn_implementation(implementation)
+        hidden = model(ids(), attention_mask=RIGHT).last_hidden_state
+        found.append(hidden[RIGHT.bool()])
+    assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
+
+
+def mask(**changed):
+    config = model_of("Llama").config
+    given = {"batch_size": 1, "q_length": 4, "kv_length": 4, "dtype": torch.float32, "device": "cpu", "config": config}
+    return make_mask("auto", **{**given, **changed})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        masking_utils.chunked_causal_mask_function(2, torch.zeros(1)),
+        masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function),
+        lambda b, h, q, k: q >= k,
+    ],
+)
+def test_a_mask_that_is_not_known_is_refused_not_guessed(function):
+    with pytest.raises(ValueError, match=r"^mask_function: .*need causal, bidirectional, a sliding window, packed"):
+        mask(mask_function=function)
+
+
+def test_a_static_cache_is_refused():
+    with pytest.raises(ValueError, match=r"^past_key_values: 1 queries from position 5 on for 32 keys"):
+        mask(q_length=1, q_offset=5, kv_length=32)
+
+
+@pytest.mark.parametrize("name, value", [("dropout", 0.1), ("s_aux", torch.ones(4)), ("position_bias", torch.ones(1))])
+def test_what_a_layer_may_not_ask_for(name, value):
+    query = torch.randn(1, 4, 4, 16)
+    with pytest.raises(ValueError, match=f"^{name}: is not supported"):
+        attention_forward(None, query, query, query, mask(), **{name: value})
+    with pytest.raises(ValueError, match=r"^attention_mask: got Tensor"):
+        attention_forward(None, query, query, query, torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"^softcap: the layer asks for 3\.0, the config says None"):
+        attention_forward(None, query, query, query, mask(), softcap=3.0)

@@ -1,0 +1,53 @@
+"""The suite notices a broken mask: each mutation of a copy of the source makes the test named with it fail."""
+
+import pytest
+
+from tests.mutants import Run, assert_caught, assert_unmutated_passes, mutation, run_mutants
+
+DEFINITION = "test_pattern.py::test_a_dense_mask_is_the_definition"
+BLOCKS = "test_blocks.py::test_blocks_are_judged_as_their_positions_would_be"
+INSIDE = "test_blocks.py::test_the_mask_inside_a_block_is_the_dense_one"
+GRAPHS = "test_compile.py::test_one_forward_and_one_backward_graph[None]"
+MUTATIONS = {
+    "window off by one": mutation("pattern.py", "queries - keys < pattern.window", "queries - keys <= pattern.window",
+                                  "test_pattern.py::test_a_window_is_transformers_window[3]"),
+    "window off by one inside a block": mutation("blocks.py", "(i - k < window)", "(i - k <= window)", INSIDE),
+    "a block at the window's end left out": mutation(
+        "blocks.py", "some & (q_first - k_last < pattern.window)", "some & (q_last - k_first < pattern.window)", BLOCKS
+    ),
+    "documents leak into each other": mutation("pattern.py", "else seen & same", "else seen", DEFINITION),
+    "documents leak inside a block": mutation("blocks.py", "same & (k <= i)", "(k <= i)", INSIDE),
+    "a block of two documents taken for whole": mutation("blocks.py", "(q_from == q_to) & ", "", BLOCKS),
+    "an id that comes again is the same document": mutation(
+        "pattern.py", "ids[:, 1:] != ids[:, :-1]", "ids[:, 1:] > ids[:, :-1].cummax(-1).values",
+        "test_pattern.py::test_documents_are_stretches",
+    ),
+    "causal flag dropped": mutation("sdpa.py", "is_causal=causal", "is_causal=False",
+                                    "test_interface.py::test_forward_is_the_definition[40-40-causal-sdpa]"),
+    "padding seen": mutation(
+        "models.py", "or not (real[:, 1:] <= real[:, :-1]).all()", "or False",
+        "test_models.py::test_the_logits_are_those_of_transformers[Llama-padded on the left-auto]",
+    ),
+    "a forced recompilation per length": mutation(
+        "blocks.py", "torch._dynamo.maybe_mark_dynamic(table, tuple(range(2, table.dim())))",
+        "torch._dynamo.mark_static(table, tuple(range(2, table.dim())))", GRAPHS,
+    ),
+    "soft cap without its tanh": mutation(
+        "dense.py", "soft_cap * torch.tanh(scores / pattern.soft_cap)", "soft_cap * scores",
+        "test_interface.py::test_forward_is_the_definition[40-40-soft cap-dense]",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Run]:
+    return run_mutants("attention", MUTATIONS, tmp_path_factory)
+
+
+def test_without_a_mutation_the_tests_pass(runs):
+    assert_unmutated_passes(runs)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(runs, name: str):
+    assert_caught(runs, name)

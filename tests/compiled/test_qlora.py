@@ -1,0 +1,163 @@
+"""A tiny model that bitsandbytes has quantised, compiled: few graphs, the same losses and gradients, and all undone."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+from unsloth_puzzles.bench.models import random_llama, random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.nf4 import patch_linear4bit
+
+LENGTHS = (24, 17, 40, 9)
+
+
+def make_model(adapters=True, four_bit=True, **checkpointing):
+    config = tiny_llama_config(vocab_size=64)
+    model = (random_nf4_llama if four_bit else random_llama)(config, "cpu", torch.float32)
+    model.config.use_cache = False
+    if not adapters:
+        return model.train()
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def batch(length):
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(64, (2, length), generator=generator)
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(length) < length // 4, -100)}
+
+
+def step(model, length):
+    model.zero_grad()
+    loss = model(**batch(length)).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_same(found, expected):
+    assert (found[0] - expected[0]).abs() <= 2e-6 * expected[0].abs()
+    assert (found[1] - expected[1]).norm() <= 5e-6 * expected[1].norm()
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Everything that one compiled model is asked, beside the same model before."""
+    torch._dynamo.reset()
+    model, found = make_model(), {}
+    prompt = {"input_ids": batch(7)["input_ids"], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with patch_linear4bit(model):
+        found["plain"] = [step(model, length) for length in LENGTHS]
+        found["plain evaluation"] = model.eval()(**batch(12)).loss.detach()
+        found["plain text"] = model.generate(**prompt)
+        model.train()
+    found["keys"] = list(get_peft_model_state_dict(model))
+    found["before"] = model.get_base_model().config._attn_implementation
+    with count_compilations() as found["counts"]:
+        compiled = compile_qlora(model)
+        found["steps"] = [step(model, length) for length in LENGTHS]
+    found["calls"] = compiled.loss.calls
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found["unseen"] = step(model, 33)
+    found["evaluation"] = model.eval()(**batch(12)).loss.detach()
+    found["text"] = model.generate(**prompt)
+    model.train()
+    found["compiled keys"] = list(get_peft_model_state_dict(model))
+    compiled.undo()
+    compiled.undo()
+    with patch_linear4bit(model):
+        found["unseen, plain"] = step(model, 33)
+    yield model, found
+    torch._dynamo.reset()
+
+
+def test_losses_and_gradients_are_those_of_the_uncompiled_model(run):
+    _, found = run
+    for one, other in zip(found["steps"], found["plain"], strict=True):
+        assert_same(one, other)
+    assert found["calls"] == len(LENGTHS)
+
+
+def test_four_graphs_whatever_the_length(run):
+    """The first layer, whose input wants no gradient; the others; the norm; the loss."""
+    counts = run[1]["counts"]
+    assert counts.graph_breaks == {}
+    assert [one.name for one in counts.compilations[:3]] == ["LlamaDecoderLayer", "LlamaDecoderLayer", "norm"]
+    assert len(counts.compilations) == counts.graphs == 4, counts.table()
+
+
+def test_a_length_never_seen_is_not_compiled_for(run):
+    _, found = run
+    assert_same(found["unseen"], found["unseen, plain"])
+
+
+def test_evaluation_and_generation(run):
+    _, found = run
+    assert (found["evaluation"] - found["plain evaluation"]).abs() <= 2e-6 * found["plain evaluation"].abs()
+    assert torch.equal(found["text"], found["plain text"])
+
+
+def test_all_is_undone(run):
+    model, found = run
+    base = model.get_base_model()
+    assert base.config._attn_implementation == found["before"]
+    assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
+    assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
+    assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
+    assert model(**batch(12)).logits.shape == (2, 12, 64)
+
+
+def test_with_gradient_checkpointing():
+    torch._dynamo.reset()
+    model = make_model(use_reentrant=False)
+    with patch_linear4bit(model):
+        expected = [step(model, length) for length in LENGTHS[:2]]
+    with count_compilations() as counts, compile_qlora(model):
+        for length, plain in zip(LENGTHS[:2], expected, strict=True):
+            assert_same(step(model, length), plain)
+    assert counts.graph_breaks == {} and len(counts.compilations) <= 4, counts.table()
+
+
+def test_what_cannot_be_compiled_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"^model: got Linear, need a PreTrainedModel"):
+        compile_qlora(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^model: no adapters that are trained"):
+        compile_qlora(make_model(adapters=False))
+    with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
+        compile_qlora(make_model(four_bit=False))
+    with pytest.raises(ValueError, match=r"^model: its gradient checkpointing is reentrant"):
+        compile_qlora(make_model(use_reentrant=True))
+    model = make_model()
+    for budget in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
+            compile_qlora(model, activation_memory_budget=budget)
+    before = model.get_base_model().config._attn_implementation
+    for backend in ("fast", "xformers"):
+        with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):
+            compile_qlora(model, attention=backend)
+    assert model.get_base_model().config._attn_implementation == before
+    assert not any("forward" in vars(layer) for layer in model.get_base_model().model.layers)
+
+
+def test_the_cache_is_switched_off_aloud_and_on_again():
+    model = make_model()
+    config = model.get_base_model().config
+    config.use_cache = True
+    with pytest.warns(UserWarning, match=r"^use_cache: was True, is False until undo"):
+        compiled = compile_qlora(model)
+    assert config.use_cache is False
+    compiled.undo()
+    assert config.use_cache is True
+    config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compile_qlora(model).undo()

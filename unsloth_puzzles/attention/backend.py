@@ -1,0 +1,76 @@
+"""What every way to compute attention has to say of itself, so that one can be chosen and the others refused."""
+
+import torch
+
+from unsloth_puzzles.attention.pattern import Batch, Pattern
+
+FEATURES = ("window", "documents", "soft cap", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph")
+
+
+class Backend:
+    """One way to compute attention.
+
+    features: those of `FEATURES` that it has. All know causal and bidirectional masks, a scale and grouped queries.
+    "cache": fewer queries than keys. "fullgraph": it can be compiled into a layer without a graph break.
+    memory: what it takes beside inputs and outputs, in words.
+    """
+
+    name: str
+    features: frozenset[str]
+    memory: str
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot run on this machine at all, or None."""
+        return None
+
+    def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
+        """Why it cannot do what is asked, or None. The answer holds whether or not it is installed."""
+        on_cpu = batch.device.type == "cpu"
+        for feature, asked, what in (
+            ("window", pattern.window is not None, f"a window ({pattern.window})"),
+            ("soft cap", pattern.soft_cap is not None, f"a soft cap ({pattern.soft_cap})"),
+            ("documents", batch.documents is not None, "packed documents"),
+            ("cache", batch.offset > 0, f"{batch.q_length} queries for {batch.kv_length} keys"),
+            ("float32", batch.dtype.itemsize > 2, f"{batch.dtype}".removeprefix("torch.")),
+            ("without a GPU", on_cpu, "a CPU"),
+            ("gradients on a CPU", on_cpu and batch.gradients, "gradients on a CPU"),
+        ):
+            if asked and feature not in self.features:
+                return f"{self.name} cannot do {what}"
+        return None
+
+    def prepare(self, pattern: Pattern, batch: Batch) -> object:
+        """What `run` needs beside the tensors, made once a batch and used by every layer."""
+        raise NotImplementedError
+
+    def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
+        """query (batch, heads, q_length, head size), key, value (batch, key heads, kv_length, head size) -> as query.
+
+        Query head h uses key head h // (heads // key heads). `data` is what `prepare` gave. `scale` is what query @ key
+        is multiplied with, None for 1 / sqrt(head size).
+        """
+        raise NotImplementedError
+
+
+def repeat_heads(key: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, key heads, ...) -> (batch, heads, ...), each key head as often as queries use it."""
+    return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def flat_positions(tensor: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, head size) -> (batch * length, heads, head size): kernels for packed sequences."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def document_starts(batch: Batch) -> torch.Tensor:
+    """(documents + 1,) int32: where each document of the batch begins in its flat positions, and their number at last.
+
+    Waits for the device, if there are documents: their number is the shape of the result.
+    """
+    length = batch.kv_length
+    if batch.documents is None:
+        return torch.arange(0, (batch.size + 1) * length, length, dtype=torch.int32, device=batch.device)
+    starts = torch.ones_like(batch.documents, dtype=torch.bool)
+    starts[:, 1:] = batch.documents.diff(dim=-1) != 0
+    found = starts.flatten().nonzero()[:, 0].to(torch.int32)
+    return torch.nn.functional.pad(found, (0, 1), value=batch.size * length)

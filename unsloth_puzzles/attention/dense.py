@@ -1,0 +1,32 @@
+"""Attention by its formula: the reference in float64, and what remains where no kernel can do what is asked."""
+
+import math
+
+import torch
+
+from unsloth_puzzles.attention.backend import Backend, repeat_heads
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+
+
+class Dense(Backend):
+    """softmax(soft cap(scale Q K^T) + mask) V with all scores in memory, in float32 (float64 stays)."""
+
+    name = "dense"
+    features = frozenset(
+        {"window", "documents", "soft cap", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph"}
+    )
+    memory = "heads x length^2 scores, several times"
+
+    def prepare(self, pattern: Pattern, batch: Batch) -> torch.Tensor | None:
+        return dense_mask(pattern, batch)
+
+    def run(self, query, key, value, pattern: Pattern, data: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = scale * (query.to(wide) @ key.to(wide).transpose(-1, -2))
+        if pattern.soft_cap is not None:
+            scores = pattern.soft_cap * torch.tanh(scores / pattern.soft_cap)
+        if data is not None:
+            scores = scores.masked_fill(~data, -math.inf)
+        return (scores.softmax(-1) @ value.to(wide)).to(query.dtype)

@@ -1,0 +1,80 @@
+"""Flex attention, with lengths, windows and documents that may change without being compiled again."""
+
+import torch
+import torch.nn.functional as F
+from torch._dynamo import config as dynamo_config
+from torch.fx.experimental import _config as fx_config
+from torch.nn.attention.flex_attention import flex_attention
+
+from unsloth_puzzles.attention.backend import Backend
+from unsloth_puzzles.attention.blocks import Blocks
+from unsloth_puzzles.attention.pattern import Batch, Pattern
+
+_T4_TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32}
+
+
+class Flex(Backend):
+    """Triton code that Inductor makes from the mask and the soft cap (arXiv 2412.05496).
+
+    On a CPU PyTorch evaluates the same mask and scores in full, for checking results. Inductor's kernel for CPUs is not
+    used: with lengths like 8, 40 or 88 it gave values that differed from run to run (torch 2.11).
+    """
+
+    name = "flex"
+    features = frozenset({"window", "documents", "soft cap", "cache", "float32", "without a GPU", "fullgraph"})
+    memory = "none"
+
+    def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
+        if batch.dtype == torch.float64:
+            return "flex cannot do float64"
+        if batch.head_size < 16:
+            return f"flex cannot do head size {batch.head_size}, only 16 and more"
+        return super().refuses(pattern, batch)
+
+    def prepare(self, pattern: Pattern, batch: Batch) -> Blocks:
+        return Blocks(pattern, batch)
+
+    def run(self, query, key, value, pattern: Pattern, data: Blocks, scale: float | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # part of a layer that is being compiled
+            if query.device.type == "cpu":
+                raise ValueError("backend: flex cannot be compiled into a layer on a CPU; sdpa can")
+            return _flex(query, key, value, scale, pattern.soft_cap, data)
+        length, compiled = query.shape[-2], _compiled
+        if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag
+            compiled, (query, key, value) = _evaluated, (t.detach() for t in (query, key, value))
+        if key.shape[-2] == 1:  # compiled code takes a size of 1 for a constant
+            key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
+        if length == 1:
+            query = F.pad(query, (0, 0, 0, 1))
+        for tensor in (query, key, value):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were;
+        # and a second scale or soft cap would make a variable of it, which flex attention does not take.
+        with fx_config.patch(use_duck_shape=False), dynamo_config.patch(specialize_float=True):
+            return compiled(query, key, value, scale, pattern.soft_cap, data)[..., :length, :]
+
+
+def _flex(query, key, value, scale: float | None, soft_cap: float | None, blocks: Blocks) -> torch.Tensor:
+    def capped(score, b, h, q, k):
+        return soft_cap * torch.tanh(score / soft_cap)
+
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if soft_cap is None else capped,
+        block_mask=blocks.block_mask(query.shape[-2], key.shape[-2]),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_kernel_options(query.device),
+    )
+
+
+_compiled = torch.compile(_flex, fullgraph=True)
+_evaluated = torch.compile(_flex, fullgraph=True, backend="aot_eager")
+
+
+def _kernel_options(device: torch.device) -> dict | None:
+    """Tiles that fit the 64 KB of shared memory of a T4; elsewhere Inductor's own choice."""
+    small = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return dict(_T4_TILES) if small else None

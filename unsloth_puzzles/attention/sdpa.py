@@ -1,0 +1,36 @@
+"""PyTorch's `scaled_dot_product_attention`."""
+
+import torch
+import torch.nn.functional as F
+
+from unsloth_puzzles.attention.backend import Backend, repeat_heads
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+
+
+class Sdpa(Backend):
+    """Its fast kernels know causal and no mask; a window, documents or a cache become a mask of length^2 bytes."""
+
+    name = "sdpa"
+    features = frozenset(
+        {"window", "documents", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph"}
+    )
+    memory = "none; with a window or documents length^2 bytes a row"
+
+    def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None]:
+        """Whether its flag for causal masks says all, and the mask if not."""
+        if pattern.causal and pattern.window is None and batch.documents is None and batch.offset == 0:
+            return True, None
+        mask = dense_mask(pattern, batch)
+        if mask is not None:
+            torch._dynamo.maybe_mark_dynamic(mask, (2, 3))
+        return False, mask
+
+    def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
+        causal, mask = data
+        grouped = key.shape[1] != query.shape[1]
+        if grouped and mask is not None:  # else PyTorch takes its slowest path, which holds all scores
+            key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
+            grouped = False
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
