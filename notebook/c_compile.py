@@ -118,6 +118,9 @@ else:
 # show: unsloth_puzzles/compiled/qlora.py
 
 # %%
+# show: unsloth_puzzles/compiled/lora.py
+
+# %%
 # show: unsloth_puzzles/compiled/count.py
 
 # %%
@@ -127,10 +130,6 @@ else:
 # write: unsloth_puzzles/comparisons/qlora_steps.py
 
 # %%
-import math
-
-import matplotlib.pyplot as plt
-
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.compiled.count import count_compilations
@@ -143,11 +142,10 @@ issues = Measurements("resources/measurements/d_issues.json", hardware)
 
 
 def judge(into, case, checks):
-    """Record the share of the named checks that hold, and stop at a failure. checks: {name: bool}."""
+    """Record the share of the named checks that hold, and name those that do not. checks: {name: bool}."""
     failed = [name for name, good in checks.items() if not good]
     into.add("checks_passed", case, (len(checks) - len(failed)) / len(checks), "fraction")
-    print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed")
-    assert not failed, f"{case}: {failed}"
+    print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed", *failed, sep="\n  FAILED: ")
 
 
 display(Markdown(backend_table(DEVICE)))
@@ -248,96 +246,10 @@ judge(issues, "flex, sliding windows", checks["windows"])
 judge(issues, "flex, packed sequences", checks["packed"])
 
 # %% [markdown]
-# ### Check 3: a training run, counted
+# ### What this section does not show yet
 #
-# `transformers.Trainer` over the 4-bit model with adapters: every batch has another length, half of them are packed by
-# their position ids. Graph breaks, graphs and compilations are Dynamo's own counts, with its reasons.
-
-# %%
-import tempfile
-
-from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
-
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.compiled.qlora import compile_qlora
-
-STEPS = 60 if GPU else 4
-small = llama_1b_config() if GPU else tiny_llama_config()
-longest = 1024 if GPU else 48
-
-
-def qlora_model(dtype):
-    model = random_nf4_llama(small, DEVICE, dtype)
-    model.config.use_cache = False
-    torch.manual_seed(SEED)
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return model.train()
-
-
-def batches(steps):
-    """Batches as rows of a data set, since each has its own length: the longest first, then all different."""
-    order = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED))[: steps - 1] + 9
-    for number, rows in enumerate([longest, *order.tolist()]):
-        ids = torch.randint(small.vocab_size, (2, rows), generator=torch.Generator().manual_seed(number))
-        batch = {"input_ids": ids, "labels": ids}
-        if number % 2:
-            batch["position_ids"] = torch.cat([torch.arange(rows // 3), torch.arange(rows - rows // 3)]).expand(2, -1)
-        yield batch
-
-
-class Batches(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return batches(STEPS)
-
-
-def trained(dtype, compiled, **options):
-    """Losses of a run of `STEPS` steps, the counts of the compiler, and milliseconds a step."""
-    model = qlora_model(dtype)
-    settings = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-4, logging_steps=1,
-        save_strategy="no", report_to=[], seed=SEED, use_cpu=not GPU, disable_tqdm=True, remove_unused_columns=False,
-        bf16=dtype == torch.bfloat16, max_grad_norm=0.0,
-    )  # fmt: skip
-    trainer = Trainer(model, settings, train_dataset=Batches(), data_collator=lambda rows: rows[0])
-    trainer.remove_callback(PrinterCallback)
-    with count_compilations() as counts:
-        if compiled:
-            with compile_qlora(trainer, **options):
-                trainer.train()
-        else:
-            trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry], counts
-
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
-losses, counts = trained(torch.float32, compiled=True)
-print(f"{STEPS} steps, {len(counts.compilations)} compilations, {counts.seconds:.0f} s of them")
-print(f"graph breaks: {counts.graph_breaks or 'none'}")
-display(Markdown(counts.table()))
-layer = [one for one in counts.compilations if one.name == "LlamaDecoderLayer"]
-norm = [one for one in counts.compilations if one.name == "norm"]
-loss_runs = [one for one in counts.compilations if one.name.startswith("run_")]
-for case, of in (("4-bit linear", layer), ("attention", layer), ("MLP", layer), ("layer norms", layer + norm)):
-    assert of, f"{case}: was not compiled"
-    results.add("graph_breaks", case, sum(counts.graph_breaks.values()), "graph breaks")
-    results.add("compilations", case, len(of), "compilations")
-assert loss_runs, "the loss was not compiled"
-results.add("graph_breaks", "loss", sum(counts.graph_breaks.values()), "graph breaks")
-results.add("compilations", "all", len(counts.compilations), "compilations")
-
-# %% [markdown]
-# ### Check 4: the loss is that of the uncompiled model
-#
-# In float32, without TF32, the same 60 steps uncompiled: transformers' own attention and loss over bitsandbytes'
-# layers.
-
-# %%
-plain, _ = trained(torch.float32, compiled=False)
-apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-results.add("loss_difference", "compiled, float32", max(apart), "loss")
-print(f"float32: losses of {len(apart)} steps differ by at most {max(apart):.1e}")
-assert len(apart) == STEPS and max(apart) <= 1e-4
+# The counted training run, its loss beside the uncompiled one's, and time and memory of its steps. `compile_qlora` is
+# tested on a tiny model in the package's tests; until a run here measures the criteria, they count as not measured.
 
 # %% [markdown]
 # ### Score of this section

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.bnb import Linear4bit
 
 from unsloth_puzzles.bench.models import random_llama, random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.count import count_compilations
@@ -113,6 +114,7 @@ def test_all_is_undone(run):
     assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
     assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
     assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
+    assert {type(module) for module in model.modules() if hasattr(module, "lora_A")} == {Linear4bit}
     assert model(**batch(12)).logits.shape == (2, 12, 64)
 
 

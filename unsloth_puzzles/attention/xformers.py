@@ -1,6 +1,9 @@
 """xformers' `memory_efficient_attention` (arXiv 2112.05682), the one fast kernel beside SDPA's that runs on a T4."""
 
+import ctypes
 import importlib.util
+from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -18,7 +21,7 @@ class Xformers(Backend):
     def missing(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("xformers") is None:
             return "xformers is not installed here"
-        return None if device.type == "cuda" else "it needs a CUDA GPU"
+        return _not_loaded() if device.type == "cuda" else "it needs a CUDA GPU"
 
     def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
         if batch.dtype == torch.float64:
@@ -47,3 +50,19 @@ class Xformers(Backend):
         flat = (t.transpose(1, 2).flatten(0, 1)[None] for t in (query, *(repeat_heads(t, heads) for t in (key, value))))
         out = memory_efficient_attention(*flat, attn_bias=data, scale=scale)
         return out[0].unflatten(0, (size, length)).transpose(1, 2)
+
+
+@cache
+def _not_loaded() -> str | None:
+    """Why xformers refuses every kernel, PyTorch's own included: without its extension it takes itself for unbuilt."""
+    with suppress(ModuleNotFoundError, OSError):
+        # xformers is built for CUDA 12, whose runtime a PyTorch for CUDA 13 does not load.
+        import nvidia.cuda_runtime
+
+        (folder,) = nvidia.cuda_runtime.__path__
+        ctypes.CDLL(f"{folder}/lib/libcudart.so.12", mode=ctypes.RTLD_GLOBAL)
+    from xformers import _cpp_lib
+
+    if _cpp_lib._built_with_cuda:
+        return None
+    return "the extension of xformers does not load here (its wheel needs CUDA 12's runtime, nvidia-cuda-runtime-cu12)"

@@ -23,6 +23,7 @@ from unsloth_puzzles.attention.interface import BACKENDS
 from unsloth_puzzles.attention.models import NAME, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 _AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
@@ -71,6 +72,7 @@ def compile_qlora(
     _check_checkpointing(causal_lm, layers)
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
+        undoing.callback(scale_inside(found))
         loss_options = {"compile": True, **loss_options}
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
         undoing.callback(_set_cache(causal_lm))

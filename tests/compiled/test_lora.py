@@ -1,0 +1,97 @@
+"""LoRA scaled between A and B: PEFT's results, for every kind of call that PEFT has."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.compiled.lora import scale_inside
+
+
+def make_model(dropout=0.0, **options):
+    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=1), "cpu", torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout, **options)
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def step(model):
+    model.zero_grad()
+    torch.manual_seed(1)
+    ids = torch.randint(64, (2, 9))
+    loss = model(input_ids=ids, labels=ids).loss
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest(found, expected):
+    assert found[1].keys() == expected[1].keys()
+    apart = [(found[1][name] - grad).norm() / grad.norm() for name, grad in expected[1].items()]
+    return max([(found[0] - expected[0]).abs() / expected[0], *apart]).item()
+
+
+@pytest.mark.parametrize("alpha", [2, 8, 6], ids=["1/2", "2", "no power of two"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_loss_and_gradients(alpha, dropout):
+    model = make_model(dropout, lora_alpha=alpha)
+    expected = step(model)
+    undo = scale_inside(model)
+    found = step(model)
+    undo()
+    assert largest(found, expected) <= (0 if alpha != 6 else 2e-6)
+    assert largest(step(model), expected) == 0
+
+
+def test_two_adapters_at_once():
+    model = make_model(lora_alpha=8)
+    torch.manual_seed(2)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    expected = step(model)
+    assert any("other" in name for name in expected[1])
+    scale_inside(model)
+    assert largest(step(model), expected) == 0
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "a bias on B"])
+def test_other_kinds_of_lora_are_left_to_peft(options):
+    model = make_model(lora_alpha=6, **options)
+    expected = step(model)
+    scale_inside(model)
+    assert largest(step(model), expected) == 0
+
+
+def test_disabled_adapters():
+    model = make_model(lora_alpha=8)
+    with model.disable_adapter():
+        expected = step(model)[0]
+    different = step(model)[0]
+    scale_inside(model)
+    with model.disable_adapter():
+        assert torch.equal(step(model)[0], expected)
+    assert torch.equal(step(model)[0], different) and not torch.equal(expected, different)
+
+
+def test_no_gradient_as_large_as_an_output_is_multiplied():
+    """What it is for: between the gradient of a layer's output and the products that read it there is no s any more."""
+
+    class Multiplications(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mul and str(args[1]) in ("5.0", "tensor(5.)"):
+                widths.append(args[0].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    model = make_model(lora_alpha=20)  # s = 5
+    seen = {}
+    for name in ("PEFT", "ours"):
+        widths = seen[name] = []
+        with Multiplications():
+            step(model)
+        scale_inside(model)
+    assert max(seen["PEFT"]) == model.config.intermediate_size
+    assert seen["ours"] and set(seen["ours"]) == {4}

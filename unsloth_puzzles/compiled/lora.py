@@ -1,0 +1,56 @@
+"""PEFT's LoRA with its scaling s where it is small: on the r columns between A and B.
+
+    y = W x + B (s A x)        PEFT: W x + s (B A x)
+
+Differentiated, PEFT's order multiplies the gradient of every output by s, and that product is a matrix of its own, as
+large as the layer's output, written once and read twice: nothing can fuse it into the matrix products that read it.
+Here the gradient itself is what they read. For an s that is a power of two the results are the same bits.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+
+def scale_inside(model: torch.nn.Module) -> Callable[[], None]:
+    """Let PEFT's LoRA layers over 4-bit linears compute as above; returns what undoes it.
+
+    A layer's class is exchanged for a subclass, so that equal layers still share one graph. Calls that are not plain
+    LoRA (disabled or merged adapters, adapters by row, DoRA and other variants, a bias on B) stay PEFT's.
+    """
+    from peft.tuners.lora.bnb import Linear4bit
+
+    layers = [module for module in model.modules() if type(module) is Linear4bit]
+    for layer in layers:
+        layer.__class__ = _scaled_inside(Linear4bit)
+
+    def undo() -> None:
+        for layer in layers:
+            layer.__class__ = Linear4bit
+
+    return undo
+
+
+@cache
+def _scaled_inside(cls: type) -> type:
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if args or kwargs or not _is_plain(self):
+            return cls.forward(self, x, *args, **kwargs)
+        result = self.base_layer(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a, b = self.lora_A[name], self.lora_B[name]
+                inside = a(self.lora_dropout[name](x if autocast else x.to(a.weight.dtype))) * self.scaling[name]
+                result = result + b(inside).to(result.dtype)
+        return result
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    odd = any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in names)
+    return not (layer.disable_adapters or layer.merged or odd)
