@@ -505,7 +505,7 @@ judge("chunk sizes", checks)
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
-ROUNDS = {"measure": 10, "frontier": 4, "vocabulary": 3} if GPU else {"measure": 3, "frontier": 1, "vocabulary": 1}
+ROUNDS = {"measure": 10, "frontier": 3, "vocabulary": 3} if GPU else {"measure": 3, "frontier": 1, "vocabulary": 1}
 HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
