@@ -58,6 +58,7 @@ publish: build
 
 sweeps: $(READY)
 	$(RUN) -m unsloth_puzzles.comparisons.linear_loss_sweeps $(MEASURED)/e_backprop_sweeps.json
+	$(RUN) -m unsloth_puzzles.comparisons.qlora_sweeps $(MEASURED)/c_compile_sweeps.json
 
 gpu-test: $(READY)
 	$(RUN) -m tools.gpu_tests
