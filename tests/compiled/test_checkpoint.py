@@ -93,6 +93,13 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+def test_a_gradient_that_would_be_lost_is_refused():
+    layers = make()
+    checkpoint_inputs(layers)
+    with pytest.raises(ValueError, match=r"^scale: requires gradients, which checkpointing"):
+        layers[0](torch.ones(2, 6), scale=torch.ones(6, requires_grad=True))
+
+
 def test_a_graph_that_is_dropped_leaves_nothing_behind():
     store = Store(offload=True)
     first, second = store.put(torch.ones(3)), store.put(torch.ones(3))

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit
 
@@ -148,6 +149,10 @@ def test_what_cannot_be_compiled_is_refused_by_name():
     for budget in (0, -1, 1.5):
         with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
             compile_qlora(model, activation_memory_budget=budget)
+    hooked = make_model()
+    add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
+    with pytest.raises(ValueError, match=r"^model: its layers carry accelerate's hooks"):
+        compile_qlora(hooked)
     before = model.get_base_model().config._attn_implementation
     for backend in ("fast", "xformers"):
         with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -138,8 +139,15 @@ def _say_if_reentrant(function: Callable | None) -> None:
 def _checkpointed(layer: torch.nn.Module, store: Store, run: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return run(hidden_states)
+    for name, given in getattr(run, "keywords", {}).items():
+        if any(tensor.requires_grad for tensor in _tensors(given)):
+            raise ValueError(f"{name}: requires gradients, which checkpointing returns for the hidden states alone")
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     return _Checkpoint.apply(run, store, _random_state(layer, hidden_states), hidden_states, *parameters)
+
+
+def _tensors(given: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
 
 
 class _Checkpoint(torch.autograd.Function):

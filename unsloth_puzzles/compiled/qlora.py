@@ -59,8 +59,8 @@ def compile_qlora(
 
     Raises:
         TypeError: no causal LM of transformers.
-        ValueError: no NF4 layers, no trainable adapters, what `use_memory_efficient_loss` and
-            `patch_linear4bit` refuse, a backend that cannot be compiled.
+        ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
+            compiled, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
@@ -74,6 +74,8 @@ def compile_qlora(
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
     layers, norm = _parts(causal_lm)
+    if any("_old_forward" in vars(module) for module in (*layers, norm)):
+        raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
