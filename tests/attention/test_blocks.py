@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.attention.conftest import draw_documents, make_batch
 from unsloth_puzzles.attention.blocks import BLOCK, Blocks, visible_blocks
-from unsloth_puzzles.attention.pattern import Pattern, dense_mask
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
 
 LENGTHS = st.one_of(st.integers(1, 700), st.sampled_from((1, 2, 127, 128, 129, 255, 256, 257, 512)))
 
@@ -27,14 +27,28 @@ def by_blocks(mask: torch.Tensor, q_blocks: int, k_blocks: int) -> torch.Tensor:
 def test_blocks_are_judged_as_their_positions_would_be(length, data, causal, window, share, seed):
     q_length = data.draw(st.sampled_from(sorted({length, 1, (length + 1) // 2})))
     pattern = Pattern(causal or window is not None, window)
-    batch = make_batch(length, q_length, documents=None if share is None else draw_documents(length, share, seed=seed))
-    blocks = Blocks(pattern, batch)
-    partial, full = visible_blocks(pattern, batch, blocks.documents)
+    documents = None if share is None else draw_documents(length, share, seed=seed)
+    assert_judged_rightly(pattern, make_batch(length, q_length, documents=documents))
+
+
+def assert_judged_rightly(pattern: Pattern, batch: Batch) -> None:
+    partial, full = visible_blocks(pattern, batch, Blocks(pattern, batch).documents)
     seen = dense_mask(pattern, batch)
-    seen = torch.ones(2, 1, q_length, length, dtype=torch.bool) if seen is None else seen.expand(2, 1, -1, -1)
+    everything = torch.ones(batch.size, 1, batch.q_length, batch.kv_length, dtype=torch.bool)
+    seen = everything if seen is None else seen.expand_as(everything)
     cut = by_blocks(seen, *partial.shape[-2:])
     assert torch.equal(partial | full, cut.any(-1))
     assert torch.equal(full, cut.all(-1))
+
+
+def test_a_block_of_queries_in_two_documents():
+    """It begins in the document that the block of keys before it is in, and ends in the next."""
+    documents = (torch.arange(256) >= 151).int().expand(2, -1)
+    assert_judged_rightly(Pattern(), make_batch(256, documents=documents))
+
+
+def test_a_block_that_the_window_only_reaches_into():
+    assert_judged_rightly(Pattern(window=100), make_batch(256))
 
 
 @pytest.mark.parametrize("length", [1, 60, 128, 500])

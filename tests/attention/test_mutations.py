@@ -5,7 +5,6 @@ import pytest
 from tests.mutants import Run, assert_caught, assert_unmutated_passes, mutation, run_mutants
 
 DEFINITION = "test_pattern.py::test_a_dense_mask_is_the_definition"
-BLOCKS = "test_blocks.py::test_blocks_are_judged_as_their_positions_would_be"
 INSIDE = "test_blocks.py::test_the_mask_inside_a_block_is_the_dense_one"
 GRAPHS = "test_compile.py::test_one_forward_and_one_backward_graph[None]"
 MUTATIONS = {
@@ -13,11 +12,14 @@ MUTATIONS = {
                                   "test_pattern.py::test_a_window_is_transformers_window[3]"),
     "window off by one inside a block": mutation("blocks.py", "(i - k < window)", "(i - k <= window)", INSIDE),
     "a block at the window's end left out": mutation(
-        "blocks.py", "some & (q_first - k_last < pattern.window)", "some & (q_last - k_first < pattern.window)", BLOCKS
+        "blocks.py", "some & (q_first - k_last < pattern.window)", "some & (q_last - k_first < pattern.window)",
+        "test_blocks.py::test_a_block_that_the_window_only_reaches_into",
     ),
     "documents leak into each other": mutation("pattern.py", "else seen & same", "else seen", DEFINITION),
     "documents leak inside a block": mutation("blocks.py", "same & (k <= i)", "(k <= i)", INSIDE),
-    "a block of two documents taken for whole": mutation("blocks.py", "(q_from == q_to) & ", "", BLOCKS),
+    "a block of two documents taken for whole": mutation(
+        "blocks.py", "(q_from == q_to) & ", "", "test_blocks.py::test_a_block_of_queries_in_two_documents"
+    ),
     "an id that comes again is the same document": mutation(
         "pattern.py", "ids[:, 1:] != ids[:, :-1]", "ids[:, 1:] > ids[:, :-1].cummax(-1).values",
         "test_pattern.py::test_documents_are_stretches",
