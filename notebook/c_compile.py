@@ -156,4 +156,6 @@ display(Markdown(backend_table(DEVICE)))
 # Its checks and figures: each backend against float64, the counted training run, its loss beside the uncompiled one's,
 # time and memory of its steps. Until a run here measures them the criteria count as not measured. Known and not mended:
 # flex attention outside of a compiled layer fails to compile on a GPU if the first length it meets is below 128 (77
-# was seen to fail), since Inductor then takes its kernel for decoding.
+# was seen to fail), since Inductor then takes its kernel for decoding; and a model that is trained on plain and packed
+# batches and then evaluated on short ones needs more variants of a layer than Dynamo's limit of 8, and stops with an
+# error that says so.
