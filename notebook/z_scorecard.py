@@ -1,4 +1,13 @@
 # %% [markdown]
+# ## Time and memory of the run
+#
+# The T4 column is a prediction from the bytes that each section moves and the FLOPs it does, on a GPU with a T4's
+# bandwidth and rates. It was not measured on one, and it is not part of the score.
+
+# %% tags=["report"]
+display(Markdown(section.summary()))
+
+# %% [markdown]
 # ## Scorecard
 #
 # Computed from the measurement files that this run wrote to `resources/measurements/`; no value is typed in. A

@@ -3,24 +3,33 @@
     python -m unsloth_puzzles.comparisons.qlora_steps --candidate compiled --checkpointing --out steps.json
 
 Each candidate runs in a process of its own, for its peak memory is that process's. "eager" is transformers' model with
-PEFT's adapters over bitsandbytes' layers and the standard loss; "compiled" the same model under `compile_qlora`.
+PEFT's adapters over bitsandbytes' layers and the standard loss; "compiled" the same model under `compile_qlora`. Both
+read the same bytes of Python's language reference, each byte a token.
 """
 
 import argparse
 import contextlib
+import functools
 import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unsloth_puzzles.bench.models import SEED, llama_1b_config, random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 CANDIDATES = ("eager", "compiled")
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def measure(
@@ -31,44 +40,57 @@ def measure(
     dtype: str = "bfloat16",
     checkpointing: bool = False,
     attention: str = "auto",
+    sdpa: str | None = None,
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
+    memory_gib: float | None = None,
     tiny: bool = False,
 ) -> dict:
     """Train one step for each of `lengths`, with AdamW on adapters of rank 16 under every linear layer.
 
-    Returns "losses", "step_ms" (each step's, by the clock, waited for), "step_ms_median" (of the second half),
-    "peak_gib" (all of the process's allocations), "compilations", "graph_breaks", "compile_seconds", and the settings.
+    sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
+    memory_gib: of the GPU's memory, no more.
+
+    Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
+    "peak_gib", their largest; "compilations", "graph_breaks", "compile_seconds", and the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
+    if sdpa is not None and sdpa not in KERNELS:
+        raise ValueError(f"sdpa: got {sdpa!r}, need None or one of {', '.join(map(repr, KERNELS))}")
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     settings = {name: value for name, value in locals().items() if name != "lengths"}
+    if memory_gib and device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     model = _model(device, getattr(torch, dtype), checkpointing, tiny)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
     options |= {"max_autotune": max_autotune}
-    losses, times = [], []
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    losses, times, peaks = [], [], []
     with (
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext(),
+        sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
     ):
         for number, length in enumerate(lengths):
+            inputs = _batch(batch, length, number, device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
             start = time.perf_counter()
-            losses.append(_step(model, optimizer, scaler, _batch(model, batch, length, number, device), dtype))
+            losses.append(_step(model, optimizer, scaler, inputs, dtype))
             if device == "cuda":
                 torch.cuda.synchronize()
+                peaks.append(torch.cuda.max_memory_allocated() / 2**30)
             times.append(1e3 * (time.perf_counter() - start))
     return {
         **settings,
         "lengths": list(lengths),
         "losses": [loss.item() for loss in losses],
         "step_ms": times,
-        "step_ms_median": statistics.median(times[len(times) // 2 :]),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        "step_peak_gib": peaks,
+        "peak_gib": max(peaks, default=None),
         "compilations": [[one.name, one.forward, one.reason, one.seconds] for one in counts.compilations],
         "graph_breaks": counts.graph_breaks,
         "compile_seconds": counts.seconds,
@@ -88,10 +110,15 @@ def _model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool):
     return model.train()
 
 
-def _batch(model, size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(SEED + number)
-    ids = torch.randint(model.config.vocab_size, (size, length), generator=generator).to(device)
+def _batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
+    starts = torch.randint(len(_text()) - length, (size,), generator=torch.Generator().manual_seed(SEED + number))
+    ids = torch.stack([_text()[start : start + length] for start in starts.tolist()]).to(device)
     return {"input_ids": ids, "labels": ids}
+
+
+@functools.cache
+def _text() -> torch.Tensor:
+    return torch.tensor(list("\n".join(paragraphs()).encode()))
 
 
 def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
@@ -111,6 +138,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), default=(2048,) * 20)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--sdpa", choices=KERNELS)
+    parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
     for flag in ("checkpointing", "max-autotune", "tiny"):
         parser.add_argument(f"--{flag}", action="store_true")

@@ -23,6 +23,7 @@ from unsloth_puzzles.attention.interface import BACKENDS
 from unsloth_puzzles.attention.models import NAME, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
@@ -36,6 +37,7 @@ def compile_qlora(
     loss: Callable = cross_entropy,
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
+    offload_checkpoints: bool = True,
     **loss_options: object,
 ) -> "CompiledQLoRA":
     """Compile `model`, a causal LM of transformers in NF4 with adapters of PEFT, or the `Trainer` of one.
@@ -47,15 +49,18 @@ def compile_qlora(
     fewer multiprocessors than Inductor asks for; each choice is made at the first length that is seen, so let that be
     the longest.
 
-    Gradient checkpointing may be on (not reentrant). Calls with a KV cache (generation) run as before, not compiled.
+    offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
+    Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
+
+    Calls with a KV cache (generation) run as before, not compiled.
     The KV cache is switched off for other calls, with a warning if it was on.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
         TypeError: no causal LM of transformers.
-        ValueError: no NF4 layers, no trainable adapters, reentrant checkpointing, what `use_memory_efficient_loss` and
-            `patch_linear4bit` refuse, a backend that cannot be compiled.
+        ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
+            compiled, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
@@ -69,7 +74,8 @@ def compile_qlora(
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
     layers, norm = _parts(causal_lm)
-    _check_checkpointing(causal_lm, layers)
+    if any("_old_forward" in vars(module) for module in (*layers, norm)):
+        raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
@@ -88,6 +94,7 @@ def compile_qlora(
                 if type(layer) is kind:
                     undoing.callback(_exchange(layer, functools.partial(_run_layer, compiled, kind.forward)))
         undoing.callback(_exchange(norm, functools.partial(_run_norm, _compiled(type(norm).forward, "norm", options))))
+        undoing.callback(checkpoint_inputs(layers, offload=offload_checkpoints))
         return CompiledQLoRA(undoing.pop_all(), patch)
 
 
@@ -114,18 +121,6 @@ def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.
     if layers is None or norm is None:
         raise TypeError(f"model: {type(causal_lm).__name__} has no decoder `layers` and final `norm` in its backbone")
     return list(layers), norm
-
-
-def _check_checkpointing(causal_lm: PreTrainedModel, layers: list) -> None:
-    for layer in layers:
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
-            "use_reentrant", True
-        ):
-            raise ValueError(
-                "model: its gradient checkpointing is reentrant, which a compiled layer does not support; "
-                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
 
 
 def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:

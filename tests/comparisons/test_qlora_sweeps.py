@@ -1,0 +1,63 @@
+"""The sweep over QLoRA settings: runs kept as they finish, not made twice, failures kept with their reason."""
+
+import json
+
+import pytest
+
+from unsloth_puzzles.comparisons import qlora_sweeps
+from unsloth_puzzles.comparisons.qlora_sweeps import RUNS, lengths, load_or_measure, measure, run, step_ms, summary
+
+TINY = {"tiny": True, "batch": 2, "lengths": [24, 17], "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return run({"candidate": "eager", **TINY})
+
+
+def test_a_run_in_a_process_of_its_own(eager):
+    assert eager["lengths"] == [24, 17] and len(eager["losses"]) == len(eager["step_ms"]) == 2
+    assert eager["compilations"] == [] and eager["graph_breaks"] == {}
+    assert eager["losses"][0] != eager["losses"][1]
+
+
+def test_the_compiled_run_has_the_same_losses(eager):
+    compiled = run({"candidate": "compiled", "checkpointing": True, **TINY})
+    assert compiled["checkpointing"] and compiled["graph_breaks"] == {} and compiled["compilations"]
+    for one, other in zip(compiled["losses"], eager["losses"], strict=True):
+        assert abs(one - other) <= 2e-6 * other
+
+
+def test_a_failure_is_kept_with_its_reason():
+    found = run({"candidate": "compiled", **TINY, "attention": "xformers"})
+    assert "got 'xformers', need one of" in found["error"] and "failed" in summary(found)
+
+
+def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def fake(settings):
+        made.append(settings)
+        if settings == "broken" and len(made) < 3:
+            return {"error": "out of memory"}
+        return {"step_ms": [9.0, 5.0, 4.0], "peak_gib": None, "compilations": [], "compile_seconds": 0}
+
+    monkeypatch.setattr(qlora_sweeps, "run", fake)
+    path = tmp_path / "sub" / "c_sweeps.json"
+    first = measure(path, {"good": "good", "bad": "broken"})
+    assert first["runs"]["bad"] == {"error": "out of memory"} and json.loads(path.read_text()) == first
+    second = measure(path, {"good": "good", "bad": "broken"})
+    assert made == ["good", "broken", "broken"] and "error" not in second["runs"]["bad"]
+    assert "good: 4.5 ms" in capsys.readouterr().out
+    assert load_or_measure(path, {"another": "another"}) == second
+    content = json.loads(path.read_text())
+    content["hardware"]["name"] = "another GPU"
+    path.write_text(json.dumps(content))
+    assert measure(path, {"good": "good"})["runs"].keys() == {"good"} and made[-1] == "good"
+
+
+def test_the_settings():
+    assert step_ms({"step_ms": [1000.0, 9.0, 1.0, 3.0]}) == (2.0, pytest.approx(1.2), pytest.approx(2.8))
+    given = lengths()
+    assert len(set(given)) == len(given) == 60 and max(given) == given[0] == 1024
+    assert {"eager, without checkpointing", "compiled, with checkpointing", "parity, compiled"} <= RUNS.keys()
