@@ -17,13 +17,13 @@ def eager():
 
 def test_a_run_in_a_process_of_its_own(eager):
     assert eager["lengths"] == [24, 17] and len(eager["losses"]) == len(eager["step_ms"]) == 2
-    assert eager["compilations"] == [] and eager["graph_breaks"] == {}
+    assert eager["compilations"] == 0 and eager["captures"] == [] and eager["graph_breaks"] == {}
     assert eager["losses"][0] != eager["losses"][1]
 
 
 def test_the_compiled_run_has_the_same_losses(eager):
     compiled = run({"candidate": "compiled", "checkpointing": True, **TINY})
-    assert compiled["checkpointing"] and compiled["graph_breaks"] == {} and compiled["compilations"]
+    assert compiled["checkpointing"] and compiled["graph_breaks"] == {} and 0 < compiled["compilations"] <= 8
     for one, other in zip(compiled["losses"], eager["losses"], strict=True):
         assert abs(one - other) <= 2e-6 * other
 
@@ -38,22 +38,25 @@ def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
 
     def fake(settings):
         made.append(settings)
-        if settings == "broken" and len(made) < 3:
+        if settings == {"fails": "once"} and len(made) < 3:
             return {"error": "out of memory"}
-        return {"step_ms": [9.0, 5.0, 4.0], "peak_gib": None, "compilations": [], "compile_seconds": 0}
+        return {"step_ms": [9.0, 5.0, 4.0], "peak_gib": None, "compilations": 0, "compile_seconds": 0}
 
     monkeypatch.setattr(qlora_sweeps, "run", fake)
     path = tmp_path / "sub" / "c_sweeps.json"
-    first = measure(path, {"good": "good", "bad": "broken"})
-    assert first["runs"]["bad"] == {"error": "out of memory"} and json.loads(path.read_text()) == first
-    second = measure(path, {"good": "good", "bad": "broken"})
-    assert made == ["good", "broken", "broken"] and "error" not in second["runs"]["bad"]
+    good, bad = {"lengths": (3, 2)}, {"fails": "once"}
+    first = measure(path, {"good": good, "bad": bad})
+    assert first["runs"]["bad"] == {"error": "out of memory", "asked": bad} and json.loads(path.read_text()) == first
+    second = measure(path, {"good": good, "bad": bad})
+    assert made == [good, bad, bad] and "error" not in second["runs"]["bad"]
     assert "good: 4.5 ms" in capsys.readouterr().out
-    assert load_or_measure(path, {"another": "another"}) == second
-    content = json.loads(path.read_text())
-    content["hardware"]["name"] = "another GPU"
-    path.write_text(json.dumps(content))
-    assert measure(path, {"good": "good"})["runs"].keys() == {"good"} and made[-1] == "good"
+    assert load_or_measure(path, {"another": {}}) == second
+    measure(path, {"good": {"lengths": (3, 1)}})
+    assert made[3:] == [{"lengths": (3, 1)}]  # the name is the same, the settings are not
+    for name, other in (("hardware", {**second["hardware"], "name": "another GPU"}), ("sources", "other code")):
+        path.write_text(json.dumps({**second, name: other}))
+        assert measure(path, {"good": good})["runs"].keys() == {"good"} and made[-1] == good
+    assert len(made) == 6
 
 
 def test_the_settings():

@@ -9,9 +9,11 @@ read the same bytes of Python's language reference, each byte a token.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ def measure(
     memory_gib: of the GPU's memory, no more.
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
-    "peak_gib", their largest; "compilations", "graph_breaks", "compile_seconds", and the settings.
+    "peak_gib", their largest; "pinned_gib" of the host's memory; "compilations", "captures", "graph_breaks",
+    "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of matrix products in a
+    step, by the profiler; and the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
@@ -70,7 +74,7 @@ def measure(
     losses, times, peaks = [], [], []
     with (
         count_compilations() as counts,
-        compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext(),
+        compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
     ):
         for number, length in enumerate(lengths):
@@ -84,6 +88,9 @@ def measure(
                 torch.cuda.synchronize()
                 peaks.append(torch.cuda.max_memory_allocated() / 2**30)
             times.append(1e3 * (time.perf_counter() - start))
+        launches = None
+        if max_autotune and device == "cuda":
+            launches = _triton_launches(lambda: _step(model, optimizer, scaler, inputs, dtype))
     return {
         **settings,
         "lengths": list(lengths),
@@ -91,7 +98,11 @@ def measure(
         "step_ms": times,
         "step_peak_gib": peaks,
         "peak_gib": max(peaks, default=None),
-        "compilations": [[one.name, one.forward, one.reason, one.seconds] for one in counts.compilations],
+        "pinned_gib": _pinned_gib() if device == "cuda" else None,
+        "compilations": counts.compilations,
+        "captures": [dataclasses.asdict(one) for one in counts.captures],
+        "products": [dataclasses.asdict(one) for one in compiled.products] if compiled else [],
+        "triton_launches": launches,
         "graph_breaks": counts.graph_breaks,
         "compile_seconds": counts.seconds,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -129,6 +140,20 @@ def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def _triton_launches(step: Callable) -> int:
+    """Matrix products of one step that were launched as Triton kernels made from Inductor's templates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("triton_tem"))
+
+
+def _pinned_gib() -> float | None:
+    """The most that was pinned of the host's memory; None if this PyTorch does not tell."""
+    stats = getattr(torch.cuda, "host_memory_stats", dict)()
+    return stats["allocated_bytes.peak"] / 2**30 if "allocated_bytes.peak" in stats else None
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
     python -m unsloth_puzzles.comparisons.qlora_sweeps resources/measurements/c_compile_sweeps.json
 
-The file is {"hardware", "versions", "date", "runs": {name: what `qlora_steps.measure` returns}}. It is saved after each
-run; what is there already, from the same machine and versions, is not run again.
+The file is {"hardware", "versions", "sources", "date", "runs": {name: what `qlora_steps.measure` returns}}. It is saved
+after each run. A run that is there already, of the same settings, sources, machine and versions, is not made again.
 """
 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+import unsloth_puzzles
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
 
@@ -31,17 +35,27 @@ def lengths(steps: int = STEPS, longest: int = LONGEST) -> list[int]:
 
 
 CHECKPOINTING = {"without checkpointing": {}, "with checkpointing": {"checkpointing": True}}
-BUDGETS = (1.0, 0.7, 0.5, 0.3)  # and 0.9, the default
+BUDGETS = (0.7, 0.5, 0.3)  # and 0.9, the default
 PARITY = {"batch": 2, "lengths": lengths()}
-KERNELS = ("flash", "efficient", "cudnn")  # of SDPA; uncompiled runs differ by as much as these make them
+KERNELS = ("flash", "cudnn", "math")  # of SDPA, those that take grouped heads; uncompiled runs differ by what they do
+T4 = {"dtype": "float16", "attention": "sdpa", "memory_gib": 15.0, "batch": 2, "lengths": [1024] * 12}
 RUNS = {
     f"{candidate}, {name}": {"candidate": candidate, **given}
     for name, given in CHECKPOINTING.items()
     for candidate in ("eager", "compiled")
 }
-RUNS |= {f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept} for kept in BUDGETS}
 RUNS |= {f"parity, eager, {kernel}": {"candidate": "eager", "sdpa": kernel, **PARITY} for kernel in KERNELS}
 RUNS |= {"parity, compiled": {"candidate": "compiled", **PARITY}}
+RUNS |= {
+    "rehearsal, compiled": {"candidate": "compiled", **T4},
+    "rehearsal, eager": {"candidate": "eager", **T4},
+    "rehearsal, eager, flash": {"candidate": "eager", "sdpa": "flash", **T4},  # how far two uncompiled runs differ
+}
+RUNS |= {"compiled, max-autotune": {"candidate": "compiled", "max_autotune": True}}
+RUNS |= {
+    f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
+    for kept in BUDGETS
+}
 
 
 def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:
@@ -52,21 +66,38 @@ def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Ha
 def measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:
     """Make the runs that the file at `path` lacks, one after the other; a run that fails is kept with its error."""
     path = Path(path)
-    here = {"hardware": dataclasses.asdict(hardware or probe(measure=False)), "versions": versions()}
+    hardware = hardware or probe(measure=False)
+    here = {"hardware": dataclasses.asdict(hardware), "versions": versions(), "sources": sources()}
     found = json.loads(path.read_text()) if path.exists() else {}
-    same = found and (found["hardware"]["name"], found["versions"]) == (here["hardware"]["name"], here["versions"])
+    same = found and _identity(found) == _identity(here)
     content = {**here, "date": datetime.date.today().isoformat(), "runs": found["runs"] if same else {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, settings in runs.items():
-        if "error" in content["runs"].get(name, {"error": "not run"}):
-            content["runs"][name] = run(settings)
+        known = content["runs"].get(name, {"error": "not run"})
+        asked = json.loads(json.dumps(settings))
+        if "error" in known or known["asked"] != asked:
+            content["runs"][name] = {**run(settings), "asked": asked}
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
         print(f"{name}: {summary(content['runs'][name])}", flush=True)
     return content
 
 
+def _identity(content: dict) -> tuple:
+    return content["hardware"]["name"], content["versions"], content["sources"]
+
+
+def sources() -> str:
+    """A hash of the files that a run executes: other code would be another measurement."""
+    folder = Path(unsloth_puzzles.__file__).parent
+    files = [path for part in ("attention", "backprop", "compiled", "nf4") for path in (folder / part).glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted([*files, folder / "comparisons" / "qlora_steps.py", folder / "bench" / "models.py"]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def run(settings: dict) -> dict:
-    """One run in a process of its own, or {"error": its last line}."""
+    """One run in a process of its own, with empty compiler caches, or {"error": its last line}."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "steps.json")
         command = [sys.executable, "-m", "unsloth_puzzles.comparisons.qlora_steps", "--out", str(out)]
@@ -74,7 +105,9 @@ def run(settings: dict) -> dict:
             flag = f"--{name.replace('_', '-')}"
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             command += [flag] if value is True else [flag, text] if value is not None and value is not False else []
-        done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
+        caches = {name: str(Path(folder, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        environment = {**child.environment(), **caches}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode or not out.exists():
             lines = (done.stderr or done.stdout).strip().splitlines()
             return {"error": lines[-1] if lines else f"ended with {done.returncode}"}
@@ -93,14 +126,17 @@ def summary(run: dict) -> str:
     if "error" in run:
         return f"failed: {run['error']}"
     memory = "" if run["peak_gib"] is None else f", {run['peak_gib']:.2f} GiB"
-    compiled = f", {len(run['compilations'])} compilations in {run['compile_seconds']:.0f} s"
+    compiled = f", {run['compilations']} compilations in {run['compile_seconds']:.0f} s"
     return f"{step_ms(run)[0]:.1f} ms{memory}{compiled if run['compilations'] else ''}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="QLoRA steps, eager and compiled, under many settings.")
     parser.add_argument("path", type=Path, help="the JSON file to write, or to complete")
-    measure(parser.parse_args().path, RUNS)
+    path = parser.parse_args().path
+    if not torch.cuda.is_available():
+        parser.error("these runs need a GPU; the notebook makes small ones on a CPU")
+    measure(path, RUNS)
 
 
 if __name__ == "__main__":

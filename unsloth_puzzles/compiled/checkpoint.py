@@ -136,7 +136,9 @@ def _say_if_reentrant(function: Callable | None) -> None:
         )
 
 
-def _checkpointed(layer: torch.nn.Module, store: Store, run: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tensor, *others: object) -> torch.Tensor:
+    if others:
+        raise ValueError(f"args: got {len(others)} beside the hidden states, need keyword arguments")
     if not torch.is_grad_enabled():
         return run(hidden_states)
     for name, given in getattr(run, "keywords", {}).items():
@@ -156,7 +158,10 @@ class _Checkpoint(torch.autograd.Function):
         ctx.run, ctx.store, ctx.random_state, ctx.parameters = run, store, random_state, parameters
         ctx.autocast = _autocast(hidden_states.device.type)
         ctx.kept = store.put(hidden_states)
-        return run(hidden_states)
+        output = run(hidden_states)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"layer: returned a {type(output).__name__}, need a tensor to checkpoint it")
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -4,7 +4,8 @@
         trainer.train()
 
 One compiled function serves all layers, whatever the length of a batch: sizes that vary are marked, attention takes its
-mask from tensors, and NF4 weights come out of A's operator.
+mask from tensors, and NF4 weights come out of A's operator. What is no number (with or without gradients, the kind of
+mask) makes another function of it, so that none is ever compiled again for a reason that could have been foreseen.
 """
 
 import functools
@@ -15,20 +16,17 @@ from types import FunctionType, MethodType
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._inductor import utils as inductor_utils
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
-from unsloth_puzzles.attention.interface import BACKENDS
+from unsloth_puzzles.attention.interface import BACKENDS, Mask
 from unsloth_puzzles.attention.models import NAME, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.nf4.patch import patch_linear4bit
-
-_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
-
 
 def compile_qlora(
     model: torch.nn.Module | Trainer,
@@ -85,24 +83,24 @@ def compile_qlora(
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
         undoing.enter_context(fx_config.patch(use_duck_shape=False))
-        if max_autotune:
-            undoing.callback(_allow_small_gpus())
-        options = _AUTOTUNE if max_autotune else {}
-        for kind in dict.fromkeys(type(layer) for layer in layers):
-            compiled = _compiled(kind.forward, kind.__name__, options)
-            for layer in layers:
-                if type(layer) is kind:
-                    undoing.callback(_exchange(layer, functools.partial(_run_layer, compiled, kind.forward)))
-        undoing.callback(_exchange(norm, functools.partial(_run_norm, _compiled(type(norm).forward, "norm", options))))
+        products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
+        options = autotune.OPTIONS if max_autotune else {}
+        variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
+        for layer in layers:
+            undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
+        undoing.callback(_exchange(norm, functools.partial(_run_norm, Variants(type(norm).forward, "norm", options))))
         undoing.callback(checkpoint_inputs(layers, offload=offload_checkpoints))
-        return CompiledQLoRA(undoing.pop_all(), patch)
+        return CompiledQLoRA(undoing.pop_all(), patch, products)
 
 
 class CompiledQLoRA:
-    """What `compile_qlora` did. `.loss`: the handle of the loss. Undone by `undo()` or at the end of a `with` block."""
+    """What `compile_qlora` did, undone by `undo()` or at the end of a `with` block.
 
-    def __init__(self, undoing: ExitStack, loss):
-        self._undoing, self.loss = undoing, loss
+    loss: the handle of the loss. products: of max-autotune, the matrix products and who won them, as they are found.
+    """
+
+    def __init__(self, undoing: ExitStack, loss, products: list[autotune.Product]):
+        self._undoing, self.loss, self.products = undoing, loss, products
 
     def undo(self) -> None:
         """Give the model back as it was; a second time does nothing."""
@@ -139,16 +137,42 @@ def _set_attention(causal_lm: PreTrainedModel, attention: str) -> Callable[[], N
     return lambda: causal_lm.set_attn_implementation(before)
 
 
-def _allow_small_gpus() -> Callable[[], None]:
-    """Inductor lets Triton compete only on GPUs with 68 multiprocessors or more; a T4 has 40."""
-    before = inductor_utils.is_big_gpu
-    inductor_utils.is_big_gpu = lambda *_: True
-    return lambda: setattr(inductor_utils, "is_big_gpu", before)
+class Variants:
+    """`forward` of a class of modules, compiled once for each answer to the questions below that a call gives.
+
+    Each has a code object of its own: Dynamo keeps compiled code by it, allows eight, and tries them in turn.
+    """
+
+    def __init__(self, forward: Callable, name: str, options: dict):
+        self.forward, self._name, self._options = forward, name, options
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        _mark(hidden_states)
+        key = (
+            torch.is_grad_enabled(),
+            hidden_states.requires_grad,  # the first layer's, the embeddings, are not trained
+            module.training,
+            torch.is_autocast_enabled(hidden_states.device.type),
+            tuple(size == 1 for size in hidden_states.shape[:2]),  # a size of 1 is a constant to the compiler
+            _kind(kwargs.get("attention_mask")),
+        )
+        if key not in self._compiled:
+            named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
+            self._compiled[key] = _compiled(self.forward, "".join(named), self._options)
+        return self._compiled[key](module, hidden_states, *args, **kwargs)
+
+
+def _kind(mask: Mask | None) -> tuple | None:
+    """What of a mask is no tensor."""
+    if mask is None:
+        return None
+    parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
+    return mask.backend.name, mask.pattern, tuple(type(part) for part in parts)
 
 
 def _compiled(forward: Callable, name: str, options: dict) -> Callable:
-    """`forward` compiled under a code object of its own: Dynamo keeps and counts by it, and other users of the class
-    keep theirs."""
+    """`forward` compiled under a new code object, so that other users of the class keep theirs."""
 
     def run(module, *args, **kwargs):
         return forward(module, *args, **kwargs)
@@ -180,21 +204,19 @@ class _Forward:
         return self.function(module, *args, **kwargs)
 
 
-def _run_layer(compiled: Callable, plain: Callable, layer, hidden_states, *args, **kwargs):
+def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
-        return plain(layer, hidden_states, *args, **kwargs)
-    _mark(hidden_states)
+        return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("position_ids", "use_cache", "past_key_values"):
         kwargs.pop(name, None)
-    return compiled(layer, hidden_states, *args, **kwargs)
+    return variants(layer, hidden_states, *args, **kwargs)
 
 
-def _run_norm(compiled: Callable, norm, hidden_states):
-    _mark(hidden_states)
-    return compiled(norm, hidden_states)
+def _run_norm(variants: Variants, norm, hidden_states):
+    return variants(norm, hidden_states)
 
 
 def _mark(tensor: torch.Tensor) -> None:
