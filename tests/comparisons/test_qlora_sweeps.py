@@ -7,46 +7,51 @@ import pytest
 from unsloth_puzzles.comparisons import qlora_sweeps
 from unsloth_puzzles.comparisons.qlora_sweeps import RUNS, lengths, load_or_measure, measure, run, step_ms, summary
 
-TINY = {"tiny": True, "batch": 2, "lengths": [24, 17], "dtype": "float32"}
+TINY = {"tiny": True, "batch": 2, "lengths": [24, 17, 30], "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def eager():
-    return run({"candidate": "eager", **TINY})
+def runs():
+    """Three at once, one of which fails."""
+    broken = {"candidate": "compiled", **TINY, "attention": "xformers"}
+    compiled = {"candidate": "compiled", "checkpointing": True, **TINY}
+    return list(run([{"candidate": "eager", **TINY}, broken, compiled]))
 
 
-def test_a_run_in_a_process_of_its_own(eager):
-    assert eager["lengths"] == [24, 17] and len(eager["losses"]) == len(eager["step_ms"]) == 2
+def test_a_run_in_a_process_of_its_own(runs):
+    eager = runs[0]
+    assert eager["lengths"] == TINY["lengths"] and len(eager["losses"]) == len(eager["step_ms"]) == 3
     assert eager["compilations"] == 0 and eager["captures"] == [] and eager["graph_breaks"] == {}
     assert eager["losses"][0] != eager["losses"][1]
 
 
-def test_the_compiled_run_has_the_same_losses(eager):
-    compiled = run({"candidate": "compiled", "checkpointing": True, **TINY})
+def test_the_compiled_run_has_the_same_losses(runs):
+    eager, _, compiled = runs
     assert compiled["checkpointing"] and compiled["graph_breaks"] == {} and 0 < compiled["compilations"] <= 8
     for one, other in zip(compiled["losses"], eager["losses"], strict=True):
         assert abs(one - other) <= 2e-6 * other
 
 
-def test_a_failure_is_kept_with_its_reason():
-    found = run({"candidate": "compiled", **TINY, "attention": "xformers"})
+def test_a_failure_is_kept_with_its_reason(runs):
+    found = runs[1]
     assert "got 'xformers', need one of" in found["error"] and "failed" in summary(found)
 
 
 def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     made = []
 
-    def fake(settings):
-        made.append(settings)
-        if settings == {"fails": "once"} and len(made) < 3:
-            return {"error": "out of memory"}
-        return {"step_ms": [9.0, 5.0, 4.0], "peak_gib": None, "compilations": 0, "compile_seconds": 0}
+    def fake(group):
+        for settings in group:
+            made.append(settings)
+            failed = {"error": "out of memory"} if settings == {"fails": "once"} and len(made) < 3 else {}
+            yield failed or {"step_ms": [9.0, 5.0, 4.0], "peak_gib": None, "compilations": 0, "compile_seconds": 0}
 
     monkeypatch.setattr(qlora_sweeps, "run", fake)
     path = tmp_path / "sub" / "c_sweeps.json"
     good, bad = {"lengths": (3, 2)}, {"fails": "once"}
     first = measure(path, {"good": good, "bad": bad})
-    assert first["runs"]["bad"] == {"error": "out of memory", "asked": bad} and json.loads(path.read_text()) == first
+    assert first["runs"]["bad"] == {"error": "out of memory", "asked": bad, "together": 1}
+    assert json.loads(path.read_text()) == first
     second = measure(path, {"good": good, "bad": bad})
     assert made == [good, bad, bad] and "error" not in second["runs"]["bad"]
     assert "good: 4.5 ms" in capsys.readouterr().out

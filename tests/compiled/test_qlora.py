@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit
 
@@ -119,6 +120,7 @@ def test_all_is_undone(run):
     assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
     assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
     assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
+    assert {type(p) for p in model.parameters() if hasattr(p, "quant_state")} == {Params4bit}
     assert {type(module) for module in model.modules() if hasattr(module, "lora_A")} == {Linear4bit}
     assert model(**batch(12)).logits.shape == (2, 12, 64)
 

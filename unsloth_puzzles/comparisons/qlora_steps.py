@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 CANDIDATES = ("eager", "compiled")
+WARM = 2  # steps
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -47,11 +49,12 @@ def measure(
     max_autotune: bool = False,
     memory_gib: float | None = None,
     tiny: bool = False,
+    ready: Callable[[], None] = lambda: None,
 ) -> dict:
     """Train one step for each of `lengths`, with AdamW on adapters of rank 16 under every linear layer.
 
     sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
-    memory_gib: of the GPU's memory, no more.
+    memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
     "peak_gib", their largest; "pinned_gib" of the host's memory; "compilations", "captures", "graph_breaks",
@@ -63,7 +66,7 @@ def measure(
     if sdpa is not None and sdpa not in KERNELS:
         raise ValueError(f"sdpa: got {sdpa!r}, need None or one of {', '.join(map(repr, KERNELS))}")
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-    settings = {name: value for name, value in locals().items() if name != "lengths"}
+    settings = {name: value for name, value in locals().items() if name not in ("lengths", "ready")}
     if memory_gib and device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     model = _model(device, getattr(torch, dtype), checkpointing, tiny)
@@ -78,6 +81,8 @@ def measure(
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
     ):
         for number, length in enumerate(lengths):
+            if number == WARM:
+                ready()
             inputs = _batch(batch, length, number, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -168,10 +173,19 @@ def main() -> None:
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
     for flag in ("checkpointing", "max-autotune", "tiny"):
         parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--wait", action="store_true", help="after the steps that compile say so, and wait for a line")
     parser.add_argument("--out", required=True)
     given = vars(parser.parse_args())
-    out = Path(given.pop("out"))
-    out.write_text(json.dumps(measure(**given)))
+    out, wait = Path(given.pop("out")), given.pop("wait")
+    out.write_text(json.dumps(measure(**given, **({"ready": _wait} if wait else {}))))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    print("ready", flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -63,8 +65,13 @@ def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Ha
     return json.loads(Path(path).read_text()) if Path(path).exists() else measure(path, runs, hardware)
 
 
-def measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:
-    """Make the runs that the file at `path` lacks, one after the other; a run that fails is kept with its error."""
+def measure(
+    path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None, *, together: int = 1
+) -> dict:
+    """Make the runs that the file at `path` lacks; one that fails is kept with its error.
+
+    together: how many are started, and compile, at the same time. Each is timed alone, while the others wait.
+    """
     path = Path(path)
     hardware = hardware or probe(measure=False)
     here = {"hardware": dataclasses.asdict(hardware), "versions": versions(), "sources": sources()}
@@ -72,13 +79,17 @@ def measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware |
     same = found and _identity(found) == _identity(here)
     content = {**here, "date": datetime.date.today().isoformat(), "runs": found["runs"] if same else {}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, settings in runs.items():
-        known = content["runs"].get(name, {"error": "not run"})
-        asked = json.loads(json.dumps(settings))
-        if "error" in known or known["asked"] != asked:
-            content["runs"][name] = {**run(settings), "asked": asked}
+    asked = json.loads(json.dumps(runs))
+    known = content["runs"]
+    lacking = [
+        name for name in runs if "error" in known.get(name, {"error": ""}) or known[name]["asked"] != asked[name]
+    ]
+    for start in range(0, len(lacking), together):
+        names = lacking[start : start + together]
+        for name, result in zip(names, run([runs[name] for name in names]), strict=True):
+            known[name] = {**result, "asked": asked[name], "together": len(names)}
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        print(f"{name}: {summary(content['runs'][name])}", flush=True)
+            print(f"{name}: {summary(known[name])}", flush=True)
     return content
 
 
@@ -96,22 +107,44 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def run(settings: dict) -> dict:
-    """One run in a process of its own, with empty compiler caches, or {"error": its last line}."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "steps.json")
-        command = [sys.executable, "-m", "unsloth_puzzles.comparisons.qlora_steps", "--out", str(out)]
-        for name, value in settings.items():
-            flag = f"--{name.replace('_', '-')}"
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            command += [flag] if value is True else [flag, text] if value is not None and value is not False else []
-        caches = {name: str(Path(folder, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        environment = {**child.environment(), **caches}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode or not out.exists():
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            return {"error": lines[-1] if lines else f"ended with {done.returncode}"}
-        return json.loads(out.read_text())
+def run(group: list[dict]) -> Iterator[dict]:
+    """Runs, each in a process of its own with empty compiler caches; of one that fails {"error": its last line}.
+
+    All start at once; when the last has done the steps that compile, one after the other goes on.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as at_end:
+        places = [Path(folder, str(number)) for number in range(len(group))]
+        children = [_start(settings, place, len(group)) for settings, place in zip(group, places, strict=True)]
+        for process in children:
+            at_end.callback(process.kill)
+        for process in children:
+            while process.stdout.readline() not in ("ready\n", ""):  # "" at the end of one that has failed
+                pass
+        for process, place in zip(children, places, strict=True):
+            process.communicate("\n" if process.poll() is None else None)
+            out, said = place / "steps.json", (place / "errors.txt").read_text(errors="replace")
+            if process.returncode or not out.exists():
+                yield {"error": (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1]}
+            else:
+                yield json.loads(out.read_text())
+
+
+def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:
+    place.mkdir()
+    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.qlora_steps", "--wait"]
+    for name, value in {"out": place / "steps.json", **settings}.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        command += [flag] if value is True else [flag, text] if value is not None and value is not False else []
+    environment = child.environment(
+        TORCHINDUCTOR_CACHE_DIR=str(place / "inductor"),
+        TRITON_CACHE_DIR=str(place / "triton"),
+        TORCHINDUCTOR_COMPILE_THREADS=str(max(2, (os.cpu_count() or 1) * 2 // (together + 1))),
+    )
+    with open(place / "errors.txt", "w", encoding="utf-8") as errors:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
 
 
 def step_ms(run: dict) -> tuple[float, float, float]:
@@ -136,7 +169,7 @@ def main() -> None:
     path = parser.parse_args().path
     if not torch.cuda.is_available():
         parser.error("these runs need a GPU; the notebook makes small ones on a CPU")
-    measure(path, RUNS)
+    measure(path, RUNS, together=8)
 
 
 if __name__ == "__main__":

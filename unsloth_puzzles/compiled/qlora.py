@@ -26,7 +26,12 @@ from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
+
+# Inductor's check of the sizes of all inputs and results, 125 of them a layer, is a fifth of the host's time.
+_OPTIONS = {"size_asserts": False}
+
 
 def compile_qlora(
     model: torch.nn.Module | Trainer,
@@ -77,6 +82,7 @@ def compile_qlora(
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
+        undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
         undoing.callback(_set_cache(causal_lm))
@@ -84,7 +90,7 @@ def compile_qlora(
         undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
         undoing.enter_context(fx_config.patch(use_duck_shape=False))
         products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
-        options = autotune.OPTIONS if max_autotune else {}
+        options = {**_OPTIONS, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
             undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
@@ -178,7 +184,7 @@ def _compiled(forward: Callable, name: str, options: dict) -> Callable:
         return forward(module, *args, **kwargs)
 
     own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, options=options or None)
+    return torch.compile(own, fullgraph=True, options=options)
 
 
 def _exchange(module: torch.nn.Module, forward: Callable) -> Callable[[], None]:
