@@ -23,7 +23,8 @@
 #
 # - **One function for all layers.** Weights, adapters and quantisation states are inputs of the graph, so that sixteen
 #   layers, and their recomputation under gradient checkpointing, run one graph. The first layer has one of its own: its
-#   input, the embeddings, wants no gradient.
+#   input, the embeddings, wants no gradient. What else is no number (gradients or not, the kind of mask) has a function
+#   of its own, too, so that nothing is ever compiled *again*.
 # - **Lengths are variables** from the first compilation on: batch and length are marked dynamic, and nothing in the
 #   graph compares them with another size that happens to be equal (`use_duck_shape`).
 # - **Masks are tensors.** Flex attention's block indices are found by comparing the first and last position, and the
@@ -121,6 +122,12 @@ else:
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%
+# show: unsloth_puzzles/compiled/weights.py
+
+# %%
+# show: unsloth_puzzles/compiled/autotune.py
+
+# %%
 # show: unsloth_puzzles/compiled/checkpoint.py
 
 # %%
@@ -136,6 +143,7 @@ else:
 import gc
 import math
 import statistics
+from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
 
@@ -255,7 +263,7 @@ print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: {counts.gr
 display(Markdown(counts.table()))
 for into in (results, issues):
     judge(into, "flex, dynamic lengths", checks["dynamic"])
-    into.add("compilations", "flex", len(counts.compilations), "compilations")
+    into.add("compilations", "flex", counts.compilations, "compilations")
 judge(results, "flex, static lengths", checks["static"])
 judge(issues, "flex, sliding windows", checks["windows"])
 judge(issues, "flex, packed sequences", checks["packed"])
@@ -263,8 +271,10 @@ judge(issues, "flex, packed sequences", checks["packed"])
 # %% [markdown]
 # ### Check 3: a training run, counted
 #
-# `transformers.Trainer` over the 4-bit model with adapters: every batch has another length, half of them are packed by
-# their position ids. Graph breaks, graphs and compilations are Dynamo's own counts, with its reasons.
+# `transformers.Trainer` over the 4-bit model with adapters, every batch of another length. Graph breaks, graphs and
+# reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted apart, batches
+# that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new functions, each
+# compiled once.
 
 # %%
 import tempfile
@@ -288,72 +298,85 @@ def qlora_model(dtype):
     return model.train()
 
 
-def batches(steps):
-    """Batches as rows of a data set, since each has its own length: the longest first, then all different."""
-    order = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED))[: steps - 1] + 9
-    for number, rows in enumerate([longest, *order.tolist()]):
-        ids = torch.randint(small.vocab_size, (2, rows), generator=torch.Generator().manual_seed(number))
-        batch = {"input_ids": ids, "labels": ids}
-        if number % 2:
-            batch["position_ids"] = torch.cat([torch.arange(rows // 3), torch.arange(rows - rows // 3)]).expand(2, -1)
-        yield batch
+def batch(rows, number, packed=False):
+    ids = torch.randint(small.vocab_size, (2, rows), generator=torch.Generator().manual_seed(number))
+    starts = [torch.arange(rows // 3), torch.arange(rows - rows // 3)]
+    return {"input_ids": ids, "labels": ids, **({"position_ids": torch.cat(starts).expand(2, -1)} if packed else {})}
 
 
 class Batches(torch.utils.data.IterableDataset):
+    """Each batch is a row of the data set, since each has its own length: the longest first, then all different."""
+
+    def __init__(self, number, packed=False):
+        drawn = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED)) + 9
+        self.lengths, self.packed = [longest, *drawn[: number - 1].tolist()], packed
+
     def __iter__(self):
-        return batches(STEPS)
+        return (batch(rows, number, self.packed) for number, rows in enumerate(self.lengths))
 
 
-def trained(dtype, compiled, **options):
-    """Losses of a run of `STEPS` steps, the counts of the compiler, and milliseconds a step."""
-    model = qlora_model(dtype)
+def trained(compiled):
+    """Losses of `STEPS` steps of a Trainer, then of packed batches and of an evaluation, and the counts of both."""
+    model = qlora_model(torch.float32)
     settings = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-4, logging_steps=1,
-        save_strategy="no", report_to=[], seed=SEED, use_cpu=not GPU, disable_tqdm=True, remove_unused_columns=False,
-        bf16=dtype == torch.bfloat16, max_grad_norm=0.0,
+        tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
+        learning_rate=1e-4, logging_steps=1, save_strategy="no", seed=SEED, use_cpu=not GPU, disable_tqdm=True,
+        remove_unused_columns=False, max_grad_norm=0.0, prediction_loss_only=True,
     )  # fmt: skip
     settings._n_gpu = min(settings.n_gpu, 1)  # a 4-bit model trains on one, and so does its batch
-    trainer = Trainer(model, settings, train_dataset=Batches(), data_collator=lambda rows: rows[0])
+    data = Batches(STEPS)
+    trainer = Trainer(model, settings, train_dataset=data, eval_dataset=Batches(3), data_collator=lambda rows: rows[0])
     trainer.remove_callback(PrinterCallback)
-    with count_compilations() as counts:
-        if compiled:
-            with compile_qlora(trainer, **options):
-                trainer.train()
-        else:
+    with compile_qlora(trainer) if compiled else nullcontext():
+        with count_compilations() as counts:
             trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry], counts
+        losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        with count_compilations() as later:
+            for one in Batches(3, packed=True):
+                loss = trainer.training_step(model, {name: tensor.to(DEVICE) for name, tensor in one.items()})
+                losses.append(loss.item())
+            losses.append(trainer.evaluate()["eval_loss"])
+    return losses, counts, later
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-losses, counts = trained(torch.float32, compiled=True)
-print(f"{STEPS} steps, {len(counts.compilations)} compilations, {counts.seconds:.0f} s of them")
-print(f"graph breaks: {counts.graph_breaks or 'none'}")
+losses, counts, later = trained(compiled=True)
+print(f"{STEPS} steps of {len(set(Batches(STEPS).lengths))} lengths: {counts.compilations} compilations,", end=" ")
+print(f"{counts.seconds:.0f} s of them; graph breaks: {counts.graph_breaks or 'none'}")
 display(Markdown(counts.table()))
-layer = [one for one in counts.compilations if one.name == "LlamaDecoderLayer"]
-norm = [one for one in counts.compilations if one.name == "norm"]
-loss_runs = [one for one in counts.compilations if one.name.startswith("run_")]
+print(f"packed batches and an evaluation: {later.compilations} more; graph breaks: {later.graph_breaks or 'none'}")
+display(Markdown(later.table()))
+again = [one.reason for one in (*counts.captures, *later.captures) if one.reason]
+print("compiled again for a reason of Dynamo's:", *again or ["nothing"], sep="\n  ")
+everything = [*counts.captures, *later.captures]
+layer = [one for one in everything if one.name.startswith("LlamaDecoderLayer")]
+norm = [one for one in everything if one.name.startswith("norm")]
+loss_runs = [one for one in everything if one.name.startswith("run_")]
+breaks = sum(counts.graph_breaks.values()) + sum(later.graph_breaks.values())
 for case, of in (
     ("4-bit linear", layer), ("attention", layer), ("MLP", layer), ("layer norms", layer + norm), ("loss", loss_runs),
 ):  # fmt: skip
     if of:
-        results.add("graph_breaks", case, sum(counts.graph_breaks.values()), "graph breaks")
-        results.add("compilations", case, len(of), "compilations")
+        results.add("graph_breaks", case, breaks, "graph breaks")
+        results.add("compilations", case, sum(one.compilations for one in of), "compilations")
     else:
         print(f"FAILED: {case}: was not compiled")
-results.add("compilations", "all", len(counts.compilations), "compilations")
+results.add("compilations", f"{STEPS} steps of a Trainer", counts.compilations, "compilations")
+results.add("compilations", "packed batches and an evaluation after them", later.compilations, "compilations")
+results.add("graph_breaks", "all", breaks, "graph breaks")
 
 # %% [markdown]
 # ### Check 4: the loss is that of the uncompiled model
 #
-# In float32, without TF32, the same 60 steps uncompiled: transformers' own attention and loss over bitsandbytes'
-# layers.
+# In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
+# loss over bitsandbytes' layers.
 
 # %%
-plain, _ = trained(torch.float32, compiled=False)
+plain, *_ = trained(compiled=False)
 apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
 results.add("loss_difference", "compiled, float32", max(apart), "loss")
-print(f"float32: losses of {len(apart)} steps differ by at most {max(apart):.1e}")
-judge(results, "the uncompiled model's loss, float32", {f"step {n}": gap <= 1e-4 for n, gap in enumerate(apart, 1)})
+print(f"float32: losses of {STEPS} steps, 3 packed batches and an evaluation differ by at most {max(apart):.1e}")
+judge(results, "the uncompiled model's loss, float32", {f"number {n}": gap <= 1e-4 for n, gap in enumerate(apart, 1)})
 
 # %% [markdown]
 # ### Time and memory of a step
@@ -372,53 +395,60 @@ from unsloth_puzzles.comparisons import qlora_sweeps
 
 if GPU:
     few = {"batch": 2, "lengths": [1024] * 12, "dtype": str(SIXTEEN).removeprefix("torch.")}
-    few |= {"memory_gib": 15} if hardware.rehearsal else {}
+    few |= {"memory_gib": 15.0} if hardware.rehearsal else {}
 else:
-    few = {"batch": 2, "lengths": [24, 17, 40, 9], "dtype": "float32", "tiny": True}
+    few = {"batch": 2, "lengths": [24, 17, 40], "dtype": "float32", "tiny": True}
 FEW = {
     f"{candidate}, {name}": {"candidate": candidate, **given, **few}
     for name, given in qlora_sweeps.CHECKPOINTING.items()
     for candidate in ("eager", "compiled")
 }
-gc.collect()
 if GPU:
+    FEW["compiled, max-autotune"] = {"candidate": "compiled", "max_autotune": True, **few}
+    gc.collect()
     torch.cuda.empty_cache()  # the processes need what the trainings above have held
 swept = qlora_sweeps.load_or_measure("resources/measurements/c_compile_sweeps.json", FEW, hardware)
 runs = {name: run for name, run in swept["runs"].items() if "error" not in run}
 SWEPT = f"{swept['hardware']['name']}, {swept['date']}, random weights"
+HERE = GPU and all(
+    swept[name] == own
+    for name, own in (("versions", results.versions), ("sources", qlora_sweeps.sources()))
+) and swept["hardware"]["name"] == hardware.name  # fmt: skip
 for name, run in swept["runs"].items():
     if "error" in run:
-        print(f"SKIPPED: {name}: {run['error']}")
-lines = ["| run | step, ms | spread | peak, GiB | compilations | graph breaks | compile seconds |", "|---" * 7 + "|"]
+        print(f"FAILED: {name}: {run['error']}")
+print(SWEPT + ("" if HERE else ": not this machine, or not this code, so no figure of it is part of the score"))
+heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
+lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
 for name, run in runs.items():
     middle, low, high = qlora_sweeps.step_ms(run)
-    peak = "" if run["peak_gib"] is None else f"{run['peak_gib']:.2f}"
-    counted = (len(run["compilations"]), sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
-    cells = (name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", peak, *map(str, counted))
-    lines.append(f"| {' | '.join(cells)} |")
+    memory = ("" if run[kind] is None else f"{run[kind]:.2f}" for kind in ("peak_gib", "pinned_gib"))
+    counted = (run["compilations"], sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
+    lines.append(f"| {' | '.join((name, f'{middle:.1f}', f'{low:.1f} to {high:.1f}', *memory, *map(str, counted)))} |")
 display(Markdown("\n".join(lines)))
-print(SWEPT)
-HERE = GPU and swept["hardware"]["name"] == hardware.name and swept["versions"] == results.versions
-AT_FULL_SIZE = all((run["batch"], run["lengths"][0]) == (4, 2048) for name, run in runs.items() if "parity" not in name)
-if HERE and AT_FULL_SIZE:
-    for case in qlora_sweeps.CHECKPOINTING:
-        mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
-        if mine and other:
-            ours, theirs = qlora_sweeps.step_ms(mine), qlora_sweeps.step_ms(other)
-            results.add("step_ms", case, ours[0], "ms", ours[1], ours[2], {"eager": theirs[0]})
-            results.add("peak_gib", case, mine["peak_gib"], "GiB", baselines={"eager": other["peak_gib"]})
-            results.add("speedup_vs_eager", case, theirs[0] / ours[0], "x", theirs[1] / ours[2], theirs[2] / ours[1])
+print("spread: 10th to 90th percentile of the second half of the steps. Several runs compile at the same time, so the")
+print("seconds are more than a run alone would take; each is timed while the others wait.")
+for case in qlora_sweeps.CHECKPOINTING if HERE else ():
+    mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
+    if mine and other:
+        at = f"{case}, {mine['batch']} x {mine['lengths'][0]}, {mine['dtype']}"
+        ours, theirs = qlora_sweeps.step_ms(mine), qlora_sweeps.step_ms(other)
+        results.add("step_ms", at, *ours[:1], "ms", *ours[1:], {"eager": theirs[0]})
+        results.add("peak_gib", at, mine["peak_gib"], "GiB", baselines={"eager": other["peak_gib"]})
+        results.add("speedup_vs_eager", at, theirs[0] / ours[0], "x", theirs[1] / ours[2], theirs[2] / ours[1])
 
 # %%
-points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith("parity")}
+points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(("parity", "rehearsal"))}
 if points:
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     for name, run in points.items():
         at = run["peak_gib"], qlora_sweeps.step_ms(run)[0]
         color = "tab:red" if name.startswith("eager") else "tab:blue"
         axes.plot(*at, "s" if run["checkpointing"] else "o", color=color)
-        axes.annotate(name, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms", xlim=(0, None), ylim=(0, None))
+        below = name == "compiled, max-autotune"
+        axes.annotate(name, at, xytext=(5, -10 if below else 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms", ylim=(0, None))
+    axes.set_xlim(0, 1.3 * max(run["peak_gib"] for run in points.values()))
     one = next(iter(points.values()))
     axes.set_title(
         f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}", fontsize=9
@@ -429,27 +459,71 @@ else:
     print("SKIPPED: memory is shown for GPUs")
 
 # %% [markdown]
+# ### max-autotune: Triton's products against cuBLAS's
+#
+# The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
+# tiles against cuBLAS. Wide products stay with cuBLAS; LoRA's narrow ones, which only move memory, are Triton's, and
+# what follows them (scaling, addition, the activation) is computed in the same kernel. No length compiles anew.
+
+# %%
+tuned = runs.get("compiled, max-autotune")
+if tuned and tuned["products"]:
+    found = {}
+    for product in tuned["products"]:
+        found.setdefault((product["rows"], product["inner"], product["columns"]), []).append(product)
+    heads = ("rows x inner x columns", "benchmarked", "won by Triton", "winner, us", "cuBLAS, us", "the winner")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for sizes, of in sorted(found.items()):
+        won = sum(product["winner"].startswith("triton") for product in of)
+        times = (statistics.median(product[name] for product in of) for name in ("winner_us", "cublas_us"))
+        winners = dict.fromkeys(product["winner"].rstrip("0123456789").rstrip("_") for product in of)
+        cells = (" x ".join(map(str, sizes)), len(of), won, *(f"{us:.1f}" for us in times), ", ".join(winners))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    display(Markdown("\n".join(lines)))
+    print(f"{SWEPT}: a step launches {tuned['triton_launches']} matrix products of Triton's")
+    if HERE:
+        results.add("triton_matmuls", "max-autotune", tuned["triton_launches"], "launches a step")
+        results.add("compilations", "max-autotune", tuned["compilations"], "compilations")
+        results.add("graph_breaks", "max-autotune", sum(tuned["graph_breaks"].values()), "graph breaks")
+        case = f"max-autotune, {tuned['batch']} x {tuned['lengths'][0]}, {tuned['dtype']}"
+        middle, low, high = qlora_sweeps.step_ms(tuned)
+        results.add("step_ms", case, middle, "ms", low, high)
+        results.add("peak_gib", case, tuned["peak_gib"], "GiB")
+else:
+    print("SKIPPED: max-autotune benchmarks products on a GPU")
+
+# %% [markdown]
 # ### In 16 bits, step by step
 #
 # Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes; the
-# compiled one should differ from them no more than they among themselves, twice that at most.
+# compiled one should differ from them no more than they among themselves, twice that at most. The same for a rehearsal
+# of a T4: float16, 15 GiB of memory, 2 x 1024 tokens, SDPA.
+
+
+# %%
+def largest(one, other):
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
+    of = {name.removeprefix(f"{kind}, "): run for name, run in runs.items() if name.startswith(kind)}
+    if "compiled" not in of or len(of) != 1 + count:
+        print(f"SKIPPED: {kind}: these runs are made by the script, on a GPU")
+        continue
+    mine = of.pop("compiled")
+    case = f"{kind}, {mine['dtype']}"
+    among = max(largest(a, b) for a in of.values() for b in of.values())
+    ours = max(largest(mine, other) for other in of.values())
+    print(f"{case}: largest difference among uncompiled runs {among:.1e}, of the compiled one from them {ours:.1e}")
+    if HERE:
+        results.add("loss_difference", f"compiled, {case}", ours, "loss", baselines={"uncompiled runs": among})
+        results.add("peak_gib", case, mine["peak_gib"], "GiB")
+        judge(results, f"the uncompiled model's loss, {case}", {"at most twice theirs": ours <= 2 * among})
 
 # %%
 parity = {name.removeprefix("parity, "): run for name, run in runs.items() if name.startswith("parity")}
-if "compiled" in parity and len(parity) == 1 + len(qlora_sweeps.KERNELS):
-    uncompiled = {name: run["losses"] for name, run in parity.items() if name != "compiled"}
-    mine = parity["compiled"]
-
-    def largest(one, other):
-        return max(abs(a - b) for a, b in zip(one, other, strict=True))
-
-    among = max(largest(a, b) for a in uncompiled.values() for b in uncompiled.values())
-    ours = max(largest(mine["losses"], other) for other in uncompiled.values())
-    print(f"largest difference among the uncompiled runs {among:.1e}, of the compiled one from them {ours:.1e}")
-    if HERE:
-        results.add("loss_difference", "compiled, 16 bits", ours, "loss", baselines={"uncompiled runs": among})
-        judge(results, "the uncompiled model's loss, 16 bits", {"at most twice theirs": ours <= 2 * among})
-    eager = next(iter(parity.values()))
+if "compiled" in parity and len(parity) > 1:
+    mine, eager = parity["compiled"], next(run for name, run in parity.items() if name != "compiled")
     gained = [a - b for a, b in zip(eager["step_ms"], mine["step_ms"], strict=True)]
     warm = statistics.median(gained[len(gained) // 2 :])
     spent = sum(mine["step_ms"][:3]) - sum(eager["step_ms"][:3])
@@ -470,7 +544,8 @@ if "compiled" in parity and len(parity) == 1 + len(qlora_sweeps.KERNELS):
         axes.set_ylabel(label)
         axes.legend(fontsize=7)
     panes[2].set_xlabel("step")
-    figure.suptitle(f"QLoRA of Llama 3.2 1B, 2 x up to 1024 tokens, bf16; {SWEPT}", fontsize=9)
+    tokens = f"{mine['batch']} x up to {max(mine['lengths'])} tokens, {mine['dtype']}"
+    figure.suptitle(f"QLoRA of Llama 3.2 1B, {tokens}; {SWEPT}", fontsize=9)
     figure.savefig("resources/c_compile_parity.png", dpi=110)
     plt.show()
 else:
@@ -478,16 +553,22 @@ else:
 
 # %% [markdown]
 # ### Aimed at, and reached
+#
+# Set before it was measured, for an H200; Unsloth 2026.10.9 takes 109.5 ms and 9.6 GiB without, 148.4 ms and 2.4 GiB
+# with checkpointing by an earlier measurement on another H200, which is no comparison in one run.
 
 # %%
+FULL = "4 x 2048, bfloat16"
 AIMS = [  # metric, case, at most (positive) or at least (negative)
-    ("step_ms", "without checkpointing", 100),
-    ("peak_gib", "without checkpointing", 9.6),
-    ("step_ms", "with checkpointing", 135),
-    ("peak_gib", "with checkpointing", 2.4),
-    ("speedup_vs_eager", "without checkpointing", -1.6),
-    ("speedup_vs_eager", "with checkpointing", -1.6),
-    ("compilations", "all", 8),
+    ("step_ms", f"without checkpointing, {FULL}", 100),
+    ("peak_gib", f"without checkpointing, {FULL}", 9.6),
+    ("step_ms", f"with checkpointing, {FULL}", 135),
+    ("peak_gib", f"with checkpointing, {FULL}", 2.4),
+    ("speedup_vs_eager", f"without checkpointing, {FULL}", -1.6),
+    ("speedup_vs_eager", f"with checkpointing, {FULL}", -1.6),
+    ("compilations", "60 steps of a Trainer", 8),
+    ("compilations", "flex", 4),
+    ("loss_difference", "compiled, float32", 1e-4),
 ]
 lines = ["| metric | case | aim | measured | |", "|---|---|---|---|---|"]
 for metric, case, aim in AIMS if GPU else ():
@@ -504,10 +585,14 @@ else:
 # %% [markdown]
 # ### What this does not do
 #
-# - **max-autotune** is an option of `compile_qlora`, but no run here shows which kernels win: that criterion counts as
-#   not measured.
-# - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once.
+# - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once,
+#   for the first layer and for the others: a run that packs some of its batches compiles four functions more.
 # - On a GPU below sm_80 Triton has no tensor cores for flex attention: SDPA is taken there unless flex is asked for.
+#   Then its tiles are 32 x 32: at a head size of 128 in float16 keys, values and queries of a tile, and in the backward
+#   the gradient beside them, take 4 x 32 x 128 x 2 bytes = 32 KiB of the 64 KiB that a T4's multiprocessor has.
+# - With gradient checkpointing the layers' inputs wait in pinned memory of the host, which must have room for them:
+#   the column of the table above.
+# - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
 
 # %% [markdown]
 # ### Score of this section

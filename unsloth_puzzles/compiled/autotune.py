@@ -1,8 +1,8 @@
 """Matrix products by Triton where they beat cuBLAS's: Inductor's max-autotune, and what it found.
 
 A product is benchmarked at the sizes of the first batch, each of its candidates compiled before. Inductor's list is
-shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128,
-LoRA's narrow ones (rank r on one side) the tall tiles.
+shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128
+(below sm_80, where Triton has no tensor cores, none), LoRA's narrow ones (rank r on one side) the tall tiles.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch._inductor import select_algorithm
 from torch._inductor import utils as inductor_utils
 from torch._inductor.virtualized import V
@@ -63,10 +64,12 @@ def triton_competes() -> Iterator[list[Product]]:
 
 
 def suited(choices: list) -> list:
-    """The candidates without Triton's tiles that do not suit the product, unless none would be left of them."""
+    """The candidates without those of Triton that do not suit the product."""
     if not _is_product(choices):
         return choices
     wide = min(_sizes(choices[0])) >= _WIDE
+    if wide and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return [choice for choice in choices if not _is_triton(choice)]
 
     def suits(choice) -> bool:
         m, _, n = _tile(choice)
