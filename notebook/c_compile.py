@@ -24,7 +24,8 @@
 # - **One function for all layers.** Weights, adapters and quantisation states are inputs of the graph, so that sixteen
 #   layers, and their recomputation under gradient checkpointing, run one graph. The first layer has one of its own: its
 #   input, the embeddings, wants no gradient. What else is no number (gradients or not, the kind of mask) has a function
-#   of its own, too, so that nothing is ever compiled *again*.
+#   of its own, too. One reason to compile *again* is left: an evaluation of a few rows, for which bitsandbytes' fused
+#   kernel is the faster one.
 # - **Lengths are variables** from the first compilation on: batch and length are marked dynamic, and nothing in the
 #   graph compares them with another size that happens to be equal (`use_duck_shape`).
 # - **Masks are tensors.** Flex attention's block indices are found by comparing the first and last position, and the
@@ -172,7 +173,7 @@ display(Markdown(backend_table(DEVICE)))
 #
 # Forward and, on a GPU, backward; each request on each backend that can do it. A backend's error may be no larger than
 # that of the formula computed in float32 on the same 16-bit inputs plus two roundings of its dtype, since kernels round
-# the probabilities, too. What a backend cannot do it must refuse.
+# the probabilities and the output, too. What a backend cannot do it must refuse.
 
 # %%
 REQUESTS = {
@@ -192,23 +193,44 @@ def drawn(length, dtype, heads=4, kv_heads=2, size=2, width=64):
     return data, (torch.rand(size, length, generator=generator) < 8 / length).cumsum(-1).to(DEVICE)
 
 
-def output_and_gradients(data, backend, asked, gradients=GPU):
-    data = [tensor.detach().requires_grad_(gradients) for tensor in data]
+def output_and_gradients(data, backend, asked):
+    data = [tensor.detach().requires_grad_(GPU) for tensor in data]
     out = attention(*data, backend=backend, **asked)
-    return [out.detach(), *(torch.autograd.grad(out.sin().sum(), data) if gradients else ())]
+    return [out.detach(), *(torch.autograd.grad(out, data, slope_of(out)) if GPU else ())]
 
 
-def close(found, formula, exact):
-    """Whether each tensor is as near to the truth as the formula's, and two roundings; at length 1 dQ and dK are 0."""
-    for one, plain, true in zip(found, formula, exact, strict=True):
-        off, allowed = ((t.double() - true).norm().item() for t in (one, plain))
-        if not off <= allowed + roundings * true.norm().item() + 1e-6:  # NaN fails
+def slope_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED)).to(dtype).to(out)
+
+
+def second_terms(data, asked, out):
+    """Norms of what a softmax subtracts in the gradients of query and key: P times the sums of dO * O over a head.
+
+    Kernels round O before they sum. Where the gradient cancels, with a single key all of it, that rounding remains.
+    """
+    query, key, value = (tensor.double() for tensor in data)
+    value.requires_grad_()
+    sums = (slope_of(out) * out).norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
+    of_query = sums * attention(query, key, key, backend="dense", **asked)
+    of_key = torch.autograd.grad(attention(query, key, value, backend="dense", **asked), value, sums * query)[0]
+    return [0, of_query.norm().item(), of_key.norm().item(), 0]
+
+
+def close(data, backend, asked):
+    """Whether output and gradients are as near to float64's as the formula's and two roundings of the dtype."""
+    found = output_and_gradients(data, backend, asked)
+    formula = output_and_gradients(data, "dense", asked)
+    exact = output_and_gradients([t.double() for t in data], "dense", asked)
+    terms = second_terms(data, asked, exact[0]) if GPU else [0]
+    for one, plain, true, term in zip(found, formula, exact, terms, strict=True):
+        off, allowed = ((tensor.double() - true).norm().item() for tensor in (one, plain))
+        allowed += 2 * torch.finfo(dtype).eps * (true.norm().item() + term)
+        if not off <= allowed + 1e-6:  # NaN fails
             return False
     return True
 
 
 dtype = SIXTEEN if GPU else torch.float32
-roundings = 2 * torch.finfo(dtype).eps
 for backend, one in BACKENDS.items():
     if reason := one.missing(torch.device(DEVICE)):
         print(f"SKIPPED: {backend}: {reason}")
@@ -219,12 +241,9 @@ for backend, one in BACKENDS.items():
             data, documents = drawn(rows, dtype)
             asked = {**request, **({"documents": documents} if "documents" in request else {})}
             try:
-                found = output_and_gradients(data, backend, asked)
+                checks[f"{name}, {rows}"] = close(data, backend, asked)
             except ValueError as refusal:
                 checks[f"{name}: refused by name"] = f"{backend} cannot do" in str(refusal)
-                continue
-            exact = output_and_gradients([t.double() for t in data], "dense", asked)
-            checks[f"{name}, {rows}"] = close(found, output_and_gradients(data, "dense", asked), exact)
     judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", checks)
 
 # %% [markdown]
@@ -242,11 +261,9 @@ checks = {"static": {}, "dynamic": {}, "windows": {}, "packed": {}}
 def flex_step(rows, window, packed, kinds):
     data, documents = drawn(rows, dtype)
     asked = {"window": window, **({"documents": documents} if packed else {})}
-    found = output_and_gradients(data, "flex", asked)
-    exact = output_and_gradients([t.double() for t in data], "dense", asked)
-    good = close(found, output_and_gradients(data, "dense", asked), exact)
+    good = close(data, "flex", asked)
     for kind in kinds:
-        checks[kind][f"{rows} rows, window {window}, {'packed' if packed else 'one document'}"] = bool(good)
+        checks[kind][f"{rows} rows, window {window}, {'packed' if packed else 'one document'}"] = good
 
 
 torch._dynamo.reset()  # check 1 has compiled it already
@@ -287,7 +304,7 @@ from unsloth_puzzles.compiled.qlora import compile_qlora
 
 STEPS = 60 if GPU else 4
 small = llama_1b_config() if GPU else tiny_llama_config()
-longest = 1024 if GPU else 48
+longest = 512 if GPU else 48
 
 
 def qlora_model(dtype):
