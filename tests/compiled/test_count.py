@@ -1,9 +1,11 @@
 """Compilations, graph breaks and reasons are counted as they happen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.count import _captures, count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -53,6 +55,29 @@ def test_inductors_backward_is_counted_beside_its_forward(dynamic):
     with count_compilations() as counts:
         compiled(torch.ones(5, requires_grad=True)).sum().backward()
     assert counts.compilations == 0
+
+
+def test_entries_that_compile_no_graph_are_time_alone():
+    """Triton's autotuning, when kernels first run, has an entry in Dynamo's books, too."""
+
+    def entry(name, compile_id, forward):
+        return SimpleNamespace(
+            co_name=name, compile_id=compile_id, is_forward=forward, recompile_reason=None, duration_us=1e6
+        )
+
+    entries = {
+        7: entry("layer", "0/0", True),
+        8: entry(None, None, False),
+        9: entry("norm", "1/0", True),
+        10: entry(None, "0/0", False),
+        11: entry(None, "9/9", False),
+    }
+    found = _captures(entries, [(7, False), (9, False), (10, True), (11, True)])
+    assert [(one.name, one.forward, one.backward, one.seconds) for one in found] == [
+        ("layer", 1, 1, 3.0),
+        ("norm", 1, 0, 1.0),
+        ("backward of an earlier capture", 0, 1, 1.0),
+    ]
 
 
 def test_more_compilations_than_dynamo_remembers_by_itself():

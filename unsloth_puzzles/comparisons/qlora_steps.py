@@ -47,6 +47,7 @@ def measure(
     sdpa: str | None = None,
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
+    eager_rounding: bool = False,
     memory_gib: float | None = None,
     tiny: bool = False,
     ready: Callable[[], None] = lambda: None,
@@ -57,7 +58,7 @@ def measure(
     memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
-    "peak_gib", their largest; "pinned_gib" of the host's memory; "compilations", "captures", "graph_breaks",
+    "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures", "graph_breaks",
     "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of matrix products in a
     step, by the profiler; and the settings.
     """
@@ -73,7 +74,7 @@ def measure(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
-    options |= {"max_autotune": max_autotune}
+    options |= {"max_autotune": max_autotune, "eager_rounding": eager_rounding}
     losses, times, peaks = [], [], []
     with (
         count_compilations() as counts,
@@ -82,6 +83,8 @@ def measure(
     ):
         for number, length in enumerate(lengths):
             if number == WARM:
+                if device == "cuda":
+                    _pinned_gib()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
             inputs = _batch(batch, length, number, device)
             if device == "cuda":
@@ -156,9 +159,12 @@ def _triton_launches(step: Callable) -> int:
 
 
 def _pinned_gib() -> float | None:
-    """The most that was pinned of the host's memory; None if this PyTorch does not tell."""
+    """The most that was pinned of the host's memory since the last call; None if this PyTorch does not tell."""
     stats = getattr(torch.cuda, "host_memory_stats", dict)()
-    return stats["allocated_bytes.peak"] / 2**30 if "allocated_bytes.peak" in stats else None
+    if "active_bytes.peak" not in stats:
+        return None
+    torch.cuda.memory.reset_peak_host_memory_stats()
+    return stats["active_bytes.peak"] / 2**30
 
 
 def main() -> None:
@@ -171,7 +177,7 @@ def main() -> None:
     parser.add_argument("--sdpa", choices=KERNELS)
     parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
-    for flag in ("checkpointing", "max-autotune", "tiny"):
+    for flag in ("checkpointing", "max-autotune", "eager-rounding", "tiny"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--wait", action="store_true", help="after the steps that compile say so, and wait for a line")
     parser.add_argument("--out", required=True)

@@ -109,17 +109,20 @@ def _inductor_calls() -> Iterator[list[tuple[int, bool]]]:
 
 
 def _captures(entries: dict[int, object], calls: list[tuple[int, bool]]) -> list[Capture]:
-    """A backward that is compiled later has an entry of its own, under the id of its forward."""
+    """A backward that is compiled later has an entry of its own, under the id of its forward; so has the time that
+    Triton's autotuning takes when kernels first run, which compiles no graph."""
     found: list[Capture] = []
     of_id: dict[str, Capture] = {}
     for number, entry in entries.items():
-        if entry.is_forward or entry.compile_id not in of_id:
-            name = entry.co_name or "backward of an earlier capture"
-            found.append(Capture(name, entry.recompile_reason))
-            of_id[entry.compile_id] = found[-1]
-        one = of_id[entry.compile_id]
-        one.seconds += (entry.duration_us or 0) / 1e6
         backward = [of_backward for at, of_backward in calls if at == number]
+        one = None if entry.is_forward and entry.co_name else of_id.get(entry.compile_id)
+        if one is None and not entry.co_name and not backward and found:
+            one = found[-1]
+        if one is None:
+            one = Capture(entry.co_name or "backward of an earlier capture", entry.recompile_reason)
+            found.append(one)
+            of_id[entry.compile_id] = one
+        one.seconds += (entry.duration_us or 0) / 1e6
         one.backward += sum(backward)
         one.forward += len(backward) - sum(backward)
     return found

@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import NAME, register
+from unsloth_puzzles.attention.models import implementation, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
@@ -41,6 +41,7 @@ def compile_qlora(
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
     offload_checkpoints: bool = True,
+    eager_rounding: bool = False,
     **loss_options: object,
 ) -> "CompiledQLoRA":
     """Compile `model`, a causal LM of transformers in NF4 with adapters of PEFT, or the `Trainer` of one.
@@ -54,6 +55,10 @@ def compile_qlora(
 
     offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
     Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
+
+    eager_rounding: round after each operation, as eager mode does, instead of once at the end of a fused kernel. Then
+    the losses are eager mode's; without it they are nearer to float32's. (Eager mode rounds the sum of a layer's output
+    and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
 
     Calls with a KV cache (generation) run as before, not compiled.
     The KV cache is switched off for other calls, with a warning if it was on.
@@ -90,7 +95,7 @@ def compile_qlora(
         undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
         undoing.enter_context(fx_config.patch(use_duck_shape=False))
         products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
-        options = {**_OPTIONS, **(autotune.OPTIONS if max_autotune else {})}
+        options = {**_OPTIONS, "emulate_precision_casts": eager_rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
             undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
@@ -139,7 +144,7 @@ def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
 def _set_attention(causal_lm: PreTrainedModel, attention: str) -> Callable[[], None]:
     before = causal_lm.config._attn_implementation
     register()
-    causal_lm.set_attn_implementation(NAME if attention == "auto" else f"{NAME}_{attention}")
+    causal_lm.set_attn_implementation(implementation(attention))
     return lambda: causal_lm.set_attn_implementation(before)
 
 
