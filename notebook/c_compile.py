@@ -144,13 +144,12 @@ else:
 import gc
 import math
 import statistics
-from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
 
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.count import Capture, Counts, count_compilations
 
 DEVICE = hardware.device
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
@@ -288,121 +287,17 @@ judge(issues, "flex, packed sequences", checks["packed"])
 # %% [markdown]
 # ### Check 3: a training run, counted
 #
-# `transformers.Trainer` over the 4-bit model with adapters, every batch of another length. Graph breaks, graphs and
-# reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted apart, batches
-# that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new functions, each
-# compiled once.
+# `transformers.Trainer` over the 4-bit model with adapters, 60 steps, every batch of another length. Graph breaks,
+# graphs and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
+# apart, batches that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new
+# functions, each compiled once.
+#
+# This and the runs further below have processes of their own. In a checkout a script has made them before
+# (`make sweeps`), and what is shown says on what hardware and when; else they are made here, fewer and smaller. Those
+# of another machine or of other code are shown, too, but are no part of the score.
 
 # %%
-import tempfile
-
-from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
-
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.compiled.qlora import compile_qlora
-
-STEPS = 60 if GPU else 4
-small = llama_1b_config() if GPU else tiny_llama_config()
-longest = 512 if GPU else 48
-
-
-def qlora_model(dtype):
-    model = random_nf4_llama(small, DEVICE, dtype)
-    model.config.use_cache = False
-    torch.manual_seed(SEED)
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return model.train()
-
-
-def batch(rows, number, packed=False):
-    ids = torch.randint(small.vocab_size, (2, rows), generator=torch.Generator().manual_seed(number))
-    starts = [torch.arange(rows // 3), torch.arange(rows - rows // 3)]
-    return {"input_ids": ids, "labels": ids, **({"position_ids": torch.cat(starts).expand(2, -1)} if packed else {})}
-
-
-class Batches(torch.utils.data.IterableDataset):
-    """Each batch is a row of the data set, since each has its own length: the longest first, then all different."""
-
-    def __init__(self, number, packed=False):
-        drawn = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED)) + 9
-        self.lengths, self.packed = [longest, *drawn[: number - 1].tolist()], packed
-
-    def __iter__(self):
-        return (batch(rows, number, self.packed) for number, rows in enumerate(self.lengths))
-
-
-def trained(compiled):
-    """Losses of `STEPS` steps of a Trainer, then of packed batches and of an evaluation, and the counts of both."""
-    model = qlora_model(torch.float32)
-    settings = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
-        learning_rate=1e-4, logging_steps=1, save_strategy="no", seed=SEED, use_cpu=not GPU, disable_tqdm=True,
-        remove_unused_columns=False, max_grad_norm=0.0, prediction_loss_only=True,
-    )  # fmt: skip
-    settings._n_gpu = min(settings.n_gpu, 1)  # a 4-bit model trains on one, and so does its batch
-    data = Batches(STEPS)
-    trainer = Trainer(model, settings, train_dataset=data, eval_dataset=Batches(3), data_collator=lambda rows: rows[0])
-    trainer.remove_callback(PrinterCallback)
-    with compile_qlora(trainer) if compiled else nullcontext():
-        with count_compilations() as counts:
-            trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
-        with count_compilations() as later:
-            for one in Batches(3, packed=True):
-                loss = trainer.training_step(model, {name: tensor.to(DEVICE) for name, tensor in one.items()})
-                losses.append(loss.item())
-            losses.append(trainer.evaluate()["eval_loss"])
-    return losses, counts, later
-
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
-losses, counts, later = trained(compiled=True)
-print(f"{STEPS} steps of {len(set(Batches(STEPS).lengths))} lengths: {counts.compilations} compilations,", end=" ")
-print(f"{counts.seconds:.0f} s of them; graph breaks: {counts.graph_breaks or 'none'}")
-display(Markdown(counts.table()))
-print(f"packed batches and an evaluation: {later.compilations} more; graph breaks: {later.graph_breaks or 'none'}")
-display(Markdown(later.table()))
-again = [one.reason for one in (*counts.captures, *later.captures) if one.reason]
-print("compiled again for a reason of Dynamo's:", *again or ["nothing"], sep="\n  ")
-everything = [*counts.captures, *later.captures]
-layer = [one for one in everything if one.name.startswith("LlamaDecoderLayer")]
-norm = [one for one in everything if one.name.startswith("norm")]
-loss_runs = [one for one in everything if one.name.startswith("run_")]
-breaks = sum(counts.graph_breaks.values()) + sum(later.graph_breaks.values())
-for case, of in (
-    ("4-bit linear", layer), ("attention", layer), ("MLP", layer), ("layer norms", layer + norm), ("loss", loss_runs),
-):  # fmt: skip
-    if of:
-        results.add("graph_breaks", case, breaks, "graph breaks")
-        results.add("compilations", case, sum(one.compilations for one in of), "compilations")
-    else:
-        print(f"FAILED: {case}: was not compiled")
-results.add("compilations", f"{STEPS} steps of a Trainer", counts.compilations, "compilations")
-results.add("compilations", "packed batches and an evaluation after them", later.compilations, "compilations")
-results.add("graph_breaks", "all", breaks, "graph breaks")
-
-# %% [markdown]
-# ### Check 4: the loss is that of the uncompiled model
-#
-# In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
-# loss over bitsandbytes' layers.
-
-# %%
-plain, *_ = trained(compiled=False)
-apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-results.add("loss_difference", "compiled, float32", max(apart), "loss")
-print(f"float32: losses of {STEPS} steps, 3 packed batches and an evaluation differ by at most {max(apart):.1e}")
-judge(results, "the uncompiled model's loss, float32", {f"number {n}": gap <= 1e-4 for n, gap in enumerate(apart, 1)})
-
-# %% [markdown]
-# ### Time and memory of a step
-#
-# Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
-# bitsandbytes as they are, beside the same under `compile_qlora`, each run in a process of its own. Between no
-# checkpointing and checkpointing lies the compiler's own budget for what is kept. In a checkout a script has made the
-# runs before (`make sweeps`), and the figures say on what hardware and when; else they are made here, fewer and
-# smaller.
+# write: unsloth_puzzles/comparisons/qlora_trainer.py
 
 # %%
 # write: unsloth_puzzles/comparisons/qlora_sweeps.py
@@ -413,28 +308,83 @@ from unsloth_puzzles.comparisons import qlora_sweeps
 if GPU:
     few = {"batch": 2, "lengths": [1024] * 12, "dtype": str(SIXTEEN).removeprefix("torch.")}
     few |= {"memory_gib": 15.0} if hardware.rehearsal else {}
+    trainer = {}
 else:
     few = {"batch": 2, "lengths": [24, 17, 40], "dtype": "float32", "tiny": True}
-FEW = {
+    trainer = {"steps": 4, "longest": 48, "tiny": True}
+FEW = {name: {**run, **trainer} for name, run in qlora_sweeps.TRAINER.items()} | {
     f"{candidate}, {name}": {"candidate": candidate, **given, **few}
-    for name, given in qlora_sweeps.CHECKPOINTING.items()
-    for candidate in ("eager", "compiled")
+    for name, given in list(qlora_sweeps.CHECKPOINTING.items())[: None if GPU else 1]
+    for candidate in qlora_sweeps.CANDIDATES
 }
+gc.collect()
 if GPU:
     FEW["compiled, max-autotune"] = {"candidate": "compiled", "max_autotune": True, **few}
-    gc.collect()
-    torch.cuda.empty_cache()  # the processes need what the trainings above have held
+    torch.cuda.empty_cache()  # the processes need what the checks above have held
 swept = qlora_sweeps.load_or_measure("resources/measurements/c_compile_sweeps.json", FEW, hardware)
-runs = {name: run for name, run in swept["runs"].items() if "error" not in run}
 SWEPT = f"{swept['hardware']['name']}, {swept['date']}, random weights"
-HERE = GPU and all(
-    swept[name] == own
-    for name, own in (("versions", results.versions), ("sources", qlora_sweeps.sources()))
-) and swept["hardware"]["name"] == hardware.name  # fmt: skip
+now = (hardware.name, results.versions, qlora_sweeps.sources())
+HERE = (swept["hardware"]["name"], swept["versions"], swept["sources"]) == now
+print(SWEPT + ("" if HERE else ": not this machine, or not this code, so no figure of it is part of the score"))
 for name, run in swept["runs"].items():
     if "error" in run:
         print(f"FAILED: {name}: {run['error']}")
-print(SWEPT + ("" if HERE else ": not this machine, or not this code, so no figure of it is part of the score"))
+runs = {name: run for name, run in swept["runs"].items() if "step_ms" in run}
+
+
+# %%
+def captures(run, prefix=""):
+    return [Capture(**one) for one in run[f"{prefix}captures"]]
+
+
+training, uncompiled = (swept["runs"][f"trainer, {candidate}"] for candidate in ("compiled", "eager"))
+everything = captures(training) + captures(training, "later_")
+breaks = sum(training["graph_breaks"].values()) + sum(training["later_graph_breaks"].values())
+print(f"{training['steps']} steps of {len(set(training['lengths']))} lengths: {training['compilations']} compilations,")
+print(f"{training['compile_seconds']:.0f} s of them; graph breaks: {training['graph_breaks'] or 'none'}; {SWEPT}")
+display(Markdown(Counts(captures(training)).table()))
+print(f"packed batches and an evaluation: {training['later_compilations']} compilations more,", end=" ")
+print(f"graph breaks: {training['later_graph_breaks'] or 'none'}")
+display(Markdown(Counts(captures(training, "later_")).table()))
+print("again for a reason of Dynamo's:", *[one.reason for one in everything if one.reason] or ["nothing"], sep="\n  ")
+layer = [one for one in everything if one.name.startswith("LlamaDecoderLayer")]
+norm = [one for one in everything if one.name.startswith("norm")]
+loss_runs = [one for one in everything if one.name.startswith("run_")]
+for case, of in (
+    ("4-bit linear", layer), ("attention", layer), ("MLP", layer), ("layer norms", layer + norm), ("loss", loss_runs),
+):  # fmt: skip
+    if not of:
+        print(f"FAILED: {case}: was not compiled")
+    elif HERE:
+        results.add("graph_breaks", case, breaks, "graph breaks")
+        results.add("compilations", case, sum(one.compilations for one in of), "compilations")
+if HERE:
+    results.add("compilations", f"{training['steps']} steps of a Trainer", training["compilations"], "compilations")
+    results.add("compilations", "packed, evaluated afterwards", training["later_compilations"], "compilations")
+    results.add("graph_breaks", "all", breaks, "graph breaks")
+
+# %% [markdown]
+# ### Check 4: the loss is that of the uncompiled model
+#
+# In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
+# loss over bitsandbytes' layers.
+
+# %%
+apart = [abs(a - b) for a, b in zip(training["losses"], uncompiled["losses"], strict=True)]
+print(f"float32: {len(apart)} losses differ by at most {max(apart):.1e}; {SWEPT}")
+print(f"the first {training['losses'][0]:.4f}, the last of training {training['losses'][training['steps'] - 1]:.4f}")
+if HERE:
+    results.add("loss_difference", "compiled, float32", max(apart), "loss")
+    judge(results, "the uncompiled model's loss, float32", {f"loss {n}": gap <= 1e-4 for n, gap in enumerate(apart, 1)})
+
+# %% [markdown]
+# ### Time and memory of a step
+#
+# Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
+# bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
+# compiler's own budget for what is kept.
+
+# %%
 heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
 lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
 for name, run in runs.items():
@@ -445,7 +395,7 @@ for name, run in runs.items():
 display(Markdown("\n".join(lines)))
 print("spread: 10th to 90th percentile of the second half of the steps. Several runs compile at the same time, so the")
 print("seconds are more than a run alone would take; each is timed while the others wait.")
-for case in qlora_sweeps.CHECKPOINTING if HERE else ():
+for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
     mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
     if mine and other:
         at = f"{case}, {mine['batch']} x {mine['lengths'][0]}, {mine['dtype']}"
@@ -517,10 +467,10 @@ else:
 # among themselves, twice that at most. The same for a rehearsal of a T4: float16, 15 GiB of memory, 2 x 1024 tokens,
 # SDPA.
 #
-# By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B begins
-# at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than half a
-# unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again: the first
-# updates are without effect. Compiled code adds before it rounds. Which is right a run in float32 tells.
+# By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B
+# begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than
+# half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again: the
+# first updates are without effect. Compiled code adds before it rounds. Which is right a run in float32 tells.
 
 
 # %%

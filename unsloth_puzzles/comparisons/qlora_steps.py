@@ -58,8 +58,8 @@ def measure(
     memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
-    "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures", "graph_breaks",
-    "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of matrix products in a
+    "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures",
+    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of matrix products in a
     step, by the profiler; and the settings.
     """
     if candidate not in CANDIDATES:
@@ -70,7 +70,7 @@ def measure(
     settings = {name: value for name, value in locals().items() if name not in ("lengths", "ready")}
     if memory_gib and device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
-    model = _model(device, getattr(torch, dtype), checkpointing, tiny)
+    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
@@ -117,7 +117,8 @@ def measure(
     }
 
 
-def _model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool):
+def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool):
+    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers."""
     config = tiny_llama_config() if tiny else llama_1b_config()
     model = random_nf4_llama(config, device, dtype)
     model.config.use_cache = False
@@ -182,11 +183,12 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="after the steps that compile say so, and wait for a line")
     parser.add_argument("--out", required=True)
     given = vars(parser.parse_args())
-    out, wait = Path(given.pop("out")), given.pop("wait")
-    out.write_text(json.dumps(measure(**given, **({"ready": _wait} if wait else {}))))
+    out, waits = Path(given.pop("out")), given.pop("wait")
+    out.write_text(json.dumps(measure(**given, **({"ready": wait} if waits else {}))))
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Say on the standard output that the run is ready, and wait for a line from whoever started it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -2,8 +2,9 @@
 
     python -m unsloth_puzzles.comparisons.qlora_sweeps resources/measurements/c_compile_sweeps.json
 
-The file is {"hardware", "versions", "sources", "date", "runs": {name: what `qlora_steps.measure` returns}}. It is saved
-after each run. A run that is there already, of the same settings, sources, machine and versions, is not made again.
+The file is {"hardware", "versions", "sources", "date", "runs": {name: what `measure` of `qlora_steps`, or of the
+"module" that was asked for, returns}}. It is saved after each run. A run that is there already, of the same settings,
+sources, machine and versions, is not made again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 import unsloth_puzzles
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES
 
 STEPS = 60
 LONGEST = 1024
@@ -44,8 +46,10 @@ T4 = {"dtype": "float16", "attention": "sdpa", "memory_gib": 15.0, "batch": 2, "
 RUNS = {
     f"{candidate}, {name}": {"candidate": candidate, **given}
     for name, given in CHECKPOINTING.items()
-    for candidate in ("eager", "compiled")
+    for candidate in CANDIDATES
 }
+TRAINER = {f"trainer, {candidate}": {"module": "qlora_trainer", "candidate": candidate} for candidate in CANDIDATES}
+RUNS |= TRAINER
 RUNS |= {f"parity, eager, {kernel}": {"candidate": "eager", "sdpa": kernel, **PARITY} for kernel in KERNELS}
 # cuDNN, which "auto" takes on an H200, plans anew for every length: a tenth of a second each (197 ms a step and 128).
 RUNS |= {"parity, compiled": {"candidate": "compiled", "attention": "flash", **PARITY}}
@@ -106,7 +110,8 @@ def sources() -> str:
     folder = Path(unsloth_puzzles.__file__).parent
     files = [path for part in ("attention", "backprop", "compiled", "nf4") for path in (folder / part).glob("*.py")]
     digest = hashlib.sha256()
-    for path in sorted([*files, folder / "comparisons" / "qlora_steps.py", folder / "bench" / "models.py"]):
+    of_runs = [folder / "comparisons" / f"{name}.py" for name in ("qlora_steps", "qlora_trainer")]
+    for path in sorted([*files, *of_runs, folder / "bench" / "models.py"]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -135,7 +140,8 @@ def run(group: list[dict]) -> Iterator[dict]:
 
 def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:
     place.mkdir()
-    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.qlora_steps", "--wait"]
+    settings = {"module": "qlora_steps", **settings}
+    command = [sys.executable, "-m", f"unsloth_puzzles.comparisons.{settings.pop('module')}", "--wait"]
     for name, value in {"out": place / "steps.json", **settings}.items():
         flag = f"--{name.replace('_', '-')}"
         text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -162,6 +168,8 @@ def summary(run: dict) -> str:
     """A line about a run."""
     if "error" in run:
         return f"failed: {run['error']}"
+    if "step_ms" not in run:
+        return f"{len(run['losses'])} losses, {run['compilations']} compilations in {run['compile_seconds']:.0f} s"
     memory = "" if run["peak_gib"] is None else f", {run['peak_gib']:.2f} GiB"
     compiled = f", {run['compilations']} compilations in {run['compile_seconds']:.0f} s"
     return f"{step_ms(run)[0]:.1f} ms{memory}{compiled if run['compilations'] else ''}"
@@ -173,7 +181,7 @@ def main() -> None:
     path = parser.parse_args().path
     if not torch.cuda.is_available():
         parser.error("these runs need a GPU; the notebook makes small ones on a CPU")
-    measure(path, RUNS, together=8)
+    measure(path, RUNS, together=9)
 
 
 if __name__ == "__main__":
