@@ -59,8 +59,8 @@ def measure(
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
     "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures",
-    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of matrix products in a
-    step, by the profiler; and the settings.
+    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of
+    matrix products in a step, by the profiler; and the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
