@@ -395,6 +395,13 @@ for name, run in runs.items():
 display(Markdown("\n".join(lines)))
 print("spread: 10th to 90th percentile of the second half of the steps. Several runs compile at the same time, so the")
 print("seconds are more than a run alone would take; each is timed while the others wait.")
+for case in qlora_sweeps.CHECKPOINTING if GPU else ():
+    mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
+    if mine and other:
+        saved = qlora_sweeps.step_ms(other)[0] - qlora_sweeps.step_ms(mine)[0]
+        spent = sum(mine["step_ms"][:2]) - sum(other["step_ms"][:2])
+        after = f"paid for after {math.ceil(spent / saved)} steps" if saved > 0 else "never paid for"
+        print(f"{case}: compiling costs {spent / 1e3:.0f} s once and saves {saved:.1f} ms a step: {after}")
 for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
     mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
     if mine and other:
@@ -408,14 +415,17 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
 points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(("parity", "rehearsal"))}
 if points:
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    places = []
     for name, run in points.items():
         at = run["peak_gib"], qlora_sweeps.step_ms(run)[0]
         color = "tab:red" if name.startswith("eager") else "tab:blue"
         axes.plot(*at, "s" if run["checkpointing"] else "o", color=color)
-        below = name == "compiled, max-autotune"
-        axes.annotate(name, at, xytext=(5, -10 if below else 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms", ylim=(0, None))
-    axes.set_xlim(0, 1.3 * max(run["peak_gib"] for run in points.values()))
+        near = sum(abs(at[0] - x) < 1 and abs(at[1] - y) < 8 for x, y in places)  # their labels go below one another
+        axes.annotate(name, at, xytext=(6, 4 - 9 * near), textcoords="offset points", fontsize=7)
+        places.append(at)
+    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms")
+    axes.set_xlim(0, 1.3 * max(x for x, _ in places))
+    axes.set_ylim(0, 1.1 * max(y for _, y in places))
     one = next(iter(points.values()))
     axes.set_title(
         f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}", fontsize=9
@@ -502,29 +512,26 @@ for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
 
 # %%
 parity = {name.removeprefix("parity, "): run for name, run in runs.items() if name.startswith("parity")}
-if {"compiled", "eager, flash"} <= parity.keys():
-    mine, eager = parity["compiled"], parity["eager, flash"]
-    gained = [a - b for a, b in zip(eager["step_ms"], mine["step_ms"], strict=True)]
-    warm = statistics.median(gained[len(gained) // 2 :])
-    spent = sum(mine["step_ms"][:3]) - sum(eager["step_ms"][:3])
-    print(
-        f"compiling costs {spent / 1e3:.0f} s once and saves {warm:.0f} ms a step: paid for after "
-        f"{math.ceil(spent / warm)} steps"
-        if warm > 0
-        else "no step is saved at these lengths"
-    )
-    figure, panes = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
+if "compiled" in parity and len(parity) > 1:
+    mine = parity["compiled"]
+    figure, panes = plt.subplots(4, 1, figsize=(9, 10), sharex=True, layout="constrained")
     shown = range(1, len(mine["losses"]) + 1)
     for name, run in parity.items():
         thin = name.startswith(("compiled", "float32"))
         style = {"linewidth": 1.2} if thin else {"linewidth": 2.5, "alpha": 0.5}
         panes[0].plot(shown, run["losses"], label=name, **style)
-        panes[1].semilogy(shown, run["step_ms"], label=name, **style)
-        panes[2].plot(shown, run["step_peak_gib"], label=name, **style)
-    for axes, label in zip(panes, ("loss, nats a token", "a step, ms", "peak memory, GiB"), strict=True):
+        if "float32" in parity and name != "float32":
+            off = [abs(a - b) for a, b in zip(run["losses"], parity["float32"]["losses"], strict=True)]
+            panes[1].semilogy(shown, off, label=name, **style)
+        else:
+            panes[1].plot([], [], **style)  # keeps the colours in step
+        panes[2].semilogy(shown, run["step_ms"], label=name, **style)
+        panes[3].plot(shown, run["step_peak_gib"], label=name, **style)
+    names = ("loss, nats a token", "from float32's loss, nats", "a step, ms", "peak memory, GiB")
+    for axes, label in zip(panes, names, strict=True):
         axes.set_ylabel(label)
-        axes.legend(fontsize=7)
-    panes[2].set_xlabel("step")
+    panes[0].legend(fontsize=7)
+    panes[3].set_xlabel("step")
     tokens = f"{mine['batch']} x up to {max(mine['lengths'])} tokens, {mine['dtype']}"
     figure.suptitle(f"QLoRA of Llama 3.2 1B, {tokens}; {SWEPT}", fontsize=9)
     figure.savefig("resources/c_compile_parity.png", dpi=110)
