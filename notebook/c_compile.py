@@ -123,6 +123,9 @@ else:
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%
+# show: unsloth_puzzles/compiled/swiglu.py
+
+# %%
 # show: unsloth_puzzles/compiled/weights.py
 
 # %%

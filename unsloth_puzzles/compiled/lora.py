@@ -55,6 +55,12 @@ def _scaled_inside() -> type:
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
 
 
+def plain_adapter(layer: LoraLayer) -> str | None:
+    """The name of the one adapter that is plain LoRA and active; None if there is none, more than one, or another."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 and _is_plain(layer) else None
+
+
 def _is_plain(layer: LoraLayer) -> bool:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     odd = any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in names)
