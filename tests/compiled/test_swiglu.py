@@ -53,8 +53,8 @@ def test_in_16_bits_no_worse_than_the_formula(dtype, device):
     assert found[0] <= 0.75 * torch.finfo(dtype).eps  # one rounding
 
 
-def make_model(**options):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)
+def make_model(dtype=torch.float32, **options):
+    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cpu", dtype)
     torch.manual_seed(0)
     given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     model = get_peft_model(model, LoraConfig(**given))
@@ -100,6 +100,20 @@ def test_other_adapters_stay_as_they_are(options, monkeypatch):
     monkeypatch.setattr(LoraSwiGLU, "apply", None)
     fuse_swiglu(model)
     assert torch.equal(step(model), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_of_another_dtype_are_inside_under_autocast_alone(autocast, monkeypatch):
+    """PEFT keeps adapters in float32 under a model in bfloat16, and without autocast computes them so."""
+    model, calls = make_model(dtype=torch.bfloat16), []
+    apply = LoraSwiGLU.apply
+    monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = step(model)
+        fuse_swiglu(model)
+        found = step(model)
+    assert len(calls) == (2 if autocast else 0)
+    assert (found - expected).norm() <= (0.02 if autocast else 0) * expected.norm()
 
 
 def test_disabled_adapters_are_left_out(monkeypatch):

@@ -178,7 +178,7 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 def _fused_class(cls: type) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not all(_has_plain_adapter(layer) for layer in (gate, up, down)):
+        if not all(_can_be_inside(layer, x) for layer in (gate, up, down)):
             return cls.forward(self, x)
         g, ig, bg = _parts(gate, x)
         u, iu, bu = _parts(up, x)
@@ -190,16 +190,17 @@ def _fused_class(cls: type) -> type:
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
 
 
-def _has_plain_adapter(layer) -> bool:
-    """Without dropout, which would come between the activation and the adapter."""
+def _can_be_inside(layer, x: torch.Tensor) -> bool:
+    """A plain adapter that computes in the dtype of x, without dropout between the activation and itself."""
     name = plain_adapter(layer)
-    return name is not None and isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+        return False
+    return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
 
 
 def _parts(layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The frozen layer's output, the adapter's r columns, and its B, in the dtype of the output."""
     name = plain_adapter(layer)
-    base, a = layer.base_layer(x), layer.lora_A[name]
-    autocast = torch.is_autocast_enabled(x.device.type)
-    inside = a(x if autocast else x.to(a.weight.dtype)) * layer.scaling[name]
+    base = layer.base_layer(x)
+    inside = layer.lora_A[name](x) * layer.scaling[name]
     return base, inside.to(base.dtype), layer.lora_B[name].weight.to(base.dtype)
