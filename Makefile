@@ -1,6 +1,7 @@
 # make notebook      build the notebook, execute it for the hardware found, print the scorecard (writes build/ only)
 # make test          lint, format, tests
 # make publish       on a GPU: the same run, kept as the committed notebook, resources/ and README
+# make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
 # make colab-check   the notebook alone in an environment that holds only torch, triton and Jupyter
@@ -9,6 +10,7 @@
 # Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
 
 NOTEBOOK := Rohit_Unsloth_Puzzles.ipynb
+MEASURED := resources/measurements
 VENV ?= .venv
 FITS := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -24,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help notebook test publish gpu-test rehearsal colab-check build clean
+.PHONY: help notebook test publish sweeps gpu-test rehearsal colab-check build clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -41,18 +43,22 @@ build: $(READY)
 	@$(RUN) -m tools.build_notebook --output build/$(NOTEBOOK)
 
 notebook: build
-	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED)
 
 test: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 publish: build
-	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --need-gpu
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED) --need-gpu
 	cp build/run/$(NOTEBOOK) $(NOTEBOOK)
 	mkdir -p resources && cp -R build/run/resources/. resources/
 	$(RUN) -m tools.build_readme
+
+sweeps: $(READY)
+	$(RUN) -m unsloth_puzzles.comparisons.linear_loss_sweeps $(MEASURED)/e_backprop_sweeps.json
+	$(RUN) -m unsloth_puzzles.comparisons.qlora_sweeps $(MEASURED)/c_compile_sweeps.json
 
 gpu-test: $(READY)
 	$(RUN) -m tools.gpu_tests

@@ -387,6 +387,12 @@ else:
 # come from those binaries.
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
+from unsloth_puzzles.comparisons.sanitize import sanitizer_errors
+
+SANITIZED = GPU and hardware.sm >= 80 and not hardware.rehearsal
+sanitizing = ThreadPoolExecutor(1).submit(sanitizer_errors) if SANITIZED else None
 t4_reports = cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:t4_jobs")
 for report in t4_reports:
     results.add("sm75_spills", report.name, report.spills, "bytes")
@@ -401,10 +407,8 @@ worst = max(report.registers for report in t4_reports), max(report.shared for re
 print(f"all {len(t4_reports)} builds: no spills, at most {worst[0]} registers and {worst[1]} bytes shared")
 
 # %%
-if GPU and hardware.sm >= 80 and not hardware.rehearsal:
-    from unsloth_puzzles.comparisons.sanitize import sanitizer_errors
-
-    errors = sanitizer_errors()
+if sanitizing:
+    errors = sanitizing.result()
     if isinstance(errors, str):
         print("SKIPPED:", errors)
     else:

@@ -23,7 +23,9 @@
 #
 # - **One function for all layers.** Weights, adapters and quantisation states are inputs of the graph, so that sixteen
 #   layers, and their recomputation under gradient checkpointing, run one graph. The first layer has one of its own: its
-#   input, the embeddings, wants no gradient.
+#   input, the embeddings, wants no gradient. What else is no number (gradients or not, the kind of mask) has a function
+#   of its own, too. One reason to compile *again* is left: an evaluation of a few rows, for which bitsandbytes' fused
+#   kernel is the faster one.
 # - **Lengths are variables** from the first compilation on: batch and length are marked dynamic, and nothing in the
 #   graph compares them with another size that happens to be equal (`use_duck_shape`).
 # - **Masks are tensors.** Flex attention's block indices are found by comparing the first and last position, and the
@@ -121,6 +123,18 @@ else:
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%
+# show: unsloth_puzzles/compiled/swiglu.py
+
+# %%
+# show: unsloth_puzzles/compiled/weights.py
+
+# %%
+# show: unsloth_puzzles/compiled/autotune.py
+
+# %%
+# show: unsloth_puzzles/compiled/checkpoint.py
+
+# %%
 # show: unsloth_puzzles/compiled/count.py
 
 # %%
@@ -130,9 +144,15 @@ else:
 # write: unsloth_puzzles/comparisons/qlora_steps.py
 
 # %%
+import gc
+import math
+import statistics
+
+import matplotlib.pyplot as plt
+
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.count import Capture, Counts, count_compilations
 
 DEVICE = hardware.device
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
@@ -151,11 +171,430 @@ def judge(into, case, checks):
 display(Markdown(backend_table(DEVICE)))
 
 # %% [markdown]
-# ### What this section does not show yet
+# ### Check 1: every backend against float64
 #
-# Its checks and figures: each backend against float64, the counted training run, its loss beside the uncompiled one's,
-# time and memory of its steps. Until a run here measures them the criteria count as not measured. Known and not mended:
-# flex attention outside of a compiled layer fails to compile on a GPU if the first length it meets is below 128 (77
-# was seen to fail), since Inductor then takes its kernel for decoding; and a model that is trained on plain and packed
-# batches and then evaluated on short ones needs more variants of a layer than Dynamo's limit of 8, and stops with an
-# error that says so.
+# Forward and, on a GPU, backward; each request on each backend that can do it. A backend's error may be no larger than
+# that of the formula computed in float32 on the same 16-bit inputs plus two roundings of its dtype, since kernels round
+# the probabilities and the output, too. What a backend cannot do it must refuse.
+
+# %%
+REQUESTS = {
+    "causal": {},
+    "window": {"window": 100},
+    "packed": {"documents": True},
+    "packed with a window": {"documents": True, "window": 50},
+    "soft cap": {"soft_cap": 2.0},
+}
+generator = torch.Generator().manual_seed(SEED)
+
+
+def drawn(length, dtype, heads=4, kv_heads=2, size=2, width=64):
+    """Query, key, value and document ids of a batch."""
+    shapes = [(heads, length), (kv_heads, length), (kv_heads, length)]
+    data = [torch.randn(size, n, rows, width, generator=generator).to(DEVICE, dtype) for n, rows in shapes]
+    return data, (torch.rand(size, length, generator=generator) < 8 / length).cumsum(-1).to(DEVICE)
+
+
+def output_and_gradients(data, backend, asked):
+    data = [tensor.detach().requires_grad_(GPU) for tensor in data]
+    out = attention(*data, backend=backend, **asked)
+    return [out.detach(), *(torch.autograd.grad(out, data, slope_of(out)) if GPU else ())]
+
+
+def slope_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED)).to(dtype).to(out)
+
+
+def second_terms(data, asked, out):
+    """Norms of what a softmax subtracts in the gradients of query and key: P times the sums of dO * O over a head.
+
+    Kernels round O before they sum. Where the gradient cancels, with a single key all of it, that rounding remains.
+    """
+    query, key, value = (tensor.double() for tensor in data)
+    value.requires_grad_()
+    sums = (slope_of(out) * out).norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
+    of_query = sums * attention(query, key, key, backend="dense", **asked)
+    of_key = torch.autograd.grad(attention(query, key, value, backend="dense", **asked), value, sums * query)[0]
+    return [0, of_query.norm().item(), of_key.norm().item(), 0]
+
+
+def close(data, backend, asked):
+    """Whether output and gradients are as near to float64's as the formula's and two roundings of the dtype."""
+    found = output_and_gradients(data, backend, asked)
+    formula = output_and_gradients(data, "dense", asked)
+    exact = output_and_gradients([t.double() for t in data], "dense", asked)
+    terms = second_terms(data, asked, exact[0]) if GPU else [0]
+    for one, plain, true, term in zip(found, formula, exact, terms, strict=True):
+        off, allowed = ((tensor.double() - true).norm().item() for tensor in (one, plain))
+        allowed += 2 * torch.finfo(dtype).eps * (true.norm().item() + term)
+        if not off <= allowed + 1e-6:  # NaN fails
+            return False
+    return True
+
+
+dtype = SIXTEEN if GPU else torch.float32
+for backend, one in BACKENDS.items():
+    if reason := one.missing(torch.device(DEVICE)):
+        print(f"SKIPPED: {backend}: {reason}")
+        continue
+    checks = {}
+    for name, request in REQUESTS.items():
+        for rows in (77, 256, 1000) if GPU else (77,):
+            data, documents = drawn(rows, dtype)
+            asked = {**request, **({"documents": documents} if "documents" in request else {})}
+            try:
+                checks[f"{name}, {rows}"] = close(data, backend, asked)
+            except ValueError as refusal:
+                checks[f"{name}: refused by name"] = f"{backend} cannot do" in str(refusal)
+    judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", checks)
+
+# %% [markdown]
+# ### Check 2: flex attention, compiled once
+#
+# Over 50 lengths, three windows, packed and not, forward and (on a GPU) backward: the result of every one is compared
+# with the formula, and the graphs are counted. Then `fail_on_recompile` forbids any more, for lengths never seen.
+
+# %%
+WINDOWS = (None, 64, 1000)
+lengths = [1, 4096, *torch.randint(2, 4096, (50,), generator=generator).tolist()] if GPU else [1, 300, 40, 129, 64]
+checks = {"static": {}, "dynamic": {}, "windows": {}, "packed": {}}
+
+
+def flex_step(rows, window, packed, kinds):
+    data, documents = drawn(rows, dtype)
+    asked = {"window": window, **({"documents": documents} if packed else {})}
+    good = close(data, "flex", asked)
+    for kind in kinds:
+        checks[kind][f"{rows} rows, window {window}, {'packed' if packed else 'one document'}"] = good
+
+
+torch._dynamo.reset()  # check 1 has compiled it already
+with count_compilations() as counts:
+    for number, rows in enumerate(lengths):
+        window, packed = WINDOWS[number % 3], number % 2 == 0
+        kinds = ["dynamic"] + ["windows"] * (window is not None) + ["packed"] * packed + ["static"] * (number < 3)
+        flex_step(rows, window, packed, kinds)
+with torch.compiler.set_stance("fail_on_recompile"):
+    for rows in (3, 111, 333):
+        flex_step(rows, 17, True, ["dynamic", "windows", "packed"])
+assert counts.graphs >= 1, "nothing was counted"
+print(f"{len(lengths)} lengths from {min(lengths)} to {max(lengths)}: {counts.graphs} graphs")
+display(Markdown(counts.table()))
+for into in (results, issues):
+    judge(into, "flex, dynamic lengths", checks["dynamic"])
+    into.add("compilations", "flex", counts.compilations, "compilations")
+judge(results, "flex, static lengths", checks["static"])
+judge(issues, "flex, sliding windows", checks["windows"])
+judge(issues, "flex, packed sequences", checks["packed"])
+
+# %% [markdown]
+# ### Check 3: a training run, counted
+#
+# `transformers.Trainer` over the 4-bit model with adapters, 60 steps, every batch of another length. Graph breaks,
+# graphs and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
+# apart, batches that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new
+# functions, each compiled once.
+#
+# This and the runs further below have processes of their own. In a checkout a script has made them before
+# (`make sweeps`), and what is shown says on what hardware and when; else they are made here, fewer and smaller. Those
+# of another machine or of other code are shown, too, but are no part of the score.
+
+# %%
+# write: unsloth_puzzles/comparisons/qlora_trainer.py
+
+# %%
+# write: unsloth_puzzles/comparisons/qlora_sweeps.py
+
+# %%
+from unsloth_puzzles.comparisons import qlora_sweeps
+
+if GPU:
+    few = {"batch": 2, "lengths": [1024] * 12, "dtype": str(SIXTEEN).removeprefix("torch.")}
+    few |= {"memory_gib": 15.0} if hardware.rehearsal else {}
+    trainer = {}
+else:
+    few = {"batch": 2, "lengths": [24, 17, 40], "dtype": "float32", "tiny": True}
+    trainer = {"steps": 4, "longest": 48, "tiny": True}
+FEW = {name: {**run, **trainer} for name, run in qlora_sweeps.TRAINER.items()} | {
+    f"{candidate}, {name}": {"candidate": candidate, **given, **few}
+    for name, given in list(qlora_sweeps.CHECKPOINTING.items())[: None if GPU else 1]
+    for candidate in qlora_sweeps.CANDIDATES
+}
+gc.collect()
+if GPU:
+    FEW["compiled, max-autotune"] = {"candidate": "compiled", "max_autotune": True, **few}
+    torch.cuda.empty_cache()  # the processes need what the checks above have held
+swept = qlora_sweeps.load_or_measure("resources/measurements/c_compile_sweeps.json", FEW, hardware)
+SWEPT = f"{swept['hardware']['name']}, {swept['date']}, random weights"
+now = (hardware.name, results.versions, qlora_sweeps.sources())
+HERE = (swept["hardware"]["name"], swept["versions"], swept["sources"]) == now
+print(SWEPT + ("" if HERE else ": not this machine, or not this code, so no figure of it is part of the score"))
+for name, run in swept["runs"].items():
+    if "error" in run:
+        print(f"FAILED: {name}: {run['error']}")
+runs = {name: run for name, run in swept["runs"].items() if "step_ms" in run}
+
+
+# %%
+def captures(run, prefix=""):
+    return [Capture(**one) for one in run[f"{prefix}captures"]]
+
+
+training, uncompiled = (swept["runs"][f"trainer, {candidate}"] for candidate in ("compiled", "eager"))
+everything = captures(training) + captures(training, "later_")
+breaks = sum(training["graph_breaks"].values()) + sum(training["later_graph_breaks"].values())
+print(f"{training['steps']} steps of {len(set(training['lengths']))} lengths: {training['compilations']} compilations,")
+print(f"{training['compile_seconds']:.0f} s of them; graph breaks: {training['graph_breaks'] or 'none'}; {SWEPT}")
+display(Markdown(Counts(captures(training)).table()))
+print(f"packed batches and an evaluation: {training['later_compilations']} compilations more,", end=" ")
+print(f"graph breaks: {training['later_graph_breaks'] or 'none'}")
+display(Markdown(Counts(captures(training, "later_")).table()))
+print("again for a reason of Dynamo's:", *[one.reason for one in everything if one.reason] or ["nothing"], sep="\n  ")
+layer = [one for one in everything if one.name.startswith("LlamaDecoderLayer")]
+norm = [one for one in everything if one.name.startswith("norm")]
+loss_runs = [one for one in everything if one.name.startswith("run_")]
+for case, of in (
+    ("4-bit linear", layer), ("attention", layer), ("MLP", layer), ("layer norms", layer + norm), ("loss", loss_runs),
+):  # fmt: skip
+    if not of:
+        print(f"FAILED: {case}: was not compiled")
+    elif HERE:
+        results.add("graph_breaks", case, breaks, "graph breaks")
+        results.add("compilations", case, sum(one.compilations for one in of), "compilations")
+if HERE:
+    results.add("compilations", f"{training['steps']} steps of a Trainer", training["compilations"], "compilations")
+    results.add("compilations", "packed, evaluated afterwards", training["later_compilations"], "compilations")
+    results.add("graph_breaks", "all", breaks, "graph breaks")
+
+# %% [markdown]
+# ### Check 4: the loss is that of the uncompiled model
+#
+# In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
+# loss over bitsandbytes' layers.
+
+# %%
+apart = [abs(a - b) for a, b in zip(training["losses"], uncompiled["losses"], strict=True)]
+print(f"float32: {len(apart)} losses differ by at most {max(apart):.1e}; {SWEPT}")
+print(f"the first {training['losses'][0]:.4f}, the last of training {training['losses'][training['steps'] - 1]:.4f}")
+if HERE:
+    results.add("loss_difference", "compiled, float32", max(apart), "loss")
+    judge(results, "the uncompiled model's loss, float32", {f"loss {n}": gap <= 1e-4 for n, gap in enumerate(apart, 1)})
+
+# %% [markdown]
+# ### Time and memory of a step
+#
+# Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
+# bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
+# compiler's own budget for what is kept.
+
+# %%
+heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
+lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+for name, run in runs.items():
+    middle, low, high = qlora_sweeps.step_ms(run)
+    memory = ("" if run[kind] is None else f"{run[kind]:.2f}" for kind in ("peak_gib", "pinned_gib"))
+    counted = (run["compilations"], sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
+    lines.append(f"| {' | '.join((name, f'{middle:.1f}', f'{low:.1f} to {high:.1f}', *memory, *map(str, counted)))} |")
+display(Markdown("\n".join(lines)))
+print("spread: 10th to 90th percentile of the second half of the steps. Several runs compile at the same time, so the")
+print("seconds are more than a run alone would take; each is timed while the others wait.")
+for case in qlora_sweeps.CHECKPOINTING if GPU else ():
+    mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
+    if mine and other:
+        saved = qlora_sweeps.step_ms(other)[0] - qlora_sweeps.step_ms(mine)[0]
+        spent = sum(mine["step_ms"][:2]) - sum(other["step_ms"][:2])
+        after = f"paid for after {math.ceil(spent / saved)} steps" if saved > 0 else "never paid for"
+        print(f"{case}: compiling costs {spent / 1e3:.0f} s once and saves {saved:.1f} ms a step: {after}")
+for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
+    mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
+    if mine and other:
+        at = f"{case}, {mine['batch']} x {mine['lengths'][0]}, {mine['dtype']}"
+        ours, theirs = qlora_sweeps.step_ms(mine), qlora_sweeps.step_ms(other)
+        results.add("step_ms", at, *ours[:1], "ms", *ours[1:], {"eager": theirs[0]})
+        results.add("peak_gib", at, mine["peak_gib"], "GiB", baselines={"eager": other["peak_gib"]})
+        results.add("speedup_vs_eager", at, theirs[0] / ours[0], "x", theirs[1] / ours[2], theirs[2] / ours[1])
+
+# %%
+points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(("parity", "rehearsal"))}
+if points:
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    places = []
+    for name, run in points.items():
+        at = run["peak_gib"], qlora_sweeps.step_ms(run)[0]
+        color = "tab:red" if name.startswith("eager") else "tab:blue"
+        axes.plot(*at, "s" if run["checkpointing"] else "o", color=color)
+        near = sum(abs(at[0] - x) < 1 and abs(at[1] - y) < 8 for x, y in places)  # their labels go below one another
+        axes.annotate(name, at, xytext=(6, 4 - 9 * near), textcoords="offset points", fontsize=7)
+        places.append(at)
+    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms")
+    axes.set_xlim(0, 1.3 * max(x for x, _ in places))
+    axes.set_ylim(0, 1.1 * max(y for _, y in places))
+    one = next(iter(points.values()))
+    axes.set_title(
+        f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}", fontsize=9
+    )
+    figure.savefig("resources/c_compile_frontier.png", dpi=110)
+    plt.show()
+else:
+    print("SKIPPED: memory is shown for GPUs")
+
+# %% [markdown]
+# ### max-autotune: Triton's products against cuBLAS's
+#
+# The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
+# tiles against cuBLAS. Wide products stay with cuBLAS; LoRA's narrow ones, which only move memory, are Triton's, and
+# what follows them (scaling, addition, the activation) is computed in the same kernel. No length compiles anew.
+
+# %%
+tuned = runs.get("compiled, max-autotune")
+if tuned and tuned["products"]:
+    found = {}
+    for product in tuned["products"]:
+        found.setdefault((product["rows"], product["inner"], product["columns"]), []).append(product)
+    heads = ("rows x inner x columns", "benchmarked", "won by Triton", "winner, us", "cuBLAS, us", "the winner")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for sizes, of in sorted(found.items()):
+        won = sum(product["winner"].startswith("triton") for product in of)
+        times = (statistics.median(product[name] for product in of) for name in ("winner_us", "cublas_us"))
+        winners = dict.fromkeys(product["winner"].rstrip("0123456789").rstrip("_") for product in of)
+        cells = (" x ".join(map(str, sizes)), len(of), won, *(f"{us:.1f}" for us in times), ", ".join(winners))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    display(Markdown("\n".join(lines)))
+    print(f"{SWEPT}: a step launches {tuned['triton_launches']} matrix products of Triton's")
+    if HERE:
+        results.add("triton_matmuls", "max-autotune", tuned["triton_launches"], "launches a step")
+        results.add("compilations", "max-autotune", tuned["compilations"], "compilations")
+        results.add("graph_breaks", "max-autotune", sum(tuned["graph_breaks"].values()), "graph breaks")
+        case = f"max-autotune, {tuned['batch']} x {tuned['lengths'][0]}, {tuned['dtype']}"
+        middle, low, high = qlora_sweeps.step_ms(tuned)
+        results.add("step_ms", case, middle, "ms", low, high)
+        results.add("peak_gib", case, tuned["peak_gib"], "GiB")
+else:
+    print("SKIPPED: max-autotune benchmarks products on a GPU")
+
+# %% [markdown]
+# ### In 16 bits, step by step
+#
+# Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes. A
+# compiled run that rounds where eager mode rounds (`eager_rounding=True`) should differ from them no more than they
+# among themselves, twice that at most. The same for a rehearsal of a T4: float16, 15 GiB of memory, 2 x 1024 tokens,
+# SDPA.
+#
+# By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B
+# begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than
+# half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again: the
+# first updates are without effect. Compiled code adds before it rounds. Which is right a run in float32 tells.
+
+
+# %%
+def largest(one, other):
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
+    of = {name.removeprefix(f"{kind}, "): run for name, run in runs.items() if name.startswith(kind)}
+    eager = [run for name, run in of.items() if name.startswith("eager")]
+    rounded = next((run for run in of.values() if run["candidate"] == "compiled" and run["eager_rounding"]), None)
+    if rounded is None or len(eager) != count:
+        print(f"SKIPPED: {kind}: these runs are made by the script, on a GPU")
+        continue
+    case = f"{kind}, {rounded['dtype']}"
+    among = max(largest(a, b) for a in eager for b in eager)
+    ours = max(largest(rounded, other) for other in eager)
+    print(f"{case}: largest difference among uncompiled runs {among:.1e}, of the compiled one from them {ours:.1e}")
+    if HERE:
+        results.add("loss_difference", f"compiled, {case}", ours, "loss", baselines={"uncompiled runs": among})
+        results.add("peak_gib", case, rounded["peak_gib"], "GiB")
+        judge(results, f"the uncompiled model's loss, {case}", {"at most twice theirs": ours <= 2 * among})
+    if {"compiled", "float32"} <= of.keys():
+        mine, theirs = largest(of["compiled"], of["float32"]), min(largest(run, of["float32"]) for run in eager)
+        print(f"largest difference from float32: compiled by default {mine:.1e}, uncompiled at least {theirs:.1e}")
+        if HERE:
+            results.add("loss_difference_from_float32", case, mine, "loss", baselines={"uncompiled runs": theirs})
+            judge(results, f"float32's loss, {case}", {"no further than the uncompiled runs": mine <= theirs})
+
+# %%
+parity = {name.removeprefix("parity, "): run for name, run in runs.items() if name.startswith("parity")}
+if "compiled" in parity and len(parity) > 1:
+    mine = parity["compiled"]
+    figure, panes = plt.subplots(4, 1, figsize=(9, 10), sharex=True, layout="constrained")
+    shown = range(1, len(mine["losses"]) + 1)
+    for name, run in parity.items():
+        thin = name.startswith(("compiled", "float32"))
+        style = {"linewidth": 1.2} if thin else {"linewidth": 2.5, "alpha": 0.5}
+        panes[0].plot(shown, run["losses"], label=name, **style)
+        if "float32" in parity and name != "float32":
+            off = [abs(a - b) for a, b in zip(run["losses"], parity["float32"]["losses"], strict=True)]
+            panes[1].semilogy(shown, off, label=name, **style)
+        else:
+            panes[1].plot([], [], **style)  # keeps the colours in step
+        panes[2].semilogy(shown, run["step_ms"], label=name, **style)
+        panes[3].plot(shown, run["step_peak_gib"], label=name, **style)
+    names = ("loss, nats a token", "from float32's loss, nats", "a step, ms", "peak memory, GiB")
+    for axes, label in zip(panes, names, strict=True):
+        axes.set_ylabel(label)
+    panes[0].legend(fontsize=7)
+    panes[3].set_xlabel("step")
+    tokens = f"{mine['batch']} x up to {max(mine['lengths'])} tokens, {mine['dtype']}"
+    figure.suptitle(f"QLoRA of Llama 3.2 1B, {tokens}; {SWEPT}", fontsize=9)
+    figure.savefig("resources/c_compile_parity.png", dpi=110)
+    plt.show()
+else:
+    print("SKIPPED: these runs are made by the script, on a GPU")
+
+# %% [markdown]
+# ### Aimed at, and reached
+#
+# Set before it was measured, for an H200; Unsloth 2026.10.9 takes 109.5 ms and 9.6 GiB without, 148.4 ms and 2.4 GiB
+# with checkpointing by an earlier measurement on another H200, which is no comparison in one run.
+
+# %%
+FULL = "4 x 2048, bfloat16"
+AIMS = [  # metric, case, at most (positive) or at least (negative)
+    ("step_ms", f"without checkpointing, {FULL}", 100),
+    ("peak_gib", f"without checkpointing, {FULL}", 9.6),
+    ("step_ms", f"with checkpointing, {FULL}", 135),
+    ("peak_gib", f"with checkpointing, {FULL}", 2.4),
+    ("speedup_vs_eager", f"without checkpointing, {FULL}", -1.6),
+    ("speedup_vs_eager", f"with checkpointing, {FULL}", -1.6),
+    ("compilations", "60 steps of a Trainer", 8),
+    ("compilations", "flex", 4),
+    ("loss_difference", "compiled, float32", 1e-4),
+]
+lines = ["| metric | case | aim | measured | |", "|---|---|---|---|---|"]
+for metric, case, aim in AIMS if GPU else ():
+    found = results.find(metric, case)
+    good = bool(found) and (found[0]["value"] <= aim if aim > 0 else found[0]["value"] >= -aim)
+    text = f"{found[0]['value']:.4g} {found[0]['unit']}" if found else "SKIPPED: not measured here"
+    goal = f"at most {aim:g}" if aim > 0 else f"at least {-aim:g}"
+    lines.append(f"| {metric} | {case} | {goal} | {text} | {'reached' if good else 'missed' if found else ''} |")
+if GPU:
+    display(Markdown("\n".join(lines)))
+else:
+    print("SKIPPED: the aims are for a GPU")
+
+# %% [markdown]
+# ### What this does not do
+#
+# - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once,
+#   for the first layer and for the others: a run that packs some of its batches compiles four functions more.
+# - On a GPU below sm_80 Triton has no tensor cores for flex attention: SDPA is taken there unless flex is asked for.
+#   Then its tiles are 32 x 32: at a head size of 128 in float16 keys, values and queries of a tile, and in the backward
+#   the gradient beside them, take 4 x 32 x 128 x 2 bytes = 32 KiB of the 64 KiB that a T4's multiprocessor has.
+# - With gradient checkpointing the layers' inputs wait in pinned memory of the host, which must have room for them:
+#   the column of the table above.
+# - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
+#   each: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
+# - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
+
+# %% [markdown]
+# ### Score of this section
+
+# %%
+from unsloth_puzzles import scorecard
+
+results.save()
+issues.save()
+rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "C"]
+display(Markdown(scorecard.table(rows)))
+_ = section.finish()

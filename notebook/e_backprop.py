@@ -164,6 +164,7 @@ import logging
 import math
 import statistics
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -505,7 +506,7 @@ judge("chunk sizes", checks)
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
-ROUNDS = {"measure": 10, "frontier": 3, "vocabulary": 3} if GPU else {"measure": 3, "frontier": 1, "vocabulary": 1}
+ROUNDS = 10 if GPU else 3
 HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
@@ -516,10 +517,10 @@ print(f"{SHAPE_TEXT}, random weights, {HARDWARE}")
 for head_case, train_head in HEADS.items():
     case = make_case(SHAPE, DEVICE, train_head=train_head)
     calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
-    measured[head_case] = found = linear_losses.measure(calls, rounds=ROUNDS["measure"])
+    measured[head_case] = found = linear_losses.measure(calls, rounds=ROUNDS)
     for name, reason in {**left_out, **found.failed}.items():
         print(f"SKIPPED: {name}, {head_case}: {reason}")
-    section.work(flops=len(calls) * (ROUNDS["measure"] + 2) * SHAPE.flops(train_head))
+    section.work(flops=len(calls) * (ROUNDS + 2) * SHAPE.flops(train_head))
     auto = linear_losses.auto_rows(case)
     print(
         f"{head_case}: chunks of {auto} rows, which need {SHAPE.least_gib(auto, train_head):.3g} GiB with the gradients"
@@ -606,18 +607,43 @@ if baselines.EAGER in wrong:
         )
 
 # %% [markdown]
-# ### Time and memory against the chunk size
+# ### Time and memory against the chunk size, and against the vocabulary
 #
 # The frontier: every point of ours is one chunk size, and beside it the bare matrix products in chunks of that size.
+# Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
+# Every size is compiled anew, which takes minutes: in a checkout a script has done it before (`make sweeps`), and the
+# figures say on what hardware and when; where its file is missing it is measured here.
 
 # %%
-SIZES = linear_losses.CHUNK_SIZES if GPU else (128, 512)
+# write: unsloth_puzzles/comparisons/linear_loss_sweeps.py
+
+# %%
+from unsloth_puzzles.comparisons import linear_loss_sweeps
+
+SMALL = {} if GPU else {"sizes": (128, 512), "vocabularies": (512, 2048), "rounds": 1}
+sweeps = linear_loss_sweeps.load_or_measure(
+    "resources/measurements/e_backprop_sweeps.json", SHAPE, DEVICE, hardware=hardware, compile=GPU, without=WITHOUT,
+    **SMALL,
+)  # fmt: skip
+(swept,) = sweeps.find("rows")
+(vocabulary,) = sweeps.find("frontier_vocabulary")
+SWEPT = f"{swept['value']} rows, {swept['case']}, random weights\n{sweeps.hardware['name']}, {sweeps.date}"
 STYLES = {
-    linear_losses.OURS: ("tab:blue", "o-"), linear_losses.OURS_FLOAT32: ("tab:cyan", "P"),
-    baselines.FLOOR: ("gray", "--"), baselines.FLOOR_FLOAT32: ("silver", "2"), baselines.EAGER: ("tab:red", "s"),
-    baselines.COMPILED: ("tab:orange", "^"), baselines.LIGER: ("tab:green", "D"),
-    baselines.LIGER_FLOAT32: ("olive", "d"), baselines.CCE: ("tab:purple", "v"),
+    linear_losses.OURS: ("tab:blue", "o-"), baselines.FLOOR: ("gray", "--"), baselines.EAGER: ("tab:red", "s"),
+    baselines.COMPILED: ("tab:orange", "^"), baselines.LIGER: ("tab:green", "D"), baselines.CCE: ("tab:purple", "v"),
 }  # fmt: skip
+
+
+def swept_points(metric, case):
+    """[(size, {candidate: (GiB, ms)})] of the records whose case begins with `case`."""
+    points = []
+    for time_of, peak_of in zip(sweeps.find(f"{metric}_ms"), sweeps.find(f"{metric}_peak_gib"), strict=True):
+        if time_of["case"].startswith(case):
+            times = {linear_losses.OURS: time_of["value"], **time_of["baselines"]}
+            peaks = {linear_losses.OURS: peak_of["value"], **peak_of["baselines"]}
+            size = next(int(word) for word in time_of["case"].split() if word.isdigit())
+            points.append((size, {name: (peaks[name], times[name]) for name in times}))
+    return points
 
 
 def plain_log(axis, steps):
@@ -630,91 +656,36 @@ def plain_log(axis, steps):
 
 
 figure, panes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-for axes, (head_case, train_head) in zip(panes, HEADS.items(), strict=True):
-    case = make_case(SHAPE, DEVICE, train_head=train_head)
-    named, _ = linear_losses.losses(case, compile=GPU)
-    beside = {name: named[name] for name in (baselines.LIGER,) if name in named}
-    along = linear_losses.frontier(case, SIZES, beside=beside, compile=GPU, rounds=ROUNDS["frontier"])
-    del case, named
-    release()
-    for size, at in along.items():
-        for name in (linear_losses.OURS, baselines.FLOOR):
-            one = at.measured[name]
-            print(
-                f"{head_case}, {size:5} rows: {name:20} {one.extra_peak_gib:7.3f} GiB {one.time.median / 1e3:8.2f} ms"
-            )
-        one, floor = at.measured[linear_losses.OURS], at.measured[baselines.FLOOR]
-        case_text = f"{head_case}, {size} rows"
-        results.add(
-            "frontier_ms", case_text, one.time.median / 1e3, "ms", one.time.low / 1e3, one.time.high / 1e3,
-            {name: at.measured[name].time.median / 1e3 for name in (baselines.FLOOR, *beside)},
-        )  # fmt: skip
-        results.add("frontier_peak_gib", case_text, one.extra_peak_gib, "GiB")
-        if baselines.LIGER in at.measured:
-            compare("frontier_time_over_liger", case_text, linear_losses.OURS, at, baselines.LIGER)
-    for name in (linear_losses.OURS, baselines.FLOOR):
-        points = [at.measured[name] for at in along.values()]
-        color, style = STYLES[name]
-        label = f"{name}, by chunk size"
-        axes.plot(
-            [p.extra_peak_gib for p in points], [p.time.median / 1e3 for p in points], style, color=color, label=label
-        )
-    for size, at in along.items():
-        one = at.measured[linear_losses.OURS]
-        axes.annotate(
-            size, (one.extra_peak_gib, one.time.median / 1e3), xytext=(3, 4), textcoords="offset points", fontsize=7
-        )
-    for name, one in measured[head_case].measured.items():
-        if name in (linear_losses.OURS, baselines.FLOOR):
-            continue
-        color, style = STYLES[name]
-        axes.plot(one.extra_peak_gib, one.time.median / 1e3, style[0], color=color, label=name)
-    auto = measured[head_case].measured[linear_losses.OURS]
-    axes.plot(
-        auto.extra_peak_gib, auto.time.median / 1e3, "o", mfc="none", ms=12, color="tab:blue", label='ours, "auto"'
-    )
+for axes, head_case in zip(panes, HEADS, strict=True):
+    points = swept_points("frontier", head_case)
+    for name, (color, style) in STYLES.items():
+        of = [at[name] for _, at in points if name in at]
+        if of and name in (linear_losses.OURS, baselines.FLOOR):
+            axes.plot(*zip(*of, strict=True), style, color=color, label=f"{name}, by chunk size")
+        elif of:  # it has no chunks of ours: the same point at each size
+            axes.plot(*of[0], style, color=color, label=name)
+    for size, at in points:
+        axes.annotate(size, at[linear_losses.OURS], xytext=(3, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="extra peak memory, GiB", ylabel="forward + backward, ms", title=head_case)
     plain_log(axes.xaxis, (1, 2, 5))
     plain_log(axes.yaxis, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
     axes.legend(fontsize=7)
-figure.suptitle(f"{SHAPE_TEXT}, random weights\n{HARDWARE}", fontsize=10)
+figure.suptitle(f"vocabulary {vocabulary['value']}, {SWEPT}", fontsize=10)
 figure.savefig("resources/e_backprop_frontier.png", dpi=110)
 plt.show()
 
-# %% [markdown]
-# ### Against the vocabulary
-#
-# Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
-
 # %%
-VOCABULARIES = linear_losses.VOCABULARIES if GPU else (512, 2048)
-EXTRA = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32, *WITHOUT)
-sweep = linear_losses.vocabulary_sweep(
-    SHAPE, DEVICE, VOCABULARIES, compile=GPU, without=EXTRA, rounds=ROUNDS["vocabulary"]
-)
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-names = dict.fromkeys(name for at in sweep.values() for name in at.measured)
-for name in names:
-    sizes = [size for size, at in sweep.items() if name in at.measured]
-    color, style = STYLES[name]
-    style = style if "-" in style else style + "-"
-    left.plot(sizes, [sweep[size].measured[name].extra_peak_gib for size in sizes], style, color=color, label=name)
-    right.plot(sizes, [sweep[size].measured[name].time.median / 1e3 for size in sizes], style, color=color, label=name)
-for size, at in sweep.items():
-    one = at.measured[linear_losses.OURS]
-    others = {name: other for name, other in at.measured.items() if name != linear_losses.OURS}
-    beside = {name: other.extra_peak_gib for name, other in others.items()}
-    results.add("vocabulary_peak_gib", f"vocabulary {size}", one.extra_peak_gib, "GiB", baselines=beside)
-    beside = {name: other.time.median / 1e3 for name, other in others.items()}
-    milliseconds = (one.time.median / 1e3, "ms", one.time.low / 1e3, one.time.high / 1e3)
-    results.add("vocabulary_ms", f"vocabulary {size}", *milliseconds, beside)
-for axes, label in ((left, "extra peak memory, GiB"), (right, "forward + backward, ms")):
-    axes.set(xlabel="vocabulary", ylabel=label)
+points = swept_points("vocabulary", "vocabulary")
+figure, panes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for which, (axes, label) in enumerate(zip(panes, ("extra peak memory, GiB", "forward + backward, ms"), strict=True)):
+    for name, (color, style) in STYLES.items():
+        of = [(size, at[name][which]) for size, at in points if name in at]
+        if of:
+            axes.plot(*zip(*of, strict=True), style if "-" in style else style + "-", color=color, label=name)
+    axes.set(xlabel="vocabulary", ylabel=label, yscale="log")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.legend(fontsize=7)
-title = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, {short}, head trained, random weights"
-figure.suptitle(f"{title}\n{HARDWARE}", fontsize=10)
+figure.suptitle(f"head trained, {SWEPT}", fontsize=10)
 figure.savefig("resources/e_backprop_vocabulary.png", dpi=110)
 plt.show()
 
@@ -722,7 +693,7 @@ plt.show()
 # ### Llama 3.2 1B: the standard loss and ours, from the same seed
 #
 # Two trainings of 100 steps that differ in the loss alone: gradient accumulation 2, micro-batches with different
-# numbers of labels that count, real text, chunks of 256 rows (a micro-batch has 768: "auto" would take them at once).
+# numbers of labels that count, real text, chunks of 256 rows (a micro-batch has 384: "auto" would take them at once).
 # Full fine-tuning with a tied head in float32 (no TF32), and QLoRA over A's kernel. Each runs in a process of its own,
 # so that its peak memory is its own; with so few rows the logits are a small part of it, and the optimiser's state of
 # a full fine-tuning the largest. The model is patched in one line:
@@ -976,7 +947,7 @@ judge("GRPO", checks)
 SHORTER = {} if GPU else {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
 runs = {
     name: grpo.train(make, use_cpu=not GPU, **SHORTER)
-    for name, make in (("TRL", GRPOTrainer), ("ours", MemoryEfficientGRPOTrainer))
+    for name, make in (("TRL", GRPOTrainer), ("ours", partial(MemoryEfficientGRPOTrainer, compile=False)))
 }
 
 
@@ -1071,7 +1042,8 @@ for (upper, lower), (mode, gaps) in zip(panes.T, apart.items(), strict=False):
     )
     lower.axhline(1e-3, color="tab:red", linestyle="--", linewidth=1, label="1e-3")
     model_text, batch_text = llama_curve.title(curves[mode, "ours"]).split("\n")
-    upper.set_title("\n".join(part.strip() for part in (*model_text.split(";"), *batch_text.split(";"))), fontsize=8)
+    parts = (part.strip() for part in (*model_text.split(";"), *batch_text.split(";")))
+    upper.set_title("\n".join(textwrap.fill(part, 75) for part in parts), fontsize=8)
     upper.set_ylabel("loss, nats a token")
     lower.set(xlabel="step", ylabel="|difference|, nats a token")
     for axes in (upper, lower):
@@ -1216,12 +1188,12 @@ AIMS = [  # metric, case, at most
 bf16_dw = results.find("gradient_error_over_eager", f"head trained, {short} dW")
 if bf16_dw and baselines.LIGER in bf16_dw[0]["baselines"]:  # the aim is what Liger reaches in this run
     AIMS.append(("gradient_error_over_eager", f"head trained, {short} dW", bf16_dw[0]["baselines"][baselines.LIGER]))
-fastest = min(results.find("frontier_time_over_liger"), key=lambda found: found["value"], default=None)
-if fastest:
+fastest = min(sweeps.find("frontier_time_over_liger"), key=lambda found: found["value"], default=None)
+if fastest and sweeps.hardware["name"] == hardware.name:
     AIMS.append(("frontier_time_over_liger", fastest["case"], 0.97))
 lines, reached = ["| metric | case | at most | measured | |", "|---|---|---|---|---|"], 0
 for metric, case, aim in AIMS if GPU else ():
-    found = results.find(metric, case)
+    found = (sweeps if metric.startswith("frontier") else results).find(metric, case)
     good = bool(found) and found[0]["value"] <= aim
     reached += good
     text = f"{found[0]['value']:.4g} {found[0]['unit']}" if found else "SKIPPED: not measured here"

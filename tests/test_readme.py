@@ -134,25 +134,23 @@ def test_the_tables_fit_a_narrow_page(tmp_path: Path) -> None:
 
 
 def test_the_examples_of_library_use_run() -> None:
-    """As they stand, on the CPU; of the third and the fifth, which need a real model, imports and names only."""
+    """As they stand, on the CPU; of those that need a real model, imports and names only."""
     pytest.importorskip("bitsandbytes")
-    first, second, third, fourth, fifth = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL
-    )
-    names: dict = {}
-    exec(first.replace('"cuda"', '"cpu"'), names)
-    assert names["weight"].shape == (1024, 512) and str(names["weight"].dtype) == "torch.float16"
-    exec(second.replace('"cuda"', '"cpu"'), names)
-    assert names["y"].shape == (4, 1024)
-    imports = [node for node in ast.parse(third).body if isinstance(node, ast.ImportFrom)]
-    exec(compile(ast.Module(imports, []), "third", "exec"), names)
-    assert callable(names["patch_linear4bit"])
-    exec(fourth.replace('"cuda"', '"cpu"'), names)
-    assert names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0
     pytest.importorskip("trl")
-    imports = [node for node in ast.parse(fifth).body if isinstance(node, ast.ImportFrom)]
-    exec(compile(ast.Module(imports, []), "fifth", "exec"), names)
-    assert callable(names["use_memory_efficient_loss"]) and callable(names["MemoryEfficientGRPOTrainer"])
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    weight, compiled, model, loss, trainers, attention, qlora = examples
+    names: dict = {}
+    for example in (weight, compiled, loss, attention):
+        exec(example.replace('"cuda"', '"cpu"'), names)
+    assert names["weight"].shape == (1024, 512) and str(names["weight"].dtype) == "torch.float16"
+    assert names["y"].shape == (4, 1024)
+    assert names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0
+    assert names["out"].shape == names["query"].shape
+    for example in (model, trainers, qlora):
+        imports = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "imports", "exec"), names)
+    for name in ("patch_linear4bit", "use_memory_efficient_loss", "MemoryEfficientGRPOTrainer", "compile_qlora"):
+        assert callable(names[name])
 
 
 def _resources(folder: Path) -> Path:

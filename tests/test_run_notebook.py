@@ -30,6 +30,16 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
         run(source, tmp_path / "run")
 
 
+def test_it_is_given_the_sweeps_and_no_other_measurements(tmp_path: Path) -> None:
+    measured = tmp_path / "measured"
+    measured.mkdir()
+    for name in ("e_backprop.json", "e_backprop_sweeps.json"):
+        (measured / name).write_text(name)
+    source = _notebook(tmp_path, "import os\nprint(os.listdir('resources/measurements'))")
+    node = run(source, tmp_path / "run", measured=measured)
+    assert output_text(node.cells[0]) == "['e_backprop_sweeps.json']\n"
+
+
 def test_an_error_stops_it_and_leaves_the_notebook_as_far_as_it_came(tmp_path: Path) -> None:
     source = _notebook(tmp_path, "print('before')", "raise KeyError('absmax')", "print('after')")
     with pytest.raises(CellExecutionError, match="absmax"):

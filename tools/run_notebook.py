@@ -23,14 +23,18 @@ from nbformat import NotebookNode
 from tools.build_notebook import ROOT, text
 
 LARGEST = 2_000_000  # bytes: GitHub and Colab both show a file of this size at once
+SWEEPS = "*_sweeps.json"
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
 FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
 
-def run(notebook: Path, folder: Path, *, python: str = sys.executable, timeout: int = 1800) -> NotebookNode:
+def run(
+    notebook: Path, folder: Path, *, python: str = sys.executable, timeout: int = 1800, measured: Path | None = None
+) -> NotebookNode:
     """Copy ``notebook`` into ``folder``, execute the copy there and return it; it is written even after an error.
 
-    ``timeout`` is in seconds, a cell. Raises ValueError when ``folder`` is not empty, and nbclient's error for a cell
+    ``timeout`` is in seconds, a cell. ``measured`` is a folder of measurements: of those the notebook is given the
+    sweeps, which are too long for it. Raises ValueError when ``folder`` is not empty, and nbclient's error for a cell
     that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +42,9 @@ def run(notebook: Path, folder: Path, *, python: str = sys.executable, timeout: 
     shutil.copyfile(notebook, copy)
     if others := sorted(path.name for path in folder.iterdir() if path != copy):
         raise ValueError(f"folder {folder} must hold the notebook alone, it also holds {others[:5]}")
+    for sweep in sorted(measured.glob(SWEEPS)) if measured else ():
+        (folder / "resources/measurements").mkdir(parents=True, exist_ok=True)
+        shutil.copy(sweep, folder / "resources/measurements")
     node = nbformat.read(copy, as_version=4)
     progress = _Progress(node)
     client = NotebookClient(
@@ -108,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="emptied first; it must lie under build/")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that the kernel runs in")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds, a cell")
+    parser.add_argument("--measured", type=Path, help="a folder with the sweeps that were measured before")
     parser.add_argument("--need-gpu", action="store_true", help="refuse to run without a GPU")
     options = parser.parse_args(arguments)
     if options.need_gpu and not gpu_present():
@@ -119,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     try:
-        node = run(options.notebook, folder, python=options.python, timeout=options.timeout)
+        node = run(options.notebook, folder, python=options.python, timeout=options.timeout, measured=options.measured)
     except FAILURES as error:
         print(f"\n{error}\nStopped there. The notebook as far as it came: {folder / options.notebook.name}")
         return 1

@@ -150,3 +150,10 @@ def test_what_a_layer_may_not_ask_for(name, value):
         attention_forward(None, query, query, query, torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"^softcap: the layer asks for 3\.0, the config says None"):
         attention_forward(None, query, query, query, mask(), softcap=3.0)
+
+
+def test_every_name_can_be_set_on_a_model():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    for name in NAMES:
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name

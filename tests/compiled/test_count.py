@@ -1,9 +1,11 @@
 """Compilations, graph breaks and reasons are counted as they happen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.count import _captures, count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,13 +25,59 @@ def test_each_length_that_is_compiled_anew_is_counted_with_its_reason():
     with count_compilations() as counts:
         for length in (3, 5, 3, 7):
             squared(torch.ones(length))
-    assert [one.name for one in counts.compilations] == ["squared"] * 3 and counts.graphs == 3
-    assert [one.reason is None for one in counts.compilations] == [True, False, False]
-    assert "3" in counts.compilations[1].reason and counts.seconds > 0
-    assert counts.table().count("| squared | forward |") == 3
+    assert [one.name for one in counts.captures] == ["squared"] * 3 and counts.graphs == counts.compilations == 3
+    assert [one.reason is None for one in counts.captures] == [True, False, False]
+    assert "3" in counts.captures[1].reason and counts.seconds > 0
+    assert counts.table().count("| squared | 0 | 0 |") == 3  # by another backend than Inductor
     with count_compilations() as counts:
         squared(torch.ones(5))
-    assert counts.compilations == [] and counts.graphs == 0
+    assert counts.captures == [] and counts.compilations == counts.graphs == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductors_backward_is_counted_beside_its_forward(dynamic):
+    """It is compiled with the forward, or at the first backward, and a second time it comes from Inductor's cache."""
+
+    def squared(x):
+        return (x.sin() * x.cos()).square()
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = torch.compile(squared, dynamic=dynamic)
+        with count_compilations() as counts:
+            for length in (3, 4, 5):
+                compiled(torch.ones(length, requires_grad=True)).sum().backward()
+            with torch.no_grad():
+                compiled(torch.ones(6))
+        pairs = [(one.forward, one.backward) for one in counts.captures]
+        assert pairs == [(1, 1)] * (1 if dynamic else 3) + [(1, 0)]
+        assert counts.compilations == 2 * len(pairs) - 1
+    with count_compilations() as counts:
+        compiled(torch.ones(5, requires_grad=True)).sum().backward()
+    assert counts.compilations == 0
+
+
+def test_entries_that_compile_no_graph_are_time_alone():
+    """Triton's autotuning, when kernels first run, has an entry in Dynamo's books, too."""
+
+    def entry(name, compile_id, forward):
+        return SimpleNamespace(
+            co_name=name, compile_id=compile_id, is_forward=forward, recompile_reason=None, duration_us=1e6
+        )
+
+    entries = {
+        7: entry("layer", "0/0", True),
+        8: entry(None, None, False),
+        9: entry("norm", "1/0", True),
+        10: entry(None, "0/0", False),
+        11: entry(None, "9/9", False),
+    }
+    found = _captures(entries, [(7, False), (9, False), (10, True), (11, True)])
+    assert [(one.name, one.forward, one.backward, one.seconds) for one in found] == [
+        ("layer", 1, 1, 3.0),
+        ("norm", 1, 0, 1.0),
+        ("backward of an earlier capture", 0, 1, 1.0),
+    ]
 
 
 def test_more_compilations_than_dynamo_remembers_by_itself():
@@ -44,7 +92,7 @@ def test_more_compilations_than_dynamo_remembers_by_itself():
     compile_many(70)
     with count_compilations() as counts:
         compile_many(70)
-    assert len(counts.compilations) == counts.graphs == 70
+    assert counts.compilations == counts.graphs == 70
 
 
 def test_a_graph_break_is_counted():

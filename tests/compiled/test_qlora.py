@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit
 
@@ -92,8 +94,12 @@ def test_four_graphs_whatever_the_length(run):
     """The first layer, whose input wants no gradient; the others; the norm; the loss."""
     counts = run[1]["counts"]
     assert counts.graph_breaks == {}
-    assert [one.name for one in counts.compilations[:3]] == ["LlamaDecoderLayer", "LlamaDecoderLayer", "norm"]
-    assert len(counts.compilations) == counts.graphs == 4, counts.table()
+    names = [one.name for one in counts.captures]
+    assert names[:3] == ["LlamaDecoderLayer_first", "LlamaDecoderLayer", "norm"] and len(names) == counts.graphs == 4
+    assert all(one.reason is None for one in counts.captures)
+    # The loss and its gradient are one function, without a backward.
+    assert [(one.forward, one.backward) for one in counts.captures] == [(1, 1), (1, 1), (1, 1), (1, 0)]
+    assert counts.compilations == 7
 
 
 def test_a_length_never_seen_is_not_compiled_for(run):
@@ -114,6 +120,7 @@ def test_all_is_undone(run):
     assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
     assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
     assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
+    assert {type(p) for p in model.parameters() if hasattr(p, "quant_state")} == {Params4bit}
     assert {type(module) for module in model.modules() if hasattr(module, "lora_A")} == {Linear4bit}
     assert model(**batch(12)).logits.shape == (2, 12, 64)
 
@@ -121,12 +128,20 @@ def test_all_is_undone(run):
 def test_with_gradient_checkpointing():
     torch._dynamo.reset()
     model = make_model(use_reentrant=False)
+    kind = type(model.get_base_model().model.layers[0])
     with patch_linear4bit(model):
         expected = [step(model, length) for length in LENGTHS[:2]]
     with count_compilations() as counts, compile_qlora(model):
         for length, plain in zip(LENGTHS[:2], expected, strict=True):
             assert_same(step(model, length), plain)
-    assert counts.graph_breaks == {} and len(counts.compilations) <= 4, counts.table()
+    assert counts.graph_breaks == {} and counts.compilations <= 6, counts.table()
+    assert {type(layer) for layer in model.get_base_model().model.layers} == {kind}
+
+
+def test_reentrant_checkpointing_is_replaced_aloud():
+    model = make_model(use_reentrant=True)
+    with pytest.warns(UserWarning, match=r"^use_reentrant: was True"):
+        compile_qlora(model).undo()
 
 
 def test_what_cannot_be_compiled_is_refused_by_name():
@@ -136,12 +151,14 @@ def test_what_cannot_be_compiled_is_refused_by_name():
         compile_qlora(make_model(adapters=False))
     with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
         compile_qlora(make_model(four_bit=False))
-    with pytest.raises(ValueError, match=r"^model: its gradient checkpointing is reentrant"):
-        compile_qlora(make_model(use_reentrant=True))
     model = make_model()
     for budget in (0, -1, 1.5):
         with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
             compile_qlora(model, activation_memory_budget=budget)
+    hooked = make_model()
+    add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
+    with pytest.raises(ValueError, match=r"^model: its layers carry accelerate's hooks"):
+        compile_qlora(hooked)
     before = model.get_base_model().config._attn_implementation
     for backend in ("fast", "xformers"):
         with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):

@@ -75,6 +75,12 @@ _evaluated = torch.compile(_flex, fullgraph=True, backend="aot_eager")
 
 
 def _kernel_options(device: torch.device) -> dict | None:
-    """Tiles that fit the 64 KB of shared memory of a T4; elsewhere Inductor's own choice."""
-    small = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return dict(_T4_TILES) if small else None
+    """One kernel for all lengths, with tiles that fit the 64 KB of shared memory of a T4; elsewhere Inductor's own.
+
+    Left to itself Inductor takes its decoding kernel where the first length it compiles for is below 128, and fails
+    with "No choices to select" (torch 2.11, first length 77, H200).
+    """
+    if device.type != "cuda":
+        return None
+    small = torch.cuda.get_device_capability(device) < (8, 0)
+    return {"BACKEND": "TRITON"} | (_T4_TILES if small else {})

@@ -23,11 +23,17 @@ NAME = "unsloth_puzzles"
 
 def register() -> list[str]:
     """Make the backends known to transformers; returns the names for `attn_implementation`, the automatic one first."""
-    names = {NAME: "auto"} | {f"{NAME}_{backend}": backend for backend in BACKENDS}
+    names = {implementation(backend): backend for backend in ("auto", *BACKENDS)}
     for name, backend in names.items():
         AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, partial(make_mask, backend))
     return list(names)
+
+
+def implementation(backend: str) -> str:
+    """The name of a backend for `attn_implementation`."""
+    # transformers takes any name with "flash" in it for a package to be loaded; PyTorch's module is called varlen.
+    return NAME if backend == "auto" else f"{NAME}_{'varlen' if backend == 'flash' else backend}"
 
 
 def attention_forward(

@@ -28,9 +28,16 @@ class Sdpa(Backend):
     def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
         causal, mask = data
         grouped = key.shape[1] != query.shape[1]
-        if grouped and mask is not None:  # else PyTorch takes its slowest path, which holds all scores
+        if grouped and (mask is not None or not _groups_heads(query)):  # else PyTorch would hold all scores
             key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
             grouped = False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
+
+
+def _groups_heads(query: torch.Tensor) -> bool:
+    """Whether a fast kernel takes fewer key heads: on a GPU flash attention's, which wants 16 bits and sm_80."""
+    if query.device.type != "cuda":
+        return True
+    return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)

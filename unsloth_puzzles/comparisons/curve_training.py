@@ -67,7 +67,7 @@ class Settings:
             device=device,
             tiny=device == "cpu" if self.tiny is None else self.tiny,
             dtype=dtype,
-            batch=self.batch or (4 if dtype == "float32" else 8),
+            batch=self.batch or (2 if dtype == "float32" else 8),
             length=self.length or (192 if dtype == "float32" else 256),
         )
 

@@ -51,7 +51,7 @@ def head_only(
     hidden: int = 2048,
     vocab: int = 128256,
     chunk_size: int | str = "auto",
-    rounds: int = 7,
+    rounds: int = 5,
 ) -> dict[str, dict]:
     """From hidden states (sequences * length, hidden) to the GRPO loss and the gradients of hidden states and head.
 

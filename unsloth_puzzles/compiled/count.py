@@ -1,51 +1,71 @@
-"""What the compiler did while a block of code ran: graphs, breaks, recompilations with their reasons, and seconds."""
+"""What the compiler did while a block of code ran: graphs, breaks, recompilations with their reasons, and seconds.
 
+Dynamo captures a function; Inductor then compiles its forward and, if gradients are wanted, its backward, at once or at
+the first backward. Both are counted: a compilation is one of Inductor's.
+"""
+
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx
 
-_LIMIT = 100_000  # compilations that Dynamo remembers: its own 64 would drop the first ones, and with them the count
+_LIMIT = 100_000  # entries that Dynamo remembers: its own 64 would drop the first ones, and with them the count
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """One compilation: of what function, forward or backward, why again (None the first time), and how long it took."""
+@dataclass
+class Capture:
+    """One capture by Dynamo: of what function, why again (None the first time), how often Inductor compiled a forward
+    and a backward of it (0 under another backend), and the seconds of all of it."""
 
     name: str
-    forward: bool
     reason: str | None
-    seconds: float
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+
+    @property
+    def compilations(self) -> int:
+        """Inductor's; what another backend has made of a capture counts as one."""
+        return max(1, self.forward + self.backward)
 
 
 @dataclass
 class Counts:
     """Filled when the block ends. `graph_breaks`: reasons and how often; `graphs`: that Dynamo captured."""
 
-    compilations: list[Compilation] = field(default_factory=list)
+    captures: list[Capture] = field(default_factory=list)
     graph_breaks: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
 
     @property
+    def compilations(self) -> int:
+        return sum(one.compilations for one in self.captures)
+
+    @property
     def seconds(self) -> float:
-        return sum(one.seconds for one in self.compilations)
+        return sum(one.seconds for one in self.captures)
 
     def table(self) -> str:
-        """Markdown: a line a compilation."""
-        lines = ["| compiled | pass | seconds | compiled again because |", "|---|---|---|---|"]
-        for one in self.compilations:
+        """Markdown: a line a capture."""
+        lines = ["| captured | compiled forward | backward | seconds | captured again because |", "|---" * 5 + "|"]
+        for one in self.captures:
             reason = (one.reason or "").splitlines()[:1]
-            name, which = one.name, "forward" if one.forward else "backward"
-            lines.append(f"| {name} | {which} | {one.seconds:.1f} | {reason[0] if reason else ''} |")
+            cells = (one.name, one.forward, one.backward, f"{one.seconds:.1f}", reason[0] if reason else "")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 
 
-@contextmanager
+@contextlib.contextmanager
 def count_compilations() -> Iterator[Counts]:
-    """Counts of the block, from Dynamo's own books. Errors of the compiler are not suppressed: nothing runs eagerly
-    unseen. Raises RuntimeError if `torch._dynamo.config.suppress_errors` is on, under which a count means nothing."""
+    """Counts of the block, from Dynamo's own books and from Inductor's calls, those that its cache answers included.
+
+    Errors of the compiler are not suppressed: nothing runs eagerly unseen. Raises RuntimeError if
+    `torch._dynamo.config.suppress_errors` is on, under which a count means nothing.
+    """
     if torch._dynamo.config.suppress_errors:
         raise RuntimeError(
             "torch._dynamo.config.suppress_errors: got True, need False: failures would be eager, unseen"
@@ -54,18 +74,55 @@ def count_compilations() -> Iterator[Counts]:
     known = len(get_compilation_metrics())
     breaks, graphs = dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
     found = Counts()
+    with _inductor_calls() as calls:
+        try:
+            yield found
+        finally:
+            entries = dict(enumerate(get_compilation_metrics()))
+            found.captures = _captures({at: one for at, one in entries.items() if at >= known}, calls)
+            found.graph_breaks = {
+                reason: count - breaks.get(reason, 0)
+                for reason, count in counters["graph_break"].items()
+                if count > breaks.get(reason, 0)
+            }
+            found.graphs = counters["stats"]["unique_graphs"] - graphs
+
+
+@contextlib.contextmanager
+def _inductor_calls() -> Iterator[list[tuple[int, bool]]]:
+    """(number of the entry in Dynamo's books, whether a backward) of everything that Inductor is given to compile.
+
+    The cache of AOTAutograd is off meanwhile: it would answer before Inductor is asked.
+    """
+    calls, compile_inner = [], compile_fx._compile_fx_inner
+
+    def counted(*args, **kwargs):
+        calls.append((len(get_compilation_metrics()), bool(kwargs.get("is_backward"))))
+        return compile_inner(*args, **kwargs)
+
+    compile_fx._compile_fx_inner = counted
     try:
-        yield found
+        with functorch_config.patch(enable_autograd_cache=False):
+            yield calls
     finally:
-        found.compilations = [_compilation(entry) for entry in get_compilation_metrics()[known:]]
-        found.graph_breaks = {
-            reason: count - breaks.get(reason, 0)
-            for reason, count in counters["graph_break"].items()
-            if count > breaks.get(reason, 0)
-        }
-        found.graphs = counters["stats"]["unique_graphs"] - graphs
+        compile_fx._compile_fx_inner = compile_inner
 
 
-def _compilation(entry) -> Compilation:
-    seconds = (entry.duration_us or 0) / 1e6
-    return Compilation(entry.co_name or "?", bool(entry.is_forward), entry.recompile_reason, seconds)
+def _captures(entries: dict[int, object], calls: list[tuple[int, bool]]) -> list[Capture]:
+    """A backward that is compiled later has an entry of its own, under the id of its forward; so has the time that
+    Triton's autotuning takes when kernels first run, which compiles no graph."""
+    found: list[Capture] = []
+    of_id: dict[str, Capture] = {}
+    for number, entry in entries.items():
+        backward = [of_backward for at, of_backward in calls if at == number]
+        one = None if entry.is_forward and entry.co_name else of_id.get(entry.compile_id)
+        if one is None and not entry.co_name and not backward and found:
+            one = found[-1]
+        if one is None:
+            one = Capture(entry.co_name or "backward of an earlier capture", entry.recompile_reason)
+            found.append(one)
+            of_id[entry.compile_id] = one
+        one.seconds += (entry.duration_us or 0) / 1e6
+        one.backward += sum(backward)
+        one.forward += len(backward) - sum(backward)
+    return found

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from peft.tuners.lora import LoraLayer
 
+from unsloth_puzzles.nf4.patch import exchange_class
+
 
 def scale_inside(model: torch.nn.Module) -> Callable[[], None]:
     """Let PEFT's LoRA layers over 4-bit linears compute as above; returns what undoes it.
@@ -23,18 +25,21 @@ def scale_inside(model: torch.nn.Module) -> Callable[[], None]:
     from peft.tuners.lora.bnb import Linear4bit
 
     layers = [module for module in model.modules() if type(module) is Linear4bit]
+    scaled = _scaled_inside()
     for layer in layers:
-        layer.__class__ = _scaled_inside(Linear4bit)
+        exchange_class(layer, scaled)
 
     def undo() -> None:
         for layer in layers:
-            layer.__class__ = Linear4bit
+            exchange_class(layer, Linear4bit)
 
     return undo
 
 
 @cache
-def _scaled_inside(cls: type) -> type:
+def _scaled_inside() -> type:
+    from peft.tuners.lora.bnb import Linear4bit as cls
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not _is_plain(self):
             return cls.forward(self, x, *args, **kwargs)
@@ -48,6 +53,12 @@ def _scaled_inside(cls: type) -> type:
         return result
 
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def plain_adapter(layer: LoraLayer) -> str | None:
+    """The name of the one adapter that is plain LoRA and active; None if there is none, more than one, or another."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 and _is_plain(layer) else None
 
 
 def _is_plain(layer: LoraLayer) -> bool:

@@ -4,7 +4,8 @@
         trainer.train()
 
 One compiled function serves all layers, whatever the length of a batch: sizes that vary are marked, attention takes its
-mask from tensors, and NF4 weights come out of A's operator.
+mask from tensors, and NF4 weights come out of A's operator. What is no number (with or without gradients, the kind of
+mask) makes another function of it, so that none is ever compiled again for a reason that could have been foreseen.
 """
 
 import functools
@@ -15,18 +16,22 @@ from types import FunctionType, MethodType
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._inductor import utils as inductor_utils
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
-from unsloth_puzzles.attention.interface import BACKENDS
-from unsloth_puzzles.attention.models import NAME, register
+from unsloth_puzzles.attention.interface import BACKENDS, Mask
+from unsloth_puzzles.attention.models import implementation, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.compiled import autotune
+from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.swiglu import fuse_swiglu
+from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
-_AUTOTUNE = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
+# Inductor's check of the sizes of all inputs and results, 125 of them a layer, is a fifth of the host's time.
+_OPTIONS = {"size_asserts": False}
 
 
 def compile_qlora(
@@ -36,6 +41,8 @@ def compile_qlora(
     loss: Callable = cross_entropy,
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
+    offload_checkpoints: bool = True,
+    eager_rounding: bool = False,
     **loss_options: object,
 ) -> "CompiledQLoRA":
     """Compile `model`, a causal LM of transformers in NF4 with adapters of PEFT, or the `Trainer` of one.
@@ -47,15 +54,22 @@ def compile_qlora(
     fewer multiprocessors than Inductor asks for; each choice is made at the first length that is seen, so let that be
     the longest.
 
-    Gradient checkpointing may be on (not reentrant). Calls with a KV cache (generation) run as before, not compiled.
+    offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
+    Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
+
+    eager_rounding: round after each operation, as eager mode does, instead of once at the end of a fused kernel. Then
+    the losses are eager mode's; without it they are nearer to float32's. (Eager mode rounds the sum of a layer's output
+    and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
+
+    Calls with a KV cache (generation) run as before, not compiled.
     The KV cache is switched off for other calls, with a warning if it was on.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
         TypeError: no causal LM of transformers.
-        ValueError: no NF4 layers, no trainable adapters, reentrant checkpointing, what `use_memory_efficient_loss` and
-            `patch_linear4bit` refuse, a backend that cannot be compiled.
+        ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
+            compiled, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
@@ -69,33 +83,38 @@ def compile_qlora(
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
     layers, norm = _parts(causal_lm)
-    _check_checkpointing(causal_lm, layers)
+    if any("_old_forward" in vars(module) for module in (*layers, norm)):
+        raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
+        if not eager_rounding:
+            undoing.callback(fuse_swiglu(found))
+        undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
         undoing.callback(_set_cache(causal_lm))
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
         undoing.enter_context(fx_config.patch(use_duck_shape=False))
-        if max_autotune:
-            undoing.callback(_allow_small_gpus())
-        options = _AUTOTUNE if max_autotune else {}
-        for kind in dict.fromkeys(type(layer) for layer in layers):
-            compiled = _compiled(kind.forward, kind.__name__, options)
-            for layer in layers:
-                if type(layer) is kind:
-                    undoing.callback(_exchange(layer, functools.partial(_run_layer, compiled, kind.forward)))
-        undoing.callback(_exchange(norm, functools.partial(_run_norm, _compiled(type(norm).forward, "norm", options))))
-        return CompiledQLoRA(undoing.pop_all(), patch)
+        products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
+        options = {**_OPTIONS, "emulate_precision_casts": eager_rounding, **(autotune.OPTIONS if max_autotune else {})}
+        variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
+        for layer in layers:
+            undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
+        undoing.callback(_exchange(norm, functools.partial(_run_norm, Variants(type(norm).forward, "norm", options))))
+        undoing.callback(checkpoint_inputs(layers, offload=offload_checkpoints))
+        return CompiledQLoRA(undoing.pop_all(), patch, products)
 
 
 class CompiledQLoRA:
-    """What `compile_qlora` did. `.loss`: the handle of the loss. Undone by `undo()` or at the end of a `with` block."""
+    """What `compile_qlora` did, undone by `undo()` or at the end of a `with` block.
 
-    def __init__(self, undoing: ExitStack, loss):
-        self._undoing, self.loss = undoing, loss
+    loss: the handle of the loss. products: of max-autotune, the matrix products and who won them, as they are found.
+    """
+
+    def __init__(self, undoing: ExitStack, loss, products: list[autotune.Product]):
+        self._undoing, self.loss, self.products = undoing, loss, products
 
     def undo(self) -> None:
         """Give the model back as it was; a second time does nothing."""
@@ -116,18 +135,6 @@ def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.
     return list(layers), norm
 
 
-def _check_checkpointing(causal_lm: PreTrainedModel, layers: list) -> None:
-    for layer in layers:
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
-            "use_reentrant", True
-        ):
-            raise ValueError(
-                "model: its gradient checkpointing is reentrant, which a compiled layer does not support; "
-                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-
-
 def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
     config = causal_lm.config.get_text_config()
     before = config.use_cache
@@ -140,26 +147,52 @@ def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
 def _set_attention(causal_lm: PreTrainedModel, attention: str) -> Callable[[], None]:
     before = causal_lm.config._attn_implementation
     register()
-    causal_lm.set_attn_implementation(NAME if attention == "auto" else f"{NAME}_{attention}")
+    causal_lm.set_attn_implementation(implementation(attention))
     return lambda: causal_lm.set_attn_implementation(before)
 
 
-def _allow_small_gpus() -> Callable[[], None]:
-    """Inductor lets Triton compete only on GPUs with 68 multiprocessors or more; a T4 has 40."""
-    before = inductor_utils.is_big_gpu
-    inductor_utils.is_big_gpu = lambda *_: True
-    return lambda: setattr(inductor_utils, "is_big_gpu", before)
+class Variants:
+    """`forward` of a class of modules, compiled once for each answer to the questions below that a call gives.
+
+    Each has a code object of its own: Dynamo keeps compiled code by it, allows eight, and tries them in turn.
+    """
+
+    def __init__(self, forward: Callable, name: str, options: dict):
+        self.forward, self._name, self._options = forward, name, options
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        _mark(hidden_states)
+        key = (
+            torch.is_grad_enabled(),
+            hidden_states.requires_grad,  # the first layer's, the embeddings, are not trained
+            module.training,
+            torch.is_autocast_enabled(hidden_states.device.type),
+            tuple(size == 1 for size in hidden_states.shape[:2]),  # a size of 1 is a constant to the compiler
+            _kind(kwargs.get("attention_mask")),
+        )
+        if key not in self._compiled:
+            named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
+            self._compiled[key] = _compiled(self.forward, "".join(named), self._options)
+        return self._compiled[key](module, hidden_states, *args, **kwargs)
+
+
+def _kind(mask: Mask | None) -> tuple | None:
+    """What of a mask is no tensor."""
+    if mask is None:
+        return None
+    parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
+    return mask.backend.name, mask.pattern, tuple(type(part) for part in parts)
 
 
 def _compiled(forward: Callable, name: str, options: dict) -> Callable:
-    """`forward` compiled under a code object of its own: Dynamo keeps and counts by it, and other users of the class
-    keep theirs."""
+    """`forward` compiled under a new code object, so that other users of the class keep theirs."""
 
     def run(module, *args, **kwargs):
         return forward(module, *args, **kwargs)
 
     own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, options=options or None)
+    return torch.compile(own, fullgraph=True, options=options)
 
 
 def _exchange(module: torch.nn.Module, forward: Callable) -> Callable[[], None]:
@@ -185,21 +218,19 @@ class _Forward:
         return self.function(module, *args, **kwargs)
 
 
-def _run_layer(compiled: Callable, plain: Callable, layer, hidden_states, *args, **kwargs):
+def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
-        return plain(layer, hidden_states, *args, **kwargs)
-    _mark(hidden_states)
+        return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("position_ids", "use_cache", "past_key_values"):
         kwargs.pop(name, None)
-    return compiled(layer, hidden_states, *args, **kwargs)
+    return variants(layer, hidden_states, *args, **kwargs)
 
 
-def _run_norm(compiled: Callable, norm, hidden_states):
-    _mark(hidden_states)
-    return compiled(norm, hidden_states)
+def _run_norm(variants: Variants, norm, hidden_states):
+    return variants(norm, hidden_states)
 
 
 def _mark(tensor: torch.Tensor) -> None:

@@ -76,7 +76,7 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> 
         _check_layer(name, layer)
     for layer in layers.values():
         rows = default_min_rows(layer.weight.device) if min_rows is None else min_rows
-        _exchange(layer, _patched_class(type(layer), rows))
+        exchange_class(layer, _patched_class(type(layer), rows))
     return Patch(layers)
 
 
@@ -93,7 +93,7 @@ class Patch:
             if not _is_patched(layer) or "forward" not in vars(type(layer)):
                 raise RuntimeError(f"{name}: is a {type(layer).__name__} by now, so the patch cannot be undone")
         for layer in self._layers.values():
-            _exchange(layer, type(layer).bitsandbytes_class)
+            exchange_class(layer, type(layer).bitsandbytes_class)
         self._layers = {}
 
     def __enter__(self) -> "Patch":
@@ -159,7 +159,7 @@ def _is_forward(function, cls: type) -> bool:
     return getattr(function, "__func__", None) is cls.forward
 
 
-def _exchange(layer, cls: type) -> None:
+def exchange_class(layer, cls: type) -> None:
     """Make `layer` a `cls`, also where accelerate keeps the bound `forward` of its class on the instance."""
     kept = [key for key in ("forward", "_old_forward") if _is_forward(vars(layer).get(key), type(layer))]
     layer.__class__ = cls

@@ -1,0 +1,176 @@
+"""Max-autotune: which candidates compete, what is kept of their times, and that Inductor is left as it was."""
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._inductor import select_algorithm
+from torch._inductor import utils as inductor_utils
+from torch._inductor.virtualized import V
+
+from unsloth_puzzles.compiled import autotune
+
+SMALL_TILE, TALL_TILE, WIDE_TILE = (16, 32, 16), (64, 32, 16), (128, 32, 128)
+
+
+class Node:
+    def __init__(self, *size):
+        self.size = size
+
+    def get_size(self):
+        return self.size
+
+
+class Triton(select_algorithm.TritonTemplateCaller):
+    """A candidate of Triton's without a kernel."""
+
+    def __init__(self, name, inputs, tile):
+        self.name, self.input_nodes = name, inputs
+        self.log_info = {} if tile is None else {"tile_shape": str(tile)}
+
+    def __repr__(self):
+        return self.name
+
+
+def product(rows, inner, columns, *added):
+    return [*added, Node(rows, inner), Node(inner, columns)]
+
+
+def candidates(inputs, *tiles):
+    """cuBLAS's, and one of Triton's for each tile."""
+    cublas = SimpleNamespace(name="mm", input_nodes=inputs)
+    return [cublas, *(Triton(f"triton_mm_{number}", inputs, tile) for number, tile in enumerate(tiles))]
+
+
+@contextmanager
+def lowering(hint=int):
+    """Inductor's graph, as far as it is asked for sizes."""
+    with V.set_graph_handler(SimpleNamespace(sizevars=SimpleNamespace(optimization_hint=hint))):
+        yield
+
+
+def kept(inputs, *tiles, hint=int):
+    choices = candidates(inputs, *tiles)
+    with lowering(hint):
+        left = autotune.suited(choices)
+    assert left[0] is choices[0]  # cuBLAS's always stays
+    return [tile for choice, tile in zip(choices[1:], tiles, strict=True) if any(choice is one for one in left)]
+
+
+def test_wide_products_get_square_tiles():
+    tiles = SMALL_TILE, TALL_TILE, WIDE_TILE, (64, 32, 256), (64, 32, 128)
+    assert kept(product(1024, 512, 1024), *tiles) == [WIDE_TILE, (64, 32, 256)]
+    assert kept(product(256, 256, 256), *tiles) == [WIDE_TILE, (64, 32, 256)]
+
+
+@pytest.mark.parametrize("sizes", [(1024, 512, 16), (1024, 16, 512), (16, 1024, 512)])
+def test_narrow_products_get_tall_tiles(sizes):
+    assert kept(product(*sizes), SMALL_TILE, TALL_TILE, WIDE_TILE) == [TALL_TILE, WIDE_TILE]
+
+
+def test_what_a_bias_adds_is_no_matrix_of_the_product():
+    for added in (Node(16), Node(1024, 16)):
+        assert kept(product(1024, 512, 16, added), SMALL_TILE, TALL_TILE) == [TALL_TILE]
+
+
+def test_sizes_that_vary_are_taken_as_the_first_batch_has_them():
+    sizes = {"rows": 2048}
+    hint = lambda size: sizes.get(size, size)  # noqa: E731
+    assert kept(product("rows", 512, 512), TALL_TILE, WIDE_TILE, hint=hint) == [WIDE_TILE]
+    sizes["rows"] = 100
+    assert kept(product("rows", 512, 512), TALL_TILE, WIDE_TILE, hint=hint) == [TALL_TILE, WIDE_TILE]
+
+
+def test_without_a_suitable_tile_all_of_them_stay():
+    assert kept(product(1024, 512, 1024), SMALL_TILE, TALL_TILE) == [SMALL_TILE, TALL_TILE]
+    assert kept(product(1024, 512, 16), SMALL_TILE) == [SMALL_TILE]
+
+
+def test_what_is_no_product_of_two_matrices_is_left_alone():
+    batched = [Node(4, 64, 64), Node(4, 64, 64)]
+    for choices in (
+        candidates(batched, SMALL_TILE, WIDE_TILE),
+        candidates(product(1024, 512, 1024), None),  # another template, without a tile
+        candidates(product(1024, 512, 1024)),  # without Triton
+        [],
+    ):
+        with lowering():
+            assert autotune.suited(choices) is choices
+
+
+def registered():
+    selector = select_algorithm.get_algorithm_selector_cache()
+    return inductor_utils.is_big_gpu, [*selector.feedback_saver_fns], [*selector.preprocessing_fns]
+
+
+def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
+    monkeypatch.setattr(inductor_utils, "is_big_gpu", lambda index_or_device=0: False)
+    before = registered()
+    with autotune.triton_competes():
+        assert inductor_utils.is_big_gpu() is True and inductor_utils.is_big_gpu(torch.device("cuda", 0)) is True
+        _, savers, preprocessing = registered()
+        assert len(savers) == len(before[1]) + 1 and preprocessing == [*before[2], autotune.suited]
+    assert registered() == before
+    with pytest.raises(ZeroDivisionError), autotune.triton_competes():
+        raise ZeroDivisionError
+    assert registered() == before
+
+
+def benchmarked(*rounds):
+    """The products found when Inductor has benchmarked (candidates, their times in ms), ..."""
+    with autotune.triton_competes() as products, lowering():
+        (*_, keep) = select_algorithm.get_algorithm_selector_cache().feedback_saver_fns
+        for choices, times in rounds:
+            timings = dict(zip(choices, times, strict=True))
+            keep(timings, "mm", choices[0].input_nodes, choices, None, None)
+    return products
+
+
+class Cublas:
+    def __init__(self, inputs):
+        self.name, self.input_nodes = "mm", inputs
+
+
+def test_the_fastest_is_kept_beside_cublas():
+    inputs = product(1024, 512, 16)
+    cublas, first, second = Cublas(inputs), Triton("triton_mm_0", inputs, SMALL_TILE), Triton("t", inputs, TALL_TILE)
+    lost, won, alone = benchmarked(
+        ([cublas, first], (0.5, math.inf)), ([cublas, first, second], (0.5, 0.25, 0.75)), ([first], (0.25,))
+    )
+    assert lost == autotune.Product(rows=1024, columns=16, inner=512, winner="mm", winner_us=500, cublas_us=500)
+    assert won == autotune.Product(1024, 16, 512, "triton_mm_0", 250, 500)
+    assert won.by_triton and not lost.by_triton
+    assert alone.winner_us == 250 and math.isnan(alone.cublas_us)
+
+
+def test_what_failed_or_is_no_product_is_not_kept():
+    inputs, batched = product(1024, 512, 16), [Node(4, 64, 64), Node(4, 64, 64)]
+    failed = [Cublas(inputs), Triton("triton_mm_0", inputs, SMALL_TILE)]
+    others = [Cublas(batched), Triton("triton_bmm_0", batched, SMALL_TILE)]
+    assert benchmarked((failed, (math.inf, math.inf)), (others, (1.0, 2.0)), ([Cublas(inputs)], (1.0,))) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_products_are_benchmarked_and_right():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, narrow, square = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1024, 512), (512, 16), (1024, 1024))
+    )
+
+    def both(x, narrow, square):
+        return x @ narrow, square @ square
+
+    compiled = torch.compile(both, fullgraph=True, options=autotune.OPTIONS)
+    with torch._inductor.utils.fresh_cache(), autotune.triton_competes() as products:
+        found = compiled(x, narrow, square)
+    assert {(one.rows, one.inner, one.columns) for one in products} == {(1024, 512, 16), (1024, 1024, 1024)}
+    for one in products:
+        assert 0 < one.winner_us <= one.cublas_us < math.inf
+        assert one.by_triton == one.winner.startswith("triton")
+    exact = both(*(tensor.double() for tensor in (x, narrow, square)))
+    for one, expected in zip(found, exact, strict=True):  # bfloat16's rounding of the result, 2^-9 of it each
+        assert (one.double() - expected).norm() <= 2**-8 * expected.norm()
+    torch._dynamo.reset()

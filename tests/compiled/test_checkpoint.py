@@ -1,0 +1,145 @@
+"""Checkpointed inputs: the gradients of the layer itself, whatever draws, casts or is dropped meanwhile."""
+
+import gc
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from unsloth_puzzles.compiled.checkpoint import Store, checkpoint_inputs
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, dropout):
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6)
+        self.dropout, self.calls = nn.Dropout(dropout), 0
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        return x + scale * self.trained(self.dropout(torch.tanh(self.frozen(x))))
+
+
+def make(dropout=0.0, count=3, on=True):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Layer(dropout) for _ in range(count)).train()
+    for layer in layers:
+        layer.gradient_checkpointing = on
+    return layers
+
+
+def step(layers, x, context=torch.enable_grad):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with context():
+        out = x
+        for layer in layers:
+            out = layer(out, scale=2.0)
+    parameters = [p for p in layers.parameters() if p.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *parameters])]
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("context", [torch.enable_grad, autocast])
+def test_the_same_bits_as_without(dropout, context):
+    x = torch.randn(4, 6)
+    expected = step(make(dropout, on=False), x, context)
+    layers = make(dropout)
+    checkpoint_inputs(layers)
+    found = step(layers, x, context)
+    assert [layer.calls for layer in layers] == [2, 2, 2]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    after = torch.rand(1)
+    step(make(dropout, on=False), x, context)
+    assert torch.equal(after, torch.rand(1))  # the backward has left the generator as it was
+
+
+def test_accumulated_gradients_and_an_input_that_wants_none():
+    layers, plain = make(), make(on=False)
+    checkpoint_inputs(layers)
+    for _ in range(2):
+        for each in (layers, plain):
+            out = torch.ones(2, 6)
+            for layer in each:
+                out = layer(out)
+            out.sum().backward()
+    for one, other in zip(layers.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+def test_without_gradients_and_in_evaluation_a_layer_runs_once():
+    layers = make()
+    checkpoint_inputs(layers)
+    with torch.no_grad():
+        layers[0](torch.ones(2, 6))
+    layers.eval()[1](torch.ones(2, 6)).sum().backward()
+    assert [layer.calls for layer in layers] == [1, 1, 0]
+
+
+def test_a_second_backward_is_refused():
+    layers = make()
+    checkpoint_inputs(layers)
+    loss = layers[0](torch.ones(2, 6)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^backward: a checkpointed layer is differentiated once a forward"):
+        loss.backward()
+
+
+def test_a_gradient_that_would_be_lost_is_refused():
+    layers = make()
+    checkpoint_inputs(layers)
+    with pytest.raises(ValueError, match=r"^scale: requires gradients, which checkpointing"):
+        layers[0](torch.ones(2, 6), scale=torch.ones(6, requires_grad=True))
+
+
+def test_a_graph_that_is_dropped_leaves_nothing_behind():
+    store = Store(offload=True)
+    first, second = store.put(torch.ones(3)), store.put(torch.ones(3))
+    del second
+    gc.collect()
+    assert torch.equal(store.take(first), torch.ones(3)) and store._waiting == []
+
+
+def test_transformers_settings_come_back_and_reentrant_is_said():
+    layers = make()
+    theirs = layers[0]._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        undo = checkpoint_inputs(layers)
+    reentrant = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    with pytest.warns(UserWarning, match="^use_reentrant: was True; while compiled"):
+        layers[1]._gradient_checkpointing_func = reentrant  # as transformers' Trainer does when it starts
+    assert layers[1](torch.ones(2, 6)).requires_grad and layers[1].calls == 1
+    undo()
+    assert type(layers[0]) is Layer
+    assert layers[0]._gradient_checkpointing_func is theirs and layers[1]._gradient_checkpointing_func is reentrant
+    with pytest.warns(UserWarning, match="^use_reentrant"):
+        checkpoint_inputs(layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [True, False])
+def test_on_a_gpu_the_same_bits_and_no_input_stays(offload):
+    x = torch.randn(4096, 6, device="cuda")
+    expected = step(make(0.3, on=False).cuda(), x)
+    layers = make(0.3).cuda()
+    checkpoint_inputs(layers, offload=offload)
+    for _ in range(3):
+        for one, other in zip(step(layers, x), expected, strict=True):
+            assert torch.equal(one, other)
+    wide = torch.randn(1 << 20, 6, device="cuda", requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    out = wide
+    for layer in layers:
+        out = layer(out)
+    torch.cuda.synchronize()
+    held = (torch.cuda.memory_allocated() - before) / wide.nbytes
+    assert held < 1.1 if offload else 2.9 < held < 3.1

@@ -1,0 +1,82 @@
+"""On a GPU, in bfloat16: compiled QLoRA over every backend of attention, checkpointed or not, is as near to float32."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+
+from unsloth_puzzles.attention import BACKENDS
+from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.nf4 import patch_linear4bit
+
+pytestmark = pytest.mark.gpu
+
+
+def make_model(dtype):
+    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cuda", dtype)
+    model.config.use_cache = False
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model in bfloat16, and one that computes with the same weights in float32."""
+    model, exact = make_model(torch.bfloat16), make_model(torch.float32)
+    for one, other in zip(model.modules(), exact.modules(), strict=True):
+        if isinstance(one, Linear4bit):
+            other.weight, other.compute_dtype = one.weight, torch.float32
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        if one.is_floating_point():
+            other.data.copy_(one.data)
+    return model, exact
+
+
+def inputs(length, packed):
+    ids = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(length)).cuda()
+    starts = torch.cat([torch.arange(length // 3), torch.arange(length - length // 3)]).expand(2, -1).cuda()
+    return {"input_ids": ids, "labels": ids, **({"position_ids": starts} if packed else {})}
+
+
+def gradient(model, autocast=True, **given):
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        loss = model(**given).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    ("attention", "checkpointing", "rounding"),
+    [("auto", False, False), ("flash", True, False), ("flex", False, False), ("sdpa", True, True)],
+)
+def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpointing, rounding):
+    if attention != "auto" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
+        pytest.skip(f"{attention}: {reason}")
+    model, exact = models
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+    asked = [inputs(length, packed) for length, packed in ((200, False), (77, False), (150, True), (64, True))]
+    plain = [gradient(model, **given) for given in asked]
+    with patch_linear4bit(exact):
+        true = [gradient(exact, autocast=False, **given) for given in asked]
+    torch._dynamo.reset()
+    with (
+        count_compilations() as counts,
+        compile_qlora(model, attention=attention, eager_rounding=rounding),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        found = [gradient(model, **given) for given in asked]
+    for mine, other, right in zip(found, plain, true, strict=True):
+        assert (mine - right).norm() <= 1.2 * (other - right).norm()
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()

@@ -1,0 +1,74 @@
+"""The suite notices broken compilation: each mutation of a copy of the source makes the test named with it fail."""
+
+import pytest
+
+from tests.mutants import Run, assert_caught, assert_unmutated_passes, mutation, run_mutants
+
+SAME_BITS = "test_checkpoint.py::test_the_same_bits_as_without"
+LENGTHS = "test_variants.py::test_lengths_and_modules_share_one_function"
+MUTATIONS = {
+    "a forced recompilation per length": mutation(
+        "qlora.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "torch._dynamo.mark_static(tensor, (0, 1))",
+        LENGTHS,
+    ),
+    "lengths not marked": mutation(
+        "qlora.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "pass", LENGTHS
+    ),
+    "one function for inputs with and without gradients": mutation(
+        "qlora.py", "            hidden_states.requires_grad,  #", "            True,  #",
+        "test_variants.py::test_what_wants_gradients_has_a_function_of_its_own",
+    ),
+    "gradients of parameters dropped": mutation(
+        "checkpoint.py", "*(next(found) if need else None for need in ctx.needs_input_grad[3:])",
+        "*(next(found) * (at == 0) if need else None for at, need in enumerate(ctx.needs_input_grad[3:]))",
+        f"{SAME_BITS}[enable_grad-0.0]",
+    ),
+    "random state not restored": mutation(
+        "checkpoint.py", "_restored(ctx.random_state,", "_restored(None,", f"{SAME_BITS}[enable_grad-0.4]"
+    ),
+    "the backward moves the generator on": mutation(
+        "checkpoint.py", "with torch.random.fork_rng(devices=[device] if device.type == \"cuda\" else []):",
+        "with contextlib.nullcontext():", f"{SAME_BITS}[enable_grad-0.4]",
+    ),
+    "autocast forgotten in the backward": mutation(
+        "checkpoint.py", "ctx.autocast(),", "contextlib.nullcontext(),", f"{SAME_BITS}[autocast-0.0]"
+    ),
+    "scaling dropped": mutation(
+        "lora.py", " * self.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[0.0-2]"
+    ),
+    "DoRA taken for plain LoRA": mutation(
+        "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
+    ),
+    "backwards not counted": mutation(
+        "count.py", "one.backward += sum(backward)", "one.backward += 0",
+        "test_count.py::test_inductors_backward_is_counted_beside_its_forward[True]",
+    ),
+    "graph breaks not counted": mutation(
+        "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_a_graph_break_is_counted"
+    ),
+    "weights stay plain": mutation(
+        "weights.py", "weight.__class__ = Params4bit", "pass", "test_weights.py::test_types_meanwhile_and_afterwards"
+    ),
+    "small GPUs refused": mutation(
+        "autotune.py", "lambda *_: True", "inductor_utils.is_big_gpu",
+        "test_autotune.py::test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back",
+    ),
+    "no candidate of Triton's left": mutation(
+        "autotune.py", "if suits(choice)] or tiles", "if suits(choice)]",
+        "test_autotune.py::test_without_a_suitable_tile_all_of_them_stay",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Run]:
+    return run_mutants("compiled", MUTATIONS, tmp_path_factory)
+
+
+def test_without_a_mutation_the_tests_pass(runs):
+    assert_unmutated_passes(runs)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(runs, name: str):
+    assert_caught(runs, name)

@@ -1,0 +1,133 @@
+"""The MLP with its adapters inside the activation: against the formula in float64, in a model, and left out."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import silu
+
+from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [((2, 37), 100, 4), ((70,), 130, 16), ((1, 1), 64, 1), ((3, 5), 16, 20)]
+
+
+def formula(g, u, ig, iu, bg, bu, a):
+    act = silu(g + ig @ bg.t()) * (u + iu @ bu.t())
+    return act, act @ a.t()
+
+
+def draw(rows, columns, rank, dtype, device):
+    generator = torch.Generator().manual_seed(sum(rows) + columns + rank)
+    shapes = [(*rows, columns)] * 2 + [(*rows, rank)] * 2 + [(columns, rank)] * 2 + [(rank, columns)]
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def results(function, data):
+    outputs = function(*data)
+    slopes = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(data[0]) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, data, slopes)]
+
+
+def distance(found, exact):
+    return [((one.double() - true).norm() / true.norm()).item() for one, true in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "columns", "rank"), SHAPES)
+def test_outputs_and_gradients_in_float32(rows, columns, rank, device):
+    data = draw(rows, columns, rank, torch.float32, device)
+    exact = results(formula, [t.detach().double().requires_grad_() for t in data])
+    assert max(distance(results(LoraSwiGLU.apply, data), exact)) <= 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_16_bits_no_worse_than_the_formula(dtype, device):
+    """Which rounds after each operation."""
+    data = draw((2, 96), 160, 8, dtype, device)
+    exact = results(formula, [t.detach().double().requires_grad_() for t in data])
+    found, plain = distance(results(LoraSwiGLU.apply, data), exact), distance(results(formula, data), exact)
+    assert all(mine <= 1.05 * theirs for mine, theirs in zip(found, plain, strict=True)), (found, plain)
+    assert found[0] <= 0.75 * torch.finfo(dtype).eps  # one rounding
+
+
+def make_model(dtype=torch.float32, **options):
+    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cpu", dtype)
+    torch.manual_seed(0)
+    given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(model, LoraConfig(**given))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def step(model):
+    model.zero_grad()
+    torch.manual_seed(1)
+    ids = torch.arange(40).view(2, 20)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+
+def test_in_a_model_and_undone(monkeypatch):
+    model, calls = make_model(), []
+    kinds = [type(module) for module in model.modules()]
+    expected = step(model)
+    apply = LoraSwiGLU.apply
+    monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
+    inside, undo = scale_inside(model), fuse_swiglu(model)
+    found = step(model)
+    assert len(calls) == 2  # one a layer
+    assert (found - expected).norm() <= 5e-6 * expected.norm()
+    undo()
+    inside()
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(step(model), expected) and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["gate_proj", "up_proj"]}],
+    ids=["dropout", "DoRA", "no adapter on one of the three"],
+)
+def test_other_adapters_stay_as_they_are(options, monkeypatch):
+    model = make_model(**options)
+    expected = step(model)
+    monkeypatch.setattr(LoraSwiGLU, "apply", None)
+    fuse_swiglu(model)
+    assert torch.equal(step(model), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_of_another_dtype_are_inside_under_autocast_alone(autocast, monkeypatch):
+    """PEFT keeps adapters in float32 under a model in bfloat16, and without autocast computes them so."""
+    model, calls = make_model(dtype=torch.bfloat16), []
+    apply = LoraSwiGLU.apply
+    monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = step(model)
+        fuse_swiglu(model)
+        found = step(model)
+    assert len(calls) == (2 if autocast else 0)
+    assert (found - expected).norm() <= (0.02 if autocast else 0) * expected.norm()
+
+
+def test_disabled_adapters_are_left_out(monkeypatch):
+    model = make_model()
+    ids = torch.arange(12)[None]
+    fuse_swiglu(model)
+    monkeypatch.setattr(LoraSwiGLU, "apply", None)
+    with torch.no_grad(), model.disable_adapter():
+        found = model(input_ids=ids).logits
+        assert torch.equal(found, model.get_base_model()(input_ids=ids).logits)
+
+
+def test_compiled_without_a_break():
+    data = draw((2, 20), 48, 4, torch.float32, "cpu")
+    compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given), fullgraph=True)
+    for one, other in zip(results(compiled, data), results(formula, data), strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()

@@ -1,0 +1,188 @@
+"""QLoRA steps under many settings, each in a process of its own, kept in one file: too long for a notebook.
+
+    python -m unsloth_puzzles.comparisons.qlora_sweeps resources/measurements/c_compile_sweeps.json
+
+The file is {"hardware", "versions", "sources", "date", "runs": {name: what `measure` of `qlora_steps`, or of the
+"module" that was asked for, returns}}. It is saved after each run. A run that is there already, of the same settings,
+sources, machine and versions, is not made again.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+import unsloth_puzzles
+from unsloth_puzzles.bench import child
+from unsloth_puzzles.bench.hardware import Hardware, probe, versions
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES
+
+STEPS = 60
+LONGEST = 1024
+
+
+def lengths(steps: int = STEPS, longest: int = LONGEST) -> list[int]:
+    """The longest first, then `steps - 1` others, all different."""
+    return [longest, *random.Random(0).sample(range(longest // 8, longest), steps - 1)]
+
+
+CHECKPOINTING = {"without checkpointing": {}, "with checkpointing": {"checkpointing": True}}
+BUDGETS = (0.5, 0.3)  # and 0.9, the default; 0.7 keeps the same
+PARITY = {"batch": 2, "lengths": lengths()}
+KERNELS = ("flash", "cudnn", "math")  # of SDPA, those that take grouped heads; uncompiled runs differ by what they do
+T4 = {"dtype": "float16", "attention": "sdpa", "memory_gib": 15.0, "batch": 2, "lengths": [1024] * 12}
+RUNS = {
+    f"{candidate}, {name}": {"candidate": candidate, **given}
+    for name, given in CHECKPOINTING.items()
+    for candidate in CANDIDATES
+}
+TRAINER = {f"trainer, {candidate}": {"module": "qlora_trainer", "candidate": candidate} for candidate in CANDIDATES}
+RUNS |= TRAINER
+RUNS |= {f"parity, eager, {kernel}": {"candidate": "eager", "sdpa": kernel, **PARITY} for kernel in KERNELS}
+# cuDNN, which "auto" takes on an H200, plans anew for every length: a tenth of a second each (197 ms a step and 128).
+RUNS |= {"parity, compiled": {"candidate": "compiled", "attention": "flash", **PARITY}}
+RUNS |= {"parity, compiled, eager's rounding": {**RUNS["parity, compiled"], "eager_rounding": True}}
+RUNS |= {"parity, float32": {"candidate": "eager", "dtype": "float32", **PARITY}}
+RUNS |= {
+    "rehearsal, compiled": {"candidate": "compiled", "eager_rounding": True, **T4},
+    "rehearsal, eager": {"candidate": "eager", **T4},
+    "rehearsal, eager, flash": {"candidate": "eager", "sdpa": "flash", **T4},  # how far two uncompiled runs differ
+}
+RUNS |= {"compiled, max-autotune": {"candidate": "compiled", "max_autotune": True}}
+RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
+RUNS |= {
+    f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
+    for kept in BUDGETS
+}
+
+
+def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:
+    """The file's content, of whatever hardware it says; without a file `measure` is called."""
+    return json.loads(Path(path).read_text()) if Path(path).exists() else measure(path, runs, hardware)
+
+
+def measure(
+    path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None, *, together: int = 1
+) -> dict:
+    """Make the runs that the file at `path` lacks; one that fails is kept with its error.
+
+    together: how many are started, and compile, at the same time. Each is timed alone, while the others wait.
+    """
+    path = Path(path)
+    hardware = hardware or probe(measure=False)
+    here = {"hardware": dataclasses.asdict(hardware), "versions": versions(), "sources": sources()}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = found and _identity(found) == _identity(here)
+    content = {**here, "date": datetime.date.today().isoformat(), "runs": found["runs"] if same else {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = json.loads(json.dumps(runs))
+    known = content["runs"]
+    lacking = [
+        name for name in runs if "error" in known.get(name, {"error": ""}) or known[name]["asked"] != asked[name]
+    ]
+    for start in range(0, len(lacking), together):
+        names = lacking[start : start + together]
+        for name, result in zip(names, run([runs[name] for name in names]), strict=True):
+            known[name] = {**result, "asked": asked[name], "together": len(names)}
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            print(f"{name}: {summary(known[name])}", flush=True)
+    return content
+
+
+def _identity(content: dict) -> tuple:
+    return content["hardware"]["name"], content["versions"], content["sources"]
+
+
+def sources() -> str:
+    """A hash of the files that a run executes: other code would be another measurement."""
+    folder = Path(unsloth_puzzles.__file__).parent
+    files = [path for part in ("attention", "backprop", "compiled", "nf4") for path in (folder / part).glob("*.py")]
+    digest = hashlib.sha256()
+    of_runs = [folder / "comparisons" / f"{name}.py" for name in ("qlora_steps", "qlora_trainer")]
+    for path in sorted([*files, *of_runs, folder / "bench" / "models.py"]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run(group: list[dict]) -> Iterator[dict]:
+    """Runs, each in a process of its own with empty compiler caches; of one that fails {"error": its last line}.
+
+    All start at once; when the last has done the steps that compile, one after the other goes on.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as at_end:
+        places = [Path(folder, str(number)) for number in range(len(group))]
+        children = [_start(settings, place, len(group)) for settings, place in zip(group, places, strict=True)]
+        for process in children:
+            at_end.callback(process.kill)
+        for process in children:
+            while process.stdout.readline() not in ("ready\n", ""):  # "" at the end of one that has failed
+                pass
+        for process, place in zip(children, places, strict=True):
+            process.communicate("\n" if process.poll() is None else None)
+            out, said = place / "steps.json", (place / "errors.txt").read_text(errors="replace")
+            if process.returncode or not out.exists():
+                yield {"error": (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1]}
+            else:
+                yield json.loads(out.read_text())
+
+
+def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:
+    place.mkdir()
+    settings = {"module": "qlora_steps", **settings}
+    command = [sys.executable, "-m", f"unsloth_puzzles.comparisons.{settings.pop('module')}", "--wait"]
+    for name, value in {"out": place / "steps.json", **settings}.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        command += [flag] if value is True else [flag, text] if value is not None and value is not False else []
+    environment = child.environment(
+        TORCHINDUCTOR_CACHE_DIR=str(place / "inductor"),
+        TRITON_CACHE_DIR=str(place / "triton"),
+        TORCHINDUCTOR_COMPILE_THREADS=str(max(2, (os.cpu_count() or 1) * 2 // (together + 1))),
+    )
+    with open(place / "errors.txt", "w", encoding="utf-8") as errors:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+
+
+def step_ms(run: dict) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile of the second half of the steps: compiled and warm."""
+    times = run["step_ms"][len(run["step_ms"]) // 2 :]
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
+    return statistics.median(times), tenths[0], tenths[-1]
+
+
+def summary(run: dict) -> str:
+    """A line about a run."""
+    if "error" in run:
+        return f"failed: {run['error']}"
+    if "step_ms" not in run:
+        return f"{len(run['losses'])} losses, {run['compilations']} compilations in {run['compile_seconds']:.0f} s"
+    memory = "" if run["peak_gib"] is None else f", {run['peak_gib']:.2f} GiB"
+    compiled = f", {run['compilations']} compilations in {run['compile_seconds']:.0f} s"
+    return f"{step_ms(run)[0]:.1f} ms{memory}{compiled if run['compilations'] else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="QLoRA steps, eager and compiled, under many settings.")
+    parser.add_argument("path", type=Path, help="the JSON file to write, or to complete")
+    path = parser.parse_args().path
+    if not torch.cuda.is_available():
+        parser.error("these runs need a GPU; the notebook makes small ones on a CPU")
+    measure(path, RUNS, together=9)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""QLoRA of Llama 3.2 1B by transformers' Trainer, every batch of another length: losses, and what was compiled.
+
+    python -m unsloth_puzzles.comparisons.qlora_trainer --candidate compiled --out trainer.json
+
+In float32 without TF32. After the training come batches that pack two documents into a row (another kind of mask) and
+an evaluation (no gradients), counted apart. "eager" is transformers' model over bitsandbytes' layers with the standard
+loss; "compiled" the same under `compile_qlora`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from unsloth_puzzles.bench.models import SEED
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, wait
+from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.compiled.qlora import compile_qlora
+
+AFTERWARDS = 3  # packed batches, and batches of the evaluation
+
+
+def measure(
+    candidate: str, *, steps: int = 60, longest: int = 512, tiny: bool = False, ready: Callable[[], None] = lambda: None
+) -> dict:
+    """Train `steps` steps of a batch of two rows each.
+
+    Returns "losses" of the steps, the packed batches and the evaluation, in this order; "lengths" of the steps;
+    "captures", "compilations" and "graph_breaks" of the training, and the same with "later_" before; the settings.
+    """
+    if candidate not in CANDIDATES:
+        raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+    model = qlora_model(device, torch.float32, False, tiny)
+    data = Batches(steps, longest, model.config.vocab_size)
+    later = Batches(AFTERWARDS, longest, model.config.vocab_size, packed=True)
+    evaluation = Batches(AFTERWARDS, longest, model.config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
+            learning_rate=1e-4, logging_steps=1, save_strategy="no", seed=SEED, use_cpu=device == "cpu",
+            disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.0, prediction_loss_only=True,
+        )  # fmt: skip
+        settings._n_gpu = min(settings.n_gpu, 1)  # a 4-bit model trains on one, and so does its batch
+        options = {"train_dataset": data, "eval_dataset": evaluation, "data_collator": lambda rows: rows[0]}
+        trainer = Trainer(model, settings, **options)
+        trainer.remove_callback(PrinterCallback)
+        with compile_qlora(trainer) if candidate == "compiled" else contextlib.nullcontext():
+            with count_compilations() as counts:
+                trainer.train()
+            losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+            with count_compilations() as afterwards:
+                for batch in later:
+                    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                    losses.append(trainer.training_step(model, inputs).item())
+                losses.append(trainer.evaluate()["eval_loss"])
+    ready()  # nothing here is timed, so it need not wait for the others' turns
+    found = {"candidate": candidate, "steps": steps, "tiny": tiny, "lengths": data.lengths, "losses": losses}
+    for prefix, of in (("", counts), ("later_", afterwards)):
+        found |= {
+            f"{prefix}captures": [dataclasses.asdict(one) for one in of.captures],
+            f"{prefix}compilations": of.compilations,
+            f"{prefix}graph_breaks": of.graph_breaks,
+            f"{prefix}compile_seconds": of.seconds,
+        }
+    return found
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Each batch is a row of the data set, since each has its own length: the longest first, then all different."""
+
+    def __init__(self, number: int, longest: int, vocabulary: int, packed: bool = False):
+        drawn = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED)) + 9
+        self.lengths = [longest, *drawn[: number - 1].tolist()]
+        self._vocabulary, self._packed = vocabulary, packed
+
+    def __iter__(self):
+        for number, length in enumerate(self.lengths):
+            ids = torch.randint(self._vocabulary, (2, length), generator=torch.Generator().manual_seed(number))
+            batch = {"input_ids": ids, "labels": ids}
+            if self._packed:
+                first = length // 3
+                batch["position_ids"] = torch.cat([torch.arange(first), torch.arange(length - first)]).expand(2, -1)
+            yield batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A Trainer run of one candidate.")
+    parser.add_argument("--candidate", choices=CANDIDATES, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--wait", action="store_true", help="say that it is ready, and wait for a line")
+    parser.add_argument("--out", required=True)
+    given = vars(parser.parse_args())
+    out, waits = Path(given.pop("out")), given.pop("wait")
+    out.write_text(json.dumps(measure(**given, **({"ready": wait} if waits else {}))))
+
+
+if __name__ == "__main__":
+    main()

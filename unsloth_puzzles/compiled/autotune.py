@@ -1,0 +1,112 @@
+"""Matrix products by Triton where they beat cuBLAS's: Inductor's max-autotune, and what it found.
+
+A product is benchmarked at the sizes of the first batch, each of its candidates compiled before. Inductor's list is
+shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128
+(below sm_80, where Triton has no tensor cores, none), LoRA's narrow ones (rank r on one side) the tall tiles.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch._inductor import select_algorithm
+from torch._inductor import utils as inductor_utils
+from torch._inductor.virtualized import V
+
+OPTIONS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON", "autotune_num_choices_displayed": 0}
+_WIDE = 256  # rows, columns and inner size of a product that fills tiles of 128 x 128
+_TALL = 64  # rows of a tile for the others
+
+
+@dataclass(frozen=True)
+class Product:
+    """(rows, inner) @ (inner, columns) as benchmarked: the fastest candidate, and the fastest one of cuBLAS, in us."""
+
+    rows: int
+    columns: int
+    inner: int
+    winner: str
+    winner_us: float
+    cublas_us: float
+
+    @property
+    def by_triton(self) -> bool:
+        return self.winner.startswith("triton")
+
+
+@contextmanager
+def triton_competes() -> Iterator[list[Product]]:
+    """While it is open Triton competes for what is compiled with `OPTIONS`; the list gets every product's result.
+
+    Inductor itself lets Triton compete only on GPUs with 68 multiprocessors or more; a T4 has 40, and may here.
+    """
+    products: list[Product] = []
+    selector = select_algorithm.get_algorithm_selector_cache()
+
+    def keep(timings, name, input_nodes, choices, *_) -> None:
+        found = {choice: 1e3 * ms for choice, ms in timings.items() if math.isfinite(ms)}
+        if found and _is_product(choices):
+            best = min(found, key=found.get)
+            cublas = min((us for choice, us in found.items() if not _is_triton(choice)), default=math.nan)
+            products.append(Product(*_sizes(best), best.name, found[best], cublas))
+
+    before, inductor_utils.is_big_gpu = inductor_utils.is_big_gpu, lambda *_: True
+    selector.add_feedback_saver(keep)
+    selector.add_preprocessing_fn(suited)
+    try:
+        yield products
+    finally:
+        inductor_utils.is_big_gpu = before
+        selector.feedback_saver_fns.remove(keep)
+        selector.preprocessing_fns.remove(suited)
+
+
+def suited(choices: list) -> list:
+    """The candidates without those of Triton that do not suit the product."""
+    if not _is_product(choices):
+        return choices
+    wide = min(_sizes(choices[0])) >= _WIDE
+    if wide and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return [choice for choice in choices if not _is_triton(choice)]
+
+    def suits(choice) -> bool:
+        m, _, n = _tile(choice)
+        return m * n >= 128 * 128 if wide else m >= _TALL
+
+    tiles = [choice for choice in choices if _is_triton(choice)]
+    kept = [choice for choice in tiles if suits(choice)] or tiles
+    return [choice for choice in choices if not _is_triton(choice) or choice in kept]
+
+
+def _is_product(choices: list) -> bool:
+    """Whether these are candidates for a product of two matrices, Triton's among them."""
+    return any(_is_triton(choice) for choice in choices) and all(len(_inputs(choice)) == 2 for choice in choices)
+
+
+def _is_triton(choice) -> bool:
+    return isinstance(choice, select_algorithm.TritonTemplateCaller) and "tile_shape" in choice.log_info
+
+
+def _tile(choice) -> tuple[int, int, int]:
+    """Rows, inner size and columns of a tile."""
+    m, k, n = (int(part) for part in str(choice.log_info["tile_shape"]).strip("()").split(","))
+    return m, k, n
+
+
+def _inputs(choice) -> list:
+    """The last two are the matrices; `addmm` has what is added before them."""
+    return [node for node in choice.input_nodes if len(node.get_size()) == 2][-2:]
+
+
+def _sizes(choice) -> tuple[int, int, int]:
+    """Rows, columns and inner size, at the first batch's lengths."""
+    (rows, inner), (_, columns) = (_hints(node.get_size()) for node in _inputs(choice))
+    return rows, columns, inner
+
+
+def _hints(sizes) -> list[int]:
+    known = V.graph.sizevars
+    hint: Callable = getattr(known, "optimization_hint", None) or known.size_hint
+    return [int(hint(size)) for size in sizes]
