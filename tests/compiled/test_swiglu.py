@@ -1,10 +1,13 @@
 """The MLP with its adapters inside the activation: against the formula in float64, in a model, and left out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import silu
 
+from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, cross_compile_in_subprocess
 from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
@@ -131,3 +134,21 @@ def test_compiled_without_a_break():
     compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given), fullgraph=True)
     for one, other in zip(results(compiled, data), results(formula, data), strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.fixture(scope="module")
+def reports():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        return cross_compile_in_subprocess("swiglu_to_compile:jobs")
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_cross_compiled_without_spills_and_16_bytes_an_access(reports, sm):
+    kernels = [report for report in reports if report.sm == sm]
+    assert len(kernels) == 2
+    for report in kernels:
+        assert report.spills == 0, report.name
+        assert report.shared <= 48 * 2**10, report.name  # what a T4 has without asking for more
+        assert report.count("STG") == report.count("STG.E.128") > 0, report.name
+        assert bool(report.count("HMMA")) == (sm >= 80), report.name  # below Triton multiplies by FMA

@@ -180,15 +180,20 @@ def main() -> None:
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
     for flag in ("checkpointing", "max-autotune", "eager-rounding", "tiny"):
         parser.add_argument(f"--{flag}", action="store_true")
+    run(parser, measure)
+
+
+def run(parser: argparse.ArgumentParser, measure: Callable[..., dict]) -> None:
+    """Give `measure` what the command line says, and write what it returns. With --wait the run says on the standard
+    output when it is ready, and waits for a line from whoever started it."""
     parser.add_argument("--wait", action="store_true", help="after the steps that compile say so, and wait for a line")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="the JSON file to write")
     given = vars(parser.parse_args())
-    out, waits = Path(given.pop("out")), given.pop("wait")
-    out.write_text(json.dumps(measure(**given, **({"ready": wait} if waits else {}))))
+    out, ready = Path(given.pop("out")), _wait if given.pop("wait") else lambda: None
+    out.write_text(json.dumps(measure(**given, ready=ready)))
 
 
-def wait() -> None:
-    """Say on the standard output that the run is ready, and wait for a line from whoever started it."""
+def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -181,7 +181,7 @@ def main() -> None:
     path = parser.parse_args().path
     if not torch.cuda.is_available():
         parser.error("these runs need a GPU; the notebook makes small ones on a CPU")
-    measure(path, RUNS, together=9)
+    measure(path, RUNS, together=10)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ loss; "compiled" the same under `compile_qlora`.
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from unsloth_puzzles.bench.models import SEED
-from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, wait
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, run
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -98,11 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--wait", action="store_true", help="say that it is ready, and wait for a line")
-    parser.add_argument("--out", required=True)
-    given = vars(parser.parse_args())
-    out, waits = Path(given.pop("out")), given.pop("wait")
-    out.write_text(json.dumps(measure(**given, **({"ready": wait} if waits else {}))))
+    run(parser, measure)
 
 
 if __name__ == "__main__":

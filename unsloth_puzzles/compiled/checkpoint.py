@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from unsloth_puzzles.nf4.patch import exchange_classes
+
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
 
 
@@ -29,22 +31,12 @@ def checkpoint_inputs(layers: Iterable[torch.nn.Module], *, offload: bool = True
 
     A backward of the same forward for a second time (`retain_graph=True`) raises RuntimeError.
     """
-    store, exchanged = Store(offload), []
-    classes = {}  # one for each class, not for each layer: compiled code is kept by the class
-    for layer in layers:
-        cls = type(layer)
-        if issubclass(cls, GradientCheckpointingLayer):
-            exchanged.append((layer, cls))
-            _say_if_reentrant(vars(layer).get(_FUNCTION))
-            if cls not in classes:
-                classes[cls] = _checkpointed_class(cls, store)
-            layer.__class__ = classes[cls]
-
-    def undo() -> None:
-        for layer, cls in exchanged:
-            layer.__class__ = cls
-
-    return undo
+    store, chosen = Store(offload), [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in chosen:
+        _say_if_reentrant(vars(layer).get(_FUNCTION))
+    # One for each class, not for each layer: compiled code is kept by the class.
+    classes = {cls: _checkpointed_class(cls, store) for cls in map(type, chosen)}
+    return exchange_classes((layer, classes[type(layer)]) for layer in chosen)
 
 
 class Store:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from peft.tuners.lora import LoraLayer
 
-from unsloth_puzzles.nf4.patch import exchange_class
+from unsloth_puzzles.nf4.patch import exchange_classes
 
 
 def scale_inside(model: torch.nn.Module) -> Callable[[], None]:
@@ -24,16 +24,8 @@ def scale_inside(model: torch.nn.Module) -> Callable[[], None]:
     """
     from peft.tuners.lora.bnb import Linear4bit
 
-    layers = [module for module in model.modules() if type(module) is Linear4bit]
     scaled = _scaled_inside()
-    for layer in layers:
-        exchange_class(layer, scaled)
-
-    def undo() -> None:
-        for layer in layers:
-            exchange_class(layer, Linear4bit)
-
-    return undo
+    return exchange_classes((module, scaled) for module in model.modules() if type(module) is Linear4bit)
 
 
 @cache
@@ -47,12 +39,16 @@ def _scaled_inside() -> type:
         autocast = torch.is_autocast_enabled(x.device.type)
         for name in self.active_adapters:
             if name in self.lora_A:
-                a, b = self.lora_A[name], self.lora_B[name]
-                inside = a(self.lora_dropout[name](x if autocast else x.to(a.weight.dtype))) * self.scaling[name]
-                result = result + b(inside).to(result.dtype)
+                dropped = self.lora_dropout[name](x if autocast else x.to(self.lora_A[name].weight.dtype))
+                result = add_outside(self, name, result, self.lora_A[name](dropped))
         return result
 
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def add_outside(layer: LoraLayer, name: str, result: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The frozen layer's `result` and the adapter's, from the r columns `inside` that its A has made."""
+    return result + layer.lora_B[name](inside * layer.scaling[name]).to(result.dtype)
 
 
 def plain_adapter(layer: LoraLayer) -> str | None:

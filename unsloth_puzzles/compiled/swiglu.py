@@ -15,10 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from unsloth_puzzles.compiled.lora import plain_adapter
+from unsloth_puzzles.compiled.lora import add_outside, plain_adapter
 from unsloth_puzzles.nf4.launch import INTERPRETED
+from unsloth_puzzles.nf4.patch import exchange_classes
 
-_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}  # 16 elements a thread: no spills from sm_75 on
+# 16 elements a thread, which is no spills from sm_75 on; rows of a program, which reads B and A once for all of them.
+_TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "TILES": 4, "num_warps": 4}
 
 
 @triton.jit
@@ -29,62 +31,71 @@ def _product(left, right, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _inputs(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, rows, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-            PADDED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile: where it lies, gate and up with their adapters' outputs, in float32."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+def _columns(COLUMNS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's columns n, and the place of (r, n) in a B: (columns, r)."""
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    r = tl.arange(0, PADDED)
-    inside = (m < rows) & (n < COLUMNS)
-    at = m.to(tl.int64) * COLUMNS + n
-    of_rows = m.to(tl.int64) * RANK + r[None, :], (m < rows) & (r[None, :] < RANK)
-    of_columns = n * RANK + r[:, None], (n < COLUMNS) & (r[:, None] < RANK)
-    gate = tl.load(g_ptr + at, inside, 0).to(tl.float32)
-    up = tl.load(u_ptr + at, inside, 0).to(tl.float32)
-    ig = tl.load(ig_ptr + of_rows[0], of_rows[1], 0)
-    iu = tl.load(iu_ptr + of_rows[0], of_rows[1], 0)
-    bg = tl.load(bg_ptr + of_columns[0], of_columns[1], 0)
-    bu = tl.load(bu_ptr + of_columns[0], of_columns[1], 0)
-    gate += _product(ig, bg, INTERPRETED)
-    up += _product(iu, bu, INTERPRETED)
-    return at, inside, of_rows[0], of_rows[1], gate, up
+    r = tl.arange(0, PADDED)[:, None]
+    return n, n * RANK + r, (n < COLUMNS) & (r < RANK)
+
+
+@triton.jit
+def _rows(tile, n, rows, COLUMNS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+          TILES: tl.constexpr):  # fmt: skip
+    """A tile of this program: the place of (m, n) in a matrix, and of (m, r) in what is inside an adapter."""
+    m = (tl.program_id(0) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    r = tl.arange(0, PADDED)[None, :]
+    wide = m.to(tl.int64)
+    return wide * COLUMNS + n, (m < rows) & (n < COLUMNS), wide * RANK + r, (m < rows) & (r < RANK)
+
+
+@triton.jit
+def _added(base_ptr, inside_ptr, at, valid, of_rows, in_rows, b, INTERPRETED: tl.constexpr):
+    """A frozen layer's output and its adapter's, in float32."""
+    base = tl.load(base_ptr + at, valid, 0).to(tl.float32)
+    return base + _product(tl.load(inside_ptr + of_rows, in_rows, 0), b, INTERPRETED)
 
 
 @triton.jit
 def _forward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, act_ptr, rows, COLUMNS: tl.constexpr,
                     RANK: tl.constexpr, PADDED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr):  # fmt: skip
-    at, inside, _, _, gate, up = _inputs(
-        g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, rows, COLUMNS, RANK, PADDED, INTERPRETED, BLOCK_M, BLOCK_N
-    )
-    tl.store(act_ptr + at, (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty), inside)
+                    BLOCK_N: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    n, of_columns, in_columns = _columns(COLUMNS, RANK, PADDED, BLOCK_N)
+    bg = tl.load(bg_ptr + of_columns, in_columns, 0)
+    bu = tl.load(bu_ptr + of_columns, in_columns, 0)
+    for tile in range(TILES):
+        at, valid, of_rows, in_rows = _rows(tile, n, rows, COLUMNS, RANK, PADDED, BLOCK_M, TILES)
+        gate = _added(g_ptr, ig_ptr, at, valid, of_rows, in_rows, bg, INTERPRETED)
+        up = _added(u_ptr, iu_ptr, at, valid, of_rows, in_rows, bu, INTERPRETED)
+        tl.store(act_ptr + at, (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty), valid)
 
 
 @triton.jit
 def _backward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, d_act_ptr, d_inside_ptr, a_ptr, act_ptr, dg_ptr,
                      du_ptr, rows, COLUMNS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
-                     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    at, inside, of_rows, in_rows, gate, up = _inputs(
-        g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, rows, COLUMNS, RANK, PADDED, INTERPRETED, BLOCK_M, BLOCK_N
-    )
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    r = tl.arange(0, PADDED)[:, None]
-    a = tl.load(a_ptr + r * COLUMNS + n, (n < COLUMNS) & (r < RANK), 0)
-    d_inside = tl.load(d_inside_ptr + of_rows, in_rows, 0)
-    d_act = tl.load(d_act_ptr + at, inside, 0).to(tl.float32) + _product(d_inside, a, INTERPRETED)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+                     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     TILES: tl.constexpr):  # fmt: skip
+    n, of_columns, in_columns = _columns(COLUMNS, RANK, PADDED, BLOCK_N)
+    bg = tl.load(bg_ptr + of_columns, in_columns, 0)
+    bu = tl.load(bu_ptr + of_columns, in_columns, 0)
+    a = tl.load(a_ptr + tl.arange(0, PADDED)[:, None] * COLUMNS + n, in_columns, 0)
     element = act_ptr.dtype.element_ty
-    tl.store(act_ptr + at, (silu * up).to(element), inside)
-    tl.store(du_ptr + at, (d_act * silu).to(element), inside)
-    tl.store(dg_ptr + at, (d_act * up * (sigmoid + silu * (1 - sigmoid))).to(element), inside)
+    for tile in range(TILES):
+        at, valid, of_rows, in_rows = _rows(tile, n, rows, COLUMNS, RANK, PADDED, BLOCK_M, TILES)
+        gate = _added(g_ptr, ig_ptr, at, valid, of_rows, in_rows, bg, INTERPRETED)
+        up = _added(u_ptr, iu_ptr, at, valid, of_rows, in_rows, bu, INTERPRETED)
+        d_act = _added(d_act_ptr, d_inside_ptr, at, valid, of_rows, in_rows, a, INTERPRETED)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        tl.store(act_ptr + at, (silu * up).to(element), valid)
+        tl.store(du_ptr + at, (d_act * silu).to(element), valid)
+        tl.store(dg_ptr + at, (d_act * up * (sigmoid + silu * (1 - sigmoid))).to(element), valid)
 
 
 def _launch(kernel, like: torch.Tensor, ig: torch.Tensor, *tensors: torch.Tensor) -> None:
     columns, rank = like.shape[-1], ig.shape[-1]
     rows = like.numel() // columns
     if rows:
-        grid = (triton.cdiv(rows, _TILE["BLOCK_M"]), triton.cdiv(columns, _TILE["BLOCK_N"]))
+        grid = (triton.cdiv(rows, _TILE["BLOCK_M"] * _TILE["TILES"]), triton.cdiv(columns, _TILE["BLOCK_N"]))
         padded = max(16, triton.next_power_of_2(rank))  # the least that `tl.dot` multiplies
         kernel[grid](*tensors, rows, COLUMNS=columns, RANK=rank, PADDED=padded, INTERPRETED=INTERPRETED, **_TILE)
 
@@ -157,15 +168,7 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def fuse_swiglu(model: torch.nn.Module) -> Callable[[], None]:
     """Let the MLPs of `model` (`down_proj(silu(gate_proj(x)) * up_proj(x))`, each layer an NF4 one with an adapter)
     compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones, stay as they are."""
-    exchanged = [(module, type(module)) for module in model.modules() if _is_swiglu(module)]
-    for module, cls in exchanged:
-        module.__class__ = _fused_class(cls)
-
-    def undo() -> None:
-        for module, cls in exchanged:
-            module.__class__ = cls
-
-    return undo
+    return exchange_classes((module, _fused_class(type(module))) for module in model.modules() if _is_swiglu(module))
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
@@ -184,8 +187,7 @@ def _fused_class(cls: type) -> type:
         u, iu, bu = _parts(up, x)
         name = plain_adapter(down)
         act, inside = LoraSwiGLU.apply(g, u, ig, iu, bg, bu, down.lora_A[name].weight.to(g.dtype))
-        result = down.base_layer(act)
-        return result + down.lora_B[name](inside * down.scaling[name]).to(result.dtype)
+        return add_outside(down, name, down.base_layer(act), inside)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.nn import Params4bit
 
+from unsloth_puzzles.nf4.patch import exchange_classes
+
 
 class PlainParams4bit(Params4bit):
     """A `Params4bit` that operators take for the tensor it is."""
@@ -20,11 +22,4 @@ class PlainParams4bit(Params4bit):
 def without_torch_function(model: torch.nn.Module) -> Callable[[], None]:
     """Let operators on the NF4 weights of `model` go straight to PyTorch; returns what undoes it."""
     weights = [parameter for parameter in model.parameters() if type(parameter) is Params4bit]
-    for weight in weights:
-        weight.__class__ = PlainParams4bit
-
-    def undo() -> None:
-        for weight in weights:
-            weight.__class__ = Params4bit
-
-    return undo
+    return exchange_classes((weight, PlainParams4bit) for weight in weights)

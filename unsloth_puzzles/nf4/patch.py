@@ -11,6 +11,7 @@ as no instance carries a function of its own, torch.compile shares one graph amo
 import importlib.metadata
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import MethodType
 
@@ -156,7 +157,7 @@ def _check_layer(name: str, layer) -> None:
 
 
 def _is_forward(function, cls: type) -> bool:
-    return getattr(function, "__func__", None) is cls.forward
+    return hasattr(function, "__func__") and function.__func__ is cls.forward
 
 
 def exchange_class(layer, cls: type) -> None:
@@ -165,6 +166,20 @@ def exchange_class(layer, cls: type) -> None:
     layer.__class__ = cls
     for key in kept:
         setattr(layer, key, MethodType(cls.forward, layer))
+
+
+def exchange_classes(chosen: Iterable[tuple[torch.nn.Module | torch.Tensor, type]]) -> Callable[[], None]:
+    """Make each of `chosen` one of the class beside it; returns what makes them what they were."""
+    chosen = list(chosen)
+    before = [(one, type(one)) for one, _ in chosen]
+    for one, cls in chosen:
+        exchange_class(one, cls)
+
+    def undo() -> None:
+        for one, cls in before:
+            exchange_class(one, cls)
+
+    return undo
 
 
 @cache
