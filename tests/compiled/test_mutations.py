@@ -18,6 +18,10 @@ MUTATIONS = {
         "qlora.py", "            hidden_states.requires_grad,  #", "            True,  #",
         "test_variants.py::test_what_wants_gradients_has_a_function_of_its_own",
     ),
+    "one function for the positions of one row and of several": mutation(
+        "qlora.py", "_ones(hidden_states, *(kwargs.get(\"position_embeddings\") or ())),", "_ones(hidden_states),",
+        "test_variants.py::test_positions_of_one_row_have_a_function_of_their_own",
+    ),
     "gradients of parameters dropped": mutation(
         "checkpoint.py", "*(next(found) if need else None for need in ctx.needs_input_grad[3:])",
         "*(next(found) * (at == 0) if need else None for at, need in enumerate(ctx.needs_input_grad[3:]))",
@@ -34,7 +38,7 @@ MUTATIONS = {
         "checkpoint.py", "ctx.autocast(),", "contextlib.nullcontext(),", f"{SAME_BITS}[autocast-0.0]"
     ),
     "scaling dropped": mutation(
-        "lora.py", " * self.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[0.0-2]"
+        "lora.py", " * layer.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[0.0-2]"
     ),
     "DoRA taken for plain LoRA": mutation(
         "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
@@ -47,7 +51,8 @@ MUTATIONS = {
         "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_a_graph_break_is_counted"
     ),
     "weights stay plain": mutation(
-        "weights.py", "weight.__class__ = Params4bit", "pass", "test_weights.py::test_types_meanwhile_and_afterwards"
+        "weights.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
+        "test_weights.py::test_types_meanwhile_and_afterwards",
     ),
     "small GPUs refused": mutation(
         "autotune.py", "lambda *_: True", "inductor_utils.is_big_gpu",

@@ -1,5 +1,7 @@
 """Compiled functions of a module: one for all lengths, another for what is no number."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,35 @@ def test_what_else_is_no_number_has_a_function_of_its_own(variants):
     )
     with torch.no_grad():  # it is enough to compile the forwards
         assert captured(calls) == ["Block_no_grad"] * 5
+
+
+class Rotated(nn.Module):
+    def forward(self, x, position_embeddings, attention_mask=None):
+        cos, sin = position_embeddings
+        return x * cos + x.flip(-1) * sin
+
+
+def test_positions_of_one_row_have_a_function_of_their_own():
+    """As transformers makes them without `position_ids`; a packed batch has as many rows of them as of tokens."""
+    torch._dynamo.reset()
+    variants, x = Variants(Rotated.forward, "Rotated", {}), torch.randn(2, 5, 4)
+    calls = [
+        lambda rows=rows: variants(Rotated(), x, position_embeddings=(torch.ones(rows, 5, 4), torch.ones(rows, 5, 4)))
+        for rows in (1, 2)
+    ]
+    with torch.no_grad():
+        assert captured(calls) == ["Rotated_no_grad"] * 2
+
+
+def test_short_queries_have_a_function_of_their_own_where_the_backend_splits():
+    torch._dynamo.reset()
+    variants, used = Variants(Rotated.forward, "Rotated", {}), []
+    for splits_at in (0, 8):
+        backend = SimpleNamespace(name=f"splits at {splits_at}", splits_at=splits_at)
+        mask = SimpleNamespace(backend=backend, pattern=None, data=())
+        for length in (5, 12, 7, 9):
+            x = torch.randn(2, length, 4)
+            with torch.no_grad():
+                variants(Rotated(), x, position_embeddings=(x, x), attention_mask=mask)
+        used.append(len(variants._compiled))
+    assert used == [1, 3]  # one, then two more

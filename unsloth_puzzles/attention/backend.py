@@ -13,11 +13,13 @@ class Backend:
     features: those of `FEATURES` that it has. All know causal and bidirectional masks, a scale and grouped queries.
     "cache": fewer queries than keys. "fullgraph": it can be compiled into a layer without a graph break.
     memory: what it takes beside inputs and outputs, in words.
+    splits_at: compiled into a layer, it is another code for queries shorter than this.
     """
 
     name: str
     features: frozenset[str]
     memory: str
+    splits_at: int = 0
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run on this machine at all, or None."""

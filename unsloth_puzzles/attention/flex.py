@@ -23,6 +23,7 @@ class Flex(Backend):
     name = "flex"
     features = frozenset({"window", "documents", "soft cap", "cache", "float32", "without a GPU", "fullgraph"})
     memory = "none"
+    splits_at = 128  # Inductor asks whether its decoding kernel could be taken, also where it may not
 
     def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
         if batch.dtype == torch.float64:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from unsloth_puzzles.bench import child
 
@@ -23,8 +24,8 @@ def sanitizer_errors() -> dict[str, int] | str:
     if not found:
         return "compute-sanitizer is not on this machine"
     environment = child.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    errors = {}
-    for tool in TOOLS:
+
+    def run(tool: str) -> int | str:
         command = [found, "--tool", tool, "--kernel-regex", "kns=dequantize_nf4", "--error-exitcode", "0"]
         command += [sys.executable, "-m", "unsloth_puzzles.comparisons.sanitize"]
         try:
@@ -37,8 +38,11 @@ def sanitizer_errors() -> dict[str, int] | str:
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
         if not summary or "every shape ran" not in output:
             return f"{tool} gave no result: {' '.join(output.split())[-300:]}"
-        errors[tool] = int(summary.group(1))
-    return errors
+        return int(summary.group(1))
+
+    with ThreadPoolExecutor() as pool:
+        errors = dict(zip(TOOLS, pool.map(run, TOOLS), strict=True))
+    return next((reason for reason in errors.values() if isinstance(reason, str)), errors)
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ class Variants:
             module.training,
             torch.is_autocast_enabled(hidden_states.device.type),
             _ones(hidden_states, *(kwargs.get("position_embeddings") or ())),
-            _kind(kwargs.get("attention_mask")),
+            _kind(kwargs.get("attention_mask"), hidden_states.shape[1]),
         )
         if key not in self._compiled:
             named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
@@ -184,12 +184,12 @@ def _ones(*tensors: torch.Tensor) -> tuple:
     return tuple(size == 1 for tensor in tensors for size in tensor.shape[:2])
 
 
-def _kind(mask: Mask | None) -> tuple | None:
-    """What of a mask is no tensor."""
+def _kind(mask: Mask | None, length: int) -> tuple | None:
+    """What of a mask is no tensor, and of the length no variable."""
     if mask is None:
         return None
     parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
-    return mask.backend.name, mask.pattern, tuple(type(part) for part in parts)
+    return mask.backend.name, length < mask.backend.splits_at, mask.pattern, tuple(type(part) for part in parts)
 
 
 def _compiled(forward: Callable, name: str, options: dict) -> Callable:
