@@ -35,6 +35,10 @@
 #   the compiler the second call depends on the gradient, or both would be merged and every weight kept.
 # - **What is kept for the backward** is the partitioner's choice. Told to save a tenth (`activation_memory_budget=0.9`)
 #   it makes again whatever costs no matrix product: the MLP's activation, the normed inputs.
+# - **Adapters are cheap in FLOPs and dear in traffic and launches.** Their scaling is moved to where they have r
+#   columns (`lora.py`); the outputs of gate's and up's exist only inside the kernel that computes the activation
+#   (`swiglu.py`); and what does not depend on one another, such as casting all adapters of a layer, is one launch
+#   (`combo_kernels`).
 #
 # ### The bound, before anything is measured
 #
@@ -385,7 +389,8 @@ if HERE:
 #
 # Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
 # bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
-# compiler's own budget for what is kept.
+# compiler's own budget for what is kept. The host launches thousands of kernels a step, so that a busy host slows all
+# of these, short steps and the uncompiled ones most: where a spread is wide, so is that of the ratio.
 
 # %%
 heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
@@ -442,8 +447,8 @@ else:
 # ### max-autotune: Triton's products against cuBLAS's
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
-# tiles against cuBLAS. Wide products stay with cuBLAS; LoRA's narrow ones, which only move memory, are Triton's, and
-# what follows them (scaling, addition, the activation) is computed in the same kernel. No length compiles anew.
+# tiles against cuBLAS. On an H200 the wide products stay with cuBLAS, and most of LoRA's narrow ones, which only move
+# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. No length compiles anew.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -482,8 +487,9 @@ else:
 #
 # By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B
 # begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than
-# half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again: the
-# first updates are without effect. Compiled code adds before it rounds. Which is right a run in float32 tells.
+# half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again, so
+# that much of the first updates has no effect yet. Compiled code adds before it rounds. Which is right a run in float32
+# tells: the second pane is the distance from it.
 
 
 # %%

@@ -1,14 +1,17 @@
 """The runner, on notebooks of a few cells: alone in its folder, stopped by an error, cleaned, and judged."""
 
+import base64
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from PIL import Image
 
 from tools import run_notebook
-from tools.run_notebook import LARGEST, output_text, problems, report, run
+from tools.run_notebook import LARGEST, PNG, output_text, problems, report, run
 
 
 def test_it_runs_in_its_folder_and_the_copy_has_the_outputs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -60,6 +63,37 @@ def test_the_folder_of_the_run_and_the_kernels_version_are_not_kept(tmp_path: Pa
     assert output_text(node.cells[0]) == "./resources .\n"
     assert "version" not in node.metadata.get("language_info", {})
     assert "execution" not in node.cells[0].metadata
+
+
+def test_a_path_whose_beginning_is_cut_off_is_not_kept_either(tmp_path: Path) -> None:
+    show = "from IPython.display import Markdown, display\nimport os\nat = os.getcwd()\n"
+    node = run(
+        _notebook(tmp_path, show + "display(Markdown('| # ' + at[2:] + '/a.py:7 |'))\nprint(at[3:] + '/b')"),
+        tmp_path / "run",
+    )
+    shown = "".join(output_text(node.cells[0]))
+    assert "| # ./a.py:7 |" in shown and "./b\n" in shown and tmp_path.name not in shown
+
+
+def test_figures_keep_their_pixels_in_fewer_bytes(tmp_path: Path) -> None:
+    draw = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 3, 2])\nplt.savefig('before.png')\nplt.show()"
+    node = run(_notebook(tmp_path, "%matplotlib inline", draw), tmp_path / "run")
+    (encoded,) = [output.data[PNG] for output in node.cells[1].outputs if PNG in output.get("data", {})]
+    raw = BytesIO()
+    image = Image.open(BytesIO(base64.b64decode(encoded)))
+    image.convert("RGBA").save(raw, "PNG")
+    again = base64.b64encode(raw.getvalue()).decode()
+    smaller = run_notebook._smaller(again)
+    kept = Image.open(BytesIO(base64.b64decode(smaller))).convert("RGBA")
+    assert len(smaller) < len(again) and kept.tobytes() == image.convert("RGBA").tobytes()
+
+
+def test_a_transparent_figure_stays_transparent() -> None:
+    raw = BytesIO()
+    image = Image.new("RGBA", (8, 8), (10, 20, 30, 40))
+    image.save(raw, "PNG")
+    kept = Image.open(BytesIO(base64.b64decode(run_notebook._smaller(base64.b64encode(raw.getvalue()).decode()))))
+    assert kept.mode == "RGBA" and kept.tobytes() == image.tobytes()
 
 
 def test_problems_name_machine_paths_and_size(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import base64
 import io
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,6 +29,7 @@ from tools.build_notebook import ROOT, text
 LARGEST = 2_000_000  # bytes: GitHub and Colab both show a file of this size at once
 SWEEPS = "*_sweeps.json"
 PNG = "image/png"
+TEXTS = {"text", "text/plain", "text/markdown"}
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
 FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
@@ -204,10 +206,17 @@ def _clean(node: NotebookNode, folder: Path) -> None:
                 output.get("data", {}).pop(kind, None)
             if PNG in output.get("data", {}):
                 output.data[PNG] = _smaller(output.data[PNG])
-            if "text" in output:
-                output.text = output.text.replace(f"{folder}/", "./").replace(str(folder), ".")
+            for holder in (output, output.get("data", {})):
+                for kind in TEXTS & holder.keys():
+                    holder[kind] = _without(folder, holder[kind])
             if output.get("name") == "stderr":  # a warning names the file that it comes from
                 output.text = output.text.replace(f"{sys.prefix}/", "")
+
+
+def _without(folder: Path, shown: str) -> str:
+    """`shown` with `folder` written as `.`, also where a compiler's message has cut off the beginning of the path."""
+    ending = re.escape("/".join(folder.parts[-2:]))
+    return re.sub(rf"[^\s\"'`(]*{ending}(?=/)", ".", shown).replace(str(folder), ".")
 
 
 def _smaller(encoded: str) -> str:
