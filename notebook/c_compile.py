@@ -175,11 +175,15 @@ def judge(into, case, checks):
 display(Markdown(backend_table(DEVICE)))
 
 # %% [markdown]
+# "No" is what this interface does not offer, which may be less than the library behind a backend could do. A scale and
+# grouped queries all of them know.
+#
 # ### Check 1: every backend against float64
 #
 # Forward and, on a GPU, backward; each request on each backend that can do it. A backend's error may be no larger than
 # that of the formula computed in float32 on the same 16-bit inputs plus two roundings of its dtype, since kernels round
-# the probabilities and the output, too. What a backend cannot do it must refuse.
+# the probabilities and the output, too; in the gradients of query and key also two roundings of the term that a softmax
+# subtracts, which cancels where a query sees few keys. What a backend cannot do it must refuse.
 
 # %%
 REQUESTS = {
@@ -253,10 +257,12 @@ for backend, one in BACKENDS.items():
     judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", checks)
 
 # %% [markdown]
-# ### Check 2: flex attention, compiled once
+# ### Check 2: flex attention, compiled twice at most
 #
 # Over 50 lengths, three windows, packed and not, forward and (on a GPU) backward: the result of every one is compared
-# with the formula, and the graphs are counted. Then `fail_on_recompile` forbids any more, for lengths never seen.
+# with the formula, and the graphs are counted. On a GPU there are two, one for queries shorter than 128 and one for all
+# others: Inductor asks whether its decoding kernel could be taken, also where it may not, and keeps the answer as a
+# guard. Then `fail_on_recompile` forbids any more, for lengths never seen.
 
 # %%
 WINDOWS = (None, 64, 1000)
@@ -297,7 +303,8 @@ judge(issues, "flex, packed sequences", checks["packed"])
 # `transformers.Trainer` over the 4-bit model with adapters, 60 steps, every batch of another length. Graph breaks,
 # graphs and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
 # apart, batches that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new
-# functions, each compiled once.
+# functions, each compiled once. The run is in float32, where packed batches go to flex attention and have a function
+# for short queries and one for all others; in 16 bits flash attention takes them, with one.
 #
 # This and the runs further below have processes of their own. In a checkout a script has made them before
 # (`make sweeps`), and what is shown says on what hardware and when; else they are made here, fewer and smaller. Those
@@ -374,7 +381,7 @@ if HERE:
 # ### Check 4: the loss is that of the uncompiled model
 #
 # In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
-# loss over bitsandbytes' layers.
+# loss over bitsandbytes' layers. The tokens are random, so there is little to learn; real text is trained on below.
 
 # %%
 apart = [abs(a - b) for a, b in zip(training["losses"], uncompiled["losses"], strict=True)]
@@ -390,7 +397,12 @@ if HERE:
 # Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
 # bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
 # compiler's own budget for what is kept. The host launches thousands of kernels a step, so that a busy host slows all
-# of these, short steps and the uncompiled ones most: where a spread is wide, so is that of the ratio.
+# of these, short steps and the uncompiled ones most: where a spread is wide, so is that of the ratio. (So it is between
+# the compiled runs of many lengths, with and without eager mode's rounding: over the first half of their steps they
+# take about the same time.) Uncompiled runs are made first, compiled ones after them, within minutes on one machine.
+#
+# The times are those of the default, which rounds less often than eager mode does; further below is what that means for
+# the losses. With eager mode's rounding the MLP's fused kernel is left out.
 
 # %%
 heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
@@ -448,7 +460,8 @@ else:
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
 # tiles against cuBLAS. On an H200 the wide products stay with cuBLAS, and most of LoRA's narrow ones, which only move
-# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. No length compiles anew.
+# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. Lengths are variables here as
+# they are without it; this run has one length.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -488,8 +501,10 @@ else:
 # By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B
 # begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than
 # half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again, so
-# that much of the first updates has no effect yet. Compiled code adds before it rounds. Which is right a run in float32
-# tells: the second pane is the distance from it.
+# that much of the first updates has no effect yet. Compiled code adds before it rounds. That is probably why the losses
+# of the default are further from eager mode's than the limit above, in the first steps most, and nearer to those of a
+# run in float32: the second pane is the distance from it. (Its NF4 weights come from the same numbers before they are
+# rounded to 16 bits, so that all runs differ from it a little from the first step on.)
 
 
 # %%
@@ -552,7 +567,9 @@ else:
 # ### Aimed at, and reached
 #
 # Set before it was measured, for an H200; Unsloth 2026.10.9 takes 109.5 ms and 9.6 GiB without, 148.4 ms and 2.4 GiB
-# with checkpointing by an earlier measurement on another H200, which is no comparison in one run.
+# with checkpointing by an earlier measurement on another H200, which is no comparison in one run. The times of a step
+# lie so near to their aims that the aims are inside their spread. And the ratio with checkpointing owes something to
+# the eager run, which became slower in its second half, the half that counts: the table above has its spread.
 
 # %%
 FULL = "4 x 2048, bfloat16"
@@ -584,9 +601,11 @@ else:
 #
 # - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once,
 #   for the first layer and for the others: a run that packs some of its batches compiles four functions more.
-# - On a GPU below sm_80 Triton has no tensor cores for flex attention: SDPA is taken there unless flex is asked for.
-#   Then its tiles are 32 x 32: at a head size of 128 in float16 keys, values and queries of a tile, and in the backward
-#   the gradient beside them, take 4 x 32 x 128 x 2 bytes = 32 KiB of the 64 KiB that a T4's multiprocessor has.
+# - On a GPU below sm_80 Triton has no tensor cores for flex attention: there flex is taken only where it is asked for,
+#   or where nothing else knows what is asked (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16
+#   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes =
+#   32 KiB of the 64 KiB that a T4's multiprocessor has. That is arithmetic: Inductor writes flex's code for the GPU
+#   that is there, so that it could not be compiled for a T4 here.
 # - With gradient checkpointing the layers' inputs wait in pinned memory of the host, which must have room for them:
 #   the column of the table above.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second

@@ -9,8 +9,8 @@
 # ### The two about attention
 #
 # Section C needed them, so their code and their checks stand there: one interface is `unsloth_puzzles.attention`
-# (every backend against float64, check 1), and flex attention that is compiled once for all lengths, windows and
-# packings is its `flex.py` and `blocks.py` (check 2). The interface in use, on one packed batch with a window:
+# (every backend against float64, check 1), and flex attention that is compiled at most twice for all lengths, windows
+# and packings is its `flex.py` and `blocks.py` (check 2). The interface in use, on one packed batch with a window:
 
 # %%
 section.start("D. Unsloth's open issues")

@@ -1145,9 +1145,9 @@ plt.show()
 #   gradients so small that blocks of them can be left out), and both compute cross entropy only.
 # - **The least time where memory is no matter.** `torch.compile` of the plain loss holds all logits in 16 bits, needs
 #   several times our memory, and is as fast or faster; for GRPO so is TRL's own kernel on full logits.
-# - **Small vocabularies.** At 8192 ours is slower than eager mode and Liger's, as the figure over the vocabulary shows:
-#   probably for the host's sake, which is busy with a chunk almost as long as the GPU. There the logits are small, and
-#   nobody needs a chunk of them.
+# - **Small vocabularies.** At 8192 ours is no faster than eager mode and slower than Liger's, as the figure over the
+#   vocabulary shows: probably for the host's sake, which is busy with a chunk almost as long as the GPU. There the
+#   logits are small, and nobody needs a chunk of them.
 # - **A loss that mixes rows** (a contrastive loss over the batch, say) is no sum over rows. The first call compares a
 #   chunk with its halves and refuses it.
 # - **Double backward and `torch.func`** raise an error: gradients are made in the forward, once.
@@ -1166,7 +1166,8 @@ plt.show()
 # The figures that this section set out to reach on an H200, and what this run measured. The one over the bare matrix
 # products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
 # three. Each sample follows an untimed one of its own: before that the products' own time spread by more than what is
-# left to the limit, probably since the clocks follow the power that the candidate before has drawn.
+# left to the limit, probably since the clocks follow the power that the candidate before has drawn. It still spreads so
+# far that another run may miss that limit: the sweep over chunk sizes, made minutes before, has that ratio above it.
 
 # %%
 AIMS = [  # metric, case, at most

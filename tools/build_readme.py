@@ -76,7 +76,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
 }
 FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
-NAMELESS = ("relative", "loss", "reward")  # units that only say again what the caption says
+NAMELESS = ("relative", "loss", "reward", "compilations", "graph breaks")  # units that say what the caption says
 SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
 TURNED = {"extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms"}  # a row a candidate, a column a case
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
