@@ -459,9 +459,9 @@ else:
 # ### max-autotune: Triton's products against cuBLAS's
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
-# tiles against cuBLAS. On an H200 the wide products stay with cuBLAS, and most of LoRA's narrow ones, which only move
-# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. Lengths are variables here as
-# they are without it; this run has one length.
+# tiles against cuBLAS. On an H200 nearly all wide products stay with cuBLAS, and most of LoRA's narrow ones, which only
+# move memory, become Triton's, with what follows them (scaling, addition) in the same kernel. Lengths are variables
+# here as they are without it; this run has one length.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -600,7 +600,8 @@ else:
 # ### What this does not do
 #
 # - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once,
-#   for the first layer and for the others: a run that packs some of its batches compiles four functions more.
+#   for the first layer and for the others: a run that packs some of its batches compiles two functions more, and with
+#   flex attention four.
 # - On a GPU below sm_80 Triton has no tensor cores for flex attention: there flex is taken only where it is asked for,
 #   or where nothing else knows what is asked (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16
 #   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes =
