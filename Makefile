@@ -48,7 +48,7 @@ notebook: build
 test: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 publish: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED) --need-gpu

@@ -13,7 +13,6 @@ if not GPU:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_notebook.py")  # the longest first: the others fill the time
     if GPU:
         return
     for item in items:
