@@ -28,7 +28,7 @@ class Triton(select_algorithm.TritonTemplateCaller):
 
     def __init__(self, name, inputs, tile):
         self.name, self.input_nodes = name, inputs
-        self.log_info = {} if tile is None else {"tile_shape": str(tile)}
+        self.log_info = {} if tile is None else {"tile_shape": str(tile), "num_warps": 4}
 
     def __repr__(self):
         return self.name
@@ -140,7 +140,7 @@ def test_the_fastest_is_kept_beside_cublas():
         ([cublas, first], (0.5, math.inf)), ([cublas, first, second], (0.5, 0.25, 0.75)), ([first], (0.25,))
     )
     assert lost == autotune.Product(rows=1024, columns=16, inner=512, winner="mm", winner_us=500, cublas_us=500)
-    assert won == autotune.Product(1024, 16, 512, "triton_mm_0", 250, 500)
+    assert won == autotune.Product(1024, 16, 512, "triton_mm_0", 250, 500, "16 x 32 x 16, 4 warps")
     assert won.by_triton and not lost.by_triton
     assert alone.winner_us == 250 and math.isnan(alone.cublas_us)
 

@@ -80,3 +80,30 @@ def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpoin
     for mine, other, right in zip(found, plain, true, strict=True):
         assert (mine - right).norm() <= 1.2 * (other - right).norm()
     assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+
+
+@pytest.mark.parametrize("attention", ["flash", "flex", "max-autotune"])
+def test_fifty_lengths_compile_once(models, attention):
+    """Once for each variant: the first layer and the others; flex has two, for short and for long queries."""
+    model, exact = models
+    options = {"max_autotune": True} if attention == "max-autotune" else {"attention": attention}
+    if attention != "max-autotune" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
+        pytest.skip(f"{attention}: {reason}")
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    lengths = [512, *range(9, 509, 10)]
+    torch._dynamo.reset()
+    with count_compilations() as counts, compile_qlora(model, **options) as compiled:
+        for length in (512, 9):
+            gradient(model, **inputs(length, False))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = {length: gradient(model, **inputs(length, False)) for length in lengths}
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+    assert counts.compilations <= (8 if attention != "flex" else 12), counts.table()
+    if attention == "max-autotune":
+        assert compiled.products and any(product.tile for product in compiled.products)
+    for length in (9, 259, 499):
+        plain = gradient(model, **inputs(length, False))
+        with patch_linear4bit(exact):
+            right = gradient(exact, autocast=False, **inputs(length, False))
+        assert (found[length] - right).norm() <= 1.2 * (plain - right).norm(), length

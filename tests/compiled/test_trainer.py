@@ -167,3 +167,28 @@ def test_mixed_precision_is_as_close_to_float32_as_uncompiled(run):
     # One number may come out right by accident: half a unit of bfloat16's last place, 2^-9, is no error of anybody.
     allowed = max(1.3 * (plain_loss - exact_loss).abs(), 2**-9 * exact_loss)
     assert (loss - exact_loss).abs() <= allowed
+
+
+def test_sft_trainer_has_the_same_losses_and_metrics(tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    rows = [{"input_ids": batch(length)["input_ids"][0].tolist()} for length in (23, 11, 17, 30)]
+    histories = []
+    for compiled in (False, True):
+        settings = SFTConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], learning_rate=1e-2, use_cpu=True,
+            logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = SFTTrainer(make_model(), settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        with compile_qlora(trainer) if compiled else nullcontext(), count_compilations() as counts:
+            trainer.train()
+        names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+        histories.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+    assert len(histories[0]) == 2
+    assert torch.allclose(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=2e-5, atol=0)

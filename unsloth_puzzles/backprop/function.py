@@ -162,7 +162,7 @@ class CompiledFunction(EagerFunction):
         program = partial(_rows_gradient, self.function, arguments.wanted, present, logits.is_cuda)
         run = self._get(("rows gradient", present), logits, arguments, program)
         slopes = tuple(slope for slope in upstream if slope is not None)
-        gradient, others = run(*_marked(logits, arguments), slopes)
+        gradient, others = run(*_marked(logits, arguments, slopes), slopes)
         if gradient is not None:
             logits.copy_(gradient)
         add(0, others)
@@ -277,9 +277,9 @@ def _pieces(logits: torch.Tensor, arguments: Arguments):
         yield logits[start:stop], arguments.cut(slice(start, stop))
 
 
-def _marked(logits, arguments):
+def _marked(logits, arguments, slopes=()):
     """The tensors of a chunk with their rows marked as dynamic: a ragged last chunk is not compiled anew."""
-    cut = [logits, *([] if arguments.labels is None else [arguments.labels]), *arguments.row_args]
+    cut = [logits, *([] if arguments.labels is None else [arguments.labels]), *arguments.row_args, *slopes]
     for tensor in cut:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return logits, arguments.labels, arguments.all

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,6 +43,7 @@ def measure(
     batch: int = 4,
     lengths: tuple[int, ...] = (2048,) * 20,
     dtype: str = "bfloat16",
+    weights: str | None = None,
     checkpointing: bool = False,
     attention: str = "auto",
     sdpa: str | None = None,
@@ -54,6 +56,7 @@ def measure(
 ) -> dict:
     """Train one step for each of `lengths`, with AdamW on adapters of rank 16 under every linear layer.
 
+    weights: the dtype that the weights are drawn in, if not `dtype`: so runs in two dtypes have the same ones.
     sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
     memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
 
@@ -70,7 +73,7 @@ def measure(
     settings = {name: value for name, value in locals().items() if name not in ("lengths", "ready")}
     if memory_gib and device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
-    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny)
+    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny, getattr(torch, weights or dtype))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
@@ -86,7 +89,7 @@ def measure(
                 if device == "cuda":
                     _pinned_gib()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
-            inputs = _batch(batch, length, number, device)
+            inputs = text_batch(batch, length, number, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
@@ -117,10 +120,13 @@ def measure(
     }
 
 
-def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool):
-    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers."""
+def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool, drawn: torch.dtype | None = None):
+    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers.
+
+    dtype: what it computes in. drawn: what the weights are drawn in, `dtype` if None.
+    """
     config = tiny_llama_config() if tiny else llama_1b_config()
-    model = random_nf4_llama(config, device, dtype)
+    model = _cast(random_nf4_llama(config, device, drawn or dtype), dtype)
     model.config.use_cache = False
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -130,7 +136,19 @@ def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool
     return model.train()
 
 
-def _batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Let a 4-bit model compute in `dtype`, its packed weights as they are. transformers refuses to."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def text_batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
+    """Batch `number`: `size` stretches of the text, each byte a token and its own label."""
     starts = torch.randint(len(_text()) - length, (size,), generator=torch.Generator().manual_seed(SEED + number))
     ids = torch.stack([_text()[start : start + length] for start in starts.tolist()]).to(device)
     return {"input_ids": ids, "labels": ids}
@@ -174,6 +192,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), default=(2048,) * 20)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--sdpa", choices=KERNELS)
     parser.add_argument("--memory-gib", type=float)

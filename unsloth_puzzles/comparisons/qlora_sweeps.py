@@ -54,13 +54,15 @@ RUNS |= {f"parity, eager, {kernel}": {"candidate": "eager", "sdpa": kernel, **PA
 # cuDNN, which "auto" takes on an H200, plans anew for every length: a tenth of a second each (197 ms a step and 128).
 RUNS |= {"parity, compiled": {"candidate": "compiled", "attention": "flash", **PARITY}}
 RUNS |= {"parity, compiled, eager's rounding": {**RUNS["parity, compiled"], "eager_rounding": True}}
-RUNS |= {"parity, float32": {"candidate": "eager", "dtype": "float32", **PARITY}}
+RUNS |= {"parity, float32": {"candidate": "eager", "dtype": "float32", "weights": "bfloat16", **PARITY}}
 RUNS |= {
     "rehearsal, compiled": {"candidate": "compiled", "eager_rounding": True, **T4},
     "rehearsal, eager": {"candidate": "eager", **T4},
     "rehearsal, eager, flash": {"candidate": "eager", "sdpa": "flash", **T4},  # how far two uncompiled runs differ
 }
-RUNS |= {"compiled, max-autotune": {"candidate": "compiled", "max_autotune": True}}
+TUNED = {"candidate": "compiled", "max_autotune": True}
+RUNS |= {"compiled, max-autotune": TUNED, "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY}}
+RUNS |= {"compiled, eager's rounding": {"candidate": "compiled", "eager_rounding": True, "lengths": [2048] * 12}}
 RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
 RUNS |= {
     f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
