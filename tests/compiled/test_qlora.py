@@ -180,3 +180,14 @@ def test_the_cache_is_switched_off_aloud_and_on_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compile_qlora(model).undo()
+
+
+def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():
+    model = make_model()
+    with compile_qlora(model):
+        with pytest.warns(UserWarning, match=r"^past_key_values: a call with a KV cache is not compiled"):
+            loss = model(**batch(7), use_cache=True).loss
+        loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(batch(7)["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)

@@ -21,6 +21,10 @@ def formula(g, u, ig, iu, bg, bu, a):
     return act, act @ a.t()
 
 
+def fused(*data):
+    return LoraSwiGLU.apply(*data, False)
+
+
 def draw(rows, columns, rank, dtype, device):
     generator = torch.Generator().manual_seed(sum(rows) + columns + rank)
     shapes = [(*rows, columns)] * 2 + [(*rows, rank)] * 2 + [(columns, rank)] * 2 + [(rank, columns)]
@@ -42,7 +46,7 @@ def distance(found, exact):
 def test_outputs_and_gradients_in_float32(rows, columns, rank, device):
     data = draw(rows, columns, rank, torch.float32, device)
     exact = results(formula, [t.detach().double().requires_grad_() for t in data])
-    assert max(distance(results(LoraSwiGLU.apply, data), exact)) <= 1e-6
+    assert max(distance(results(fused, data), exact)) <= 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,9 +55,24 @@ def test_in_16_bits_no_worse_than_the_formula(dtype, device):
     """Which rounds after each operation."""
     data = draw((2, 96), 160, 8, dtype, device)
     exact = results(formula, [t.detach().double().requires_grad_() for t in data])
-    found, plain = distance(results(LoraSwiGLU.apply, data), exact), distance(results(formula, data), exact)
+    found, plain = distance(results(fused, data), exact), distance(results(formula, data), exact)
     assert all(mine <= 1.05 * theirs for mine, theirs in zip(found, plain, strict=True)), (found, plain)
     assert found[0] <= 0.75 * torch.finfo(dtype).eps  # one rounding
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_with_eager_rounding_it_is_the_formula_in_16_bits(dtype, device):
+    """To the bit, but where the sums of a product come out in another order: of outputs and of the gradients of g and u
+    one in a hundred may be another number, of sums over all rows no norm by more than a rounding."""
+    data = draw((2, 96), 160, 8, dtype, device)
+    found = results(lambda *given: LoraSwiGLU.apply(*given, True), data)
+    expected = results(formula, data)
+    for at in (0, 2, 3):  # act, and the gradients of g and u
+        assert (found[at] != expected[at]).float().mean() <= 0.01, at
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other.double()).norm() <= 0.1 * torch.finfo(dtype).eps * other.double().norm()
+    assert (results(fused, data)[0] != expected[0]).float().mean() > 0.1
 
 
 def make_model(dtype=torch.float32, **options):
@@ -131,7 +150,7 @@ def test_disabled_adapters_are_left_out(monkeypatch):
 
 def test_compiled_without_a_break():
     data = draw((2, 20), 48, 4, torch.float32, "cpu")
-    compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given), fullgraph=True)
+    compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given, False), fullgraph=True)
     for one, other in zip(results(compiled, data), results(formula, data), strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
 
@@ -146,7 +165,7 @@ def reports():
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_cross_compiled_without_spills_and_16_bytes_an_access(reports, sm):
     kernels = [report for report in reports if report.sm == sm]
-    assert len(kernels) == 2
+    assert len(kernels) == 4
     for report in kernels:
         assert report.spills == 0, report.name
         assert report.shared <= 48 * 2**10, report.name  # what a T4 has without asking for more

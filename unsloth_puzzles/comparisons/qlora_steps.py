@@ -35,6 +35,14 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+KINDS = {  # of what runs on a GPU, by what its name contains; the first that fits
+    "copies": ("memcpy", "memset"),
+    "attention": ("flash", "fmha", "sdpa", "flex"),
+    "Triton's products": ("triton_tem",),  # made from Inductor's templates
+    "cuBLAS's products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "de-quantisation": ("dequant",),
+    "all else": ("",),
+}
 
 
 def measure(
@@ -51,6 +59,7 @@ def measure(
     max_autotune: bool = False,
     eager_rounding: bool = False,
     memory_gib: float | None = None,
+    profile: bool = False,
     tiny: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> dict:
@@ -58,12 +67,13 @@ def measure(
 
     weights: the dtype that the weights are drawn in, if not `dtype`: so runs in two dtypes have the same ones.
     sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
-    memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
+    memory_gib: of the GPU's memory, no more. profile: run one more step under PyTorch's profiler. ready: called after
+    the first two steps, which compile.
 
     Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
     "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures",
-    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of
-    matrix products in a step, by the profiler; and the settings.
+    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked; with `profile` "kernels", for
+    each of `KINDS` the GPU's time and the launches of a step; and the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
@@ -99,9 +109,9 @@ def measure(
                 torch.cuda.synchronize()
                 peaks.append(torch.cuda.max_memory_allocated() / 2**30)
             times.append(1e3 * (time.perf_counter() - start))
-        launches = None
-        if max_autotune and device == "cuda":
-            launches = _triton_launches(lambda: _step(model, optimizer, scaler, inputs, dtype))
+        kernels = {}
+        if profile and device == "cuda":
+            kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
     return {
         **settings,
         "lengths": list(lengths),
@@ -113,7 +123,7 @@ def measure(
         "compilations": counts.compilations,
         "captures": [dataclasses.asdict(one) for one in counts.captures],
         "products": [dataclasses.asdict(one) for one in compiled.products] if compiled else [],
-        "triton_launches": launches,
+        "kernels": kernels,
         "graph_breaks": counts.graph_breaks,
         "compile_seconds": counts.seconds,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -169,12 +179,17 @@ def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     return loss.detach()
 
 
-def _triton_launches(step: Callable) -> int:
-    """Matrix products of one step that were launched as Triton kernels made from Inductor's templates."""
+def _kernels(step: Callable) -> dict[str, dict]:
+    """{kind: {"ms", "launches"}} of one step, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("triton_tem"))
+    found = {kind: {"ms": 0.0, "launches": 0} for kind in KINDS}
+    for event in profile.key_averages():
+        kind = next(kind for kind, signs in KINDS.items() if any(sign in event.key.lower() for sign in signs))
+        found[kind]["ms"] += event.self_device_time_total / 1e3
+        found[kind]["launches"] += event.count
+    return found
 
 
 def _pinned_gib() -> float | None:
@@ -197,7 +212,7 @@ def main() -> None:
     parser.add_argument("--sdpa", choices=KERNELS)
     parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
-    for flag in ("checkpointing", "max-autotune", "eager-rounding", "tiny"):
+    for flag in ("checkpointing", "max-autotune", "eager-rounding", "profile", "tiny"):
         parser.add_argument(f"--{flag}", action="store_true")
     run(parser, measure)
 

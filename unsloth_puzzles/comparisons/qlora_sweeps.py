@@ -44,7 +44,7 @@ PARITY = {"batch": 2, "lengths": lengths()}
 KERNELS = ("flash", "cudnn", "math")  # of SDPA, those that take grouped heads; uncompiled runs differ by what they do
 T4 = {"dtype": "float16", "attention": "sdpa", "memory_gib": 15.0, "batch": 2, "lengths": [1024] * 12}
 RUNS = {
-    f"{candidate}, {name}": {"candidate": candidate, **given}
+    f"{candidate}, {name}": {"candidate": candidate, "profile": True, **given}
     for name, given in CHECKPOINTING.items()
     for candidate in CANDIDATES
 }
@@ -61,7 +61,10 @@ RUNS |= {
     "rehearsal, eager, flash": {"candidate": "eager", "sdpa": "flash", **T4},  # how far two uncompiled runs differ
 }
 TUNED = {"candidate": "compiled", "max_autotune": True}
-RUNS |= {"compiled, max-autotune": TUNED, "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY}}
+RUNS |= {
+    "compiled, max-autotune": {**TUNED, "profile": True},
+    "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY},
+}
 RUNS |= {"compiled, eager's rounding": {"candidate": "compiled", "eager_rounding": True, "lengths": [2048] * 12}}
 RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
 RUNS |= {

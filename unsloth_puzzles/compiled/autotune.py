@@ -35,10 +35,6 @@ class Product:
     cublas_us: float
     tile: str = ""
 
-    @property
-    def by_triton(self) -> bool:
-        return self.winner.startswith("triton")
-
 
 @contextmanager
 def triton_competes() -> Iterator[list[Product]]:

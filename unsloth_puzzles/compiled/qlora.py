@@ -90,8 +90,7 @@ def compile_qlora(
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
-        if not eager_rounding:
-            undoing.callback(fuse_swiglu(found))
+        undoing.callback(fuse_swiglu(found, eager_rounding))
         undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
@@ -227,6 +226,8 @@ class _Forward:
 
 def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
+        if layer.training and torch.is_grad_enabled():
+            warnings.warn("past_key_values: a call with a KV cache is not compiled; pass use_cache=False", stacklevel=2)
         return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
