@@ -3,10 +3,9 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
 
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.attention import BACKENDS
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -15,14 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def make_model(dtype):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cuda", dtype)
-    model.config.use_cache = False
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama("cuda", dtype), r=8)
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.compiled.lora import scale_inside
 
 
 def make_model(dropout=0.0, **options):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=1), "cpu", torch.float32)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout, **options)
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama(layers=1), lora_dropout=dropout, **options)
 
 
 def step(model):

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import silu
 
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, cross_compile_in_subprocess
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
 
@@ -76,21 +75,14 @@ def test_with_eager_rounding_it_is_the_formula_in_16_bits(dtype, device):
 
 
 def make_model(dtype=torch.float32, **options):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cpu", dtype)
-    torch.manual_seed(0)
-    given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    model = get_peft_model(model, LoraConfig(**given))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama(dtype=dtype), **options)
 
 
 def step(model):
     model.zero_grad()
     torch.manual_seed(1)
     ids = torch.arange(40).view(2, 20)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
 

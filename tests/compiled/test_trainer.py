@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import Trainer, TrainingArguments
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -19,19 +19,11 @@ SHORT = (12, 8, 15)  # of the evaluation
 
 def make_base():
     """One layer: each kind of batch is compiled for once then, not twice."""
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=1), "cpu", torch.float32)
-    model.config.use_cache = False
-    return model
+    return nf4_llama(layers=1)
 
 
 def make_model():
-    base = make_base()
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(make_base())
 
 
 def batch(length, packed=False):
