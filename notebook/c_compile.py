@@ -36,9 +36,9 @@
 # - **What is kept for the backward** is the partitioner's choice. Told to save a tenth (`activation_memory_budget=0.9`)
 #   it makes again whatever costs no matrix product: the MLP's activation, the normed inputs.
 # - **Adapters are cheap in FLOPs and dear in traffic and launches.** Their scaling is moved to where they have r
-#   columns (`lora.py`); the outputs of gate's and up's exist only inside the kernel that computes the activation
-#   (`swiglu.py`); and what does not depend on one another, such as casting all adapters of a layer, is one launch
-#   (`combo_kernels`).
+#   columns (`lora.py`); those that read the same input share their first product (`siblings.py`); the outputs of gate's
+#   and up's exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
+#   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
 # - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
 #   in 16 bits, too, the loss is the uncompiled model's.
 #
@@ -127,6 +127,9 @@ else:
 
 # %%
 # show: unsloth_puzzles/compiled/lora.py
+
+# %%
+# show: unsloth_puzzles/compiled/siblings.py
 
 # %%
 # show: unsloth_puzzles/compiled/swiglu.py
@@ -416,9 +419,10 @@ if HERE:
 #
 # Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
 # bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
-# compiler's own budget for what is kept. The host launches thousands of kernels a step, so that a busy host slows all
-# of these, short steps and the uncompiled ones most: where a spread is wide, so is that of the ratio. Uncompiled runs
-# are made first, compiled ones after them, within minutes on one machine.
+# compiler's own budget for what is kept. Time is the GPU's, from a step's beginning to its end, while the host goes on
+# without waiting, as in a training loop that does not read each loss. The host launches thousands of kernels a step, so
+# that a busy host slows all of these, short steps and the uncompiled ones most: where a spread is wide, so is that of
+# the ratio. Uncompiled runs are made first, compiled ones after them, within minutes on one machine.
 #
 # The times are those of the default, which rounds where eager mode rounds; "rounding once" is for those who would
 # rather be near to float32 than to eager mode.
@@ -453,7 +457,7 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
 # %% [markdown]
 # Where the time goes: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of products
 # and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step takes beyond
-# the sum of all else is a GPU that waits for the host, at the start of a step above all, for each step is waited for.
+# the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a slow host.
 
 # %%
 profiled = {name: run for name, run in runs.items() if run["kernels"]}

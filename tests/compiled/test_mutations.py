@@ -43,6 +43,19 @@ MUTATIONS = {
     "DoRA taken for plain LoRA": mutation(
         "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
     ),
+    "insides exchanged between query, key and value": mutation(
+        "siblings.py", "zip(layers, insides(layers, hidden_states), strict=True)",
+        "zip(layers, insides(layers, hidden_states)[::-1], strict=True)",
+        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    ),
+    "an input that is not shared": mutation(
+        "siblings.py", "layer.inside = hidden_states, inside", "layer.inside = hidden_states + 0, inside",
+        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    ),
+    "eager mode's roundings left out": mutation(
+        "swiglu.py", "if EAGER_ROUNDING else value", "if False else value",
+        "test_swiglu.py::test_with_eager_rounding_it_is_the_formula_in_16_bits[torch.bfloat16-cpu]",
+    ),
     "backwards not counted": mutation(
         "count.py", "one.backward += sum(backward)", "one.backward += 0",
         "test_count.py::test_inductors_backward_is_counted_beside_its_forward[True]",

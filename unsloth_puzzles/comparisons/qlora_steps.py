@@ -70,7 +70,8 @@ def measure(
     memory_gib: of the GPU's memory, no more. profile: run one more step under PyTorch's profiler. ready: called after
     the first two steps, which compile.
 
-    Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
+    Returns "losses"; "step_ms", each step's from its beginning to its end on the GPU's clock, while the host goes on to
+    the next step, as in a training loop that does not read each loss; "step_peak_gib", all that was allocated in each;
     "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures",
     "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked; with `profile` "kernels", for
     each of `KINDS` the GPU's time and the launches of a step; and the settings.
@@ -89,26 +90,24 @@ def measure(
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
     options |= {"max_autotune": max_autotune, "eager_rounding": eager_rounding}
     losses, times, peaks = [], [], []
+    batches = [text_batch(batch, length, number, device) for number, length in enumerate(lengths)]
     with (
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
     ):
-        for number, length in enumerate(lengths):
+        for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":
                     _pinned_gib()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
-            inputs = text_batch(batch, length, number, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = _now(device)
             losses.append(_step(model, optimizer, scaler, inputs, dtype))
+            times.append((start, _now(device)))
             if device == "cuda":
-                torch.cuda.synchronize()
                 peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-            times.append(1e3 * (time.perf_counter() - start))
         kernels = {}
         if profile and device == "cuda":
             kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
@@ -116,7 +115,7 @@ def measure(
         **settings,
         "lengths": list(lengths),
         "losses": [loss.item() for loss in losses],
-        "step_ms": times,
+        "step_ms": [_ms(start, end) for start, end in times],
         "step_peak_gib": peaks,
         "peak_gib": max(peaks, default=None),
         "pinned_gib": _pinned_gib() if device == "cuda" else None,
@@ -177,6 +176,22 @@ def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def _now(device: str) -> float | torch.cuda.Event:
+    """A point in time; on a GPU, when it has done what it has been given until now."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(start, end) -> float:
+    if isinstance(end, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _kernels(step: Callable) -> dict[str, dict]:

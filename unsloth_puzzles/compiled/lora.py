@@ -38,12 +38,18 @@ def _scaled_inside() -> type:
         result = self.base_layer(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name not in self.lora_A:
+                continue
+            if self.inside is not None and self.inside[0] is x:
+                inside = self.inside[1]
+            else:
                 dropped = self.lora_dropout[name](x if autocast else x.to(self.lora_A[name].weight.dtype))
-                result = add_outside(self, name, result, self.lora_A[name](dropped))
+                inside = self.lora_A[name](dropped)
+            result = add_outside(self, name, result, inside)
         return result
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+    # inside: (x, what A makes of it), where that is known already.
+    return type(cls.__name__, (cls,), {"forward": forward, "inside": None, "__doc__": cls.__doc__})
 
 
 def add_outside(layer: LoraLayer, name: str, result: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -55,6 +61,14 @@ def plain_adapter(layer: LoraLayer) -> str | None:
     """The name of the one adapter that is plain LoRA and active; None if there is none, more than one, or another."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return names[0] if len(names) == 1 and _is_plain(layer) else None
+
+
+def can_be_inside(layer, x: torch.Tensor) -> bool:
+    """Whether its adapter is a plain one that computes in the dtype of x, without dropout between x and itself."""
+    name = plain_adapter(layer)
+    if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+        return False
+    return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
 
 
 def _is_plain(layer: LoraLayer) -> bool:

@@ -26,6 +26,7 @@ from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
 from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
@@ -90,6 +91,7 @@ def compile_qlora(
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found))
+        undoing.callback(share_input(found))
         undoing.callback(fuse_swiglu(found, eager_rounding))
         undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unsloth_puzzles.compiled.lora import add_outside, plain_adapter
+from unsloth_puzzles.compiled.lora import add_outside, can_be_inside, plain_adapter
+from unsloth_puzzles.compiled.siblings import insides
 from unsloth_puzzles.nf4.kernel import round_bfloat16
 from unsloth_puzzles.nf4.launch import INTERPRETED
 from unsloth_puzzles.nf4.patch import exchange_classes
@@ -199,10 +200,11 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 def _fused_class(cls: type, eager_rounding: bool) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not all(_can_be_inside(layer, x) for layer in (gate, up, down)):
+        if not all(can_be_inside(layer, x) for layer in (gate, up, down)):
             return cls.forward(self, x)
-        g, ig, bg = _parts(gate, x)
-        u, iu, bu = _parts(up, x)
+        (g, ig, bg), (u, iu, bu) = (
+            _parts(layer, x, i) for layer, i in zip((gate, up), insides((gate, up), x), strict=True)
+        )
         name = plain_adapter(down)
         a = down.lora_A[name].weight.to(g.dtype)
         act, inside = LoraSwiGLU.apply(g, u, ig, iu, bg, bu, a, eager_rounding)
@@ -211,17 +213,7 @@ def _fused_class(cls: type, eager_rounding: bool) -> type:
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
 
 
-def _can_be_inside(layer, x: torch.Tensor) -> bool:
-    """A plain adapter that computes in the dtype of x, without dropout between the activation and itself."""
-    name = plain_adapter(layer)
-    if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
-        return False
-    return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
-
-
-def _parts(layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _parts(layer, x: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The frozen layer's output, the adapter's r columns, and its B, in the dtype of the output."""
-    name = plain_adapter(layer)
-    base = layer.base_layer(x)
-    inside = layer.lora_A[name](x) * layer.scaling[name]
-    return base, inside.to(base.dtype), layer.lora_B[name].weight.to(base.dtype)
+    name, base = plain_adapter(layer), layer.base_layer(x)
+    return base, (inside * layer.scaling[name]).to(base.dtype), layer.lora_B[name].weight.to(base.dtype)
