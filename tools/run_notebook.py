@@ -221,7 +221,7 @@ def _without(folder: Path, shown: str) -> str:
 
 def _smaller(encoded: str) -> str:
     """A PNG in base64 in fewer bytes: without an alpha channel that hides nothing, and with a palette of 256 colours,
-    none further than 16 of 255 from its own. That changes only where lines blend."""
+    none further than 16 of 255 from its own: what blends or shines through may change by as much."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
     if image.mode == "RGBA" and image.getextrema()[-1] == (255, 255):
         image = image.convert("RGB")

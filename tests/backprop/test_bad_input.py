@@ -166,6 +166,17 @@ def test_results_that_are_only_rounding_leave_it_new():
         call(draws)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_small_mean_in_16_bits_is_refused_all_the_same(dtype):
+    def small(logits, labels):
+        return 0.02 * torch.nn.functional.cross_entropy(logits, labels)
+
+    with pytest.raises(ValueError, match=r"^forward_function: a chunk of \d+ rows gives a result"):
+        memory_efficient_linear(
+            draw(2, 32, HIDDEN).to(dtype), make_linear().to(dtype), draw_labels(2, 32), small, reduction="sum"
+        )
+
+
 def test_the_skeleton_refuses_too():
     x, labels = draw(2, 7, HIDDEN), draw_labels(2, 7)
     with pytest.raises(ValueError, match=r"^labels: "):

@@ -11,6 +11,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
+from unsloth_puzzles.compiled import qlora
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -172,6 +173,30 @@ def test_the_cache_is_switched_off_aloud_and_on_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compile_qlora(model).undo()
+
+
+def test_eager_rounding_reaches_all_that_rounds(monkeypatch):
+    model, asked = make_model(), []
+    undo = lambda: None  # noqa: E731
+    monkeypatch.setattr(qlora, "scale_inside", lambda model, rounding: asked.append(rounding) or undo)
+    monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
+    made = lambda forward, name, options: asked.append(options["emulate_precision_casts"])  # noqa: E731
+    monkeypatch.setattr(qlora, "Variants", made)
+    for options, expected in (({}, True), ({"eager_rounding": False}, False)):
+        compile_qlora(model, **options).undo()
+        assert len(asked) >= 4 and set(asked) == {expected}
+        asked.clear()
+
+
+def test_attributes_that_come_and_go_compile_nothing_anew():
+    """Adapters are not shared without autocast, where they compute in float32 under a model in bfloat16."""
+    model, given = with_adapters(nf4_llama(dtype=torch.bfloat16)), batch(16)
+    torch._dynamo.reset()
+    with compile_qlora(model), count_compilations() as counts, torch.no_grad():
+        for autocast in (False, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(**given)
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
 
 
 def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():

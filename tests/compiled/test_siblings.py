@@ -55,7 +55,7 @@ def insides_kept(model):
 def test_the_same_loss_and_gradients_by_fewer_products(alpha):
     model = make_model(lora_alpha=alpha)
     expected = step(model)
-    scale_inside(model)
+    scale_inside(model, False)
     apart = narrow_products(model)
     undo = share_input(model)
     together = narrow_products(model)
@@ -66,11 +66,12 @@ def test_the_same_loss_and_gradients_by_fewer_products(alpha):
     assert together[3 * RANK] == 2 + 3 and apart[RANK] - together[RANK] == 3 * (2 + 3) and 3 * RANK not in apart
     undo()
     assert narrow_products(model) == apart
+    assert not any("inside" in vars(module) for module in model.modules())
 
 
 def test_in_bfloat16_as_near_to_float32():
     model = make_model()
-    scale_inside(model)
+    scale_inside(model, False)
     exact, apart = step(model), step(model, autocast=True)
     share_input(model)
     together = step(model, autocast=True)
@@ -84,7 +85,7 @@ def test_in_bfloat16_as_near_to_float32():
 )
 def test_other_adapters_stay_as_they_are(options):
     model = make_model(**options)
-    scale_inside(model)
+    scale_inside(model, False)
     expected = step(model)
     share_input(model)
     assert torch.equal(step(model), expected)
@@ -94,7 +95,7 @@ def test_two_adapters_at_once_stay_as_they_are():
     model = make_model()
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    scale_inside(model)
+    scale_inside(model, False)
     expected = step(model)
     share_input(model)
     assert torch.equal(step(model), expected)
@@ -102,16 +103,26 @@ def test_two_adapters_at_once_stay_as_they_are():
 
 def test_disabled_adapters_are_left_out():
     model = make_model()
-    scale_inside(model), share_input(model)
     ids = torch.arange(12)[None]
-    with torch.no_grad(), model.disable_adapter():
-        found = model(input_ids=ids).logits
-        assert torch.equal(found, model.get_base_model()(input_ids=ids).logits)
+    with torch.no_grad():
+        with model.disable_adapter():
+            expected = model(input_ids=ids).logits
+        scale_inside(model, False), share_input(model)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_adapters_of_several_ranks():
+    model = make_model(rank_pattern={"k_proj": 3, "v_proj": 7})
+    expected = step(model)
+    scale_inside(model, False), share_input(model)
+    assert (step(model) - expected).norm() <= 5e-6 * expected.norm()
 
 
 def test_nothing_is_kept_after_an_error(monkeypatch):
     model = make_model()
-    scale_inside(model), share_input(model)
+    scale_inside(model, False), share_input(model)
     attention = model.get_base_model().model.layers[0].self_attn
     monkeypatch.setattr(attention, "o_proj", None)
     with pytest.raises(TypeError):

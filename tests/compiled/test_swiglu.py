@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.nn.functional import silu
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, cross_compile_in_subprocess
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -93,7 +95,7 @@ def test_in_a_model_and_undone(monkeypatch):
     expected = step(model)
     apply = LoraSwiGLU.apply
     monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
-    inside, undo = scale_inside(model), fuse_swiglu(model)
+    inside, undo = scale_inside(model, False), fuse_swiglu(model, False)
     found = step(model)
     assert len(calls) == 2  # one a layer
     assert (found - expected).norm() <= 5e-6 * expected.norm()
@@ -105,15 +107,29 @@ def test_in_a_model_and_undone(monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["gate_proj", "up_proj"]}],
-    ids=["dropout", "DoRA", "no adapter on one of the three"],
+    [
+        {"lora_dropout": 0.3},
+        {"use_dora": True},
+        {"target_modules": ["gate_proj", "up_proj"]},
+        {"rank_pattern": {"down_proj": 8}},
+    ],
+    ids=["dropout", "DoRA", "no adapter on one of the three", "ranks"],
 )
-def test_other_adapters_stay_as_they_are(options, monkeypatch):
+def test_other_adapters_stay_as_they_are(options):
     model = make_model(**options)
     expected = step(model)
-    monkeypatch.setattr(LoraSwiGLU, "apply", None)
-    fuse_swiglu(model)
+    fuse_swiglu(model, False)
     assert torch.equal(step(model), expected)
+
+
+def test_adapters_by_row_are_left_to_peft():
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    given = {"input_ids": torch.arange(24).view(3, 8), "adapter_names": ["default", "other", "__base__"]}
+    with torch.no_grad():
+        expected = model.eval()(**given).logits
+        scale_inside(model, False), share_input(model), fuse_swiglu(model, False)
+        assert torch.equal(model(**given).logits, expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -124,20 +140,22 @@ def test_adapters_of_another_dtype_are_inside_under_autocast_alone(autocast, mon
     monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = step(model)
-        fuse_swiglu(model)
+        fuse_swiglu(model, False)
         found = step(model)
     assert len(calls) == (2 if autocast else 0)
     assert (found - expected).norm() <= (0.02 if autocast else 0) * expected.norm()
 
 
-def test_disabled_adapters_are_left_out(monkeypatch):
+def test_disabled_adapters_are_left_out():
     model = make_model()
     ids = torch.arange(12)[None]
-    fuse_swiglu(model)
-    monkeypatch.setattr(LoraSwiGLU, "apply", None)
-    with torch.no_grad(), model.disable_adapter():
-        found = model(input_ids=ids).logits
-        assert torch.equal(found, model.get_base_model()(input_ids=ids).logits)
+    with torch.no_grad():
+        with model.disable_adapter():
+            expected = model(input_ids=ids).logits
+        fuse_swiglu(model, False)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_compiled_without_a_break():

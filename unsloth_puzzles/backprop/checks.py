@@ -210,7 +210,8 @@ def check_additive(
         parts = a + b if additive else torch.cat([a, b])
         size = (a.abs() + b.abs() if additive else parts.abs()).double().nan_to_num().max()
         off = (together - parts).abs().double().nan_to_num().max()
-        if off > tolerance * size and size <= rows * torch.finfo(together.dtype).eps:
+        finest = min(torch.finfo(together.dtype).eps, torch.finfo(torch.float32).eps)
+        if off > tolerance * size and size <= rows * finest:
             telling = False
         elif off > tolerance * size:
             found = f"{off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, of size {size.item():.3g}"

@@ -170,7 +170,8 @@ class CompiledFunction(EagerFunction):
     def _get(self, name: object, logits: torch.Tensor, arguments: Arguments, program: Callable) -> Callable:
         # exp by the hardware's ex2 is off by 2 ulp of float32: 1/30000 of what rounding a gradient to 16 bits costs.
         fast = logits.dtype.itemsize == 2
-        key = name, arguments.wanted, fast, logits.shape[-1], logits.device.type
+        device = logits.device.type
+        key = name, arguments.wanted, fast, logits.shape[-1], device, torch.is_autocast_enabled(device)
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)

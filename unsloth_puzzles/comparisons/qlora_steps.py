@@ -36,7 +36,7 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 KINDS = {  # of what runs on a GPU, by what its name contains; the first that fits
-    "copies": ("memcpy", "memset"),
+    "copies to and from the host": ("memcpy htod", "memcpy dtoh"),
     "attention": ("flash", "fmha", "sdpa", "flex"),
     "Triton's products": ("triton_tem",),  # made from Inductor's templates
     "cuBLAS's products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
@@ -228,9 +228,9 @@ def main() -> None:
     parser.add_argument("--sdpa", choices=KERNELS)
     parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
-    parser.add_argument("--eager-rounding", action=argparse.BooleanOptionalAction, default=True)
-    for flag in ("checkpointing", "max-autotune", "profile", "tiny"):
-        parser.add_argument(f"--{flag}", action="store_true")
+    for flag in ("checkpointing", "max-autotune", "eager-rounding", "profile", "tiny"):
+        default = flag == "eager-rounding"
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=default)
     run(parser, measure)
 
 

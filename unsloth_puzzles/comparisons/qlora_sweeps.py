@@ -65,7 +65,8 @@ RUNS |= {
     "compiled, max-autotune": {**TUNED, "profile": True},
     "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY},
 }
-RUNS |= {"compiled, rounding once": {"candidate": "compiled", "eager_rounding": False}}
+RUNS |= {"compiled, rounding once": {"candidate": "compiled", "eager_rounding": False, "profile": True}}
+RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
 RUNS |= {
     f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
     for kept in BUDGETS

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--candidate", choices=CANDIDATES, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=False)
     run(parser, measure)
 
 

@@ -60,8 +60,9 @@ def compile_qlora(
     offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
     Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
 
-    eager_rounding: round after each operation, as eager mode does, so that the losses are eager mode's. False rounds
-    once at the end of a fused kernel: as fast, and nearer to float32's losses. (Eager mode rounds the sum of a layer's
+    eager_rounding: round after each operation, as eager mode does, so that the losses are eager mode's; adapters whose
+    scaling is no power of two are not fused then. False rounds once at the end of a fused kernel, which is nearer to
+    float32's losses. (Eager mode rounds the sum of a layer's
     output and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
 
     Calls with a KV cache (generation) run as before, not compiled.
@@ -90,7 +91,7 @@ def compile_qlora(
         raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
-        undoing.callback(scale_inside(found))
+        undoing.callback(scale_inside(found, eager_rounding))
         undoing.callback(share_input(found))
         undoing.callback(fuse_swiglu(found, eager_rounding))
         undoing.callback(without_torch_function(found))

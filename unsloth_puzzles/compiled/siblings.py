@@ -30,7 +30,17 @@ def share_input(model: torch.nn.Module) -> Callable[[], None]:
     """Let query, key and value of each attention in `model`, which `scale_inside` has been applied to, have their
     insides from one product; returns what undoes it. Adapters that are no plain ones stay as they are."""
     found = [module for module in model.modules() if all(hasattr(getattr(module, n, None), "inside") for n in _NAMES)]
-    return exchange_classes((module, _sharing_class(type(module))) for module in found)
+    layers = [getattr(module, name) for module in found for name in _NAMES]
+    for layer in layers:
+        layer.inside = None  # from now on its own, so that nothing is compiled anew for an attribute that appears
+    undo_classes = exchange_classes((module, _sharing_class(type(module))) for module in found)
+
+    def undo() -> None:
+        undo_classes()
+        for layer in layers:
+            del layer.inside
+
+    return undo
 
 
 @cache

@@ -8,7 +8,7 @@ them again, takes the gradient of `act` in the two parts it comes in (the frozen
 writes the gradients of g and u. Forward and backward of one layer move 9 such matrices instead of 17.
 
 Values are rounded when they are written. With `eager_rounding` they are also rounded wherever PEFT, which writes them,
-rounds: the results are eager mode's but for the order of sums.
+rounds (if s is a power of two): the results are eager mode's but for the order of sums.
 """
 
 from collections.abc import Callable
@@ -183,7 +183,7 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return one.flatten(0, -2).t() @ other.flatten(0, -2)
 
 
-def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool = False) -> Callable[[], None]:
+def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
     """Let the MLPs of `model` (`down_proj(silu(gate_proj(x)) * up_proj(x))`, each layer an NF4 one with an adapter)
     compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones, stay as they are."""
     found = [module for module in model.modules() if _is_swiglu(module)]
@@ -200,7 +200,8 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 def _fused_class(cls: type, eager_rounding: bool) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not all(can_be_inside(layer, x) for layer in (gate, up, down)):
+        layers = (gate, up, down)
+        if not all(can_be_inside(layer, x) for layer in layers) or len({_rank(layer) for layer in layers}) > 1:
             return cls.forward(self, x)
         (g, ig, bg), (u, iu, bu) = (
             _parts(layer, x, i) for layer, i in zip((gate, up), insides((gate, up), x), strict=True)
@@ -211,6 +212,10 @@ def _fused_class(cls: type, eager_rounding: bool) -> type:
         return add_outside(down, name, down.base_layer(act), inside)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def _rank(layer) -> int:
+    return layer.r[plain_adapter(layer)]
 
 
 def _parts(layer, x: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
