@@ -259,9 +259,8 @@ class Work:
 
         with RandomStates(self.x.device).replay(), torch.no_grad():
             logits = self._logits(self.x[tried])[1] if takes_logits else None
-            telling = checks.check_additive(evaluate, len(tried), additive, self.dtype)
-        if telling:
-            checks.trust(self.user_function, self.plan.reduction)
+            checks.check_additive(evaluate, len(tried), additive, self.dtype)
+        checks.trust(self.user_function, self.plan.reduction)
 
 
 def _drop(start, found) -> None:
