@@ -36,9 +36,11 @@
 # - **What is kept for the backward** is the partitioner's choice. Told to save a tenth (`activation_memory_budget=0.9`)
 #   it makes again whatever costs no matrix product: the MLP's activation, the normed inputs.
 # - **Adapters are cheap in FLOPs and dear in traffic and launches.** Their scaling is moved to where they have r
-#   columns (`lora.py`); the outputs of gate's and up's exist only inside the kernel that computes the activation
-#   (`swiglu.py`); and what does not depend on one another, such as casting all adapters of a layer, is one launch
-#   (`combo_kernels`).
+#   columns (`lora.py`); those that read the same input share their first product (`siblings.py`); the outputs of gate's
+#   and up's exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
+#   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
+# - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
+#   in 16 bits, too, the loss is the uncompiled model's.
 #
 # ### The bound, before anything is measured
 #
@@ -125,6 +127,9 @@ else:
 
 # %%
 # show: unsloth_puzzles/compiled/lora.py
+
+# %%
+# show: unsloth_puzzles/compiled/siblings.py
 
 # %%
 # show: unsloth_puzzles/compiled/swiglu.py
@@ -226,35 +231,52 @@ def second_terms(data, asked, out):
     return [0, of_query.norm().item(), of_key.norm().item(), 0]
 
 
-def close(data, backend, asked):
-    """Whether output and gradients are as near to float64's as the formula's and two roundings of the dtype."""
+def errors(data, backend, asked, exact):
+    """Norms of what output and gradients differ from float64's by."""
     found = output_and_gradients(data, backend, asked)
-    formula = output_and_gradients(data, "dense", asked)
+    return [(tensor.double() - true).norm().item() for tensor, true in zip(found, exact, strict=True)]
+
+
+def close(data, backend, asked, beside_sdpa=None):
+    """Whether output and gradients are as near to float64's as the formula's and two roundings of the dtype.
+
+    The list `beside_sdpa` gets the errors as multiples of SDPA's on the same data.
+    """
     exact = output_and_gradients([t.double() for t in data], "dense", asked)
     terms = second_terms(data, asked, exact[0]) if GPU else [0]
-    for one, plain, true, term in zip(found, formula, exact, terms, strict=True):
-        off, allowed = ((tensor.double() - true).norm().item() for tensor in (one, plain))
-        allowed += 2 * torch.finfo(dtype).eps * (true.norm().item() + term)
-        if not off <= allowed + 1e-6:  # NaN fails
-            return False
-    return True
+    found, formula = (errors(data, name, asked, exact) for name in (backend, "dense"))
+    if beside_sdpa is not None:
+        theirs = errors(data, "sdpa", asked, exact)
+        beside_sdpa.append([off / other for off, other in zip(found, theirs, strict=True)])
+    rounding = [
+        2 * torch.finfo(dtype).eps * (true.norm().item() + term) for true, term in zip(exact, terms, strict=True)
+    ]
+    # NaN fails.
+    return all(off <= plain + two + 1e-6 for off, plain, two in zip(found, formula, rounding, strict=True))
 
 
 dtype = SIXTEEN if GPU else torch.float32
+names = ("output", "dQ", "dK", "dV") if GPU else ("output",)
+lines = [f"| error, times SDPA's | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
 for backend, one in BACKENDS.items():
     if reason := one.missing(torch.device(DEVICE)):
         print(f"SKIPPED: {backend}: {reason}")
         continue
-    checks = {}
+    checks, beside_sdpa = {}, []
     for name, request in REQUESTS.items():
         for rows in (77, 256, 1000) if GPU else (77,):
             data, documents = drawn(rows, dtype)
             asked = {**request, **({"documents": documents} if "documents" in request else {})}
             try:
-                checks[f"{name}, {rows}"] = close(data, backend, asked)
+                comparable = "soft_cap" not in asked and backend != "sdpa"  # SDPA has none
+                checks[f"{name}, {rows}"] = close(data, backend, asked, beside_sdpa if comparable else None)
             except ValueError as refusal:
                 checks[f"{name}: refused by name"] = f"{backend} cannot do" in str(refusal)
     judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", checks)
+    if beside_sdpa:
+        spans = (f"{min(of):.2f} to {max(of):.2f}" for of in zip(*beside_sdpa, strict=True))
+        lines.append(f"| {backend} | {' | '.join(spans)} |")
+display(Markdown("\n".join(lines)))
 
 # %% [markdown]
 # ### Check 2: flex attention, compiled twice at most
@@ -333,7 +355,7 @@ FEW = {name: {**run, **trainer} for name, run in qlora_sweeps.TRAINER.items()} |
 }
 gc.collect()
 if GPU:
-    FEW["compiled, max-autotune"] = {"candidate": "compiled", "max_autotune": True, **few}
+    FEW["compiled, max-autotune"] = {"candidate": "compiled", "max_autotune": True, "profile": True, **few}
     torch.cuda.empty_cache()  # the processes need what the checks above have held
 swept = qlora_sweeps.load_or_measure("resources/measurements/c_compile_sweeps.json", FEW, hardware)
 SWEPT = f"{swept['hardware']['name']}, {swept['date']}, random weights"
@@ -356,6 +378,7 @@ everything = captures(training) + captures(training, "later_")
 breaks = sum(training["graph_breaks"].values()) + sum(training["later_graph_breaks"].values())
 print(f"{training['steps']} steps of {len(set(training['lengths']))} lengths: {training['compilations']} compilations,")
 print(f"{training['compile_seconds']:.0f} s of them; graph breaks: {training['graph_breaks'] or 'none'}; {SWEPT}")
+print("what Dynamo allows, as PyTorch has it:", training["limits"])
 display(Markdown(Counts(captures(training)).table()))
 print(f"packed batches and an evaluation: {training['later_compilations']} compilations more,", end=" ")
 print(f"graph breaks: {training['later_graph_breaks'] or 'none'}")
@@ -381,7 +404,7 @@ if HERE:
 # ### Check 4: the loss is that of the uncompiled model
 #
 # In float32, without TF32, the same steps, packed batches and evaluation uncompiled: transformers' own attention and
-# loss over bitsandbytes' layers. The tokens are random, so there is little to learn; real text is trained on below.
+# loss over bitsandbytes' layers. The text is real, the weights are random.
 
 # %%
 apart = [abs(a - b) for a, b in zip(training["losses"], uncompiled["losses"], strict=True)]
@@ -396,13 +419,13 @@ if HERE:
 #
 # Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
 # bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
-# compiler's own budget for what is kept. The host launches thousands of kernels a step, so that a busy host slows all
-# of these, short steps and the uncompiled ones most: where a spread is wide, so is that of the ratio. (So it is between
-# the compiled runs of many lengths, with and without eager mode's rounding: over the first half of their steps they
-# take about the same time.) Uncompiled runs are made first, compiled ones after them, within minutes on one machine.
+# compiler's own budget for what is kept. Time is the GPU's, from a step's beginning to its end, while the host goes on
+# without waiting, as in a training loop that does not read each loss. The host launches thousands of kernels a step, so
+# that a busy host slows all of these, short steps and the uncompiled ones most: where a spread is wide, so is that of
+# the ratio. Uncompiled runs are made first, compiled ones after them, within minutes on one machine.
 #
-# The times are those of the default, which rounds less often than eager mode does; further below is what that means for
-# the losses. With eager mode's rounding the MLP's fused kernel is left out.
+# The times are those of the default, which rounds where eager mode rounds; "rounding once" is for those who would
+# rather be near to float32 than to eager mode.
 
 # %%
 heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
@@ -431,21 +454,41 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
         results.add("peak_gib", at, mine["peak_gib"], "GiB", baselines={"eager": other["peak_gib"]})
         results.add("speedup_vs_eager", at, theirs[0] / ours[0], "x", theirs[1] / ours[2], theirs[2] / ours[1])
 
+# %% [markdown]
+# Where the time goes: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of products
+# and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step takes beyond
+# the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a slow host.
+
 # %%
-points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(("parity", "rehearsal"))}
+profiled = {name: run for name, run in runs.items() if run["kernels"]}
+if profiled:
+    kinds = list(next(iter(profiled.values()))["kernels"])
+    heads = ("run", "step, ms", "busy without these copies, ms", *(f"{kind}, ms" for kind in kinds), "launches")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, run in profiled.items():
+        spent = {kind: of["ms"] for kind, of in run["kernels"].items()}
+        busy = sum(spent.values()) - spent["copies to and from the host"]
+        cells = [f"{ms:.1f}" for ms in (qlora_sweeps.step_ms(run)[0], busy, *spent.values())]
+        lines.append(f"| {' | '.join((name, *cells))} | {sum(of['launches'] for of in run['kernels'].values())} |")
+    display(Markdown("\n".join(lines)))
+else:
+    print("SKIPPED: the profiler's times are a GPU's, of the runs that the script makes")
+
+# %%
+OTHERS = ("parity", "rehearsal", "lengths")  # at other sizes
+points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(OTHERS)}
 if points:
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    places = []
-    for name, run in points.items():
+    figure, axes = plt.subplots(figsize=(10, 4.4), layout="constrained")
+    colors = plt.get_cmap("tab10").colors
+    for number, (name, run) in enumerate(points.items()):
         at = run["peak_gib"], qlora_sweeps.step_ms(run)[0]
-        color = "tab:red" if name.startswith("eager") else "tab:blue"
-        axes.plot(*at, "s" if run["checkpointing"] else "o", color=color)
-        near = sum(abs(at[0] - x) < 1 and abs(at[1] - y) < 8 for x, y in places)  # their labels go below one another
-        axes.annotate(name, at, xytext=(6, 4 - 9 * near), textcoords="offset points", fontsize=7)
-        places.append(at)
+        marker = "s" if run["checkpointing"] else "o" if run["candidate"] == "compiled" else "^"
+        label = f"{name}: {at[0]:.1f} GiB, {at[1]:.0f} ms"
+        axes.plot(*at, marker, color=colors[number % 10], label=label, markersize=7, alpha=0.8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms")
-    axes.set_xlim(0, 1.3 * max(x for x, _ in places))
-    axes.set_ylim(0, 1.1 * max(y for _, y in places))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     one = next(iter(points.values()))
     axes.set_title(
         f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}", fontsize=9
@@ -460,8 +503,8 @@ else:
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
 # tiles against cuBLAS. On an H200 nearly all wide products stay with cuBLAS, and most of LoRA's narrow ones, which only
-# move memory, become Triton's, with what follows them (scaling, addition) in the same kernel. Lengths are variables
-# here as they are without it; this run has one length.
+# move memory, become Triton's, with what follows them (scaling, addition) in the same kernel. A second run has sixty
+# lengths: none is benchmarked or compiled for anew.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -469,20 +512,26 @@ if tuned and tuned["products"]:
     found = {}
     for product in tuned["products"]:
         found.setdefault((product["rows"], product["inner"], product["columns"]), []).append(product)
-    heads = ("rows x inner x columns", "benchmarked", "won by Triton", "winner, us", "cuBLAS, us", "the winner")
+    heads = ("rows x inner x columns", "benchmarked", "won by Triton", "winner, us", "cuBLAS, us", "winners")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for sizes, of in sorted(found.items()):
-        won = sum(product["winner"].startswith("triton") for product in of)
+        won = sum(bool(product["tile"]) for product in of)
         times = (statistics.median(product[name] for product in of) for name in ("winner_us", "cublas_us"))
-        winners = dict.fromkeys(product["winner"].rstrip("0123456789").rstrip("_") for product in of)
+        winners = dict.fromkeys(product["tile"] or "cuBLAS" for product in of)
         cells = (" x ".join(map(str, sizes)), len(of), won, *(f"{us:.1f}" for us in times), ", ".join(winners))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     display(Markdown("\n".join(lines)))
-    print(f"{SWEPT}: a step launches {tuned['triton_launches']} matrix products of Triton's")
+    launches = tuned["kernels"]["Triton's products"]["launches"] if tuned["kernels"] else 0
+    print(f"{SWEPT}: a step launches {launches} matrix products of Triton's")
+    varied = runs.get("lengths, max-autotune", tuned)
+    again = [one["reason"] for one in varied["captures"] if one["reason"]]
+    of_lengths = f"{len(varied['lengths'])} steps of {len(set(varied['lengths']))} lengths"
+    print(f"{of_lengths}: {varied['compilations']} compilations,", end=" ")
+    print(f"{sum(varied['graph_breaks'].values())} graph breaks, again for a reason of Dynamo's: {again or 'nothing'}")
     if HERE:
-        results.add("triton_matmuls", "max-autotune", tuned["triton_launches"], "launches a step")
-        results.add("compilations", "max-autotune", tuned["compilations"], "compilations")
-        results.add("graph_breaks", "max-autotune", sum(tuned["graph_breaks"].values()), "graph breaks")
+        results.add("triton_matmuls", "max-autotune", launches, "launches a step")
+        results.add("compilations", "max-autotune", varied["compilations"], "compilations")
+        results.add("graph_breaks", "max-autotune", sum(varied["graph_breaks"].values()), "graph breaks")
         case = f"max-autotune, {tuned['batch']} x {tuned['lengths'][0]}, {tuned['dtype']}"
         middle, low, high = qlora_sweeps.step_ms(tuned)
         results.add("step_ms", case, middle, "ms", low, high)
@@ -493,18 +542,16 @@ else:
 # %% [markdown]
 # ### In 16 bits, step by step
 #
-# Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes. A
-# compiled run that rounds where eager mode rounds (`eager_rounding=True`) should differ from them no more than they
-# among themselves, twice that at most. The same for a rehearsal of a T4: float16, 15 GiB of memory, 2 x 1024 tokens,
-# SDPA.
+# Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes. The
+# compiled run rounds where eager mode rounds, so it should differ from them no more than they among themselves, twice
+# that at most. It is the default that was timed above but for its attention, "flash", since cuDNN's plans anew for each
+# length. The same for a rehearsal of a T4: float16, 15 GiB of memory, 2 x 1024 tokens, SDPA.
 #
-# By default compiled code rounds once where eager mode rounds several times, and in bfloat16 that shows. LoRA's B
-# begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's output is less than
-# half a unit in the last place of that output. Eager mode has rounded the output before it adds, and rounds again, so
-# that much of the first updates has no effect yet. Compiled code adds before it rounds. That is probably why the losses
-# of the default are further from eager mode's than the limit above, in the first steps most, and nearer to those of a
-# run in float32: the second pane is the distance from it. (Its NF4 weights come from the same numbers before they are
-# rounded to 16 bits, so that all runs differ from it a little from the first step on.)
+# Compiled code could also round once where eager mode rounds several times (`eager_rounding=False`), and in bfloat16
+# that shows. LoRA's B begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's
+# output is less than half a unit in the last place of that output. Eager mode has rounded the output before it adds,
+# and rounds again, so that much of the first updates has no effect yet. Code that adds before it rounds is further from
+# eager mode's losses, in the first steps most, and nearer to those of a run in float32 with the same packed weights.
 
 
 # %%
@@ -515,47 +562,61 @@ def largest(one, other):
 for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
     of = {name.removeprefix(f"{kind}, "): run for name, run in runs.items() if name.startswith(kind)}
     eager = [run for name, run in of.items() if name.startswith("eager")]
-    rounded = next((run for run in of.values() if run["candidate"] == "compiled" and run["eager_rounding"]), None)
-    if rounded is None or len(eager) != count:
+    mine, once = of.get("compiled"), of.get("compiled, rounding once")
+    if mine is None or len(eager) != count:
         print(f"SKIPPED: {kind}: these runs are made by the script, on a GPU")
         continue
-    case = f"{kind}, {rounded['dtype']}"
+    case = f"{kind}, {mine['dtype']}"
     among = max(largest(a, b) for a in eager for b in eager)
-    ours = max(largest(rounded, other) for other in eager)
+    ours = max(largest(mine, other) for other in eager)
     print(f"{case}: largest difference among uncompiled runs {among:.1e}, of the compiled one from them {ours:.1e}")
     if HERE:
         results.add("loss_difference", f"compiled, {case}", ours, "loss", baselines={"uncompiled runs": among})
-        results.add("peak_gib", case, rounded["peak_gib"], "GiB")
+        if among:
+            results.add("loss_difference_ratio", case, ours / among, "x")
+        results.add("peak_gib", case, mine["peak_gib"], "GiB")
         judge(results, f"the uncompiled model's loss, {case}", {"at most twice theirs": ours <= 2 * among})
-    if {"compiled", "float32"} <= of.keys():
-        mine, theirs = largest(of["compiled"], of["float32"]), min(largest(run, of["float32"]) for run in eager)
-        print(f"largest difference from float32: compiled by default {mine:.1e}, uncompiled at least {theirs:.1e}")
-        if HERE:
-            results.add("loss_difference_from_float32", case, mine, "loss", baselines={"uncompiled runs": theirs})
-            judge(results, f"float32's loss, {case}", {"no further than the uncompiled runs": mine <= theirs})
+    if once and "float32" in of:
+        apart = max(largest(once, other) for other in eager)
+        print(f"rounding once: largest difference from uncompiled runs {apart:.1e};", end=" ")
+        nearest = min(largest(run, of["float32"]) for run in eager)
+        print(f"from float32 {largest(once, of['float32']):.1e}, uncompiled runs at least {nearest:.1e}")
 
 # %%
 parity = {name.removeprefix("parity, "): run for name, run in runs.items() if name.startswith("parity")}
 if "compiled" in parity and len(parity) > 1:
     mine = parity["compiled"]
-    figure, panes = plt.subplots(4, 1, figsize=(9, 10), sharex=True, layout="constrained")
+    figure, panes = plt.subplots(5, 1, figsize=(9, 12), sharex=True, layout="constrained")
     shown = range(1, len(mine["losses"]) + 1)
-    for name, run in parity.items():
+    eager = [run for name, run in parity.items() if name.startswith("eager")]
+    among = max(largest(a, b) for a in eager for b in eager)
+
+    def off(run, other):
+        return [abs(a - b) for a, b in zip(run["losses"], other["losses"], strict=True)]
+
+    for number, (name, run) in enumerate(parity.items()):
         thin = name.startswith(("compiled", "float32"))
         style = {"linewidth": 1.2} if thin else {"linewidth": 2.5, "alpha": 0.5}
-        panes[0].plot(shown, run["losses"], label=name, **style)
+        style |= {"color": f"C{number}", "label": name}
+        panes[0].plot(shown, run["losses"], **style)
+        if run is not eager[0]:
+            panes[1].semilogy(shown, off(run, eager[0]), **style)
         if "float32" in parity and name != "float32":
-            off = [abs(a - b) for a, b in zip(run["losses"], parity["float32"]["losses"], strict=True)]
-            panes[1].semilogy(shown, off, label=name, **style)
-        else:
-            panes[1].plot([], [], **style)  # keeps the colours in step
-        panes[2].semilogy(shown, run["step_ms"], label=name, **style)
-        panes[3].plot(shown, run["step_peak_gib"], label=name, **style)
-    names = ("loss, nats a token", "from float32's loss, nats", "a step, ms", "peak memory, GiB")
+            panes[2].semilogy(shown, off(run, parity["float32"]), **style)
+        panes[3].plot(shown, run["step_ms"], **style)
+        panes[4].plot(shown, run["step_peak_gib"], **style)
+    usual = [qlora_sweeps.step_ms(run)[0] for run in parity.values()]
+    panes[3].set_ylim(0, 2 * max(usual))  # the steps that compile lie far above
+    panes[1].axhline(2 * among, color="black", linestyle=":", label="twice what uncompiled runs differ")
+    names = (
+        "loss, nats a token", f"from {next(iter(parity))}'s\nloss, nats", "from float32's\nloss, nats",
+        "a step, ms", "peak memory, GiB",
+    )  # fmt: skip
     for axes, label in zip(panes, names, strict=True):
         axes.set_ylabel(label)
-    panes[0].legend(fontsize=7)
-    panes[3].set_xlabel("step")
+    for axes in panes[:2]:
+        axes.legend(fontsize=7, ncols=2)
+    panes[-1].set_xlabel("step")
     tokens = f"{mine['batch']} x up to {max(mine['lengths'])} tokens, {mine['dtype']}"
     figure.suptitle(f"QLoRA of Llama 3.2 1B, {tokens}; {SWEPT}", fontsize=9)
     figure.savefig("resources/c_compile_parity.png", dpi=110)
@@ -583,13 +644,17 @@ AIMS = [  # metric, case, at most (positive) or at least (negative)
     ("compilations", "60 steps of a Trainer", 8),
     ("compilations", "flex", 4),
     ("loss_difference", "compiled, float32", 1e-4),
+    ("loss_difference_ratio", "parity, bfloat16", 2),
+    ("loss_difference_ratio", "rehearsal, float16", 2),
+    ("graph_breaks", "all", 0),
+    ("compilations", "max-autotune", 8),
 ]
 lines = ["| metric | case | aim | measured | |", "|---|---|---|---|---|"]
 for metric, case, aim in AIMS if GPU else ():
     found = results.find(metric, case)
-    good = bool(found) and (found[0]["value"] <= aim if aim > 0 else found[0]["value"] >= -aim)
+    good = bool(found) and (found[0]["value"] <= aim if aim >= 0 else found[0]["value"] >= -aim)
     text = f"{found[0]['value']:.4g} {found[0]['unit']}" if found else "SKIPPED: not measured here"
-    goal = f"at most {aim:g}" if aim > 0 else f"at least {-aim:g}"
+    goal = f"at most {aim:g}" if aim >= 0 else f"at least {-aim:g}"
     lines.append(f"| {metric} | {case} | {goal} | {text} | {'reached' if good else 'missed' if found else ''} |")
 if GPU:
     display(Markdown("\n".join(lines)))
@@ -611,8 +676,6 @@ else:
 #   the column of the table above.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
 #   each: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
-# - The fused MLP takes the adapters of gate, up and down for ones of the same rank, and one adapter for all rows. With
-#   `rank_pattern` or `adapter_names`, `eager_rounding=True` is needed, which leaves it out; nothing checks that yet.
 # - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
 
 # %% [markdown]

@@ -31,7 +31,7 @@ def main() -> int:
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)
     workers = min(MOST_WORKERS, os.cpu_count() or 1, int(hardware["memory_gib"] // GIB_PER_WORKER))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={REPORT}"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--durations=30", f"--junitxml={REPORT}"]
     command += ["-n", str(workers)] if workers > 1 else []
     done = subprocess.run(command, cwd=ROOT, check=False)
     if not REPORT.exists():

@@ -140,6 +140,14 @@ def test_tensors_that_do_not_fit_are_refused_by_name(argument, change):
         attention(*change(*draw(6)))
 
 
+@pytest.mark.parametrize(
+    "documents", [torch.zeros(6, dtype=torch.int64), [[0] * 6] * 2, 1], ids=["flat", "list", "int"]
+)
+def test_documents_that_are_no_rows_are_refused_by_name(documents):
+    with pytest.raises(ValueError, match=r"^documents: got .*, need a tensor \(batch, keys\)"):
+        attention(*draw(6), documents=documents)
+
+
 def test_backends_that_are_unknown_or_not_here():
     with pytest.raises(ValueError, match=r"^backend: got 'fast', need 'auto' or one of 'flash'"):
         attention(*draw(6), backend="fast")

@@ -1,5 +1,6 @@
 """Under transformers' models: the logits of their own attention, with windows, soft caps, packing, padding, a cache."""
 
+import copy
 import functools
 
 import pytest
@@ -16,7 +17,8 @@ from transformers import (
     masking_utils,
 )
 
-from unsloth_puzzles.attention.models import NAME, attention_forward, make_mask, register
+from unsloth_puzzles.attention import BACKENDS
+from unsloth_puzzles.attention.models import NAME, attention_forward, implementation, make_mask, register
 
 NAMES = register()
 SMALL = {
@@ -65,7 +67,7 @@ def ids(rows=3, length=LENGTH):
 
 def logits(model, implementation, inputs):
     model.set_attn_implementation(implementation)
-    found = model(ids(), use_cache=False, **inputs).logits
+    found = model(ids().to(model.device), use_cache=False, **inputs).logits
     return found[inputs["attention_mask"].bool()] if "attention_mask" in inputs else found
 
 
@@ -87,18 +89,44 @@ def test_the_logits_are_those_of_transformers(name, inputs, backend):
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window"])
 def test_gradients_are_those_of_transformers(name):
     model, found = model_of(name), []
-    for implementation in (MODELS[name][3], NAME):
+    for kind in (MODELS[name][3], NAME):
         model.zero_grad()
-        logits(model, implementation, INPUTS["packed"]).square().mean().backward()
+        logits(model, kind, INPUTS["packed"]).square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "flash", "flex", "xformers", "sdpa"])
+@pytest.mark.parametrize("inputs", ["packed", "padded on the left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_transformers(name, inputs, backend):
+    """Logits, and gradients of all parameters."""
+    if backend != "auto" and (reason := BACKENDS[backend].missing(torch.device("cuda"))):
+        pytest.skip(f"{backend}: {reason}")
+    theirs = MODELS[name][3]
+    exact, model = (copy.deepcopy(model_of(name)).to("cuda", dtype) for dtype in (torch.float32, torch.bfloat16))
+
+    def outcome(of, attention):
+        of.zero_grad()
+        found = logits(of, attention, {name: tensor.cuda() for name, tensor in INPUTS[inputs].items()})
+        found.float().square().mean().backward()
+        return found.detach().float(), torch.cat([p.grad.flatten().float() for p in of.parameters()])
+
+    if theirs == "eager" and backend in ("flash", "xformers", "sdpa"):
+        with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do a soft cap \(2\.0\)"):
+            outcome(model, implementation(backend))
+        return
+    found, plain, true = outcome(model, implementation(backend)), outcome(model, theirs), outcome(exact, theirs)
+    for mine, other, right in zip(found, plain, true, strict=True):
+        assert (mine - right).norm() <= 1.2 * (other - right).norm()
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window"])
 def test_generation_with_a_cache_and_padding(name):
     model, made = model_of(name), []
-    for implementation in (MODELS[name][3], NAME):
-        model.set_attn_implementation(implementation)
+    for kind in (MODELS[name][3], NAME):
+        model.set_attn_implementation(kind)
         tokens = {"input_ids": ids(2, 12), "attention_mask": LEFT[1:, :12]}
         made.append(model.generate(**tokens, max_new_tokens=12, do_sample=False, pad_token_id=0))
     assert torch.equal(*made) and made[0].shape == (2, 24)
@@ -110,8 +138,8 @@ def test_a_bidirectional_model():
     torch.manual_seed(0)
     model = BertModel(BertConfig(vocab_size=64, **options), add_pooling_layer=False).eval()
     found = []
-    for implementation in ("sdpa", NAME):
-        model.set_attn_implementation(implementation)
+    for kind in ("sdpa", NAME):
+        model.set_attn_implementation(kind)
         hidden = model(ids(), attention_mask=RIGHT).last_hidden_state
         found.append(hidden[RIGHT.bool()])
     assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()

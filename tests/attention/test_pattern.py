@@ -49,6 +49,7 @@ def test_documents_are_stretches():
     "options, argument",
     [
         ({"window": 0}, "window"), ({"window": -3}, "window"), ({"window": 2.5}, "window"),
+        ({"window": True}, "window"),
         ({"window": 5, "causal": False}, "window"), ({"soft_cap": 0.0}, "soft_cap"), ({"soft_cap": -1.0}, "soft_cap"),
     ],
 )  # fmt: skip

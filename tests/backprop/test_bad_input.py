@@ -152,6 +152,31 @@ def test_too_few_labels_to_try_leave_it_new():
         call(sum_loss)
 
 
+def test_results_that_are_only_rounding_leave_it_new():
+    """A divergence of equals is some 1e-16, and another 1e-16 in the halves."""
+    size = [1e-16]
+
+    def draws(logits, labels):
+        return logits.sum() * 0 + size[0] * torch.rand((), dtype=torch.float64)
+
+    for _ in range(2):
+        call(draws)
+    size[0] = 1.0
+    with pytest.raises(ValueError, match=r"^forward_function: a chunk of \d+ rows gives a result"):
+        call(draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_small_mean_in_16_bits_is_refused_all_the_same(dtype):
+    def small(logits, labels):
+        return 0.02 * torch.nn.functional.cross_entropy(logits, labels)
+
+    with pytest.raises(ValueError, match=r"^forward_function: a chunk of \d+ rows gives a result"):
+        memory_efficient_linear(
+            draw(2, 32, HIDDEN).to(dtype), make_linear().to(dtype), draw_labels(2, 32), small, reduction="sum"
+        )
+
+
 def test_the_skeleton_refuses_too():
     x, labels = draw(2, 7, HIDDEN), draw_labels(2, 7)
     with pytest.raises(ValueError, match=r"^labels: "):

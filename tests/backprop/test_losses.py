@@ -441,9 +441,7 @@ def test_the_teacher_projects_chunk_by_chunk_and_learns_nothing():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     head, hidden_states = linear(), draw(10, HIDDEN).requires_grad_()
     f = losses.kl_distillation(linear(), 1.5)
-    # The loss is rounding alone here, and that of a chunk need not be its halves'.
-    options = {"row_args": (hidden_states.detach(),), "check_additive": False}
-    loss = through_the_op(hidden_states, head, draw_labels(10), f, **options)
+    loss = through_the_op(hidden_states, head, draw_labels(10), f, row_args=(hidden_states.detach(),))
     loss.backward()
     assert loss.abs() < EXACT and hidden_states.grad.norm() < EXACT
 

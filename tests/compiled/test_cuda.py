@@ -3,10 +3,9 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
 
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.attention import BACKENDS
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -15,14 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def make_model(dtype):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cuda", dtype)
-    model.config.use_cache = False
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama("cuda", dtype), r=8)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def gradient(model, autocast=True, **given):
 
 @pytest.mark.parametrize(
     ("attention", "checkpointing", "rounding"),
-    [("auto", False, False), ("flash", True, False), ("flex", False, False), ("sdpa", True, True)],
+    [("auto", False, True), ("flash", True, False), ("flex", False, False), ("sdpa", True, True)],
 )
 def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpointing, rounding):
     if attention != "auto" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
@@ -80,3 +72,30 @@ def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpoin
     for mine, other, right in zip(found, plain, true, strict=True):
         assert (mine - right).norm() <= 1.2 * (other - right).norm()
     assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+
+
+@pytest.mark.parametrize("attention", ["flash", "flex", "max-autotune"])
+def test_fifty_lengths_compile_once(models, attention):
+    """Once for each variant: the first layer and the others; flex has two, for short and for long queries."""
+    model, exact = models
+    options = {"max_autotune": True} if attention == "max-autotune" else {"attention": attention}
+    if attention != "max-autotune" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
+        pytest.skip(f"{attention}: {reason}")
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    lengths = [512, *range(9, 509, 10)]
+    torch._dynamo.reset()
+    with count_compilations() as counts, compile_qlora(model, **options) as compiled:
+        for length in (512, 9):
+            gradient(model, **inputs(length, False))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = {length: gradient(model, **inputs(length, False)) for length in lengths}
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+    assert counts.compilations <= (8 if attention != "flex" else 12), counts.table()
+    if attention == "max-autotune":
+        assert compiled.products and any(product.tile for product in compiled.products)
+    for length in (9, 259, 499):
+        plain = gradient(model, **inputs(length, False))
+        with patch_linear4bit(exact):
+            right = gradient(exact, autocast=False, **inputs(length, False))
+        assert (found[length] - right).norm() <= 1.2 * (plain - right).norm(), length

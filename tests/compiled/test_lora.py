@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.compiled.lora import scale_inside
 
 
 def make_model(dropout=0.0, **options):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=1), "cpu", torch.float32)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout, **options)
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama(layers=1), lora_dropout=dropout, **options)
 
 
 def step(model):
@@ -37,13 +30,14 @@ def largest(found, expected):
 
 @pytest.mark.parametrize("alpha", [2, 8, 6], ids=["1/2", "2", "no power of two"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_same_loss_and_gradients(alpha, dropout):
+@pytest.mark.parametrize("eager_rounding", [False, True])
+def test_the_same_loss_and_gradients(alpha, dropout, eager_rounding):
     model = make_model(dropout, lora_alpha=alpha)
     expected = step(model)
-    undo = scale_inside(model)
+    undo = scale_inside(model, eager_rounding)
     found = step(model)
     undo()
-    assert largest(found, expected) <= (0 if alpha != 6 else 2e-6)
+    assert largest(found, expected) <= (0 if alpha != 6 or eager_rounding else 2e-6)
     assert largest(step(model), expected) == 0
 
 
@@ -54,7 +48,7 @@ def test_two_adapters_at_once():
     model.base_model.set_adapter(["default", "other"])
     expected = step(model)
     assert any("other" in name for name in expected[1])
-    scale_inside(model)
+    scale_inside(model, False)
     assert largest(step(model), expected) == 0
 
 
@@ -62,7 +56,7 @@ def test_two_adapters_at_once():
 def test_other_kinds_of_lora_are_left_to_peft(options):
     model = make_model(lora_alpha=6, **options)
     expected = step(model)
-    scale_inside(model)
+    scale_inside(model, False)
     assert largest(step(model), expected) == 0
 
 
@@ -71,7 +65,7 @@ def test_disabled_adapters():
     with model.disable_adapter():
         expected = step(model)[0]
     different = step(model)[0]
-    scale_inside(model)
+    scale_inside(model, False)
     with model.disable_adapter():
         assert torch.equal(step(model)[0], expected)
     assert torch.equal(step(model)[0], different) and not torch.equal(expected, different)
@@ -92,6 +86,6 @@ def test_no_gradient_as_large_as_an_output_is_multiplied():
         widths = seen[name] = []
         with Multiplications():
             step(model)
-        scale_inside(model)
+        scale_inside(model, False)
     assert max(seen["PEFT"]) == model.config.intermediate_size
     assert seen["ours"] and set(seen["ours"]) == {4}

@@ -38,10 +38,39 @@ MUTATIONS = {
         "checkpoint.py", "ctx.autocast(),", "contextlib.nullcontext(),", f"{SAME_BITS}[autocast-0.0]"
     ),
     "scaling dropped": mutation(
-        "lora.py", " * layer.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[0.0-2]"
+        "lora.py", " * layer.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[False-0.0-2]"
     ),
     "DoRA taken for plain LoRA": mutation(
         "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
+    ),
+    "insides exchanged between query, key and value": mutation(
+        "siblings.py", "zip(layers, insides(layers, hidden_states), strict=True)",
+        "zip(layers, insides(layers, hidden_states)[::-1], strict=True)",
+        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    ),
+    "an input that is not shared": mutation(
+        "siblings.py", "layer.inside = hidden_states, inside", "layer.inside = hidden_states + 0, inside",
+        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    ),
+    "eager mode's roundings left out": mutation(
+        "swiglu.py", "if EAGER_ROUNDING else value", "if False else value",
+        "test_swiglu.py::test_with_eager_rounding_it_is_the_formula_in_16_bits[torch.bfloat16-cpu]",
+    ),
+    "a scaling that is no power of two moved all the same": mutation(
+        "lora.py", "math.frexp(layer.scaling[name])[0] != 0.5", "False",
+        "test_lora.py::test_the_same_loss_and_gradients[True-0.0-no power of two]",
+    ),
+    "adapters of several ranks taken for equal ones": mutation(
+        "swiglu.py", "len({_rank(layer) for layer in layers}) > 1", "False",
+        "test_swiglu.py::test_other_adapters_stay_as_they_are[ranks]",
+    ),
+    "adapters by row ignored": mutation(
+        "lora.py", "if layer._forward_pre_hooks or layer._forward_hooks:", "if False:",
+        "test_swiglu.py::test_adapters_by_row_are_left_to_peft",
+    ),
+    "eager mode's roundings not asked of the MLP": mutation(
+        "qlora.py", "fuse_swiglu(found, eager_rounding)", "fuse_swiglu(found, False)",
+        "test_qlora.py::test_eager_rounding_reaches_all_that_rounds",
     ),
     "backwards not counted": mutation(
         "count.py", "one.backward += sum(backward)", "one.backward += 0",

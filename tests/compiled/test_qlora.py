@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Params4bit
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit
 
-from unsloth_puzzles.bench.models import random_llama, random_nf4_llama, tiny_llama_config
+from tests.compiled.models import nf4_llama, with_adapters
+from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
+from unsloth_puzzles.compiled import qlora
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -17,21 +19,12 @@ from unsloth_puzzles.nf4 import patch_linear4bit
 LENGTHS = (24, 17, 40, 9)
 
 
-def make_model(adapters=True, four_bit=True, **checkpointing):
-    config = tiny_llama_config(vocab_size=64)
-    model = (random_nf4_llama if four_bit else random_llama)(config, "cpu", torch.float32)
-    model.config.use_cache = False
-    if not adapters:
-        return model.train()
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
-            torch.nn.init.normal_(parameter, std=0.05)
+def make_model(**checkpointing):
+    model = with_adapters(nf4_llama())
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
         model.enable_input_require_grads()
-    return model.train()
+    return model
 
 
 def batch(length):
@@ -148,9 +141,9 @@ def test_what_cannot_be_compiled_is_refused_by_name():
     with pytest.raises(TypeError, match=r"^model: got Linear, need a PreTrainedModel"):
         compile_qlora(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^model: no adapters that are trained"):
-        compile_qlora(make_model(adapters=False))
+        compile_qlora(nf4_llama())
     with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
-        compile_qlora(make_model(four_bit=False))
+        compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
     model = make_model()
     for budget in (0, -1, 1.5):
         with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
@@ -180,3 +173,38 @@ def test_the_cache_is_switched_off_aloud_and_on_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compile_qlora(model).undo()
+
+
+def test_eager_rounding_reaches_all_that_rounds(monkeypatch):
+    model, asked = make_model(), []
+    undo = lambda: None  # noqa: E731
+    monkeypatch.setattr(qlora, "scale_inside", lambda model, rounding: asked.append(rounding) or undo)
+    monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
+    made = lambda forward, name, options: asked.append(options["emulate_precision_casts"])  # noqa: E731
+    monkeypatch.setattr(qlora, "Variants", made)
+    for options, expected in (({}, True), ({"eager_rounding": False}, False)):
+        compile_qlora(model, **options).undo()
+        assert len(asked) >= 4 and set(asked) == {expected}
+        asked.clear()
+
+
+def test_attributes_that_come_and_go_compile_nothing_anew():
+    """Adapters are not shared without autocast, where they compute in float32 under a model in bfloat16."""
+    model, given = with_adapters(nf4_llama(dtype=torch.bfloat16)), batch(16)
+    torch._dynamo.reset()
+    with compile_qlora(model), count_compilations() as counts, torch.no_grad():
+        for autocast in (False, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(**given)
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+
+
+def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():
+    model = make_model()
+    with compile_qlora(model):
+        with pytest.warns(UserWarning, match=r"^past_key_values: a call with a KV cache is not compiled"):
+            loss = model(**batch(7), use_cache=True).loss
+        loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(batch(7)["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)

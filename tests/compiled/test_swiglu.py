@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch.nn.functional import silu
 
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, cross_compile_in_subprocess
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -19,6 +20,10 @@ SHAPES = [((2, 37), 100, 4), ((70,), 130, 16), ((1, 1), 64, 1), ((3, 5), 16, 20)
 def formula(g, u, ig, iu, bg, bu, a):
     act = silu(g + ig @ bg.t()) * (u + iu @ bu.t())
     return act, act @ a.t()
+
+
+def fused(*data):
+    return LoraSwiGLU.apply(*data, False)
 
 
 def draw(rows, columns, rank, dtype, device):
@@ -42,7 +47,7 @@ def distance(found, exact):
 def test_outputs_and_gradients_in_float32(rows, columns, rank, device):
     data = draw(rows, columns, rank, torch.float32, device)
     exact = results(formula, [t.detach().double().requires_grad_() for t in data])
-    assert max(distance(results(LoraSwiGLU.apply, data), exact)) <= 1e-6
+    assert max(distance(results(fused, data), exact)) <= 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,27 +56,35 @@ def test_in_16_bits_no_worse_than_the_formula(dtype, device):
     """Which rounds after each operation."""
     data = draw((2, 96), 160, 8, dtype, device)
     exact = results(formula, [t.detach().double().requires_grad_() for t in data])
-    found, plain = distance(results(LoraSwiGLU.apply, data), exact), distance(results(formula, data), exact)
+    found, plain = distance(results(fused, data), exact), distance(results(formula, data), exact)
     assert all(mine <= 1.05 * theirs for mine, theirs in zip(found, plain, strict=True)), (found, plain)
     assert found[0] <= 0.75 * torch.finfo(dtype).eps  # one rounding
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_with_eager_rounding_it_is_the_formula_in_16_bits(dtype, device):
+    """To the bit, but where the sums of a product come out in another order: of outputs and of the gradients of g and u
+    one in a hundred may be another number, of sums over all rows no norm by more than a rounding."""
+    data = draw((2, 96), 160, 8, dtype, device)
+    found = results(lambda *given: LoraSwiGLU.apply(*given, True), data)
+    expected = results(formula, data)
+    for at in (0, 2, 3):  # act, and the gradients of g and u
+        assert (found[at] != expected[at]).float().mean() <= 0.01, at
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other.double()).norm() <= 0.1 * torch.finfo(dtype).eps * other.double().norm()
+    assert (results(fused, data)[0] != expected[0]).float().mean() > 0.1
+
+
 def make_model(dtype=torch.float32, **options):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64), "cpu", dtype)
-    torch.manual_seed(0)
-    given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    model = get_peft_model(model, LoraConfig(**given))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(nf4_llama(dtype=dtype), **options)
 
 
 def step(model):
     model.zero_grad()
     torch.manual_seed(1)
     ids = torch.arange(40).view(2, 20)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
 
@@ -82,7 +95,7 @@ def test_in_a_model_and_undone(monkeypatch):
     expected = step(model)
     apply = LoraSwiGLU.apply
     monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
-    inside, undo = scale_inside(model), fuse_swiglu(model)
+    inside, undo = scale_inside(model, False), fuse_swiglu(model, False)
     found = step(model)
     assert len(calls) == 2  # one a layer
     assert (found - expected).norm() <= 5e-6 * expected.norm()
@@ -94,15 +107,29 @@ def test_in_a_model_and_undone(monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["gate_proj", "up_proj"]}],
-    ids=["dropout", "DoRA", "no adapter on one of the three"],
+    [
+        {"lora_dropout": 0.3},
+        {"use_dora": True},
+        {"target_modules": ["gate_proj", "up_proj"]},
+        {"rank_pattern": {"down_proj": 8}},
+    ],
+    ids=["dropout", "DoRA", "no adapter on one of the three", "ranks"],
 )
-def test_other_adapters_stay_as_they_are(options, monkeypatch):
+def test_other_adapters_stay_as_they_are(options):
     model = make_model(**options)
     expected = step(model)
-    monkeypatch.setattr(LoraSwiGLU, "apply", None)
-    fuse_swiglu(model)
+    fuse_swiglu(model, False)
     assert torch.equal(step(model), expected)
+
+
+def test_adapters_by_row_are_left_to_peft():
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    given = {"input_ids": torch.arange(24).view(3, 8), "adapter_names": ["default", "other", "__base__"]}
+    with torch.no_grad():
+        expected = model.eval()(**given).logits
+        scale_inside(model, False), share_input(model), fuse_swiglu(model, False)
+        assert torch.equal(model(**given).logits, expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -113,25 +140,27 @@ def test_adapters_of_another_dtype_are_inside_under_autocast_alone(autocast, mon
     monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = step(model)
-        fuse_swiglu(model)
+        fuse_swiglu(model, False)
         found = step(model)
     assert len(calls) == (2 if autocast else 0)
     assert (found - expected).norm() <= (0.02 if autocast else 0) * expected.norm()
 
 
-def test_disabled_adapters_are_left_out(monkeypatch):
+def test_disabled_adapters_are_left_out():
     model = make_model()
     ids = torch.arange(12)[None]
-    fuse_swiglu(model)
-    monkeypatch.setattr(LoraSwiGLU, "apply", None)
-    with torch.no_grad(), model.disable_adapter():
-        found = model(input_ids=ids).logits
-        assert torch.equal(found, model.get_base_model()(input_ids=ids).logits)
+    with torch.no_grad():
+        with model.disable_adapter():
+            expected = model(input_ids=ids).logits
+        fuse_swiglu(model, False)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_compiled_without_a_break():
     data = draw((2, 20), 48, 4, torch.float32, "cpu")
-    compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given), fullgraph=True)
+    compiled = torch.compile(lambda *given: LoraSwiGLU.apply(*given, False), fullgraph=True)
     for one, other in zip(results(compiled, data), results(formula, data), strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
 
@@ -146,7 +175,7 @@ def reports():
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_cross_compiled_without_spills_and_16_bytes_an_access(reports, sm):
     kernels = [report for report in reports if report.sm == sm]
-    assert len(kernels) == 2
+    assert len(kernels) == 4
     for report in kernels:
         assert report.spills == 0, report.name
         assert report.shared <= 48 * 2**10, report.name  # what a T4 has without asking for more

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import Trainer, TrainingArguments
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -19,19 +19,11 @@ SHORT = (12, 8, 15)  # of the evaluation
 
 def make_base():
     """One layer: each kind of batch is compiled for once then, not twice."""
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=1), "cpu", torch.float32)
-    model.config.use_cache = False
-    return model
+    return nf4_llama(layers=1)
 
 
 def make_model():
-    base = make_base()
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return with_adapters(make_base())
 
 
 def batch(length, packed=False):
@@ -167,3 +159,28 @@ def test_mixed_precision_is_as_close_to_float32_as_uncompiled(run):
     # One number may come out right by accident: half a unit of bfloat16's last place, 2^-9, is no error of anybody.
     allowed = max(1.3 * (plain_loss - exact_loss).abs(), 2**-9 * exact_loss)
     assert (loss - exact_loss).abs() <= allowed
+
+
+def test_sft_trainer_has_the_same_losses_and_metrics(tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    rows = [{"input_ids": batch(length)["input_ids"][0].tolist()} for length in (23, 11, 17, 30)]
+    histories = []
+    for compiled in (False, True):
+        settings = SFTConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], learning_rate=1e-2, use_cpu=True,
+            logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = SFTTrainer(make_model(), settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        with compile_qlora(trainer) if compiled else nullcontext(), count_compilations() as counts:
+            trainer.train()
+        names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+        histories.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
+    assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
+    assert len(histories[0]) == 2
+    assert torch.allclose(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=2e-5, atol=0)

@@ -127,6 +127,9 @@ def _batch(query, key, value, documents) -> Batch:
         raise ValueError(f"key: got shape {tuple(key.shape)}, need batch and head size of query, {tuple(query.shape)}")
     size, heads, q_length, head_size = query.shape
     if documents is not None:
+        if not isinstance(documents, torch.Tensor) or documents.dim() != 2:
+            found = tuple(documents.shape) if isinstance(documents, torch.Tensor) else type(documents).__name__
+            raise ValueError(f"documents: got {found}, need a tensor (batch, keys) of integers")
         documents = number_documents(documents.to(query.device))
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     return Batch(

@@ -23,7 +23,7 @@ class Pattern:
     soft_cap: float | None = None
 
     def __post_init__(self):
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+        if self.window is not None and (not isinstance(self.window, int) or self.window is True or self.window < 1):
             raise ValueError(f"window: got {self.window!r}, need a number of tokens, at least 1, or None")
         if self.window is not None and not self.causal:
             raise ValueError(f"window: got {self.window} with causal=False, need causal=True or no window")

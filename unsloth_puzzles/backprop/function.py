@@ -162,7 +162,7 @@ class CompiledFunction(EagerFunction):
         program = partial(_rows_gradient, self.function, arguments.wanted, present, logits.is_cuda)
         run = self._get(("rows gradient", present), logits, arguments, program)
         slopes = tuple(slope for slope in upstream if slope is not None)
-        gradient, others = run(*_marked(logits, arguments), slopes)
+        gradient, others = run(*_marked(logits, arguments, slopes), slopes)
         if gradient is not None:
             logits.copy_(gradient)
         add(0, others)
@@ -170,7 +170,8 @@ class CompiledFunction(EagerFunction):
     def _get(self, name: object, logits: torch.Tensor, arguments: Arguments, program: Callable) -> Callable:
         # exp by the hardware's ex2 is off by 2 ulp of float32: 1/30000 of what rounding a gradient to 16 bits costs.
         fast = logits.dtype.itemsize == 2
-        key = name, arguments.wanted, fast, logits.shape[-1], logits.device.type
+        device = logits.device.type
+        key = name, arguments.wanted, fast, logits.shape[-1], device, torch.is_autocast_enabled(device)
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
@@ -277,9 +278,9 @@ def _pieces(logits: torch.Tensor, arguments: Arguments):
         yield logits[start:stop], arguments.cut(slice(start, stop))
 
 
-def _marked(logits, arguments):
+def _marked(logits, arguments, slopes=()):
     """The tensors of a chunk with their rows marked as dynamic: a ragged last chunk is not compiled anew."""
-    cut = [logits, *([] if arguments.labels is None else [arguments.labels]), *arguments.row_args]
+    cut = [logits, *([] if arguments.labels is None else [arguments.labels]), *arguments.row_args, *slopes]
     for tensor in cut:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return logits, arguments.labels, arguments.all

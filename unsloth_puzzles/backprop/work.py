@@ -259,8 +259,9 @@ class Work:
 
         with RandomStates(self.x.device).replay(), torch.no_grad():
             logits = self._logits(self.x[tried])[1] if takes_logits else None
-            checks.check_additive(evaluate, len(tried), additive, self.dtype)
-        checks.trust(self.user_function, self.plan.reduction)
+            telling = checks.check_additive(evaluate, len(tried), additive, self.dtype)
+        if telling:
+            checks.trust(self.user_function, self.plan.reduction)
 
 
 def _drop(start, found) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,6 +35,14 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+KINDS = {  # of what runs on a GPU, by what its name contains; the first that fits
+    "copies to and from the host": ("memcpy htod", "memcpy dtoh"),
+    "attention": ("flash", "fmha", "sdpa", "flex"),
+    "Triton's products": ("triton_tem",),  # made from Inductor's templates
+    "cuBLAS's products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "de-quantisation": ("dequant",),
+    "all else": ("",),
+}
 
 
 def measure(
@@ -42,25 +51,30 @@ def measure(
     batch: int = 4,
     lengths: tuple[int, ...] = (2048,) * 20,
     dtype: str = "bfloat16",
+    weights: str | None = None,
     checkpointing: bool = False,
     attention: str = "auto",
     sdpa: str | None = None,
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
-    eager_rounding: bool = False,
+    eager_rounding: bool = True,
     memory_gib: float | None = None,
+    profile: bool = False,
     tiny: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> dict:
     """Train one step for each of `lengths`, with AdamW on adapters of rank 16 under every linear layer.
 
+    weights: the dtype that the weights are drawn in, if not `dtype`: so runs in two dtypes have the same ones.
     sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
-    memory_gib: of the GPU's memory, no more. ready: called after the first two steps, which compile.
+    memory_gib: of the GPU's memory, no more. profile: run one more step under PyTorch's profiler. ready: called after
+    the first two steps, which compile.
 
-    Returns "losses"; "step_ms", each step's, by the clock, waited for; "step_peak_gib", all that was allocated in each;
+    Returns "losses"; "step_ms", each step's from its beginning to its end on the GPU's clock, while the host goes on to
+    the next step, as in a training loop that does not read each loss; "step_peak_gib", all that was allocated in each;
     "peak_gib", their largest; "pinned_gib" of the host's memory once compiled; "compilations", "captures",
-    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked, and "triton_launches" of
-    matrix products in a step, by the profiler; and the settings.
+    "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked; with `profile` "kernels", for
+    each of `KINDS` the GPU's time and the launches of a step; and the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
@@ -70,57 +84,58 @@ def measure(
     settings = {name: value for name, value in locals().items() if name not in ("lengths", "ready")}
     if memory_gib and device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
-    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny)
+    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny, getattr(torch, weights or dtype))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
     options |= {"max_autotune": max_autotune, "eager_rounding": eager_rounding}
     losses, times, peaks = [], [], []
+    batches = [text_batch(batch, length, number, device) for number, length in enumerate(lengths)]
     with (
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
     ):
-        for number, length in enumerate(lengths):
+        for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":
                     _pinned_gib()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
-            inputs = _batch(batch, length, number, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = _now(device)
             losses.append(_step(model, optimizer, scaler, inputs, dtype))
+            times.append((start, _now(device)))
             if device == "cuda":
-                torch.cuda.synchronize()
                 peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-            times.append(1e3 * (time.perf_counter() - start))
-        launches = None
-        if max_autotune and device == "cuda":
-            launches = _triton_launches(lambda: _step(model, optimizer, scaler, inputs, dtype))
+        kernels = {}
+        if profile and device == "cuda":
+            kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
     return {
         **settings,
         "lengths": list(lengths),
         "losses": [loss.item() for loss in losses],
-        "step_ms": times,
+        "step_ms": [_ms(start, end) for start, end in times],
         "step_peak_gib": peaks,
         "peak_gib": max(peaks, default=None),
         "pinned_gib": _pinned_gib() if device == "cuda" else None,
         "compilations": counts.compilations,
         "captures": [dataclasses.asdict(one) for one in counts.captures],
         "products": [dataclasses.asdict(one) for one in compiled.products] if compiled else [],
-        "triton_launches": launches,
+        "kernels": kernels,
         "graph_breaks": counts.graph_breaks,
         "compile_seconds": counts.seconds,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
     }
 
 
-def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool):
-    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers."""
+def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool, drawn: torch.dtype | None = None):
+    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers.
+
+    dtype: what it computes in. drawn: what the weights are drawn in, `dtype` if None.
+    """
     config = tiny_llama_config() if tiny else llama_1b_config()
-    model = random_nf4_llama(config, device, dtype)
+    model = _cast(random_nf4_llama(config, device, drawn or dtype), dtype)
     model.config.use_cache = False
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -130,7 +145,19 @@ def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool
     return model.train()
 
 
-def _batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Let a 4-bit model compute in `dtype`, its packed weights as they are. transformers refuses to."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def text_batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
+    """Batch `number`: `size` stretches of the text, each byte a token and its own label."""
     starts = torch.randint(len(_text()) - length, (size,), generator=torch.Generator().manual_seed(SEED + number))
     ids = torch.stack([_text()[start : start + length] for start in starts.tolist()]).to(device)
     return {"input_ids": ids, "labels": ids}
@@ -151,12 +178,34 @@ def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     return loss.detach()
 
 
-def _triton_launches(step: Callable) -> int:
-    """Matrix products of one step that were launched as Triton kernels made from Inductor's templates."""
+def _now(device: str) -> float | torch.cuda.Event:
+    """A point in time; on a GPU, when it has done what it has been given until now."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(start, end) -> float:
+    if isinstance(end, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _kernels(step: Callable) -> dict[str, dict]:
+    """{kind: {"ms", "launches"}} of one step, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("triton_tem"))
+    found = {kind: {"ms": 0.0, "launches": 0} for kind in KINDS}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # not the host's calls that start them
+            kind = next(kind for kind, signs in KINDS.items() if any(sign in event.name.lower() for sign in signs))
+            found[kind]["ms"] += event.self_device_time_total / 1e3
+            found[kind]["launches"] += 1
+    return found
 
 
 def _pinned_gib() -> float | None:
@@ -174,12 +223,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), default=(2048,) * 20)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--sdpa", choices=KERNELS)
     parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--activation-memory-budget", type=float, default=0.9)
-    for flag in ("checkpointing", "max-autotune", "eager-rounding", "tiny"):
-        parser.add_argument(f"--{flag}", action="store_true")
+    for flag in ("checkpointing", "max-autotune", "eager-rounding", "profile", "tiny"):
+        default = flag == "eager-rounding"
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=default)
     run(parser, measure)
 
 

@@ -44,7 +44,7 @@ PARITY = {"batch": 2, "lengths": lengths()}
 KERNELS = ("flash", "cudnn", "math")  # of SDPA, those that take grouped heads; uncompiled runs differ by what they do
 T4 = {"dtype": "float16", "attention": "sdpa", "memory_gib": 15.0, "batch": 2, "lengths": [1024] * 12}
 RUNS = {
-    f"{candidate}, {name}": {"candidate": candidate, **given}
+    f"{candidate}, {name}": {"candidate": candidate, "profile": True, **given}
     for name, given in CHECKPOINTING.items()
     for candidate in CANDIDATES
 }
@@ -53,14 +53,19 @@ RUNS |= TRAINER
 RUNS |= {f"parity, eager, {kernel}": {"candidate": "eager", "sdpa": kernel, **PARITY} for kernel in KERNELS}
 # cuDNN, which "auto" takes on an H200, plans anew for every length: a tenth of a second each (197 ms a step and 128).
 RUNS |= {"parity, compiled": {"candidate": "compiled", "attention": "flash", **PARITY}}
-RUNS |= {"parity, compiled, eager's rounding": {**RUNS["parity, compiled"], "eager_rounding": True}}
-RUNS |= {"parity, float32": {"candidate": "eager", "dtype": "float32", **PARITY}}
+RUNS |= {"parity, compiled, rounding once": {**RUNS["parity, compiled"], "eager_rounding": False}}
+RUNS |= {"parity, float32": {"candidate": "eager", "dtype": "float32", "weights": "bfloat16", **PARITY}}
 RUNS |= {
-    "rehearsal, compiled": {"candidate": "compiled", "eager_rounding": True, **T4},
+    "rehearsal, compiled": {"candidate": "compiled", **T4},
     "rehearsal, eager": {"candidate": "eager", **T4},
     "rehearsal, eager, flash": {"candidate": "eager", "sdpa": "flash", **T4},  # how far two uncompiled runs differ
 }
-RUNS |= {"compiled, max-autotune": {"candidate": "compiled", "max_autotune": True}}
+TUNED = {"candidate": "compiled", "max_autotune": True}
+RUNS |= {
+    "compiled, max-autotune": {**TUNED, "profile": True},
+    "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY},
+}
+RUNS |= {"compiled, rounding once": {"candidate": "compiled", "eager_rounding": False, "profile": True}}
 RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
 RUNS |= {
     f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
@@ -145,7 +150,8 @@ def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:
     for name, value in {"out": place / "steps.json", **settings}.items():
         flag = f"--{name.replace('_', '-')}"
         text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        command += [flag] if value is True else [flag, text] if value is not None and value is not False else []
+        flag = f"--no-{flag[2:]}" if value is False else flag
+        command += [flag] if isinstance(value, bool) else [] if value is None else [flag, text]
     environment = child.environment(
         TORCHINDUCTOR_CACHE_DIR=str(place / "inductor"),
         TRITON_CACHE_DIR=str(place / "triton"),

@@ -18,11 +18,12 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from unsloth_puzzles.bench.models import SEED
-from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, run
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, run, text_batch
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 AFTERWARDS = 3  # packed batches, and batches of the evaluation
+LIMITS = ("suppress_errors", "recompile_limit", "accumulated_recompile_limit")
 
 
 def measure(
@@ -31,16 +32,17 @@ def measure(
     """Train `steps` steps of a batch of two rows each.
 
     Returns "losses" of the steps, the packed batches and the evaluation, in this order; "lengths" of the steps;
-    "captures", "compilations" and "graph_breaks" of the training, and the same with "later_" before; the settings.
+    "captures", "compilations" and "graph_breaks" of the training, and the same with "later_" before; "limits", what
+    Dynamo allows; the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     model = qlora_model(device, torch.float32, False, tiny)
-    data = Batches(steps, longest, model.config.vocab_size)
-    later = Batches(AFTERWARDS, longest, model.config.vocab_size, packed=True)
-    evaluation = Batches(AFTERWARDS, longest, model.config.vocab_size)
+    data = Batches(steps, longest)
+    later = Batches(AFTERWARDS, longest, packed=True)
+    evaluation = Batches(AFTERWARDS, longest)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
@@ -62,6 +64,7 @@ def measure(
                 losses.append(trainer.evaluate()["eval_loss"])
     ready()  # nothing here is timed, so it need not wait for the others' turns
     found = {"candidate": candidate, "steps": steps, "tiny": tiny, "lengths": data.lengths, "losses": losses}
+    found["limits"] = {name: getattr(torch._dynamo.config, name) for name in LIMITS}
     for prefix, of in (("", counts), ("later_", afterwards)):
         found |= {
             f"{prefix}captures": [dataclasses.asdict(one) for one in of.captures],
@@ -75,15 +78,14 @@ def measure(
 class Batches(torch.utils.data.IterableDataset):
     """Each batch is a row of the data set, since each has its own length: the longest first, then all different."""
 
-    def __init__(self, number: int, longest: int, vocabulary: int, packed: bool = False):
+    def __init__(self, number: int, longest: int, packed: bool = False):
         drawn = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED)) + 9
         self.lengths = [longest, *drawn[: number - 1].tolist()]
-        self._vocabulary, self._packed = vocabulary, packed
+        self._packed = packed
 
     def __iter__(self):
         for number, length in enumerate(self.lengths):
-            ids = torch.randint(self._vocabulary, (2, length), generator=torch.Generator().manual_seed(number))
-            batch = {"input_ids": ids, "labels": ids}
+            batch = text_batch(2, length, number, "cpu")
             if self._packed:
                 first = length // 3
                 batch["position_ids"] = torch.cat([torch.arange(first), torch.arange(length - first)]).expand(2, -1)
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--candidate", choices=CANDIDATES, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=False)
     run(parser, measure)
 
 

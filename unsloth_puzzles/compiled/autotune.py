@@ -22,7 +22,10 @@ _TALL = 64  # rows of a tile for the others
 
 @dataclass(frozen=True)
 class Product:
-    """(rows, inner) @ (inner, columns) as benchmarked: the fastest candidate, and the fastest one of cuBLAS, in us."""
+    """(rows, inner) @ (inner, columns) as benchmarked: the fastest candidate, and the fastest one of cuBLAS, in us.
+
+    tile: of a winner of Triton's, rows, inner size and columns of its tile, and its warps.
+    """
 
     rows: int
     columns: int
@@ -30,10 +33,7 @@ class Product:
     winner: str
     winner_us: float
     cublas_us: float
-
-    @property
-    def by_triton(self) -> bool:
-        return self.winner.startswith("triton")
+    tile: str = ""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def triton_competes() -> Iterator[list[Product]]:
         if found and _is_product(choices):
             best = min(found, key=found.get)
             cublas = min((us for choice, us in found.items() if not _is_triton(choice)), default=math.nan)
-            products.append(Product(*_sizes(best), best.name, found[best], cublas))
+            products.append(Product(*_sizes(best), best.name, found[best], cublas, _shown(best)))
 
     before, inductor_utils.is_big_gpu = inductor_utils.is_big_gpu, lambda *_: True
     selector.add_feedback_saver(keep)
@@ -93,6 +93,12 @@ def _tile(choice) -> tuple[int, int, int]:
     """Rows, inner size and columns of a tile."""
     m, k, n = (int(part) for part in str(choice.log_info["tile_shape"]).strip("()").split(","))
     return m, k, n
+
+
+def _shown(choice) -> str:
+    if not _is_triton(choice):
+        return ""
+    return f"{' x '.join(map(str, _tile(choice)))}, {choice.log_info.get('num_warps', '?')} warps"
 
 
 def _inputs(choice) -> list:

@@ -26,6 +26,7 @@ from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
 from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
@@ -44,7 +45,7 @@ def compile_qlora(
     activation_memory_budget: float = 0.9,
     max_autotune: bool = False,
     offload_checkpoints: bool = True,
-    eager_rounding: bool = False,
+    eager_rounding: bool = True,
     **loss_options: object,
 ) -> "CompiledQLoRA":
     """Compile `model`, a causal LM of transformers in NF4 with adapters of PEFT, or the `Trainer` of one.
@@ -59,9 +60,10 @@ def compile_qlora(
     offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
     Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
 
-    eager_rounding: round after each operation, as eager mode does, instead of once at the end of a fused kernel. Then
-    the losses are eager mode's; without it they are nearer to float32's. (Eager mode rounds the sum of a layer's output
-    and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
+    eager_rounding: round after each operation, as eager mode does, so that the losses are eager mode's; adapters whose
+    scaling is no power of two are not fused then. False rounds once at the end of a fused kernel, which is nearer to
+    float32's losses. (Eager mode rounds the sum of a layer's
+    output and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
 
     Calls with a KV cache (generation) run as before, not compiled.
     The KV cache is switched off for other calls, with a warning if it was on.
@@ -89,9 +91,9 @@ def compile_qlora(
         raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
-        undoing.callback(scale_inside(found))
-        if not eager_rounding:
-            undoing.callback(fuse_swiglu(found))
+        undoing.callback(scale_inside(found, eager_rounding))
+        undoing.callback(share_input(found))
+        undoing.callback(fuse_swiglu(found, eager_rounding))
         undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
@@ -227,6 +229,8 @@ class _Forward:
 
 def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
+        if layer.training and torch.is_grad_enabled():
+            warnings.warn("past_key_values: a call with a KV cache is not compiled; pass use_cache=False", stacklevel=2)
         return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)

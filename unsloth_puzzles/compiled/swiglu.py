@@ -6,6 +6,9 @@ PEFT writes i_g B_g' and i_u B_u', matrices as large as g and u, to read them on
 GPU nothing beside the memory traffic, so the kernel multiplies while it computes the activation. Its backward makes
 them again, takes the gradient of `act` in the two parts it comes in (the frozen layer's and the adapter's below), and
 writes the gradients of g and u. Forward and backward of one layer move 9 such matrices instead of 17.
+
+Values are rounded when they are written. With `eager_rounding` they are also rounded wherever PEFT, which writes them,
+rounds (if s is a power of two): the results are eager mode's but for the order of sums.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from unsloth_puzzles.compiled.lora import add_outside, plain_adapter
+from unsloth_puzzles.compiled.lora import add_outside, can_be_inside, plain_adapter
+from unsloth_puzzles.compiled.siblings import insides
+from unsloth_puzzles.nf4.kernel import round_bfloat16
 from unsloth_puzzles.nf4.launch import INTERPRETED
 from unsloth_puzzles.nf4.patch import exchange_classes
 
@@ -51,75 +56,95 @@ def _load(ptr, place):
 
 
 @triton.jit
-def _added(base, inside, outside, INTERPRETED: tl.constexpr):
+def _to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # which it truncates to
+        return round_bfloat16(value)
+    return value.to(dtype)
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr, EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`value` in float32: as eager mode would have written and read it, or as it is."""
+    return _to(value, dtype, INTERPRETED).to(tl.float32) if EAGER_ROUNDING else value
+
+
+@triton.jit
+def _added(base, inside, outside, EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr):
     """A frozen layer's output and its adapter's, in float32."""
-    return base.to(tl.float32) + _product(inside, outside, INTERPRETED)
+    adapter = _rounded(_product(inside, outside, INTERPRETED), base.dtype, EAGER_ROUNDING, INTERPRETED)
+    return _rounded(base.to(tl.float32) + adapter, base.dtype, EAGER_ROUNDING, INTERPRETED)
 
 
 @triton.jit
 def _forward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, act_ptr, rows, COLUMNS: tl.constexpr,
-                    RANK: tl.constexpr, PADDED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr):  # fmt: skip
+                    RANK: tl.constexpr, PADDED: tl.constexpr, EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     matrix, inside, b, _ = _places(rows, COLUMNS, RANK, PADDED, BLOCK_M, BLOCK_N)
-    gate = _added(_load(g_ptr, matrix), _load(ig_ptr, inside), _load(bg_ptr, b), INTERPRETED)
-    up = _added(_load(u_ptr, matrix), _load(iu_ptr, inside), _load(bu_ptr, b), INTERPRETED)
-    tl.store(act_ptr + matrix[0], (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty), matrix[1])
+    g, u = _load(g_ptr, matrix), _load(u_ptr, matrix)
+    gate = _added(g, _load(ig_ptr, inside), _load(bg_ptr, b), EAGER_ROUNDING, INTERPRETED)
+    up = _added(u, _load(iu_ptr, inside), _load(bu_ptr, b), EAGER_ROUNDING, INTERPRETED)
+    silu = _rounded(gate * tl.sigmoid(gate), g.dtype, EAGER_ROUNDING, INTERPRETED)
+    tl.store(act_ptr + matrix[0], _to(silu * up, g.dtype, INTERPRETED), matrix[1])
 
 
 @triton.jit
 def _backward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, d_act_ptr, d_inside_ptr, a_ptr, act_ptr, dg_ptr,
                      du_ptr, rows, COLUMNS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
-                     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                     EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr):  # fmt: skip
     matrix, inside, b, a = _places(rows, COLUMNS, RANK, PADDED, BLOCK_M, BLOCK_N)
-    gate = _added(_load(g_ptr, matrix), _load(ig_ptr, inside), _load(bg_ptr, b), INTERPRETED)
-    up = _added(_load(u_ptr, matrix), _load(iu_ptr, inside), _load(bu_ptr, b), INTERPRETED)
-    d_act = _added(_load(d_act_ptr, matrix), _load(d_inside_ptr, inside), _load(a_ptr, a), INTERPRETED)
+    g, u, d_act = _load(g_ptr, matrix), _load(u_ptr, matrix), _load(d_act_ptr, matrix)
+    gate = _added(g, _load(ig_ptr, inside), _load(bg_ptr, b), EAGER_ROUNDING, INTERPRETED)
+    up = _added(u, _load(iu_ptr, inside), _load(bu_ptr, b), EAGER_ROUNDING, INTERPRETED)
+    slope = _added(d_act, _load(d_inside_ptr, inside), _load(a_ptr, a), EAGER_ROUNDING, INTERPRETED)
     sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    element = act_ptr.dtype.element_ty
-    tl.store(act_ptr + matrix[0], (silu * up).to(element), matrix[1])
-    tl.store(du_ptr + matrix[0], (d_act * silu).to(element), matrix[1])
-    tl.store(dg_ptr + matrix[0], (d_act * up * (sigmoid + silu * (1 - sigmoid))).to(element), matrix[1])
+    silu = _rounded(gate * sigmoid, g.dtype, EAGER_ROUNDING, INTERPRETED)
+    d_silu = _rounded(slope * up, g.dtype, EAGER_ROUNDING, INTERPRETED)
+    tl.store(act_ptr + matrix[0], _to(silu * up, g.dtype, INTERPRETED), matrix[1])
+    tl.store(du_ptr + matrix[0], _to(slope * silu, g.dtype, INTERPRETED), matrix[1])
+    tl.store(dg_ptr + matrix[0], _to(d_silu * sigmoid * (1 + gate * (1 - sigmoid)), g.dtype, INTERPRETED), matrix[1])
 
 
-def _launch(kernel, like: torch.Tensor, ig: torch.Tensor, *tensors: torch.Tensor) -> None:
+def _launch(kernel, like: torch.Tensor, ig: torch.Tensor, eager_rounding: bool, *tensors: torch.Tensor) -> None:
     columns, rank = like.shape[-1], ig.shape[-1]
     rows = like.numel() // columns
     if rows:
         grid = (triton.cdiv(rows, _TILE["BLOCK_M"]), triton.cdiv(columns, _TILE["BLOCK_N"]))
         padded = max(16, triton.next_power_of_2(rank))  # the least that `tl.dot` multiplies
-        kernel[grid](*tensors, rows, COLUMNS=columns, RANK=rank, PADDED=padded, INTERPRETED=INTERPRETED, **_TILE)
+        sizes = {"COLUMNS": columns, "RANK": rank, "PADDED": padded}
+        kernel[grid](*tensors, rows, **sizes, EAGER_ROUNDING=eager_rounding, INTERPRETED=INTERPRETED, **_TILE)
 
 
 torch.library.define(
     "unsloth_puzzles::lora_swiglu",
-    "(Tensor g, Tensor u, Tensor ig, Tensor iu, Tensor bg, Tensor bu) -> Tensor",
+    "(Tensor g, Tensor u, Tensor ig, Tensor iu, Tensor bg, Tensor bu, bool eager_rounding) -> Tensor",
 )
 torch.library.define(
     "unsloth_puzzles::lora_swiglu_backward",
-    "(Tensor g, Tensor u, Tensor ig, Tensor iu, Tensor bg, Tensor bu, Tensor d_act, Tensor d_inside, Tensor a) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor g, Tensor u, Tensor ig, Tensor iu, Tensor bg, Tensor bu, Tensor d_act, Tensor d_inside, Tensor a, "
+    "bool eager_rounding) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("unsloth_puzzles::lora_swiglu", ("CUDA", "CPU"))
-def _(g, u, ig, iu, bg, bu):
+def _(g, u, ig, iu, bg, bu, eager_rounding):
     g, u, ig, iu, bg, bu = (tensor.contiguous() for tensor in (g, u, ig, iu, bg, bu))
     act = torch.empty_like(g)
-    _launch(_forward_kernel, g, ig, g, u, ig, iu, bg, bu, act)
+    _launch(_forward_kernel, g, ig, eager_rounding, g, u, ig, iu, bg, bu, act)
     return act
 
 
 @torch.library.impl("unsloth_puzzles::lora_swiglu_backward", ("CUDA", "CPU"))
-def _(*tensors):
+def _(*given):
+    *tensors, eager_rounding = given
     tensors = [tensor.contiguous() for tensor in tensors]
     results = [torch.empty_like(tensors[0]) for _ in range(3)]
-    _launch(_backward_kernel, tensors[0], tensors[2], *tensors, *results)
+    _launch(_backward_kernel, tensors[0], tensors[2], eager_rounding, *tensors, *results)
     return tuple(results)
 
 
 @torch.library.register_fake("unsloth_puzzles::lora_swiglu")
-def _(g, u, ig, iu, bg, bu):
+def _(g, u, ig, iu, bg, bu, eager_rounding):
     return torch.empty_like(g, memory_format=torch.contiguous_format)
 
 
@@ -131,24 +156,26 @@ def _(g, *others):
 class LoraSwiGLU(torch.autograd.Function):
     """(act, act @ a'): the activation, and what the adapter of the next layer makes of it, a: (r, columns).
 
-    g, u: (..., columns); ig, iu: (..., r); bg, bu: (columns, r); all of one dtype.
+    g, u: (..., columns); ig, iu: (..., r); bg, bu: (columns, r); all of one dtype. eager_rounding: above.
     """
 
     @staticmethod
-    def forward(g, u, ig, iu, bg, bu, a):
-        act = torch.ops.unsloth_puzzles.lora_swiglu(g, u, ig, iu, bg, bu)
+    def forward(g, u, ig, iu, bg, bu, a, eager_rounding):
+        act = torch.ops.unsloth_puzzles.lora_swiglu(g, u, ig, iu, bg, bu, eager_rounding)
         return act, act @ a.t()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.eager_rounding = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, d_act, d_inside):
         g, u, ig, iu, bg, bu, a = ctx.saved_tensors
-        act, dg, du = torch.ops.unsloth_puzzles.lora_swiglu_backward(g, u, ig, iu, bg, bu, d_act, d_inside, a)
+        given = (g, u, ig, iu, bg, bu, d_act, d_inside, a, ctx.eager_rounding)
+        act, dg, du = torch.ops.unsloth_puzzles.lora_swiglu_backward(*given)
         d_bg, d_bu, d_a = (_over_rows(one, other) for one, other in ((dg, ig), (du, iu), (d_inside, act)))
-        return dg, du, dg @ bg, du @ bu, d_bg, d_bu, d_a
+        return dg, du, dg @ bg, du @ bu, d_bg, d_bu, d_a, None
 
 
 def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -156,10 +183,11 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return one.flatten(0, -2).t() @ other.flatten(0, -2)
 
 
-def fuse_swiglu(model: torch.nn.Module) -> Callable[[], None]:
+def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
     """Let the MLPs of `model` (`down_proj(silu(gate_proj(x)) * up_proj(x))`, each layer an NF4 one with an adapter)
     compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones, stay as they are."""
-    return exchange_classes((module, _fused_class(type(module))) for module in model.modules() if _is_swiglu(module))
+    found = [module for module in model.modules() if _is_swiglu(module)]
+    return exchange_classes((module, _fused_class(type(module), eager_rounding)) for module in found)
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
@@ -169,31 +197,28 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 
 
 @cache
-def _fused_class(cls: type) -> type:
+def _fused_class(cls: type, eager_rounding: bool) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not all(_can_be_inside(layer, x) for layer in (gate, up, down)):
+        layers = (gate, up, down)
+        if not all(can_be_inside(layer, x) for layer in layers) or len({_rank(layer) for layer in layers}) > 1:
             return cls.forward(self, x)
-        g, ig, bg = _parts(gate, x)
-        u, iu, bu = _parts(up, x)
+        (g, ig, bg), (u, iu, bu) = (
+            _parts(layer, x, i) for layer, i in zip((gate, up), insides((gate, up), x), strict=True)
+        )
         name = plain_adapter(down)
-        act, inside = LoraSwiGLU.apply(g, u, ig, iu, bg, bu, down.lora_A[name].weight.to(g.dtype))
+        a = down.lora_A[name].weight.to(g.dtype)
+        act, inside = LoraSwiGLU.apply(g, u, ig, iu, bg, bu, a, eager_rounding)
         return add_outside(down, name, down.base_layer(act), inside)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
 
 
-def _can_be_inside(layer, x: torch.Tensor) -> bool:
-    """A plain adapter that computes in the dtype of x, without dropout between the activation and itself."""
-    name = plain_adapter(layer)
-    if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
-        return False
-    return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
+def _rank(layer) -> int:
+    return layer.r[plain_adapter(layer)]
 
 
-def _parts(layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _parts(layer, x: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The frozen layer's output, the adapter's r columns, and its B, in the dtype of the output."""
-    name = plain_adapter(layer)
-    base = layer.base_layer(x)
-    inside = layer.lora_A[name](x) * layer.scaling[name]
-    return base, inside.to(base.dtype), layer.lora_B[name].weight.to(base.dtype)
+    name, base = plain_adapter(layer), layer.base_layer(x)
+    return base, (inside * layer.scaling[name]).to(base.dtype), layer.lora_B[name].weight.to(base.dtype)

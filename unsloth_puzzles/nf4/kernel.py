@@ -62,7 +62,7 @@ def _look_up(nibble, code_ptr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _round_bfloat16(x):
+def round_bfloat16(x):
     """Round float32 to the nearest bfloat16, ties to even, in integers: below sm_80 there is no such instruction (and
     Triton's interpreter truncates)."""
     bits = x.to(tl.int32, bitcast=True)
@@ -77,7 +77,7 @@ def _scale(code, absmax, dtype: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
     if dtype != tl.float16:  # in float16 such products round to zero anyway
         product = tl.where(tl.abs(code * _SCALE * absmax) < _TINY, product * 0.0, product)
     if dtype == tl.bfloat16 and SOFTWARE_BF16:
-        return _round_bfloat16(product)
+        return round_bfloat16(product)
     return product.to(dtype)
 
 

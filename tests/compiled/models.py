@@ -1,0 +1,23 @@
+"""A tiny Llama in NF4, and adapters under it that have learnt something."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+
+
+def nf4_llama(device="cpu", dtype=torch.float32, layers=2):
+    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=layers), device, dtype)
+    model.config.use_cache = False
+    return model.train()
+
+
+def with_adapters(model, **options) -> PeftModel:
+    """Rank 4 under every linear layer, unless `options`, those of `LoraConfig`, say otherwise."""
+    torch.manual_seed(0)
+    given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(model, LoraConfig(**given))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
