@@ -158,6 +158,7 @@ import math
 import statistics
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
 
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.record import Measurements
@@ -586,7 +587,7 @@ for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
 parity = {name.removeprefix("parity, "): run for name, run in runs.items() if name.startswith("parity")}
 if "compiled" in parity and len(parity) > 1:
     mine = parity["compiled"]
-    figure, panes = plt.subplots(5, 1, figsize=(9, 12), sharex=True, layout="constrained")
+    figure, panes = plt.subplots(5, 1, figsize=(8, 10), sharex=True, layout="constrained")
     shown = range(1, len(mine["losses"]) + 1)
     eager = [run for name, run in parity.items() if name.startswith("eager")]
     among = max(largest(a, b) for a in eager for b in eager)
@@ -596,17 +597,19 @@ if "compiled" in parity and len(parity) > 1:
 
     for number, (name, run) in enumerate(parity.items()):
         thin = name.startswith(("compiled", "float32"))
-        style = {"linewidth": 1.2} if thin else {"linewidth": 2.5, "alpha": 0.5}
-        style |= {"color": f"C{number}", "label": name}
-        panes[0].plot(shown, run["losses"], **style)
-        if run is not eager[0]:
+        pale = [(1 + part) / 2 for part in to_rgb(f"C{number}")]
+        style = {"linewidth": 1.2, "color": f"C{number}"} if thin else {"linewidth": 2.5, "color": pale}
+        panes[0].plot(shown, run["losses"], label=name, **style)
+        if name != "float32" and run is not eager[0]:
             panes[1].semilogy(shown, off(run, eager[0]), **style)
-        if "float32" in parity and name != "float32":
+        if name != "float32" and "float32" in parity:
             panes[2].semilogy(shown, off(run, parity["float32"]), **style)
-        panes[3].plot(shown, run["step_ms"], **style)
-        panes[4].plot(shown, run["step_peak_gib"], **style)
-    usual = [qlora_sweeps.step_ms(run)[0] for run in parity.values()]
+        if run is mine or run in eager:
+            panes[3].plot(shown, run["step_ms"], **style)
+            panes[4].plot(shown, run["step_peak_gib"], **style)
+    usual = [qlora_sweeps.step_ms(run)[0] for run in (mine, *eager)]
     panes[3].set_ylim(0, 2 * max(usual))  # the steps that compile lie far above
+    panes[4].set_ylim(bottom=0)
     panes[1].axhline(2 * among, color="black", linestyle=":", label="twice what uncompiled runs differ")
     names = (
         "loss, nats a token", f"from {next(iter(parity))}'s\nloss, nats", "from float32's\nloss, nats",
@@ -614,9 +617,9 @@ if "compiled" in parity and len(parity) > 1:
     )  # fmt: skip
     for axes, label in zip(panes, names, strict=True):
         axes.set_ylabel(label)
-    for axes in panes[:2]:
-        axes.legend(fontsize=7, ncols=2)
     panes[-1].set_xlabel("step")
+    figure.align_ylabels()
+    figure.legend(loc="outside lower center", fontsize=8, ncols=4)
     tokens = f"{mine['batch']} x up to {max(mine['lengths'])} tokens, {mine['dtype']}"
     figure.suptitle(f"QLoRA of Llama 3.2 1B, {tokens}; {SWEPT}", fontsize=9)
     figure.savefig("resources/c_compile_parity.png", dpi=110)

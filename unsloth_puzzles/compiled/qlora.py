@@ -57,16 +57,16 @@ def compile_qlora(
     fewer multiprocessors than Inductor asks for; each choice is made at the first length that is seen, so let that be
     the longest.
 
-    offload_checkpoints: with gradient checkpointing on, the layers' inputs wait for the backward in pinned CPU memory.
-    Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
+    offload_checkpoints: with gradient checkpointing on, the layers' inputs but for the last one's wait for the backward
+    in pinned CPU memory. Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
 
     eager_rounding: round after each operation, as eager mode does, so that the losses are eager mode's; adapters whose
     scaling is no power of two are not fused then. False rounds once at the end of a fused kernel, which is nearer to
-    float32's losses. (Eager mode rounds the sum of a layer's
-    output and its adapter's, in which the small outputs of adapters that have just begun to learn are lost in 16 bits.)
+    float32's losses: eager mode rounds the sum of a layer's output and its adapter's, in which the small outputs of
+    adapters that have just begun to learn are lost in 16 bits.
 
-    Calls with a KV cache (generation) run as before, not compiled.
-    The KV cache is switched off for other calls, with a warning if it was on.
+    Calls with a KV cache (generation) run as before, not compiled. The KV cache is switched off for other calls, with a
+    warning if it was on.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
