@@ -39,6 +39,9 @@
 #   columns (`lora.py`); those that read the same input share their first product (`siblings.py`); the outputs of gate's
 #   and up's exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
 #   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
+# - **The host never waits for the GPU.** transformers searches the positions of each batch for packed documents, also
+#   positions that it has made itself, and waits for the answer. A batch that comes without mask and positions is told
+#   to have neither padding nor documents, so that the host can run ahead into the next step.
 # - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
 #   in 16 bits, too, the loss is the uncompiled model's.
 #
@@ -421,9 +424,10 @@ if HERE:
 # Llama 3.2 1B, adapters of rank 16 under all linear layers, 4 x 2048 tokens, bf16, fused AdamW: transformers, PEFT and
 # bitsandbytes as they are, beside the same under `compile_qlora`. Between no checkpointing and checkpointing lies the
 # compiler's own budget for what is kept. Time is the GPU's, from a step's beginning to its end, while the host goes on
-# without waiting, as in a training loop that does not read each loss. The host launches thousands of kernels a step, so
-# that a busy host slows all of these, short steps and the uncompiled ones most: where a spread is wide, so is that of
-# the ratio. Uncompiled runs are made first, compiled ones after them, within minutes on one machine.
+# to the next, as in a training loop that does not read each loss. The host launches thousands of kernels a step, so
+# that a busy host slows all of these, the uncompiled ones most, which also wait for the GPU once a step: where a spread
+# is wide, so is that of the ratio. Uncompiled runs are made first, compiled ones after them, within minutes on one
+# machine.
 #
 # The times are those of the default, which rounds where eager mode rounds; "rounding once" is for those who would
 # rather be near to float32 than to eager mode.
@@ -461,15 +465,22 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
 # the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a slow host.
 
 # %%
+COPIES = "copies to and from the host"
+
+
+def busy(run):
+    """What kernels take of a step, ms."""
+    return sum(of["ms"] for kind, of in run["kernels"].items() if kind != COPIES)
+
+
 profiled = {name: run for name, run in runs.items() if run["kernels"]}
 if profiled:
     kinds = list(next(iter(profiled.values()))["kernels"])
     heads = ("run", "step, ms", "busy without these copies, ms", *(f"{kind}, ms" for kind in kinds), "launches")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, run in profiled.items():
-        spent = {kind: of["ms"] for kind, of in run["kernels"].items()}
-        busy = sum(spent.values()) - spent["copies to and from the host"]
-        cells = [f"{ms:.1f}" for ms in (qlora_sweeps.step_ms(run)[0], busy, *spent.values())]
+        spent = (of["ms"] for of in run["kernels"].values())
+        cells = [f"{ms:.1f}" for ms in (qlora_sweeps.step_ms(run)[0], busy(run), *spent)]
         lines.append(f"| {' | '.join((name, *cells))} | {sum(of['launches'] for of in run['kernels'].values())} |")
     display(Markdown("\n".join(lines)))
 else:
@@ -486,13 +497,17 @@ if points:
         marker = "s" if run["checkpointing"] else "o" if run["candidate"] == "compiled" else "^"
         label = f"{name}: {at[0]:.1f} GiB, {at[1]:.0f} ms"
         axes.plot(*at, marker, color=colors[number % 10], label=label, markersize=7, alpha=0.8)
+        if run["kernels"]:
+            axes.plot([at[0]] * 2, [busy(run), at[1]], color=colors[number % 10], linewidth=1)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     one = next(iter(points.values()))
     axes.set_title(
-        f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}", fontsize=9
+        f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}\n"
+        "a line ends at the time in which the GPU works, the mark is the step's",
+        fontsize=9,
     )
     figure.savefig("resources/c_compile_frontier.png", dpi=110)
     plt.show()

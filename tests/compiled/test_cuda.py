@@ -99,3 +99,24 @@ def test_fifty_lengths_compile_once(models, attention):
         with patch_linear4bit(exact):
             right = gradient(exact, autocast=False, **inputs(length, False))
         assert (found[length] - right).norm() <= 1.2 * (plain - right).norm(), length
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_waits_for_the_device(models, checkpointing):
+    model, _ = models
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+    given = inputs(96, False)
+    with compile_qlora(model):
+        for _ in range(2):
+            gradient(model, **given)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gradient(model, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Params4bit
 from peft import get_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit
+from transformers import masking_utils
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
@@ -208,3 +209,29 @@ def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             model.generate(batch(7)["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def test_only_positions_that_are_given_are_searched_for_documents(monkeypatch):
+    """transformers searches those that it has made, too, and on a GPU waits for what it finds."""
+    searched, search = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: searched.append(ids) or search(ids))
+    model, given = make_model(), batch(16)
+    packed = {**given, "position_ids": torch.cat([torch.arange(6), torch.arange(10)]).expand(2, -1)}
+    real = torch.arange(16) >= torch.tensor([[0], [5]])
+    padded = {**given, "attention_mask": real.long(), "labels": given["labels"].masked_fill(~real.roll(1, 1), -100)}
+    of_embeddings = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"]), "labels": given["labels"]}
+    every = (given, of_embeddings, packed, padded)
+    with torch.no_grad():
+        with patch_linear4bit(model):
+            expected = [model(**inputs).loss for inputs in every]
+        with compile_qlora(model), torch.compiler.set_stance("force_eager"):
+            found = []
+            for inputs in every:
+                searched.clear()
+                found.append(model(**inputs).loss)
+                assert len(searched) == ("position_ids" in inputs)
+            assert torch.equal(found[0], model.get_base_model()(given["input_ids"], labels=given["labels"]).loss)
+        model(**given)
+    assert len(searched) == 1  # after undo, by transformers
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    assert len({round(loss.item(), 4) for loss in found}) == 3  # documents and padding are not ignored

@@ -99,7 +99,7 @@ def measure(
         for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":
-                    _pinned_gib()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
+                    _free_pinned()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -208,13 +208,16 @@ def _kernels(step: Callable) -> dict[str, dict]:
     return found
 
 
+def _free_pinned() -> None:
+    """Give back the pinned memory that is kept for reuse."""
+    torch.cuda.synchronize()
+    torch._C._host_emptyCache()
+
+
 def _pinned_gib() -> float | None:
-    """The most that was pinned of the host's memory since the last call; None if this PyTorch does not tell."""
-    stats = getattr(torch.cuda, "host_memory_stats", dict)()
-    if "active_bytes.peak" not in stats:
-        return None
-    torch.cuda.memory.reset_peak_host_memory_stats()
-    return stats["active_bytes.peak"] / 2**30
+    """What is pinned of the host's memory, in use or kept for reuse; None if this PyTorch does not tell."""
+    found = getattr(torch.cuda, "host_memory_stats", dict)().get("allocated_bytes.current")
+    return None if found is None else found / 2**30
 
 
 def main() -> None:

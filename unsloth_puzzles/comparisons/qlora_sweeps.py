@@ -66,11 +66,9 @@ RUNS |= {
     "lengths, max-autotune": {**TUNED, "attention": "flash", **PARITY},
 }
 RUNS |= {"compiled, rounding once": {"candidate": "compiled", "eager_rounding": False, "profile": True}}
-RUNS |= {"compiled, flash": {"candidate": "compiled", "attention": "flash", "lengths": [2048] * 12}}
-RUNS |= {
-    f"compiled, budget {kept}": {"candidate": "compiled", "activation_memory_budget": kept, "lengths": [2048] * 12}
-    for kept in BUDGETS
-}
+SHORT = {"candidate": "compiled", "lengths": [2048] * 12, "profile": True}
+RUNS |= {"compiled, flash": {**SHORT, "attention": "flash"}}
+RUNS |= {f"compiled, budget {kept}": {**SHORT, "activation_memory_budget": kept} for kept in BUDGETS}
 
 
 def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:

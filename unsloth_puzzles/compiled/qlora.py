@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import implementation, register
+from unsloth_puzzles.attention.models import Unpadded, implementation, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
@@ -99,6 +99,7 @@ def compile_qlora(
         patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
         undoing.callback(_set_cache(causal_lm))
         undoing.callback(_set_attention(causal_lm, attention))
+        undoing.callback(_say_unpadded(causal_lm))
         undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
         undoing.enter_context(fx_config.patch(use_duck_shape=False))
         products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
@@ -153,6 +154,25 @@ def _set_attention(causal_lm: PreTrainedModel, attention: str) -> Callable[[], N
     register()
     causal_lm.set_attn_implementation(implementation(attention))
     return lambda: causal_lm.set_attn_implementation(before)
+
+
+def _say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
+    """Tell the model of a batch without a mask and positions that it has neither padding nor documents.
+
+    transformers looks for documents in the positions, also in those that it has made itself, and waits for the GPU to
+    say that there are none: the host could never be ahead by more than what is left of a step.
+    """
+
+    def hook(backbone, args, kwargs):
+        told = any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))
+        if told or len(args) > 1:
+            return None
+        ids, embeddings = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given = embeddings if ids is None else ids
+        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device).as_subclass(Unpadded)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return causal_lm.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
 class Variants:
