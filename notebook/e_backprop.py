@@ -1167,7 +1167,7 @@ plt.show()
 # products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
 # three. Each sample follows an untimed one of its own: before that the products' own time spread by more than what is
 # left to the limit, probably since the clocks follow the power that the candidate before has drawn. It still spreads so
-# far that another run may miss that limit: the sweep over chunk sizes, made minutes before, has that ratio above it.
+# far that another run may miss that limit: the sweep over chunk sizes, a run of its own, has that ratio above it.
 
 # %%
 AIMS = [  # metric, case, at most
