@@ -460,9 +460,10 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
         results.add("speedup_vs_eager", at, theirs[0] / ours[0], "x", theirs[1] / ours[2], theirs[2] / ours[1])
 
 # %% [markdown]
-# **Where the time goes**: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of products
-# and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step takes beyond
-# the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a slow host.
+# **Where the time goes**: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of
+# products and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step
+# takes beyond the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a
+# slow host.
 
 # %%
 COPIES = "copies to and from the host"
@@ -690,8 +691,8 @@ else:
 #   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes =
 #   32 KiB of the 64 KiB that a T4's multiprocessor has. That is arithmetic: Inductor writes flex's code for the GPU
 #   that is there, so that it could not be compiled for a T4 here.
-# - With gradient checkpointing the layers' inputs, but for the last one's, wait in pinned memory of the host, which must
-#   have room for them: the column of the table above.
+# - With gradient checkpointing the layers' inputs, but for the last one's, wait in pinned memory of the host, which
+#   must have room for them: the column of the table above.
 # - A loop that reads each loss waits for the GPU once a step, and so does transformers' `Trainer` unless it is told not
 #   to look for NaN (`logging_nan_inf_filter=False`). Such steps begin on a GPU that has nothing to do.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second

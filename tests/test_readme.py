@@ -10,6 +10,7 @@ import pytest
 from tools import build_readme
 from tools.build_notebook import ROOT
 from tools.build_readme import FIGURES, RATIOS, TABLES, TURNED, WORST, amount, gpu_tests, readme, results
+from tools.gpu_tests import package_hash
 
 
 def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
@@ -109,6 +110,15 @@ def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
     path.write_text(json.dumps(kept | {"passed": 40, "failed": 0, "skipped": 2, "failures": [], "skips": skips}))
     assert gpu_tests(path).startswith("40 passed, 0 failed, 2 skipped. NVIDIA Test")
     assert gpu_tests(path).count("- skipped: needs two GPUs") == 1
+
+
+def test_tests_of_another_package_say_so(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    path = tmp_path / "gpu_tests.json"
+    for package, ending in ((package_hash(), ""), ("another", " The package has changed since.")):
+        counts = {"passed": 4, "failed": 0, "skipped": 0, "failures": [], "skips": []}
+        path.write_text(json.dumps(kept | counts | {"package": package}))
+        assert gpu_tests(path).endswith(f"bitsandbytes {MEASURED['versions']['bitsandbytes']}.{ending}")
 
 
 def test_a_failure_on_the_gpu_is_named(tmp_path: Path) -> None:

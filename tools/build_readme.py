@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tools.address import badges
 from tools.build_notebook import ROOT
+from tools.gpu_tests import package_hash
 from unsloth_puzzles import scorecard
 from unsloth_puzzles.rubric import FILES, TITLES
 
@@ -126,14 +127,15 @@ def results(resources: Path) -> str:
 
 
 def gpu_tests(path: Path) -> str:
-    """One sentence on what `make gpu-test` kept, every failed test, and every skip with its reason."""
+    """What `make gpu-test` kept, whether of this package, every failed test, and every skip with its reason."""
     if not path.exists():
         return "Not measured yet."
     kept = json.loads(path.read_text(encoding="utf-8"))
     counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
     said = [f"- failed: `{name}`" for name in kept["failures"]]
     said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
-    return "\n".join([f"{counts}. {_provenance(kept)}", *(["", *said] if said else [])])
+    since = "" if kept.get("package") == package_hash() else " The package has changed since."
+    return "\n".join([f"{counts}. {_provenance(kept)}{since}", *(["", *said] if said else [])])
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,11 +1,13 @@
 """Run the gpu-marked tests and keep their summary: `python -m tools.gpu_tests`.
 
-Writes resources/measurements/gpu_tests.json: hardware, versions, date, passed, failed, and each skip with its reason.
+Writes resources/measurements/gpu_tests.json: hardware, versions, date, a hash of the package, passed, failed, and each
+skip with its reason.
 Refuses without a GPU, where every one of them would be a skip.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -38,12 +40,21 @@ def main() -> int:
         print(f"pytest ended with {done.returncode} and wrote no report; {SUMMARY.name} is left as it was.")
         return 1
     counts = summarise(REPORT)
-    record = {"hardware": hardware, "versions": versions(), "date": datetime.date.today().isoformat(), **counts}
+    record = {"hardware": hardware, "versions": versions(), "date": datetime.date.today().isoformat()}
+    record |= {"package": package_hash(), **counts}
     SUMMARY.parent.mkdir(parents=True, exist_ok=True)
     SUMMARY.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     done_text = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
     print(f"{SUMMARY.relative_to(ROOT)}: {done_text}")
     return done.returncode
+
+
+def package_hash(folder: Path = ROOT / "unsloth_puzzles") -> str:
+    """A hash of the package's files: other code has not been tested."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def summarise(report: Path) -> dict[str, object]:
