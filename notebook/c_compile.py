@@ -39,9 +39,10 @@
 #   columns (`lora.py`); those that read the same input share their first product (`siblings.py`); the outputs of gate's
 #   and up's exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
 #   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
-# - **The host never waits for the GPU.** transformers searches the positions of each batch for packed documents, also
-#   positions that it has made itself, and waits for the answer. A batch that comes without mask and positions is told
-#   to have neither padding nor documents, so that the host can run ahead into the next step.
+# - **The host does not wait for the GPU** where it need not. transformers searches the positions of each batch for
+#   packed documents, also positions that it has made itself, and waits for the answer. A batch that comes without mask
+#   and positions is told to have neither padding nor documents, so that the host can run ahead into the next step. A
+#   mask or positions that are given have to be looked at, by transformers and here: once a batch.
 # - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
 #   in 16 bits, too, the loss is the uncompiled model's.
 #
@@ -283,7 +284,7 @@ for backend, one in BACKENDS.items():
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# ### Check 2: flex attention, compiled twice at most
+# ### Check 2: flex attention, two graphs at most
 #
 # Over 50 lengths, three windows, packed and not, forward and (on a GPU) backward: the result of every one is compared
 # with the formula, and the graphs are counted. On a GPU there are two, one for queries shorter than 128 and one for all
@@ -427,7 +428,7 @@ if HERE:
 # to the next, as in a training loop that does not read each loss. The host launches thousands of kernels a step, so
 # that a busy host slows all of these, the uncompiled ones most, which also wait for the GPU once a step: where a spread
 # is wide, so is that of the ratio. Uncompiled runs are made first, compiled ones after them, within minutes on one
-# machine.
+# machine: 20 steps each, 12 for other budgets and "flash". Memory is what PyTorch has allocated in a step, at its peak.
 #
 # The times are those of the default, which rounds where eager mode rounds; "rounding once" is for those who would
 # rather be near to float32 than to eager mode.
@@ -462,8 +463,8 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
 # %% [markdown]
 # **Where the time goes**: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of
 # products and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step
-# takes beyond the sum of all else is a GPU that waits: a microsecond or two from each kernel to the next, longer for a
-# slow host.
+# takes beyond the sum of all else is a GPU that waits: two to four microseconds from a kernel to the next, on the
+# average, longer for a slow host.
 
 # %%
 COPIES = "copies to and from the host"
@@ -519,8 +520,10 @@ else:
 # ### max-autotune: Triton's products against cuBLAS's
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
-# tiles against cuBLAS. On an H200 nearly all wide products stay with cuBLAS, and most of LoRA's narrow ones, which only
-# move memory, become Triton's, with what follows them (scaling, addition) in the same kernel. A second run has sixty
+# tiles against cuBLAS. On an H200 the wide products stay with cuBLAS, and most of LoRA's narrow ones, which only move
+# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. A step gains next to nothing
+# by it here, for several times as much compiling. Triton competes on GPUs with few multiprocessors, too, where Inductor
+# would not let it; below sm_80, without Triton's tensor cores, for the narrow products alone. A second run has sixty
 # lengths: none is benchmarked or compiled for anew.
 
 # %%
@@ -562,7 +565,9 @@ else:
 # Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes. The
 # compiled run rounds where eager mode rounds, so it should differ from them no more than they among themselves, twice
 # that at most. It is the default that was timed above but for its attention, "flash", since cuDNN's plans anew for each
-# length. The same for a rehearsal of a T4: float16, 15 GiB of memory, 2 x 1024 tokens, SDPA.
+# length. A rehearsal of a T4 is compared likewise: twelve steps of 2 x 1024 tokens in float16, SDPA, 15 GiB of memory,
+# and two uncompiled runs. In the figure below the steps that compile lie above the pane of times. So does the third
+# one, with the first length that is no multiple of 16, probably since Triton compiles its kernels for those apart.
 #
 # Compiled code could also round once where eager mode rounds several times (`eager_rounding=False`), and in bfloat16
 # that shows. LoRA's B begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's
@@ -697,6 +702,14 @@ else:
 #   to look for NaN (`logging_nan_inf_filter=False`). Such steps begin on a GPU that has nothing to do.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
 #   each: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
+# - **A mask with padding between real tokens** is taken for two documents: those after the gap do not see those before
+#   it, which under transformers' own attention they do. Padding belongs at the ends of a row.
+# - **Norms in float32 under autocast**, as PEFT's `prepare_model_for_kbit_training` leaves them, are not supported on a
+#   GPU: the kernels behind the MLP's adapters expect one dtype, and the backward fails to compile.
+# - **Dropout in the adapters** wants `activation_memory_budget=1.0`: below that the compiler may draw a dropout again
+#   for the backward, and otherwise. (Found in a small module, not in these models; nothing here checks it.)
+# - Packing told by `cu_seq_lens_q` alone, without position ids, is not seen.
+# - At a head size of 256 (Gemma 2) flex attention's tiles for a T4, by the same arithmetic, take all of its 64 KiB.
 # - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
 
 # %% [markdown]

@@ -9,7 +9,7 @@
 # ### The two about attention
 #
 # Section C needed them, so their code and their checks stand there: one interface is `unsloth_puzzles.attention`
-# (every backend against float64, check 1), and flex attention that is compiled at most twice for all lengths, windows
+# (every backend against float64, check 1), and flex attention that has two graphs at most for all lengths, windows
 # and packings is its `flex.py` and `blocks.py` (check 2). The interface in use, on one packed batch with a window:
 
 # %%

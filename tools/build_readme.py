@@ -34,7 +34,7 @@ TABLES = {
     ),
     "c_compile.json": (
         ("step_ms", "Time of a QLoRA step of Llama 3.2 1B"),
-        ("peak_gib", "Peak memory of its process"),
+        ("peak_gib", "Peak of what PyTorch allocates in a step"),
         ("speedup_vs_eager", "transformers + PEFT + bitsandbytes' time over ours"),
         ("compilations", "Inductor's compilations, forward and backward"),
         ("graph_breaks", "Graph breaks"),
