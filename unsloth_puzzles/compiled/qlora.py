@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import Unpadded, implementation, register
+from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, implementation, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
@@ -53,9 +53,9 @@ def compile_qlora(
     attention: a backend of `unsloth_puzzles.attention`, or "auto". loss: what `use_memory_efficient_loss` takes;
     `loss_options` go to it as well. activation_memory_budget: how much of what Inductor's partitioner would keep for
     the backward is kept; at 0.9 it makes again what costs no matrix product (the activation, the normed inputs), below
-    that attention and then products. max_autotune: Triton's matrix products compete with cuBLAS's, also on GPUs with
-    fewer multiprocessors than Inductor asks for; each choice is made at the first length that is seen, so let that be
-    the longest.
+    that attention and then products. With dropout in the layers it is 1.0, and that is said. max_autotune: Triton's
+    matrix products compete with cuBLAS's, also on GPUs with fewer multiprocessors than Inductor asks for; each choice
+    is made at the first length that is seen, so let that be the longest.
 
     offload_checkpoints: with gradient checkpointing on, the layers' inputs but for the last one's wait for the backward
     in pinned CPU memory. Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
@@ -89,6 +89,12 @@ def compile_qlora(
     layers, norm = _parts(causal_lm)
     if any("_old_forward" in vars(module) for module in (*layers, norm)):
         raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
+    if activation_memory_budget < 1 and any(map(_drops, layers)):
+        text = (
+            f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
+        )
+        warnings.warn(f"activation_memory_budget: {text}", stacklevel=2)
+        activation_memory_budget = 1.0
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found, eager_rounding))
@@ -140,6 +146,10 @@ def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.
     return list(layers), norm
 
 
+def _drops(layer: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in layer.modules())
+
+
 def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
     config = causal_lm.config.get_text_config()
     before = config.use_cache
@@ -169,6 +179,8 @@ def _say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
             return None
         ids, embeddings = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeddings if ids is None else ids
+        if given is None:
+            return None
         mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device).as_subclass(Unpadded)
         return args, {**kwargs, "attention_mask": mask}
 
@@ -254,8 +266,10 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
         return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
+    if isinstance(mask := kwargs.get("attention_mask"), Mask):
+        check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
-    for name in ("position_ids", "use_cache", "past_key_values"):
+    for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
         kwargs.pop(name, None)
     return variants(layer, hidden_states, *args, **kwargs)
 
