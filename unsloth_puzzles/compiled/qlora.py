@@ -11,10 +11,12 @@ mask) makes another function of it, so that none is ever compiled again for a re
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
+from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
@@ -73,7 +75,8 @@ def compile_qlora(
     Raises:
         TypeError: no causal LM of transformers.
         ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
-            compiled, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
+            compiled, another model that is compiled with another `activation_memory_budget` or `max_autotune` (they
+            are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
@@ -106,9 +109,7 @@ def compile_qlora(
         undoing.callback(_set_cache(causal_lm))
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.callback(_say_unpadded(causal_lm))
-        undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
-        undoing.enter_context(fx_config.patch(use_duck_shape=False))
-        products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
+        products = undoing.enter_context(_settings(activation_memory_budget, max_autotune))
         options = {**_OPTIONS, "emulate_precision_casts": eager_rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
@@ -144,6 +145,32 @@ def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.
     if layers is None or norm is None:
         raise TypeError(f"model: {type(causal_lm).__name__} has no decoder `layers` and final `norm` in its backbone")
     return list(layers), norm
+
+
+_shared: dict = {"handles": 0}  # who uses the settings below
+
+
+@contextmanager
+def _settings(activation_memory_budget: float, max_autotune: bool):
+    """What is set for the whole process while a model is compiled, by the first of several and until the last of them:
+    they may be undone in any order. Gives the list of products that max-autotune fills."""
+    wanted = {"activation_memory_budget": activation_memory_budget, "max_autotune": max_autotune}
+    if _shared["handles"] == 0:
+        with ExitStack() as stack:
+            stack.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
+            stack.enter_context(fx_config.patch(use_duck_shape=False))
+            products = stack.enter_context(autotune.triton_competes()) if max_autotune else []
+            _shared.update(wanted, products=products, stack=stack.pop_all())
+    for name, value in wanted.items():
+        if value != _shared[name]:
+            raise ValueError(f"{name}: is {_shared[name]} for a model that is compiled already; undo that first")
+    _shared["handles"] += 1
+    try:
+        yield _shared["products"]
+    finally:
+        _shared["handles"] -= 1
+        if _shared["handles"] == 0:
+            _shared["stack"].close()
 
 
 def _drops(layer: torch.nn.Module) -> bool:
@@ -196,6 +223,7 @@ class Variants:
     def __init__(self, forward: Callable, name: str, options: dict):
         self.forward, self._name, self._options = forward, name, options
         self._compiled: dict[tuple, Callable] = {}
+        self._adapted: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
 
     def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         _mark(hidden_states)
@@ -206,11 +234,25 @@ class Variants:
             torch.is_autocast_enabled(hidden_states.device.type),
             _ones(hidden_states, *(kwargs.get("position_embeddings") or ())),
             _kind(kwargs.get("attention_mask"), hidden_states.shape[1]),
+            self._adapters(module),
         )
         if key not in self._compiled:
             named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
             self._compiled[key] = _compiled(self.forward, "".join(named), self._options)
         return self._compiled[key](module, hidden_states, *args, **kwargs)
+
+    def _adapters(self, module: torch.nn.Module) -> tuple:
+        """Which adapters `module` computes with, and what of them is no tensor."""
+        if module not in self._adapted:
+            self._adapted[module] = [part for part in module.modules() if isinstance(part, LoraLayer)]
+        return tuple(map(_adapter, self._adapted[module]))
+
+
+def _adapter(layer: LoraLayer) -> tuple | None:
+    if layer.disable_adapters:
+        return None
+    names = tuple(layer.active_adapters)
+    return names, tuple(layer.merged_adapters), *map(layer.r.get, names), *map(layer.scaling.get, names)
 
 
 def _ones(*tensors: torch.Tensor) -> tuple:
@@ -266,8 +308,10 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
         return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
-    if isinstance(mask := kwargs.get("attention_mask"), Mask):
-        check_lengths(mask, kwargs)
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Mask):
+        raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
+    check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
         kwargs.pop(name, None)
