@@ -30,6 +30,15 @@ def models():
     return model, exact
 
 
+def set_checkpointing(model, on):
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+
+
 def inputs(length, packed):
     ids = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(length)).cuda()
     starts = torch.cat([torch.arange(length // 3), torch.arange(length - length // 3)]).expand(2, -1).cuda()
@@ -52,12 +61,7 @@ def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpoin
     if attention != "auto" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
         pytest.skip(f"{attention}: {reason}")
     model, exact = models
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    else:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+    set_checkpointing(model, checkpointing)
     asked = [inputs(length, packed) for length, packed in ((200, False), (77, False), (150, True), (64, True))]
     plain = [gradient(model, **given) for given in asked]
     with patch_linear4bit(exact):
@@ -81,8 +85,7 @@ def test_fifty_lengths_compile_once(models, attention):
     options = {"max_autotune": True} if attention == "max-autotune" else {"attention": attention}
     if attention != "max-autotune" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
         pytest.skip(f"{attention}: {reason}")
-    model.gradient_checkpointing_disable()
-    model.disable_input_require_grads()
+    set_checkpointing(model, False)
     lengths = [512, *range(9, 509, 10)]
     torch._dynamo.reset()
     with count_compilations() as counts, compile_qlora(model, **options) as compiled:
@@ -104,12 +107,7 @@ def test_fifty_lengths_compile_once(models, attention):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_waits_for_the_device(models, checkpointing):
     model, _ = models
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    else:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+    set_checkpointing(model, checkpointing)
     given = inputs(96, False)
     with compile_qlora(model):
         for _ in range(2):
