@@ -198,6 +198,7 @@ display(Markdown(backend_table(DEVICE)))
 # %%
 REQUESTS = {
     "causal": {},
+    "bidirectional": {"causal": False},
     "window": {"window": 100},
     "packed": {"documents": True},
     "packed with a window": {"documents": True, "window": 50},
@@ -279,6 +280,9 @@ for backend, one in BACKENDS.items():
                 checks[f"{name}: refused by name"] = f"{backend} cannot do" in str(refusal)
     judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", checks)
     if beside_sdpa:
+        # By the order of its sums alone an error is a hundredth larger or smaller.
+        no_worse = {f"comparison {n}": max(of) <= 1.01 for n, of in enumerate(beside_sdpa, 1)}
+        judge(issues, f"no larger error than SDPA's, {backend}", no_worse)
         spans = (f"{min(of):.2f} to {max(of):.2f}" for of in zip(*beside_sdpa, strict=True))
         lines.append(f"| {backend} | {' | '.join(spans)} |")
 display(Markdown("\n".join(lines)))
@@ -491,26 +495,44 @@ else:
 # %%
 OTHERS = ("parity", "rehearsal", "lengths")  # at other sizes
 points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(OTHERS)}
+FRONTIER = ("without checkpointing", *(f"budget {kept}" for kept in qlora_sweeps.BUDGETS), "with checkpointing")
 if points:
-    figure, axes = plt.subplots(figsize=(10, 4.4), layout="constrained")
-    colors = plt.get_cmap("tab10").colors
+    figure, (axes, paid) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2), layout="constrained")
+    kept = [points[f"compiled, {name}"] for name in FRONTIER if f"compiled, {name}" in points]
+    axes.plot(*zip(*((run["peak_gib"], qlora_sweeps.step_ms(run)[0]) for run in kept), strict=True), ":", color="0.6")
     for number, (name, run) in enumerate(points.items()):
         at = run["peak_gib"], qlora_sweeps.step_ms(run)[0]
-        marker = "s" if run["checkpointing"] else "o" if run["candidate"] == "compiled" else "^"
+        marker, size = ("o", 9) if run in kept else ("^", 8) if run["candidate"] == "eager" else ("x", 7)
         label = f"{name}: {at[0]:.1f} GiB, {at[1]:.0f} ms"
-        axes.plot(*at, marker, color=colors[number % 10], label=label, markersize=7, alpha=0.8)
+        axes.plot(*at, marker, color=f"C{number}", label=label, markersize=size, zorder=2 + (marker == "x"))
         if run["kernels"]:
-            axes.plot([at[0]] * 2, [busy(run), at[1]], color=colors[number % 10], linewidth=1)
+            axes.plot([at[0]] * 2, [busy(run), at[1]], color=f"C{number}", linewidth=1)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    axes.set(xlabel="peak memory of the process, GiB", ylabel="a step, ms")
+    axes.set(xlabel="memory allocated in a step, peak, GiB", ylabel="a step, ms")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    axes.set_title("a line ends at the time in which the GPU works, the mark is the step's", fontsize=9)
+    for number, case in enumerate(qlora_sweeps.CHECKPOINTING):
+        pair = [points.get(f"{candidate}, {case}") for candidate in ("eager", "compiled")]
+        if not all(pair):
+            continue
+        (eager_ms, mine_ms), (warm, lost) = zip(
+            *((qlora_sweeps.step_ms(run)[0], sum(run["step_ms"][:2])) for run in pair), strict=True
+        )
+        lost -= warm
+        meet = math.ceil(lost / (eager_ms - mine_ms)) if eager_ms > mine_ms else 0
+        steps = (0, 2 * meet or len(pair[1]["step_ms"]))
+        paid.plot(steps, [eager_ms * n / 1e3 for n in steps], "--", color=f"C{number}", label=f"eager, {case}")
+        paid.plot(steps, [(lost + mine_ms * n) / 1e3 for n in steps], color=f"C{number}", label=f"compiled, {case}")
+        if meet:
+            paid.plot(meet, eager_ms * meet / 1e3, "o", color=f"C{number}")
+            paid.annotate(f"{meet} steps", (meet, eager_ms * meet / 1e3), (6, -10), textcoords="offset points")
+    paid.set(xlabel="step", ylabel="since the start, compiling included, s")
+    paid.set_title("where compiling has paid for itself (by median steps)", fontsize=9)
+    paid.legend(fontsize=8)
     one = next(iter(points.values()))
-    axes.set_title(
-        f"QLoRA of Llama 3.2 1B, {one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}; {SWEPT}\n"
-        "a line ends at the time in which the GPU works, the mark is the step's",
-        fontsize=9,
-    )
+    shape = f"{one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}"
+    figure.suptitle(f"QLoRA of Llama 3.2 1B, {shape}; {SWEPT}", fontsize=10)
     figure.savefig("resources/c_compile_frontier.png", dpi=110)
     plt.show()
 else:
@@ -694,25 +716,17 @@ else:
 # - On a GPU below sm_80 Triton has no tensor cores for flex attention: there flex is taken only where it is asked for,
 #   or where nothing else knows what is asked (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16
 #   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes =
-#   32 KiB of the 64 KiB that a T4's multiprocessor has. That is arithmetic: Inductor writes flex's code for the GPU
-#   that is there, so that it could not be compiled for a T4 here.
+#   32 KiB of the 64 KiB that a T4's multiprocessor has; larger heads have tiles of 16 x 16. That is arithmetic:
+#   Inductor writes flex's code for the GPU that is there, so that it could not be compiled for a T4 here.
 # - With gradient checkpointing the layers' inputs, but for the last one's, wait in pinned memory of the host, which
 #   must have room for them: the column of the table above.
 # - A loop that reads each loss waits for the GPU once a step, and so does transformers' `Trainer` unless it is told not
 #   to look for NaN (`logging_nan_inf_filter=False`). Such steps begin on a GPU that has nothing to do.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
 #   each: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
-# - **A mask with padding between real tokens** is taken for two documents: those after the gap do not see those before
-#   it, which under transformers' own attention they do. Padding belongs at the ends of a row.
-# - **Norms in float32 under autocast**, as PEFT's `prepare_model_for_kbit_training` leaves them, are not supported on a
-#   GPU: the kernels behind the MLP's adapters expect one dtype, and the backward fails to compile.
-# - **Dropout in the adapters** wants `activation_memory_budget=1.0`: below that the compiler may draw a dropout again
-#   for the backward, and otherwise. (Found in a small module, not in these models; nothing here checks it.)
-# - **Merging adapters, and DoRA**, fail while a model is compiled: PEFT does not know its packed weights then. Undo it
-#   first. More than eight adapters, or ranks that differ from layer to layer, end in an error of Dynamo's; and of two
-#   models that are compiled at the same time the one that came last has to be undone first.
-# - Packing told by `cu_seq_lens_q` alone, without position ids, is not seen.
-# - At a head size of 256 (Gemma 2) flex attention's tiles for a T4, by the same arithmetic, take all of its 64 KiB.
+# - A mask with padding between real tokens is refused, and so is packing told by `cu_seq_lens_q` without position ids.
+# - Dropout in the adapters sets `activation_memory_budget` to 1.0, aloud: below that the compiler may draw a dropout
+#   again for the backward, and otherwise.
 # - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
 
 # %% [markdown]

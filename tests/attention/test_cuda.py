@@ -28,7 +28,7 @@ def run(data, slope, backend, asked):
     return [out.detach(), *torch.autograd.grad(out, data, slope.to(out.dtype))]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", REQUESTS)
 def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
@@ -47,8 +47,25 @@ def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
         found, formula = run(data, slope, backend, asked), run(data, slope, "dense", asked)
         for what, one, plain, true in zip(("output", "dQ", "dK", "dV"), found, formula, exact, strict=True):
             off, allowed = ((t.double() - true).norm() / true.norm() for t in (one, plain))
-            # The formula computes in float32 and rounds once; kernels round the probabilities to 16 bits as well.
+            # The formula computes in float32 and rounds once; kernels round the probabilities to the dtype as well.
             assert off <= allowed + 2 * torch.finfo(dtype).eps, (what, length, off.item(), allowed.item())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_cache_is_attended_to_or_refused(backend):
+    """Fewer queries than keys."""
+    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+        pytest.skip(f"{backend}: {reason}")
+    query, key, value = (t.cuda() for t in draw(200, head_size=64, dtype=torch.bfloat16))
+    for rows in (1, 5, 150):
+        data = query[:, :, -rows:], key, value
+        if "cache" not in BACKENDS[backend].features:
+            with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do"):
+                attention(*data, backend=backend)
+            continue
+        exact = attention(*(t.double() for t in data), backend="dense")
+        off = (attention(*data, backend=backend).double() - exact).norm() / exact.norm()
+        assert off <= 4 * torch.finfo(torch.bfloat16).eps, rows
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])

@@ -17,7 +17,7 @@ from transformers import (
     masking_utils,
 )
 
-from unsloth_puzzles.attention import BACKENDS
+from unsloth_puzzles.attention import BACKENDS, flex
 from unsloth_puzzles.attention.models import NAME, attention_forward, implementation, make_mask, register
 
 NAMES = register()
@@ -162,6 +162,36 @@ def mask(**changed):
 def test_a_mask_that_is_not_known_is_refused_not_guessed(function):
     with pytest.raises(ValueError, match=r"^mask_function: .*need causal, bidirectional, a sliding window, packed"):
         mask(mask_function=function)
+
+
+def test_padding_between_tokens_is_refused():
+    """It would cut a row in two; transformers lets what follows see what came before."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=NAME)).eval()
+    gap = torch.ones(3, LENGTH, dtype=torch.long)
+    gap[1, 5:9] = 0
+    with pytest.raises(ValueError, match=r"^attention_mask: has zeros between ones"):
+        model(ids(), attention_mask=gap)
+    gap[1, :5] = 0
+    assert model(ids(), attention_mask=gap).logits.isfinite().all()  # padding on the left again
+
+
+def test_documents_told_by_lengths_alone_are_refused():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=NAME)).eval()
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 11, 31, 40], dtype=torch.int32), "max_length_q": 20}
+    with pytest.raises(ValueError, match=r"^cu_seq_lens_q: a packed batch needs position_ids"):
+        model(ids(), **lengths)
+    packed = {"position_ids": PACKED, "use_cache": False}
+    assert torch.equal(model(ids(), **packed, **lengths).logits, model(ids(), **packed).logits)
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 128, 256])
+def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    tiles = flex._kernel_options(torch.device("cuda"), head_size)
+    assert all(tiles[name] >= 16 for name in flex._TILES)  # the least that `tl.dot` multiplies
+    assert max(tiles[name] for name in flex._TILES) * 4 * head_size * 2 <= 32 * 1024
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not set(flex._TILES) & set(flex._kernel_options(torch.device("cuda"), head_size))
 
 
 def test_a_static_cache_is_refused():

@@ -93,6 +93,15 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+def test_a_backward_after_undo_is_refused():
+    layers = make()
+    undo = checkpoint_inputs(layers)
+    loss = layers[0](torch.ones(2, 6)).sum()
+    undo()
+    with pytest.raises(RuntimeError, match=r"^backward: of a forward from before undo"):
+        loss.backward()
+
+
 def test_a_gradient_that_would_be_lost_is_refused():
     layers = make()
     checkpoint_inputs(layers)
@@ -106,6 +115,9 @@ def test_a_graph_that_is_dropped_leaves_nothing_behind():
     del second
     gc.collect()
     assert torch.equal(store.take(first), torch.ones(3)) and store._waiting == []
+    for _ in range(3):
+        store.put(torch.ones(3))
+    assert len(store._waiting) == 1
 
 
 def test_transformers_settings_come_back_and_reentrant_is_said():

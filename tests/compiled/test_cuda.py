@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import prepare_model_for_kbit_training
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.attention import BACKENDS
@@ -118,3 +119,16 @@ def test_nothing_waits_for_the_device(models, checkpointing):
             gradient(model, **given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_norms_and_residuals_in_float32_under_autocast():
+    """As PEFT prepares 4-bit models."""
+    model = nf4_llama("cuda", torch.bfloat16)
+    model = with_adapters(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), r=8)
+    given = inputs(96, False)
+    with patch_linear4bit(model):
+        exact = gradient(model, autocast=False, **given)
+    plain = gradient(model, **given)
+    torch._dynamo.reset()
+    with compile_qlora(model):
+        assert (gradient(model, **given) - exact).norm() <= 1.2 * (plain - exact).norm()

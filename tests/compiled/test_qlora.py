@@ -6,8 +6,10 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Params4bit
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, prepare_model_for_kbit_training
 from peft.tuners.lora.bnb import Linear4bit
+from torch._functorch import config as functorch_config
+from torch.fx.experimental import _config as fx_config
 from transformers import masking_utils
 
 from tests.compiled.models import nf4_llama, with_adapters
@@ -235,3 +237,103 @@ def test_only_positions_that_are_given_are_searched_for_documents(monkeypatch):
     assert len(searched) == 1  # after undo, by transformers
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
     assert len({round(loss.item(), 4) for loss in found}) == 3  # documents and padding are not ignored
+
+
+def test_without_inputs_the_error_is_transformers():
+    model = make_model()
+    with compile_qlora(model), pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_dropout_is_not_drawn_anew_and_that_is_said():
+    """Below a budget of 1 the compiler may recompute random numbers, which are others then."""
+    model, budget = with_adapters(nf4_llama(), lora_dropout=0.5), functorch_config.activation_memory_budget
+    with pytest.warns(UserWarning, match=r"^activation_memory_budget: is 1\.0, not 0\.9"):
+        compiled = compile_qlora(model)
+    assert functorch_config.activation_memory_budget == 1.0
+    compiled.undo()
+    assert functorch_config.activation_memory_budget == budget
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compile_qlora(model, activation_memory_budget=1.0).undo()
+
+
+def test_lengths_of_documents_are_nothing_to_compile_for():
+    model, given = make_model(), batch(16)
+    packed = {**given, "position_ids": torch.cat([torch.arange(6), torch.arange(10)]).expand(2, -1)}
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 6, 16, 22, 32], dtype=torch.int32), "max_length_q": 10}
+    with torch.no_grad(), compile_qlora(model), torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model(**packed, **lengths).loss, model(**packed).loss)
+        with pytest.raises(ValueError, match=r"^cu_seq_lens_q: a packed batch needs position_ids"):
+            model(**given, **lengths)
+
+
+def test_norms_and_residuals_in_float32_under_autocast():
+    """As PEFT prepares 4-bit models: a product of an adapter is in autocast's dtype there, the activation is not."""
+    model = with_adapters(prepare_model_for_kbit_training(nf4_llama(), use_gradient_checkpointing=False))
+    assert next(model.get_base_model().model.norm.parameters()).dtype == torch.float32
+
+    def mixed():
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(model, 24)
+
+    with patch_linear4bit(model):
+        exact, plain = step(model, 24), mixed()
+    torch._dynamo.reset()
+    with compile_qlora(model):
+        found = mixed()
+    assert (found[1] - exact[1]).norm() <= 1.2 * (plain[1] - exact[1]).norm()
+    assert abs(found[0] - exact[0]) <= torch.finfo(torch.bfloat16).eps / 2 * exact[0]
+
+
+def test_peft_knows_packed_weights_meanwhile():
+    """By the name of their class: to count, to merge, and for DoRA."""
+    model = make_model()
+    counted, dora = model.get_nb_trainable_parameters(), with_adapters(nf4_llama(layers=1), use_dora=True)
+    with patch_linear4bit(dora):
+        expected = step(dora, 9)
+    with torch.compiler.set_stance("force_eager"):
+        with compile_qlora(dora):
+            assert_same(step(dora, 9), expected)
+        with compile_qlora(model):
+            assert model.get_nb_trainable_parameters() == counted
+            before = model(**batch(9)).loss
+            model.merge_adapter()
+            assert (model(**batch(9)).loss - before).abs() <= 0.01 * before  # weights are quantised again
+            model.unmerge_adapter()
+
+
+def test_each_adapter_has_a_function_of_its_own(monkeypatch):
+    """Dynamo allows eight versions of one; a ninth would be an error."""
+    monkeypatch.setattr(qlora, "_compiled", lambda forward, name, options: made.append(name) or forward)
+    made, model = [], with_adapters(nf4_llama(layers=3), rank_pattern={"layers.1.self_attn.q_proj": 7})
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    with torch.no_grad(), compile_qlora(model):
+        for adapter in ("default", "other", "default"):
+            model.set_adapter(adapter)
+            model(**batch(9))
+        with model.disable_adapter():
+            model(**batch(9))
+    layers = [name for name in made if name.startswith("LlamaDecoderLayer")]
+    assert len(layers) == 4  # two ranks under the first, the other, none
+
+
+def test_settings_of_the_process_are_given_back_in_any_order():
+    settings = lambda: (functorch_config.activation_memory_budget, fx_config.use_duck_shape)  # noqa: E731
+    before, models = settings(), [make_model() for _ in range(3)]
+    first, second = (compile_qlora(model, activation_memory_budget=0.5) for model in models[:2])
+    with pytest.raises(ValueError, match=r"^activation_memory_budget: is 0\.5 for a model that is compiled already"):
+        compile_qlora(models[2])
+    assert type(models[2].get_base_model().model.layers[0].mlp).__name__ == "LlamaMLP"
+    first.undo()
+    assert settings() == (0.5, False)
+    second.undo()
+    assert settings() == before
+    compile_qlora(models[2]).undo()
+    assert settings() == before
+
+
+def test_a_mask_of_four_dimensions_is_refused_by_name():
+    model = make_model()
+    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask: got Tensor, need a 2-D one"):
+        model(**batch(9), attention_mask=torch.zeros(2, 1, 9, 9))

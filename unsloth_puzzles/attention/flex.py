@@ -10,7 +10,7 @@ from unsloth_puzzles.attention.backend import Backend
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.pattern import Batch, Pattern
 
-_T4_TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32}
+_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 
 
 class Flex(Backend):
@@ -67,7 +67,7 @@ def _flex(query, key, value, scale: float | None, soft_cap: float | None, blocks
         block_mask=blocks.block_mask(query.shape[-2], key.shape[-2]),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=_kernel_options(query.device),
+        kernel_options=_kernel_options(query.device, query.shape[-1]),
     )
 
 
@@ -75,8 +75,10 @@ _compiled = torch.compile(_flex, fullgraph=True)
 _evaluated = torch.compile(_flex, fullgraph=True, backend="aot_eager")
 
 
-def _kernel_options(device: torch.device) -> dict | None:
-    """One kernel for all lengths, with tiles that fit the 64 KB of shared memory of a T4; elsewhere Inductor's own.
+def _kernel_options(device: torch.device, head_size: int) -> dict | None:
+    """One kernel for all lengths, with tiles that fit the 64 KiB of shared memory of a T4; elsewhere Inductor's own.
+
+    Of a tile the backward holds queries, keys, values and the gradient of the output: 4 x 32 x 128 x 2 bytes = 32 KiB.
 
     Left to itself Inductor takes its decoding kernel where the first length it compiles for is below 128, and fails
     with "No choices to select" (torch 2.11, first length 77, H200).
@@ -84,4 +86,4 @@ def _kernel_options(device: torch.device) -> dict | None:
     if device.type != "cuda":
         return None
     small = torch.cuda.get_device_capability(device) < (8, 0)
-    return {"BACKEND": "TRITON"} | (_T4_TILES if small else {})
+    return {"BACKEND": "TRITON"} | (dict.fromkeys(_TILES, 32 if head_size <= 128 else 16) if small else {})

@@ -49,11 +49,12 @@ def attention(
 
 @dataclass
 class Mask:
-    """A pattern on a batch, made ready for one backend. `data` is the backend's own."""
+    """A pattern on a batch, made ready for one backend. data: the backend's own. packed: the batch has documents."""
 
     pattern: Pattern
     backend: Backend
     data: object
+    packed: bool
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
@@ -65,7 +66,7 @@ class Mask:
 def prepare(pattern: Pattern, batch: Batch, backend: str = "auto", *, fullgraph: bool = False) -> Mask:
     """The mask of a batch, for `Mask.attend` in each layer. `fullgraph`: it must do without a graph break."""
     chosen = choose(pattern, batch, fullgraph) if backend == "auto" else _named(backend, pattern, batch, fullgraph)
-    return Mask(pattern, chosen, chosen.prepare(pattern, batch))
+    return Mask(pattern, chosen, chosen.prepare(pattern, batch), batch.documents is not None)
 
 
 def choose(pattern: Pattern, batch: Batch, fullgraph: bool = False) -> Backend:

@@ -59,6 +59,7 @@ def attention_forward(
     """
     if not isinstance(attention_mask, Mask):
         raise ValueError(f"attention_mask: got {type(attention_mask).__name__}, need a 2-D one, or position ids")
+    check_lengths(attention_mask, ignored)
     for name, given in (("dropout", dropout or None), ("s_aux", s_aux), ("position_bias", position_bias)):
         if given is not None:
             raise ValueError(f"{name}: is not supported by attn_implementation={NAME!r}")
@@ -68,6 +69,16 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return attention_mask.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+# What transformers' flash attention takes packed batches by.
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def check_lengths(mask: Mask, given: dict) -> None:
+    """Raise ValueError if `given`, a layer's keyword arguments, packs documents of which the mask does not know."""
+    if given.get(LENGTHS[0]) is not None and not mask.packed:
+        raise ValueError(f"{LENGTHS[0]}: a packed batch needs position_ids, and use_cache=False")
 
 
 def make_mask(
@@ -88,7 +99,7 @@ def make_mask(
     """What transformers calls once a batch (once for each kind of layer, if a model mixes windows with full attention).
 
     attention_mask: (batch, positions), 0 for padding, or None. Padding is a document of its own: real tokens do not see
-    it, and padding sees itself, so that no row is empty.
+    it, and padding sees itself, so that no row is empty. ValueError: there is padding between real tokens.
     """
     if not isinstance(q_offset, int) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
@@ -103,6 +114,8 @@ def make_mask(
         real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         # Padding on the right alone is hidden by causality; like transformers, wait once a batch to know.
         if not asked["causal"] or not (real[:, 1:] <= real[:, :-1]).all():
+            if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
+                raise ValueError("attention_mask: has zeros between ones; need padding at the ends of a row alone")
             documents = number_documents(real.int() if documents is None else 2 * documents + real)
     pattern = Pattern(asked["causal"], asked.get("window"), getattr(config, "attn_logit_softcapping", None))
     device = torch.device(device)

@@ -4,8 +4,7 @@
     backward   the next layer's x -> GPU                              y = layer(x) with a graph, and its gradients
 
 Of a layer nothing stays on the GPU between the two, not even its input, but for the last one, which is wanted first:
-copying 32 MiB (8192 tokens, hidden size 2048, 16 bits) takes less than a millisecond, while a layer computes for
-several.
+copying 32 MiB (8192 tokens, hidden size 2048, 16 bits) takes less than a millisecond, a layer's forward about two.
 """
 
 import contextlib
@@ -30,26 +29,33 @@ def checkpoint_inputs(layers: Iterable[torch.nn.Module], *, offload: bool = True
     offload: False leaves the inputs on the GPU. Returns what undoes it. The settings of transformers' own checkpointing
     have no effect until then; that it is not reentrant here is said, if it was asked to be.
 
-    A backward of the same forward for a second time (`retain_graph=True`) raises RuntimeError.
+    A backward of the same forward for a second time (`retain_graph=True`), or after undo, raises RuntimeError.
     """
     store, chosen = Store(offload), [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
     for layer in chosen:
         _say_if_reentrant(vars(layer).get(_FUNCTION))
     # One for each class, not for each layer: compiled code is kept by the class.
     classes = {cls: _checkpointed_class(cls, store) for cls in map(type, chosen)}
-    return exchange_classes((layer, classes[type(layer)]) for layer in chosen)
+    undo_classes = exchange_classes((layer, classes[type(layer)]) for layer in chosen)
+
+    def undo() -> None:
+        undo_classes()
+        store.closed = True
+
+    return undo
 
 
 class Store:
     """Tensors that wait, taken back last in first out. The last stays on the GPU; what is next is fetched ahead."""
 
     def __init__(self, offload: bool):
-        self.offload, self._waiting = offload, []
+        self.offload, self.closed, self._waiting = offload, False, []
 
     def put(self, tensor: torch.Tensor) -> "Kept":
-        last = self._waiting[-1]() if self._waiting else None
-        if last and self.offload:
-            last.leave()
+        while self._waiting and self._waiting[-1]() is None:
+            self._waiting.pop()
+        if self._waiting and self.offload:
+            self._waiting[-1]().leave()
         kept = Kept(tensor.detach())
         self._waiting.append(weakref.ref(kept))  # a graph that is dropped takes its own with it
         return kept
@@ -165,6 +171,8 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        if ctx.store.closed:
+            raise RuntimeError("backward: of a forward from before undo(), whose layers are no longer what they were")
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(ctx.needs_input_grad[3])
         with torch.enable_grad(), ctx.autocast(), _restored(ctx.random_state, hidden_states.device):
             output = ctx.run(hidden_states)

@@ -11,16 +11,18 @@ mask) makes another function of it, so that none is ever compiled again for a re
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
+from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import Unpadded, implementation, register
+from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, implementation, register
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
@@ -53,9 +55,9 @@ def compile_qlora(
     attention: a backend of `unsloth_puzzles.attention`, or "auto". loss: what `use_memory_efficient_loss` takes;
     `loss_options` go to it as well. activation_memory_budget: how much of what Inductor's partitioner would keep for
     the backward is kept; at 0.9 it makes again what costs no matrix product (the activation, the normed inputs), below
-    that attention and then products. max_autotune: Triton's matrix products compete with cuBLAS's, also on GPUs with
-    fewer multiprocessors than Inductor asks for; each choice is made at the first length that is seen, so let that be
-    the longest.
+    that attention and then products. With dropout in the layers it is 1.0, and that is said. max_autotune: Triton's
+    matrix products compete with cuBLAS's, also on GPUs with fewer multiprocessors than Inductor asks for; each choice
+    is made at the first length that is seen, so let that be the longest.
 
     offload_checkpoints: with gradient checkpointing on, the layers' inputs but for the last one's wait for the backward
     in pinned CPU memory. Checkpointing is done by `compiled.checkpoint`, whatever transformers' settings for it are.
@@ -73,7 +75,8 @@ def compile_qlora(
     Raises:
         TypeError: no causal LM of transformers.
         ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
-            compiled, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
+            compiled, another model that is compiled with another `activation_memory_budget` or `max_autotune` (they
+            are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
@@ -89,6 +92,12 @@ def compile_qlora(
     layers, norm = _parts(causal_lm)
     if any("_old_forward" in vars(module) for module in (*layers, norm)):
         raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
+    if activation_memory_budget < 1 and any(map(_drops, layers)):
+        text = (
+            f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
+        )
+        warnings.warn(f"activation_memory_budget: {text}", stacklevel=2)
+        activation_memory_budget = 1.0
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found, eager_rounding))
@@ -100,9 +109,7 @@ def compile_qlora(
         undoing.callback(_set_cache(causal_lm))
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.callback(_say_unpadded(causal_lm))
-        undoing.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
-        undoing.enter_context(fx_config.patch(use_duck_shape=False))
-        products = undoing.enter_context(autotune.triton_competes()) if max_autotune else []
+        products = undoing.enter_context(_settings(activation_memory_budget, max_autotune))
         options = {**_OPTIONS, "emulate_precision_casts": eager_rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
@@ -140,6 +147,36 @@ def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.
     return list(layers), norm
 
 
+_shared: dict = {"handles": 0}  # who uses the settings below
+
+
+@contextmanager
+def _settings(activation_memory_budget: float, max_autotune: bool):
+    """What is set for the whole process while a model is compiled, by the first of several and until the last of them:
+    they may be undone in any order. Gives the list of products that max-autotune fills."""
+    wanted = {"activation_memory_budget": activation_memory_budget, "max_autotune": max_autotune}
+    if _shared["handles"] == 0:
+        with ExitStack() as stack:
+            stack.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
+            stack.enter_context(fx_config.patch(use_duck_shape=False))
+            products = stack.enter_context(autotune.triton_competes()) if max_autotune else []
+            _shared.update(wanted, products=products, stack=stack.pop_all())
+    for name, value in wanted.items():
+        if value != _shared[name]:
+            raise ValueError(f"{name}: is {_shared[name]} for a model that is compiled already; undo that first")
+    _shared["handles"] += 1
+    try:
+        yield _shared["products"]
+    finally:
+        _shared["handles"] -= 1
+        if _shared["handles"] == 0:
+            _shared["stack"].close()
+
+
+def _drops(layer: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in layer.modules())
+
+
 def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
     config = causal_lm.config.get_text_config()
     before = config.use_cache
@@ -169,6 +206,8 @@ def _say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
             return None
         ids, embeddings = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeddings if ids is None else ids
+        if given is None:
+            return None
         mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device).as_subclass(Unpadded)
         return args, {**kwargs, "attention_mask": mask}
 
@@ -184,6 +223,7 @@ class Variants:
     def __init__(self, forward: Callable, name: str, options: dict):
         self.forward, self._name, self._options = forward, name, options
         self._compiled: dict[tuple, Callable] = {}
+        self._adapted: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
 
     def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         _mark(hidden_states)
@@ -194,11 +234,25 @@ class Variants:
             torch.is_autocast_enabled(hidden_states.device.type),
             _ones(hidden_states, *(kwargs.get("position_embeddings") or ())),
             _kind(kwargs.get("attention_mask"), hidden_states.shape[1]),
+            self._adapters(module),
         )
         if key not in self._compiled:
             named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
             self._compiled[key] = _compiled(self.forward, "".join(named), self._options)
         return self._compiled[key](module, hidden_states, *args, **kwargs)
+
+    def _adapters(self, module: torch.nn.Module) -> tuple:
+        """Which adapters `module` computes with, and what of them is no tensor."""
+        if module not in self._adapted:
+            self._adapted[module] = [part for part in module.modules() if isinstance(part, LoraLayer)]
+        return tuple(map(_adapter, self._adapted[module]))
+
+
+def _adapter(layer: LoraLayer) -> tuple | None:
+    if layer.disable_adapters:
+        return None
+    names = tuple(layer.active_adapters)
+    return names, tuple(layer.merged_adapters), *map(layer.r.get, names), *map(layer.scaling.get, names)
 
 
 def _ones(*tensors: torch.Tensor) -> tuple:
@@ -254,8 +308,12 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
         return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
         _mark(tensor)
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Mask):
+        raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
+    check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
-    for name in ("position_ids", "use_cache", "past_key_values"):
+    for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
         kwargs.pop(name, None)
     return variants(layer, hidden_states, *args, **kwargs)
 

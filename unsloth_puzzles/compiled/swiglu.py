@@ -75,7 +75,7 @@ def _added(base, inside, outside, EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.
     return _rounded(base.to(tl.float32) + adapter, base.dtype, EAGER_ROUNDING, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else one more kernel, half a second, for lengths that 16 does not divide
 def _forward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, act_ptr, rows, COLUMNS: tl.constexpr,
                     RANK: tl.constexpr, PADDED: tl.constexpr, EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -87,7 +87,7 @@ def _forward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, act_ptr, rows,
     tl.store(act_ptr + matrix[0], _to(silu * up, g.dtype, INTERPRETED), matrix[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(g_ptr, u_ptr, ig_ptr, iu_ptr, bg_ptr, bu_ptr, d_act_ptr, d_inside_ptr, a_ptr, act_ptr, dg_ptr,
                      du_ptr, rows, COLUMNS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
                      EAGER_ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -143,13 +143,21 @@ def _(*given):
     return tuple(results)
 
 
+def _check_dtypes(*tensors) -> None:
+    """What the compiler asks once; Triton's interpreter would multiply anything."""
+    if len(found := {tensor.dtype for tensor in tensors}) > 1:
+        raise TypeError(f"lora_swiglu: got {', '.join(map(str, found))}, need one dtype")
+
+
 @torch.library.register_fake("unsloth_puzzles::lora_swiglu")
 def _(g, u, ig, iu, bg, bu, eager_rounding):
+    _check_dtypes(g, u, ig, iu, bg, bu)
     return torch.empty_like(g, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("unsloth_puzzles::lora_swiglu_backward")
 def _(g, *others):
+    _check_dtypes(g, *others[:-1])
     return tuple(torch.empty_like(g, memory_format=torch.contiguous_format) for _ in range(3))
 
 
@@ -172,6 +180,7 @@ class LoraSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_act, d_inside):
         g, u, ig, iu, bg, bu, a = ctx.saved_tensors
+        d_inside = d_inside.to(g.dtype)  # autocast's, where g is in float32
         given = (g, u, ig, iu, bg, bu, d_act, d_inside, a, ctx.eager_rounding)
         act, dg, du = torch.ops.unsloth_puzzles.lora_swiglu_backward(*given)
         d_bg, d_bu, d_a = (_over_rows(one, other) for one, other in ((dg, ig), (du, iu), (d_inside, act)))

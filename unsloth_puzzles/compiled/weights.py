@@ -19,6 +19,9 @@ class PlainParams4bit(Params4bit):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
+PlainParams4bit.__name__ = Params4bit.__name__  # by which PEFT knows packed weights (DoRA, merging, counting)
+
+
 def without_torch_function(model: torch.nn.Module) -> Callable[[], None]:
     """Let operators on the NF4 weights of `model` go straight to PyTorch; returns what undoes it."""
     weights = [parameter for parameter in model.parameters() if type(parameter) is Params4bit]
