@@ -30,14 +30,3 @@ def test_without_a_gpu_nothing_is_run_or_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_tests, "SUMMARY", tmp_path / "gpu_tests.json")
     assert gpu_tests.main() == 1
     assert not (tmp_path / "gpu_tests.json").exists()
-
-
-def test_the_hash_knows_names_and_contents(tmp_path: Path) -> None:
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "a.py").write_text("1")
-    hashes = {gpu_tests.package_hash(tmp_path)}
-    (tmp_path / "part" / "a.py").write_text("2")
-    hashes.add(gpu_tests.package_hash(tmp_path))
-    (tmp_path / "part" / "a.py").rename(tmp_path / "part" / "b.py")
-    hashes.add(gpu_tests.package_hash(tmp_path))
-    assert len(hashes) == 3

@@ -7,7 +7,6 @@ Refuses without a GPU, where every one of them would be a skip.
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ def main() -> int:
         print("make gpu-test needs a CUDA GPU, and torch sees none; nothing was run or written.", file=sys.stderr)
         return 1
     from unsloth_puzzles.bench.hardware import probe, versions
+    from unsloth_puzzles.bench.source_hash import source_hash
 
     hardware = dataclasses.asdict(probe(measure=False))
     REPORT.parent.mkdir(exist_ok=True)
@@ -41,20 +41,12 @@ def main() -> int:
         return 1
     counts = summarise(REPORT)
     record = {"hardware": hardware, "versions": versions(), "date": datetime.date.today().isoformat()}
-    record |= {"package": package_hash(), **counts}
+    record |= {"package": source_hash(), **counts}
     SUMMARY.parent.mkdir(parents=True, exist_ok=True)
     SUMMARY.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     done_text = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
     print(f"{SUMMARY.relative_to(ROOT)}: {done_text}")
     return done.returncode
-
-
-def package_hash(folder: Path = ROOT / "unsloth_puzzles") -> str:
-    """A hash of the package's files: other code has not been tested."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def summarise(report: Path) -> dict[str, object]:

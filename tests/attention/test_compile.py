@@ -83,3 +83,12 @@ def test_scales_and_soft_caps_are_constants():
         data, options = draw(40), {"scale": number, "soft_cap": 2 * number}
         found, exact = (attention(*data, backend=backend, **options) for backend in ("flex", "dense"))
         assert (found - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_more_than_eight_configurations():
+    """Which Dynamo does not allow a function."""
+    for size in (1, 2):
+        for heads in range(1, 12):
+            data = draw(40, size=size, heads=heads, kv_heads=1)
+            found, exact = (attention(*data, backend=backend) for backend in ("flex", "dense"))
+            assert (found - exact).norm() <= 1e-6 * exact.norm()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.attention.conftest import draw, draw_documents
 from tests.attention.test_interface import REQUESTS, request
 from unsloth_puzzles.attention import BACKENDS, attention
-from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
 from unsloth_puzzles.compiled.count import count_compilations
 
 pytestmark = pytest.mark.gpu
@@ -23,9 +24,27 @@ def can(backend, name, length, dtype, head_size=64):
 
 
 def run(data, slope, backend, asked):
+    return run_function(lambda *data: attention(*data, backend=backend, **asked), data, slope)
+
+
+def run_function(function, data, slope):
     data = [t.detach().requires_grad_() for t in data]
-    out = attention(*data, backend=backend, **asked)
+    out = function(*data)
     return [out.detach(), *torch.autograd.grad(out, data, slope.to(out.dtype))]
+
+
+def pytorchs(data, slope, asked):
+    """PyTorch's own attention, given the mask in full."""
+    pattern = Pattern(asked.get("causal", True), asked.get("window"))
+    size, heads, length, head_size = data[0].shape
+    batch = Batch(size, length, length, heads, heads, head_size, data[0].dtype, data[0].device, asked.get("documents"))
+    mask = dense_mask(pattern, batch)
+
+    def function(query, key, value):
+        key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    return run_function(function, data, slope)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -44,11 +63,14 @@ def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
             return
         slope = draw(length, head_size=64, seed=5, dtype=torch.float64)[0].cuda()
         exact = run([t.double() for t in data], slope, "dense", asked)
-        found, formula = run(data, slope, backend, asked), run(data, slope, "dense", asked)
-        for what, one, plain, true in zip(("output", "dQ", "dK", "dV"), found, formula, exact, strict=True):
-            off, allowed = ((t.double() - true).norm() / true.norm() for t in (one, plain))
+        found, references = run(data, slope, backend, asked), [run(data, slope, "dense", asked)]
+        # In float32, which the formula sums more exactly, PyTorch's kernel is what the others are held against.
+        if dtype == torch.float32 and "soft_cap" not in asked:
+            references.append(pytorchs(data, slope, asked))
+        for i, what in enumerate(("output", "dQ", "dK", "dV")):
+            off, *allowed = ((r[i].double() - exact[i]).norm() / exact[i].norm() for r in (found, *references))
             # The formula computes in float32 and rounds once; kernels round the probabilities to the dtype as well.
-            assert off <= allowed + 2 * torch.finfo(dtype).eps, (what, length, off.item(), allowed.item())
+            assert off <= max(allowed) + 2 * torch.finfo(dtype).eps, (what, length, off.item(), allowed)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -1,14 +1,18 @@
 """Flex attention, with lengths, windows and documents that may change without being compiled again."""
 
+import itertools
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
-from torch._dynamo import config as dynamo_config
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import flex_attention
 
 from unsloth_puzzles.attention.backend import Backend
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.own_code import own_code
 
 _TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 
@@ -40,18 +44,18 @@ class Flex(Backend):
             if query.device.type == "cpu":
                 raise ValueError("backend: flex cannot be compiled into a layer on a CPU; sdpa can")
             return _flex(query, key, value, scale, pattern.soft_cap, data)
-        length, compiled = query.shape[-2], _compiled
+        length = query.shape[-2]
         if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag
-            compiled, (query, key, value) = _evaluated, (t.detach() for t in (query, key, value))
+            query, key, value = (t.detach() for t in (query, key, value))
         if key.shape[-2] == 1:  # compiled code takes a size of 1 for a constant
             key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
         if length == 1:
             query = F.pad(query, (0, 0, 0, 1))
         for tensor in (query, key, value):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were;
-        # and a second scale or soft cap would make a variable of it, which flex attention does not take.
-        with fx_config.patch(use_duck_shape=False), dynamo_config.patch(specialize_float=True):
+        # Else sizes that happen to be equal (a length and a number of blocks) are compiled as though they always were.
+        with fx_config.patch(use_duck_shape=False):
+            compiled = _compiled(_configuration(query, key, value), pattern.causal, pattern.soft_cap, scale)
             return compiled(query, key, value, scale, pattern.soft_cap, data)[..., :length, :]
 
 
@@ -71,8 +75,21 @@ def _flex(query, key, value, scale: float | None, soft_cap: float | None, blocks
     )
 
 
-_compiled = torch.compile(_flex, fullgraph=True)
-_evaluated = torch.compile(_flex, fullgraph=True, backend="aot_eager")
+def _configuration(query, *others) -> tuple:
+    """What of the tensors is a constant of compiled code."""
+    sizes = tuple((t.shape[1], t.shape[3], t.requires_grad) for t in (query, *others))
+    return query.device.type, query.dtype, torch.is_grad_enabled(), *sizes
+
+
+@cache
+def _compiled(configuration: tuple, *constants: object) -> Callable:
+    """`_flex` for one configuration: Dynamo allows a function eight, and would make variables of scale and soft cap,
+    which flex attention does not take."""
+    backend = "aot_eager" if configuration[0] == "cpu" else "inductor"
+    return torch.compile(own_code(_flex, f"flex_{next(_numbers)}"), fullgraph=True, backend=backend)
+
+
+_numbers = itertools.count()
 
 
 def _kernel_options(device: torch.device, head_size: int) -> dict | None:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from unsloth_puzzles.backprop import checks
+from unsloth_puzzles.own_code import own_code
 
 _EAGER_PIECES = 8  # an eager function runs on eighths of a chunk: its float32 temporaries are eighths, too
 # Inductor tries block sizes: with rows so long its first guess reads them all from memory again in the second pass.
@@ -174,7 +175,10 @@ class CompiledFunction(EagerFunction):
         key = name, arguments.wanted, fast, logits.shape[-1], device, torch.is_autocast_enabled(device)
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
-            self._compiled[key] = torch.compile(_own_code(program), fullgraph=True, options=options)
+            # By a name of its own, too: another function's vocabulary would make this one's a variable.
+            self._compiled[key] = torch.compile(
+                own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options
+            )
         return self._compiled[key]
 
 
@@ -294,20 +298,6 @@ def _merge(values, wanted, chosen):
 def as_tuple(results) -> tuple:
     """The results of a function that may return one alone."""
     return results if isinstance(results, tuple) else tuple(results) if isinstance(results, list) else (results,)
-
-
-def _own_code(program: partial) -> Callable:
-    """`program` as a function with a code object and a name of its own.
-
-    Dynamo keeps and counts compilations by code object; and by name it remembers which sizes have changed: another
-    function's vocabulary would make this one's a variable, for which Inductor's code is slower.
-    """
-
-    def run(*arguments):
-        return program(*arguments)
-
-    name = f"run_{next(_numbers)}"
-    return types.FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
 
 
 _numbers = itertools.count()

@@ -10,7 +10,6 @@ sources, machine and versions, is not made again.
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import random
@@ -24,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-import unsloth_puzzles
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
+from unsloth_puzzles.bench.source_hash import PACKAGE, source_hash
 from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES
 
 STEPS = 60
@@ -110,13 +109,10 @@ def _identity(content: dict) -> tuple:
 
 def sources() -> str:
     """A hash of the files that a run executes: other code would be another measurement."""
-    folder = Path(unsloth_puzzles.__file__).parent
-    files = [path for part in ("attention", "backprop", "compiled", "nf4") for path in (folder / part).glob("*.py")]
-    digest = hashlib.sha256()
-    of_runs = [folder / "comparisons" / f"{name}.py" for name in ("qlora_steps", "qlora_trainer")]
-    for path in sorted([*files, *of_runs, folder / "bench" / "models.py"]):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    parts = ("attention", "backprop", "compiled", "nf4")
+    names = ("comparisons/qlora_steps.py", "comparisons/qlora_trainer.py", "bench/models.py", "own_code.py")
+    of_parts = (path for part in parts for path in (PACKAGE / part).glob("*.py"))
+    return source_hash([*of_parts, *map(PACKAGE.joinpath, names)])
 
 
 def run(group: list[dict]) -> Iterator[dict]:

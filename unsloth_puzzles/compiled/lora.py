@@ -41,9 +41,7 @@ def _scaled_inside(eager_rounding: bool) -> type:
             return cls.forward(self, x, *args, **kwargs)
         result, shared = self.base_layer(x), self.inside
         autocast = torch.is_autocast_enabled(x.device.type)
-        for name in self.active_adapters:
-            if name not in self.lora_A:
-                continue
+        for name in _active(self):
             if shared is not None and shared[0] is x:
                 inside = shared[1]
             else:
@@ -64,7 +62,7 @@ def add_outside(layer: LoraLayer, name: str, result: torch.Tensor, inside: torch
 
 def plain_adapter(layer: LoraLayer) -> str | None:
     """The name of the one adapter that is plain LoRA and active; None if there is none, more than one, or another."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = _active(layer)
     return names[0] if len(names) == 1 and _is_plain(layer) else None
 
 
@@ -79,8 +77,12 @@ def can_be_inside(layer, x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
 
 
+def _active(layer: LoraLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
 def _is_plain(layer: LoraLayer) -> bool:
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = _active(layer)
     odd = any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in names)
     if getattr(layer, "eager_rounding", False):
         odd = odd or any(math.frexp(layer.scaling[name])[0] != 0.5 for name in names)

@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from types import FunctionType, MethodType
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,7 @@ from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
 from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
+from unsloth_puzzles.own_code import own_code
 
 # Launches and the host's time are what a step can do without. Inductor's check of the sizes of all inputs and results,
 # 125 of them a layer, is a fifth of that time. Combined kernels do what does not depend on one another, such as casting
@@ -238,7 +239,8 @@ class Variants:
         )
         if key not in self._compiled:
             named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
-            self._compiled[key] = _compiled(self.forward, "".join(named), self._options)
+            own = own_code(self.forward, "".join(named))  # other users of the class keep theirs
+            self._compiled[key] = torch.compile(own, fullgraph=True, options=self._options)
         return self._compiled[key](module, hidden_states, *args, **kwargs)
 
     def _adapters(self, module: torch.nn.Module) -> tuple:
@@ -266,16 +268,6 @@ def _kind(mask: Mask | None, length: int) -> tuple | None:
         return None
     parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
     return mask.backend.name, length < mask.backend.splits_at, mask.pattern, tuple(type(part) for part in parts)
-
-
-def _compiled(forward: Callable, name: str, options: dict) -> Callable:
-    """`forward` compiled under a new code object, so that other users of the class keep theirs."""
-
-    def run(module, *args, **kwargs):
-        return forward(module, *args, **kwargs)
-
-    own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, options=options)
 
 
 def _exchange(module: torch.nn.Module, forward: Callable) -> Callable[[], None]:
