@@ -319,14 +319,17 @@ def test_each_adapter_has_a_function_of_its_own(monkeypatch):
 
 
 def test_settings_of_the_process_are_given_back_in_any_order():
-    settings = lambda: (functorch_config.activation_memory_budget, fx_config.use_duck_shape)  # noqa: E731
+    def settings():
+        budget, duck_shape = functorch_config.activation_memory_budget, fx_config.use_duck_shape
+        return budget, duck_shape, torch._C._is_multithreading_enabled()
+
     before, models = settings(), [make_model() for _ in range(3)]
     first, second = (compile_qlora(model, activation_memory_budget=0.5) for model in models[:2])
     with pytest.raises(ValueError, match=r"^activation_memory_budget: is 0\.5 for a model that is compiled already"):
         compile_qlora(models[2])
     assert type(models[2].get_base_model().model.layers[0].mlp).__name__ == "LlamaMLP"
     first.undo()
-    assert settings() == (0.5, False)
+    assert settings() == (0.5, False, False)
     second.undo()
     assert settings() == before
     compile_qlora(models[2]).undo()

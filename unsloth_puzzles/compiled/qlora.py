@@ -26,7 +26,7 @@ from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, i
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
-from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
+from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs, draws
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
@@ -69,7 +69,7 @@ def compile_qlora(
     adapters that have just begun to learn are lost in 16 bits.
 
     Calls with a KV cache (generation) run as before, not compiled. The KV cache is switched off for other calls, with a
-    warning if it was on.
+    warning if it was on. Backward passes that this thread starts run in it until undo.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
@@ -93,7 +93,7 @@ def compile_qlora(
     layers, norm = _parts(causal_lm)
     if any("_old_forward" in vars(module) for module in (*layers, norm)):
         raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
-    if activation_memory_budget < 1 and any(map(_drops, layers)):
+    if activation_memory_budget < 1 and any(draws(layer.modules()) for layer in layers):
         text = (
             f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
         )
@@ -160,6 +160,9 @@ def _settings(activation_memory_budget: float, max_autotune: bool):
         with ExitStack() as stack:
             stack.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
             stack.enter_context(fx_config.patch(use_duck_shape=False))
+            # Autograd has a thread for a GPU, and a step's Python takes 102 to 120 ms of the host's time if the backward
+            # runs there, 94 and steadily so in the thread that calls it (H200, 4 x 64 tokens, with checkpointing).
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             products = stack.enter_context(autotune.triton_competes()) if max_autotune else []
             _shared.update(wanted, products=products, stack=stack.pop_all())
     for name, value in wanted.items():
@@ -172,10 +175,6 @@ def _settings(activation_memory_budget: float, max_autotune: bool):
         _shared["handles"] -= 1
         if _shared["handles"] == 0:
             _shared["stack"].close()
-
-
-def _drops(layer: torch.nn.Module) -> bool:
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in layer.modules())
 
 
 def _set_cache(causal_lm: PreTrainedModel) -> Callable[[], None]:
