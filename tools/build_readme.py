@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tools.address import badges
 from tools.build_notebook import ROOT
+from tools.gpu_tests import package_hash
 from unsloth_puzzles import scorecard
-from unsloth_puzzles.bench.source_hash import source_hash
 from unsloth_puzzles.rubric import FILES, TITLES
 
 # Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
@@ -134,7 +134,7 @@ def gpu_tests(path: Path) -> str:
     counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
     said = [f"- failed: `{name}`" for name in kept["failures"]]
     said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
-    since = "" if kept.get("package") == source_hash() else " The package has changed since."
+    since = "" if kept.get("package") == package_hash() else " The package has changed since."
     return "\n".join([f"{counts}. {_provenance(kept)}{since}", *(["", *said] if said else [])])
 
 
