@@ -160,8 +160,8 @@ def _settings(activation_memory_budget: float, max_autotune: bool):
         with ExitStack() as stack:
             stack.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
             stack.enter_context(fx_config.patch(use_duck_shape=False))
-            # Autograd has a thread for a GPU. With the backward there a step takes 102 to 120 ms of the host's time, in
-            # the thread that calls it 94, and steadily so (H200, 4 x 64 tokens, with checkpointing).
+            # Autograd has a thread for a GPU, and a step's Python takes 102 to 120 ms of the host's time if the backward
+            # runs there, 94 and steadily so in the thread that calls it (H200, 4 x 64 tokens, with checkpointing).
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             products = stack.enter_context(autotune.triton_competes()) if max_autotune else []
             _shared.update(wanted, products=products, stack=stack.pop_all())
