@@ -824,8 +824,8 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 # ### Aimed at, and reached
 #
 # The figures that this section set out to reach on an H200, and what this run measured. How long the host takes to
-# enqueue a call depends on what else the host does: within this notebook it was measured twice, here and in the process
-# beside Unsloth, and the two differ more than what is left to the aim. What the others take varies alike.
+# enqueue a call depends on what else the host does, so it was measured twice within this notebook, here and in the
+# process beside Unsloth. On a busier host all of them take longer, ours and the others.
 
 # %%
 AIMS = [  # metric, case, at least (positive) or at most (negative)

@@ -42,7 +42,8 @@
 # - **The host does not wait for the GPU** where it need not. transformers searches the positions of each batch for
 #   packed documents, also positions that it has made itself, and waits for the answer. A batch that comes without mask
 #   and positions is told to have neither padding nor documents, so that the host can run ahead into the next step. A
-#   mask or positions that are given have to be looked at, by transformers and here: once a batch.
+#   mask or positions that are given have to be looked at, by transformers and here: once a batch. And the backward's
+#   Python runs in the thread that calls it, not in autograd's own for the GPU, where it takes a tenth longer and more.
 # - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
 #   in 16 bits, too, the loss is the uncompiled model's.
 #
@@ -588,8 +589,7 @@ else:
 # compiled run rounds where eager mode rounds, so it should differ from them no more than they among themselves, twice
 # that at most. It is the default that was timed above but for its attention, "flash", since cuDNN's plans anew for each
 # length. A rehearsal of a T4 is compared likewise: twelve steps of 2 x 1024 tokens in float16, SDPA, 15 GiB of memory,
-# and two uncompiled runs. In the figure below the steps that compile lie above the pane of times. So does the third
-# one, with the first length that is no multiple of 16, probably since Triton compiles its kernels for those apart.
+# and two uncompiled runs. In the figure below the steps that compile lie above the pane of times.
 #
 # Compiled code could also round once where eager mode rounds several times (`eager_rounding=False`), and in bfloat16
 # that shows. LoRA's B begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's
@@ -727,6 +727,8 @@ else:
 # - A mask with padding between real tokens is refused, and so is packing told by `cu_seq_lens_q` without position ids.
 # - Dropout in the adapters sets `activation_memory_budget` to 1.0, aloud: below that the compiler may draw a dropout
 #   again for the backward, and otherwise.
+# - A copy that is made of a compiled model (`copy.deepcopy`) cannot be undone: undo first, copy then. With labels and
+#   `return_dict=False` a call returns the loss alone, the logits having never been made.
 # - Nothing of this ran on a T4. The rehearsal is an H200 that was allowed 15 GiB.
 
 # %% [markdown]
