@@ -24,8 +24,9 @@
 # - **One function for all layers.** Weights, adapters and quantisation states are inputs of the graph, so that sixteen
 #   layers, and their recomputation under gradient checkpointing, run one graph. The first layer has one of its own: its
 #   input, the embeddings, wants no gradient. What else is no number (gradients or not, the kind of mask) has a function
-#   of its own, too. One reason to compile *again* is left: an evaluation of a few rows, for which bitsandbytes' fused
-#   kernel is the faster one.
+#   of its own, too. One reason to compile *again* is left: a forward without gradients of so few rows (below 3 on
+#   sm_90, below 64 elsewhere) that bitsandbytes' fused kernel is the faster one, in an evaluation or under
+#   checkpointing.
 # - **Lengths are variables** from the first compilation on: batch and length are marked dynamic, and nothing in the
 #   graph compares them with another size that happens to be equal (`use_duck_shape`).
 # - **Masks are tensors.** Flex attention's block indices are found by comparing the first and last position, and the
@@ -187,14 +188,17 @@ display(Markdown(backend_table(DEVICE)))
 
 # %% [markdown]
 # "No" is what this interface does not offer, which may be less than the library behind a backend could do. A scale and
-# grouped queries all of them know.
+# grouped queries all of them know; xformers, and SDPA with a mask, are given keys and values repeated for each query
+# head. By default SDPA is taken where its flag for causal masks says all; else flash, flex, xformers, SDPA, in this
+# order, whichever can, and below sm_80, on a T4, xformers and SDPA (in compiled layers SDPA) before flex.
 #
 # ### Check 1: every backend against float64
 #
 # Forward and, on a GPU, backward; each request on each backend that can do it. A backend's error may be no larger than
 # that of the formula computed in float32 on the same 16-bit inputs plus two roundings of its dtype, since kernels round
 # the probabilities and the output, too; in the gradients of query and key also two roundings of the term that a softmax
-# subtracts, which cancels where a query sees few keys. What a backend cannot do it must refuse.
+# subtracts, which cancels where a query sees few keys. What a backend cannot do it must refuse: the soft cap, by all
+# but flex and the formula, which is one check more; all else is compared.
 
 # %%
 REQUESTS = {
@@ -333,10 +337,13 @@ judge(issues, "flex, packed sequences", checks["packed"])
 # ### Check 3: a training run, counted
 #
 # `transformers.Trainer` over the 4-bit model with adapters, 60 steps, every batch of another length. Graph breaks,
-# graphs and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
-# apart, batches that pack two documents into a row (another kind of mask) and an evaluation (no gradients): new
-# functions, each compiled once. The run is in float32, where packed batches go to flex attention and have a function
-# for short queries and one for all others; in 16 bits flash attention takes them, with one.
+# graphs (a row each of the tables) and reasons are Dynamo's own; compilations are those of Inductor, forward and
+# backward. Afterwards, counted apart, batches that pack two documents into a row (another kind of mask) and an
+# evaluation (no gradients): new functions, each compiled once. To Dynamo a new function is no recompilation and has no
+# reason; its compilations count here like all others. The run is in float32, where packed batches go to flex attention
+# and have a function for short queries and one for all others; in 16 bits flash attention takes them, with one.
+# Gradient accumulation, saved and loaded adapters, undoing, and TRL's SFTTrainer are not run here but by the tests of
+# `tests/compiled`.
 #
 # This and the runs further below have processes of their own. In a checkout a script has made them before
 # (`make sweeps`), and what is shown says on what hardware and when; else they are made here, fewer and smaller. Those
@@ -468,8 +475,8 @@ for case in qlora_sweeps.CHECKPOINTING if GPU and HERE else ():
 # %% [markdown]
 # **Where the time goes**: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of
 # products and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step
-# takes beyond the sum of all else is a GPU that waits: two to four microseconds from a kernel to the next, on the
-# average, longer for a slow host.
+# takes beyond the sum of all else is a GPU that waits: in compiled runs two to four microseconds from a kernel to the
+# next, on the average.
 
 # %%
 COPIES = "copies to and from the host"
@@ -543,11 +550,11 @@ else:
 # ### max-autotune: Triton's products against cuBLAS's
 #
 # The same with `max_autotune=True`: every product in the layers is benchmarked at the first batch's lengths, Triton's
-# tiles against cuBLAS. On an H200 the wide products stay with cuBLAS, and most of LoRA's narrow ones, which only move
-# memory, become Triton's, with what follows them (scaling, addition) in the same kernel. A step gains next to nothing
-# by it here, for several times as much compiling. Triton competes on GPUs with few multiprocessors, too, where Inductor
-# would not let it; below sm_80, without Triton's tensor cores, for the narrow products alone. A second run has sixty
-# lengths: none is benchmarked or compiled for anew.
+# tiles against cuBLAS. On an H200 nearly all wide products stay with cuBLAS, and most of LoRA's narrow ones, which move
+# memory only, become Triton's, with what follows them (scaling, addition) in the same kernel. A step gains next to
+# nothing by it here, for several times as much compiling. Triton competes on GPUs with few multiprocessors, too, where
+# Inductor would not let it; below sm_80, without Triton's tensor cores, for the narrow products alone. A second run has
+# sixty lengths: none is benchmarked or compiled for anew.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -674,9 +681,10 @@ else:
 # ### Aimed at, and reached
 #
 # Set before it was measured, for an H200; Unsloth 2026.10.9 takes 109.5 ms and 9.6 GiB without, 148.4 ms and 2.4 GiB
-# with checkpointing by an earlier measurement on another H200, which is no comparison in one run. The ratios of times
-# owe something to the host of this run, on which the uncompiled steps were slow and spread widely. What the GPU works,
-# two columns of the table "where the time goes", owes nothing to it: there, too, both ratios are above 1.6.
+# with checkpointing by an earlier measurement on another H200, which is no comparison in one run. The ratios of times,
+# and the steps after which compiling has paid for itself, owe something to the host of this run, on which the
+# uncompiled steps were slow and spread widely. What the GPU works ("busy without these copies" in the table "where the
+# time goes") owes nothing to it: there, too, both ratios are above 1.6.
 
 # %%
 FULL = "4 x 2048, bfloat16"
@@ -715,15 +723,16 @@ else:
 #   flex attention four.
 # - On a GPU below sm_80 Triton has no tensor cores for flex attention: there flex is taken only where it is asked for,
 #   or where nothing else knows what is asked (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16
-#   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes =
-#   32 KiB of the 64 KiB that a T4's multiprocessor has; larger heads have tiles of 16 x 16. That is arithmetic:
-#   Inductor writes flex's code for the GPU that is there, so that it could not be compiled for a T4 here.
+#   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes = 32
+#   KiB of the 64 KiB that a T4's multiprocessor has; larger heads have tiles of 16 x 16. That is arithmetic: Inductor
+#   writes flex's code for the GPU that is there, so that it could not be compiled for a T4 here. In float32 it is twice
+#   as much, which at a head size of 128 leaves nothing for all else: there SDPA is the one to take.
 # - With gradient checkpointing the layers' inputs, but for the last one's, wait in pinned memory of the host, which
 #   must have room for them: the column of the table above.
 # - A loop that reads each loss waits for the GPU once a step, and so does transformers' `Trainer` unless it is told not
 #   to look for NaN (`logging_nan_inf_filter=False`). Such steps begin on a GPU that has nothing to do.
 # - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
-#   each: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
+#   each and more: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
 # - A mask with padding between real tokens is refused, and so is packing told by `cu_seq_lens_q` without position ids.
 # - Dropout in the adapters sets `activation_memory_budget` to 1.0, aloud: below that the compiler may draw a dropout
 #   again for the backward, and otherwise.

@@ -18,9 +18,11 @@ REQUESTS = {
     "packed": {"documents": True},
     "packed, bidirectional": {"documents": True, "causal": False},
     "packed with a window": {"documents": True, "window": 5},
+    "scale": {"scale": 0.4},
     "soft cap": {"soft_cap": 1.5, "scale": 0.4},
     "everything": {"documents": True, "window": 5, "soft_cap": 1.5, "scale": 0.4},
 }
+REFUSED = {name: ("soft cap", "everything") for name in ("flash", "xformers", "sdpa")} | {"flex": (), "dense": ()}
 HERE = ("flex", "sdpa", "dense")
 
 
@@ -46,20 +48,13 @@ def request(name, length):
     return asked
 
 
-def can(backend, name, q_length, length, gradients=False):
-    asked = request(name, length)
-    batch = make_batch(length, q_length, documents=asked.get("documents"), gradients=gradients)
-    pattern = Pattern(asked.get("causal", True), asked.get("window"), asked.get("soft_cap"))
-    return BACKENDS[backend].refuses(pattern, batch) is None
-
-
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("length, q_length", [(1, 1), (8, 8), (40, 40), (33, 1), (33, 12)])
 def test_forward_is_the_definition(name, backend, length, q_length):
     data = draw(length, q_length)
     asked = request(name, length)
-    if not can(backend, name, q_length, length):
+    if name in REFUSED[backend]:
         with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do .*dense.* can$"):
             attention(*data, backend=backend, **asked)
         return
@@ -68,12 +63,12 @@ def test_forward_is_the_definition(name, backend, length, q_length):
     assert (found - exact).norm() <= 5e-7 * exact.norm()
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "dense"])
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(
+    "name, backend",
+    [(name, backend) for name in REQUESTS for backend in ("sdpa", "dense") if name not in REFUSED[backend]],
+)
 def test_gradients_are_those_of_the_definition(name, backend):
     length, asked = 23, request(name, 23)
-    if not can(backend, name, length, length, gradients=True):
-        pytest.skip(f"{backend} cannot do {name}: refused, as the test of the forward shows")
     data = [t.requires_grad_() for t in draw(length, dtype=torch.float64)]
     slope = draw(length, seed=3, dtype=torch.float64)[0]
     found = torch.autograd.grad(attention(*data, backend=backend, **asked), data, slope)
@@ -101,7 +96,8 @@ def test_the_automatic_choice_is_the_first_that_can():
 
 
 def test_the_table_says_what_each_backend_accepts():
-    """A column at a time: what it claims is what it refuses or not."""
+    """A column at a time: what it claims is what it refuses or not. What it does not refuse it gives, as other tests
+    show: here those above, on a GPU all backends'."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     documents = draw_documents(8, 0.3)
     asks = {
@@ -114,6 +110,14 @@ def test_the_table_says_what_each_backend_accepts():
         "gradients on a CPU": (Pattern(), {"device": cpu, "gradients": True}),
     }
     assert {*asks, "fullgraph"} == set(FEATURES)
+    everything = set(FEATURES)
+    assert {name: everything - backend.features for name, backend in BACKENDS.items()} == {
+        "flash": {"soft cap", "cache", "float32", "without a GPU", "gradients on a CPU"},
+        "flex": {"gradients on a CPU"},
+        "xformers": {"soft cap", "cache", "without a GPU", "gradients on a CPU", "fullgraph"},
+        "sdpa": {"soft cap"},
+        "dense": set(),
+    }
     for backend in BACKENDS.values():
         for feature, (pattern, options) in asks.items():
             batch = make_batch(8, **{"dtype": torch.float16, **options})

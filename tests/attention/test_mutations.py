@@ -26,6 +26,8 @@ MUTATIONS = {
     ),
     "causal flag dropped": mutation("sdpa.py", "is_causal=causal", "is_causal=False",
                                     "test_interface.py::test_forward_is_the_definition[40-40-causal-sdpa]"),
+    "scale dropped": mutation("sdpa.py", "scale=scale", "scale=None",
+                              "test_interface.py::test_forward_is_the_definition[40-40-scale-sdpa]"),
     "padding seen": mutation(
         "models.py", "or not (real[:, 1:] <= real[:, :-1]).all()", "or False",
         "test_models.py::test_the_logits_are_those_of_transformers[Llama-padded on the left-auto]",

@@ -7,7 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.attention.conftest import draw
 from unsloth_puzzles.attention import xformers
+from unsloth_puzzles.attention.pattern import Pattern
 from unsloth_puzzles.attention.xformers import Xformers, _not_loaded
 
 
@@ -40,6 +42,21 @@ def install(monkeypatch):
 
     yield installed
     _not_loaded.cache_clear()
+
+
+def test_it_is_given_scale_mask_and_as_many_heads_of_keys(install, monkeypatch):
+    install(built=True)
+    given, ops = [], ModuleType("xformers.ops")
+
+    def memory_efficient_attention(query, key, value, **named):
+        given.append((key.shape, value.shape, named))
+        return query
+
+    ops.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    query, key, value = draw(9)
+    assert torch.equal(Xformers().run(query, key, value, Pattern(), "the mask", 0.4), query)
+    assert given == [((1, 18, 4, 16), (1, 18, 4, 16), {"attn_bias": "the mask", "scale": 0.4})]
 
 
 def test_a_built_extension_is_used_and_cuda_12s_runtime_loaded_before(install):
