@@ -19,7 +19,7 @@ from unsloth_puzzles.attention.pattern import Pattern
 from unsloth_puzzles.compiled.count import count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-LENGTHS = (300, 17, 2, 128, 129, 1000, 64, 511, 256, 700)
+LENGTHS = (300, 17, 2, 128, 129, 64, 511, 256)
 
 
 class Graphs:
@@ -78,17 +78,9 @@ def test_the_interface_compiles_once_too():
 
 
 def test_scales_and_soft_caps_are_constants():
-    """A second one is compiled for, and a third, without becoming a variable, which flex attention cannot take."""
-    for number in (0.5, 1.5, 2.5):
+    """Each is compiled for, without becoming a variable, which flex attention cannot take; more than the eight that
+    Dynamo allows one function."""
+    for number in (n + 0.5 for n in range(9)):
         data, options = draw(40), {"scale": number, "soft_cap": 2 * number}
         found, exact = (attention(*data, backend=backend, **options) for backend in ("flex", "dense"))
         assert (found - exact).norm() <= 1e-6 * exact.norm()
-
-
-def test_more_than_eight_configurations():
-    """Which Dynamo does not allow a function."""
-    for size in (1, 2):
-        for heads in range(1, 12):
-            data = draw(40, size=size, heads=heads, kv_heads=1)
-            found, exact = (attention(*data, backend=backend) for backend in ("flex", "dense"))
-            assert (found - exact).norm() <= 1e-6 * exact.norm()
