@@ -21,7 +21,6 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK, badges
-from tools.comments import without_comments
 
 ROOT = Path(__file__).resolve().parent.parent
 # In the order in which they need one another: C compiles the loss of E.
@@ -62,10 +61,10 @@ def keep_outputs(built: NotebookNode, executed: NotebookNode) -> bool:
     """Copy the outputs of ``executed`` into ``built``; False, and nothing copied, when any code cell differs.
 
     All or nothing: an output depends on every cell before it, so a changed cell makes the rest a claim about code
-    that never ran. Prose may change freely, and so may a comment that leaves the code in its lines.
+    that never ran. Prose may change freely.
     """
     ours, theirs = _code(built), _code(executed)
-    if [without_comments(cell.source) for cell in ours] != [without_comments(cell.source) for cell in theirs]:
+    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
         return False
     for mine, other in zip(ours, theirs, strict=True):
         mine.outputs, mine.execution_count = other.outputs, other.execution_count

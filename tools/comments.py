@@ -1,4 +1,4 @@
-"""Comments of Python: what a run cannot depend on, so that one may be mended after it."""
+"""Python without its comments: of them no result depends."""
 
 import io
 import tokenize

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.attention.conftest import draw, draw_documents
+from tests.attention.conftest import draw, draw_documents, make_batch
 from tests.attention.test_interface import REFUSED, REQUESTS, request
 from unsloth_puzzles.attention import BACKENDS, attention
-from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+from unsloth_puzzles.attention.pattern import Pattern, dense_mask
 from unsloth_puzzles.compiled.count import count_compilations
 
 pytestmark = pytest.mark.gpu
@@ -28,9 +28,8 @@ def run_function(function, data, slope):
 def pytorchs(data, slope, asked):
     """PyTorch's own attention, given the mask in full."""
     pattern = Pattern(asked.get("causal", True), asked.get("window"))
-    size, heads, length, head_size = data[0].shape
-    batch = Batch(size, length, length, heads, heads, head_size, data[0].dtype, data[0].device, asked.get("documents"))
-    mask = dense_mask(pattern, batch)
+    heads, length = data[0].shape[1:3]
+    mask = dense_mask(pattern, make_batch(length, documents=asked.get("documents"), device=data[0].device))
 
     def function(query, key, value):
         key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))

@@ -1,3 +1,5 @@
+"""Code that differs in a name or a byte is other code."""
+
 from pathlib import Path
 
 from unsloth_puzzles.bench.source_hash import source_hash
