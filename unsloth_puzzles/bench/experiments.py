@@ -1,0 +1,121 @@
+"""One policy for everything that a notebook tries: record it, name what failed, go on.
+
+`watch()` applies it to every later cell. An exception is printed as `FAILED: <reason>` and kept in `failures`; the cell
+ends, what it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell that has
+printed nothing for 25 seconds says that it is at work.
+"""
+
+import gc
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+
+import torch
+
+from unsloth_puzzles.bench.record import Measurements
+
+QUIET_SECONDS = 25.0
+
+failures: list[tuple[str, str]] = []  # (the cell's first line of code, the reason), in the order of the run
+
+
+def watch(quiet_seconds: float = QUIET_SECONDS) -> None:
+    """Apply the policy to the cells that follow in this IPython shell. A second call changes nothing.
+
+    Raises RuntimeError outside of IPython.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("watch: needs an IPython shell, and there is none here")
+    if not hasattr(shell, "_unsloth_puzzles_watch"):
+        shell._unsloth_puzzles_watch = _Watch(shell, quiet_seconds)
+
+
+def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> bool:
+    """Record the share of the named `checks` that hold under the metric "checks_passed", and print the names.
+
+    Returns whether all hold. Raises ValueError if there are none: what was not checked has not passed.
+    """
+    if not checks:
+        raise ValueError(f"checks must not be empty, got none for {case!r}")
+    failed = [name for name, good in checks.items() if not good]
+    results.add("checks_passed", case, (len(checks) - len(failed)) / len(checks), "fraction")
+    print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed", *failed, sep="\n  FAILED: ")
+    return not failed
+
+
+def report() -> str:
+    """Every experiment that failed, a Markdown line each."""
+    if not failures:
+        return "Experiments that failed: none."
+    return "\n".join(["Experiments that failed:", "", *(f"- `{cell}`: {reason}" for cell, reason in failures)])
+
+
+def free_memory() -> None:
+    """Give back to the GPU what no object holds any more; the frames of the last error hold objects, too."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            setattr(sys, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Watch:
+    """The hooks in an IPython shell."""
+
+    def __init__(self, shell, quiet_seconds: float):
+        self.shell, self.quiet_seconds = shell, quiet_seconds
+        self.cell, self.names, self.timer = "", frozenset(), None
+        shell.events.register("pre_run_cell", self.before)
+        shell.events.register("post_run_cell", self.after)
+        shell.set_custom_exc((Exception,), self.failed)
+
+    def before(self, info) -> None:
+        source = getattr(info, "raw_cell", "") or ""
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith(("#", "import", "from"))]
+        self.cell = lines[0].strip()[:80] if lines else ""
+        self.names = frozenset(self.shell.user_ns)
+        self.timer = _Heartbeat(self.quiet_seconds) if self.quiet_seconds else None
+
+    def after(self, result) -> None:
+        if self.timer is not None:
+            self.timer.stop()
+            self.timer = None
+        if isinstance(result.error_in_exec, Exception):
+            result.error_in_exec = None  # said, and recorded: the notebook goes on
+            free_memory()
+
+    def failed(self, shell, kind, error, trace, tb_offset=None) -> None:
+        """Called by IPython in place of its traceback."""
+        frames = traceback.extract_tb(trace)
+        where = next((f"{frame.filename}:{frame.lineno}" for frame in reversed(frames)), "")
+        reason = f"{kind.__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        print(f"FAILED: {self.cell}\n  {reason}\n  at {where}; the run goes on")
+        failures.append((self.cell, reason))
+        traceback.clear_frames(trace)
+        for name in set(shell.user_ns) - self.names:  # what a failed cell has made half, nobody may take for whole
+            if not name.startswith("_"):
+                del shell.user_ns[name]
+
+
+class _Heartbeat:
+    """Says every `seconds` that the cell is at work, from a thread, until it is stopped."""
+
+    def __init__(self, seconds: float):
+        self._done, self._seconds = threading.Event(), seconds
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._done.wait(self._seconds):
+            print(f"... at work for {time.monotonic() - start:.0f} s", flush=True)
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
