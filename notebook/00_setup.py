@@ -19,8 +19,8 @@
 # %% [markdown]
 # ## Set-up
 #
-# Install what is missing or too old. torch and triton stay as the machine has them, and so does every package that is
-# new enough; with nothing missing no connection is made.
+# Install what is missing or known not to work. torch and triton stay as the machine has them, and so does every package
+# that is new enough; with nothing missing no connection is made.
 
 # %%
 import importlib
@@ -39,12 +39,13 @@ PINNED = {
     "numpy": "2.4.6",
     "matplotlib": "3.11.2",
 }
-BASELINES = {  # other people's kernels, timed beside ours on a GPU; whichever cannot be had is left out by name
+FOR_GPUS = {  # a backend of attention, and other people's kernels to time beside ours; each is left out if it must be
+    "xformers": "0.0.35",
     "liger-kernel": "0.8.5",
     "cut-cross-entropy": "25.1.1",
 }
-OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 10), "datasets": (4, 7)}
-OLDEST["numpy"] = (2, 0)
+OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 10), "numpy": (2, 0)}
+OLDEST["datasets"] = (4, 7)  # what TRL 1.16 asks for; Colab has 4.0
 
 
 def installed(package):
@@ -67,28 +68,41 @@ def is_fit(package):
 
 
 def install(*requirements):
-    """pip's error, or nothing."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *requirements]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Run pip, show what it collects, and return whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", *requirements]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        for line in pip.stdout:
+            lines.append(line.strip())
+            if line.startswith("Collecting"):
+                print(line.strip(), flush=True)
     importlib.invalidate_caches()
-    return done.stderr if done.returncode else ""
+    if pip.returncode:
+        print("FAILED: pip install", *requirements, *lines[-3:], sep="\n  ")
+    return pip.returncode == 0
 
 
 assert installed("torch") and installed("triton"), "torch and triton must be there: choose a GPU runtime"
+before = {package: installed(package) for package in PINNED}
 missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_fit(package)]
-error = install(*missing) if missing else ""
-assert not error, error
+done = missing if missing and install(*missing) else []
 if shutil.which("nvidia-smi"):
-    for package, version in BASELINES.items():
-        if not installed(package) and not install("--no-deps", f"{package}=={version}"):
-            missing.append(f"{package}=={version}")
-print("installed:", " ".join(missing) if missing else "nothing, all is there")
-for package, version in (PINNED | BASELINES).items():
-    if installed(package) not in (version, None):
-        print(f"kept: {package} {installed(package)}; pinned: {version}")
+    alone = [f"{package}=={version}" for package, version in FOR_GPUS.items() if not installed(package)]
+    if "+cu12" not in installed("torch") and not installed("nvidia-cuda-runtime-cu12"):
+        alone.append("nvidia-cuda-runtime-cu12==12.8.90")  # what the wheel of xformers is linked with
+    done += [requirement for requirement in alone if install("--no-deps", requirement)]
+print("installed:", " ".join(done) if done else "nothing, all is there")
+for package, version in (PINNED | FOR_GPUS).items():
+    now, was = installed(package), before.get(package)
+    if was not in (None, now):
+        oldest = ".".join(map(str, OLDEST.get(package, release(version))))
+        print(f"replaced: {package} {was} by {now}; {oldest} or newer is needed")
+    elif now not in (version, None):
+        print(f"kept: {package} {now}; pinned: {version}")
 
 # %% [markdown]
-# Without a GPU the kernels run in Triton's interpreter, which has to be said before triton is imported.
+# This kernel sees one GPU, also where there are two, so that no trainer spreads a model over both. Without a GPU the
+# kernels run in Triton's interpreter. Both have to be said before torch and triton are imported.
 
 # %%
 import logging
@@ -96,6 +110,9 @@ import os
 import random
 import warnings
 from pathlib import Path
+
+ALL_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for programs that take more than one
+os.environ["CUDA_VISIBLE_DEVICES"] = (ALL_GPUS if ALL_GPUS is not None else "0").split(",")[0]
 
 import torch
 from IPython.display import Markdown, display
@@ -140,6 +157,15 @@ import unsloth_puzzles
 written = (Path.cwd() / "unsloth_puzzles").resolve()
 assert Path(unsloth_puzzles.__file__).resolve().parent == written, "another unsloth_puzzles was imported"
 print("unsloth_puzzles is the copy that this notebook wrote")
+
+# %% [markdown]
+# From here on an experiment that raises an error is printed as `FAILED` with its reason and listed at the end, and the
+# run goes on: nothing that was not measured counts as passed. A cell that takes long says so.
+
+# %%
+from unsloth_puzzles.bench import experiments
+
+experiments.watch()
 
 # %% [markdown]
 # One probe decides the sizes and what can run. Its copy bandwidth and matmul rates are measured here, on this machine:

@@ -8,6 +8,14 @@
 display(Markdown(section.summary()))
 
 # %% [markdown]
+# What raised an error in this run:
+
+# %% tags=["report"]
+from unsloth_puzzles.bench import experiments
+
+display(Markdown(experiments.report()))
+
+# %% [markdown]
 # ## Scorecard
 #
 # Computed from the measurement files that this run wrote to `resources/measurements/`; no value is typed in. A

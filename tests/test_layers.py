@@ -1,4 +1,4 @@
-"""Who may import whom: a solution stands on its own but for `own_code`, and `bench` on no solution."""
+"""Who may import whom: a solution stands on its own but for `device` and `own_code`, and `bench` on no solution."""
 
 import ast
 from importlib.util import resolve_name
@@ -24,20 +24,30 @@ def imported(folder: str) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["bench", "nf4"])
 def test_imports_nothing_else_of_the_package(folder):
-    assert imported(folder) == {folder}
+    assert imported(folder) == {folder, "device"}
 
 
 @pytest.mark.parametrize("folder", ["backprop", "attention"])
 def test_what_is_compiled_has_its_own_code(folder):
-    assert imported(folder) == {folder, "own_code"}
+    assert imported(folder) == {folder, "device", "own_code"}
 
 
-def test_own_code_stands_alone():
-    assert imported("own_code.py") == set()
+@pytest.mark.parametrize("leaf", ["own_code.py", "device.py"])
+def test_a_leaf_stands_alone(leaf):
+    assert imported(leaf) == set()
+
+
+def test_no_module_but_device_asks_pytorch_for_the_capability():
+    asking = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "get_device_capability" in path.read_text()
+    }
+    assert asking == {"device.py"}
 
 
 def test_compiled_stands_on_the_solutions_that_it_compiles():
-    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "own_code"}
+    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "own_code"}
 
 
 def test_comparisons_stand_on_all_of_them():

@@ -44,6 +44,9 @@ FILES = {  # in resources/measurements/
 }
 MOST_COMPILATIONS = 30  # more is "excessive recompilation"
 LARGEST_LOSS_DIFFERENCE = 1e-3  # at any step, between two runs that should train alike
+LARGEST_FLOAT32_DIFFERENCE = 1e-4  # of the loss at any step, compiled and uncompiled, in float32
+LARGEST_RATIO = 2  # in 16 bits: that difference over the largest one among uncompiled runs
+LARGEST_GRADIENT_NORM_DIFFERENCE = 1e-4  # relative, at any step
 LEAST_REWARD_RISE = 0.1  # last ten steps' mean over the first ten's, of a reward from 0 to 1
 
 
@@ -65,6 +68,12 @@ def _compiled(case: str) -> Condition:
 
 def _same_loss(case: str) -> Condition:
     return Condition("loss_difference", case, "<=", LARGEST_LOSS_DIFFERENCE)
+
+
+def _compiled_part(part: str) -> tuple[Condition, ...]:
+    """Of a part of the model in the counted run: no break, the operators that were expected, the uncompiled loss."""
+    same = Condition("loss_difference", "compiled, float32", "<=", LARGEST_FLOAT32_DIFFERENCE)
+    return _compiled(part), _works(f"operators, {part}"), same
 
 
 def _works(case: str) -> Condition:
@@ -150,28 +159,35 @@ C = (
         "C",
         "flex attention, and it works for dynamic sequence lengths (static only 1)",
         (
-            _if(3, _works("flex, static lengths"), _works("flex, dynamic lengths"), _compilations("flex", "<=")),
+            _if(
+                3,
+                *(_works(f"flex, {what}") for what in ("static lengths", "dynamic lengths", "a Trainer run")),
+                _compilations("flex", "<="),
+            ),
             _if(1, _works("flex, static lengths")),
         ),
     ),
     Criterion(
         "C",
         "bitsandbytes compiled, or the kernel of A used (neither -2)",
-        (_if(1, _compiled("4-bit linear")),),
+        (_if(1, *_compiled_part("4-bit linear")),),
         otherwise=-2,
     ),
     Criterion(
         "C",
         "attention compiled without excessive recompilation (with -3)",
-        (_if(2, _compiled("attention"), _compilations("attention", "<=")), _if(-3, _compilations("attention", ">"))),
+        (
+            _if(2, *_compiled_part("attention"), _compilations("attention", "<=")),
+            _if(-3, _compilations("attention", ">")),
+        ),
     ),
     Criterion(
         "C",
         "MLP compiled (excessive recompilation -3)",
-        (_if(1, _compiled("MLP"), _compilations("MLP", "<=")), _if(-3, _compilations("MLP", ">"))),
+        (_if(1, *_compiled_part("MLP"), _compilations("MLP", "<=")), _if(-3, _compilations("MLP", ">"))),
     ),
-    Criterion("C", "loss compiled (else -1)", (_if(0, _compiled("loss")),), otherwise=-1),
-    Criterion("C", "layer norms compiled (else -3)", (_if(0, _compiled("layer norms")),), otherwise=-3),
+    Criterion("C", "loss compiled (else -1)", (_if(0, *_compiled_part("loss")),), otherwise=-1),
+    Criterion("C", "layer norms compiled (else -3)", (_if(0, *_compiled_part("layer norms")),), otherwise=-3),
     Criterion(
         "C",
         "max-autotune Triton matmul without excessive recompilation (with -2)",
@@ -179,6 +195,8 @@ C = (
             _if(
                 2,
                 Condition("triton_matmuls", "max-autotune", ">=", 1),
+                Condition("graph_breaks", "max-autotune", "==", 0),
+                Condition("loss_difference_ratio", "max-autotune", "<=", LARGEST_RATIO),
                 _compilations("max-autotune", "<="),
             ),
             _if(-2, _compilations("max-autotune", ">")),
@@ -244,6 +262,13 @@ E = (
             _if(
                 1,
                 Condition("loss_curve_max_abs_difference", "Llama 1B", "<=", LARGEST_LOSS_DIFFERENCE),
+                Condition(
+                    "loss_curve_gradient_norm_difference", "Llama 1B", "<=", LARGEST_GRADIENT_NORM_DIFFERENCE
+                ),
+                *(
+                    Condition("planted_fault_difference", fault, ">", LARGEST_LOSS_DIFFERENCE)
+                    for fault in ("gradients x 1.01", "a mean per chunk")
+                ),
                 _works("Llama 1B learns"),
             ),
         ),

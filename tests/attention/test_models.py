@@ -19,6 +19,7 @@ from transformers import (
 
 from unsloth_puzzles.attention import BACKENDS, flex
 from unsloth_puzzles.attention.models import NAME, attention_forward, implementation, make_mask, register
+from unsloth_puzzles.attention.pattern import Batch, Pattern
 
 NAMES = register()
 SMALL = {
@@ -184,14 +185,20 @@ def test_documents_told_by_lengths_alone_are_refused():
     assert torch.equal(model(ids(), **packed, **lengths).logits, model(ids(), **packed).logits)
 
 
-@pytest.mark.parametrize("head_size", [16, 64, 128, 256])
-def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    tiles = flex._kernel_options(torch.device("cuda"), head_size)
+@pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size, dtype):
+    batch = Batch(2, 8, 8, 4, 2, head_size, dtype, torch.device("cuda"))
+    monkeypatch.setattr(flex, "capability", lambda device: 75)
+    if (head_size, dtype) == (256, torch.float32):  # 16 rows of it are too many
+        assert "shared memory" in BACKENDS["flex"].refuses(Pattern(), batch)
+        return
+    tiles = flex.kernel_options(batch)
     assert all(tiles[name] >= 16 for name in flex._TILES)  # the least that `tl.dot` multiplies
-    assert max(tiles[name] for name in flex._TILES) * 4 * head_size * 2 <= 32 * 1024
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert not set(flex._TILES) & set(flex._kernel_options(torch.device("cuda"), head_size))
+    assert max(tiles[name] for name in flex._TILES) * 4 * head_size * dtype.itemsize <= 32 * 1024
+    assert (tiles["num_stages"], tiles["num_warps"]) == (1, 4)
+    monkeypatch.setattr(flex, "capability", lambda device: 90)
+    assert flex.kernel_options(batch) == {"BACKEND": "TRITON"}
 
 
 def test_a_static_cache_is_refused():

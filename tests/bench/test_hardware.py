@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from unsloth_puzzles import device
 from unsloth_puzzles.bench import hardware
 from unsloth_puzzles.bench.hardware import Hardware, MeasuringError, copy_kernel, probe, versions
 
@@ -26,7 +27,7 @@ def plugged_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.delenv(hardware.REHEARSAL, raising=False)
+    monkeypatch.delenv(device.REHEARSAL, raising=False)
     return properties, fractions
 
 
@@ -45,22 +46,22 @@ def test_native_bf16_begins_with_sm_80(plugged_in, major, minor, native):
 
 
 def test_rehearsal_takes_away_what_a_t4_lacks(plugged_in, monkeypatch):
-    monkeypatch.setenv(hardware.REHEARSAL, "T4")
+    monkeypatch.setenv(device.REHEARSAL, "T4")
     found = probe(measure=False)
-    assert (found.count, found.memory_gib, found.bf16, found.rehearsal) == (1, 15.0, False, True)
-    assert plugged_in[1] == [15 / 140]
+    assert (found.count, found.memory_gib, found.bf16, found.rehearsal) == (1, 14.5, False, True)
+    assert plugged_in[1] == [pytest.approx(13.9 / 140)]
     assert "REHEARSING A T4" in found.describe()
 
 
 def test_rehearsal_on_a_smaller_gpu_leaves_its_memory_alone(plugged_in, monkeypatch):
-    monkeypatch.setenv(hardware.REHEARSAL, "T4")
+    monkeypatch.setenv(device.REHEARSAL, "T4")
     plugged_in[0].total_memory = 12 * 2**30
     assert (probe(measure=False).memory_gib, plugged_in[1]) == (12.0, [])
 
 
 def test_only_a_t4_can_be_rehearsed(monkeypatch):
-    monkeypatch.setenv(hardware.REHEARSAL, "H100")
-    with pytest.raises(ValueError, match="got 'H100', need 'T4'"):
+    monkeypatch.setenv(device.REHEARSAL, "H100")
+    with pytest.raises(ValueError, match="must be 'T4' or empty, got 'H100'"):
         probe(measure=False)
 
 

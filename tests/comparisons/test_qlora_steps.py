@@ -8,16 +8,28 @@ from unsloth_puzzles.comparisons.qlora_steps import measure, qlora_model
 
 
 def test_weights_drawn_in_another_dtype_are_the_same():
-    model = qlora_model("cpu", torch.float32, False, True, torch.bfloat16)
-    drawn = qlora_model("cpu", torch.bfloat16, False, True)
+    model = qlora_model("cpu", torch.float32, True, torch.bfloat16)
+    drawn = qlora_model("cpu", torch.bfloat16, True)
     for one, other in zip(model.modules(), drawn.modules(), strict=True):
         if isinstance(one, Linear4bit):
             assert one.compute_dtype == torch.float32
             assert torch.equal(one.weight, other.weight)
     embeddings, expected = (m.get_input_embeddings().weight for m in (model, drawn))
     assert embeddings.dtype == torch.float32 and torch.equal(embeddings, expected.float())
-    own = qlora_model("cpu", torch.float32, False, True).get_input_embeddings().weight
+    own = qlora_model("cpu", torch.float32, True).get_input_embeddings().weight
     assert not torch.equal(own, embeddings)
+
+
+def test_runs_of_one_model_begin_alike_whatever_was_run_before():
+    model = qlora_model("cpu", torch.float32, True)
+    asked = {"batch": 2, "lengths": (9, 12), "dtype": "float32", "tiny": True, "model": model}
+    first = measure("eager", **asked)["losses"]
+    other = measure("eager", **asked, checkpointing=True, attention="eager")["losses"]
+    again = measure("eager", **asked)["losses"]
+    alone = measure("eager", **{**asked, "model": None})["losses"]
+    assert first == again == alone and first[0] != first[1]
+    assert first == pytest.approx(other, rel=1e-5)
+    assert not model.get_base_model().is_gradient_checkpointing and model.config._attn_implementation == "sdpa"
 
 
 def test_bad_input_is_named():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from unsloth_puzzles.comparisons import qlora_sweeps
-from unsloth_puzzles.comparisons.qlora_sweeps import RUNS, lengths, load_or_measure, measure, run, step_ms, summary
+from unsloth_puzzles.comparisons.qlora_sweeps import RUNS, lengths, measure, run, step_ms, summary
 
 TINY = {"tiny": True, "batch": 2, "lengths": [24, 17, 30], "dtype": "float32"}
 
@@ -56,7 +56,6 @@ def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     second = measure(path, {"good": good, "bad": bad})
     assert made == [good, bad, bad] and "error" not in second["runs"]["bad"]
     assert "good: 4.5 ms" in capsys.readouterr().out
-    assert load_or_measure(path, {"another": {}}) == second
     measure(path, {"good": {"lengths": (3, 1)}})
     assert made[3:] == [{"lengths": (3, 1)}]  # the name is the same, the settings are not
     for name, other in (("hardware", {**second["hardware"], "name": "another GPU"}), ("sources", "other code")):

@@ -1,5 +1,6 @@
 """Compilations, graph breaks and reasons are counted as they happen."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,15 @@ def test_inductors_backward_is_counted_beside_its_forward(dynamic):
     assert counts.compilations == 0
 
 
+def test_operators_of_a_captured_graph_are_listed():
+    def twice(x, y):
+        return (x @ y) @ y
+
+    with count_compilations() as counts:
+        torch.compile(twice)(torch.ones(3, 3, requires_grad=True), torch.ones(3, 3)).sum().backward()
+    assert [one.operators["aten.mm"] for one in counts.captures] == [4]  # two forward, two for the gradient of x
+
+
 def test_entries_that_compile_no_graph_are_time_alone():
     """Triton's autotuning, when kernels first run, has an entry in Dynamo's books, too."""
 
@@ -72,7 +82,9 @@ def test_entries_that_compile_no_graph_are_time_alone():
         10: entry(None, "0/0", False),
         11: entry(None, "9/9", False),
     }
-    found = _captures(entries, [(7, False), (9, False), (10, True), (11, True)])
+    calls = [(7, False, Counter(mm=2)), (9, False, Counter()), (10, True, Counter(mm=3, mul=1)), (11, True, Counter())]
+    found = _captures(entries, calls)
+    assert found[0].operators == {"mm": 5, "mul": 1} and found[1].operators == {}
     assert [(one.name, one.forward, one.backward, one.seconds) for one in found] == [
         ("layer", 1, 1, 3.0),
         ("norm", 1, 0, 1.0),

@@ -19,10 +19,11 @@ class Blocks:
 
     documents: (batch, kv_length + 1); window, offset: 0-dim, int32. tables: number and indices of the key blocks of
     each query block, (batch, 1, blocks) and (batch, 1, blocks, blocks), of partly and of wholly visible ones, and the
-    same by key block, for the backward.
+    same by key block, for the backward. kernel_options: what flex attention's kernels are built with.
     """
 
-    def __init__(self, pattern: Pattern, batch: Batch):
+    def __init__(self, pattern: Pattern, batch: Batch, kernel_options: dict | None = None):
+        self.kernel_options = kernel_options
         device = batch.device
         documents = batch.documents
         if documents is None:

@@ -4,6 +4,7 @@ import torch
 
 from unsloth_puzzles.attention.backend import Backend, document_starts, flat_positions
 from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.device import capability
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -23,7 +24,7 @@ class Flash(Backend):
     def missing(self, device: torch.device) -> str | None:
         if varlen_attn is None:
             return "this torch has no torch.nn.attention.varlen"
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        if capability(device) < 80:
             return "it needs a CUDA GPU from sm_80 on"
         return None
 

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from unsloth_puzzles.attention.backend import Backend
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.own_code import own_code
 
 _TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
@@ -34,10 +35,12 @@ class Flex(Backend):
             return "flex cannot do float64"
         if batch.head_size < 16:
             return f"flex cannot do head size {batch.head_size}, only 16 and more"
+        if 0 < capability(batch.device) < 80 and _small_tile(batch.head_size, batch.dtype) is None:
+            return f"flex cannot do head size {batch.head_size} in {batch.dtype} with a T4's shared memory"
         return super().refuses(pattern, batch)
 
     def prepare(self, pattern: Pattern, batch: Batch) -> Blocks:
-        return Blocks(pattern, batch)
+        return Blocks(pattern, batch, kernel_options(batch))
 
     def run(self, query, key, value, pattern: Pattern, data: Blocks, scale: float | None) -> torch.Tensor:
         if torch.compiler.is_compiling():  # part of a layer that is being compiled
@@ -71,7 +74,7 @@ def _flex(query, key, value, scale: float | None, soft_cap: float | None, blocks
         block_mask=blocks.block_mask(query.shape[-2], key.shape[-2]),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=_kernel_options(query.device, query.shape[-1]),
+        kernel_options=blocks.kernel_options,
     )
 
 
@@ -92,15 +95,26 @@ def _compiled(configuration: tuple, *constants: object) -> Callable:
 _numbers = itertools.count()
 
 
-def _kernel_options(device: torch.device, head_size: int) -> dict | None:
-    """One kernel for all lengths, with tiles that fit the 64 KiB of shared memory of a T4; elsewhere Inductor's own.
-
-    Of a tile the backward holds queries, keys, values and the gradient of the output: 4 x 32 x 128 x 2 bytes = 32 KiB.
+def kernel_options(batch: Batch) -> dict | None:
+    """One kernel for all lengths; below sm_80 with tiles, stages and warps of our own, elsewhere with Inductor's.
 
     Left to itself Inductor takes its decoding kernel where the first length it compiles for is below 128, and fails
-    with "No choices to select" (torch 2.11, first length 77, H200).
+    with "No choices to select" (torch 2.11, first length 77, H200). Its tiles and stages depend on the card, and those
+    for newer cards take more shared memory than the 64 KiB of a T4.
     """
-    if device.type != "cuda":
+    if batch.device.type != "cuda":
         return None
-    small = torch.cuda.get_device_capability(device) < (8, 0)
-    return {"BACKEND": "TRITON"} | (dict.fromkeys(_TILES, 32 if head_size <= 128 else 16) if small else {})
+    options = {"BACKEND": "TRITON"}
+    if capability(batch.device) < 80:
+        rows = _small_tile(batch.head_size, batch.dtype)
+        options |= {**dict.fromkeys(_TILES, rows), "num_stages": 1, "num_warps": 4}
+    return options
+
+
+def _small_tile(head_size: int, dtype: torch.dtype) -> int | None:
+    """Rows of a tile of which the backward holds four (query, key, value, gradient of the output) in 32 KiB.
+
+    None if not even 16 rows, the fewest that flex attention takes, are so small.
+    """
+    size = 1 << (head_size - 1).bit_length()  # padded to a power of two
+    return next((rows for rows in (32, 16) if 4 * rows * size * dtype.itemsize <= 2**15), None)

@@ -16,6 +16,7 @@ from unsloth_puzzles.attention.flex import Flex
 from unsloth_puzzles.attention.pattern import Batch, Pattern, number_documents
 from unsloth_puzzles.attention.sdpa import Sdpa
 from unsloth_puzzles.attention.xformers import Xformers
+from unsloth_puzzles.device import capability
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Flash(), Flex(), Xformers(), Sdpa(), Dense())}
 
@@ -75,7 +76,7 @@ def choose(pattern: Pattern, batch: Batch, fullgraph: bool = False) -> Backend:
     SDPA where a flag says all; else flash, then flex (below sm_80 it has no tensor cores: xformers and SDPA first).
     """
     plain = pattern.window is None and batch.documents is None
-    old = batch.device.type != "cuda" or torch.cuda.get_device_capability(batch.device) < (8, 0)
+    old = capability(batch.device) < 80
     order = ("xformers", "sdpa", "flex", "dense") if old else ("flash", "flex", "xformers", "sdpa", "dense")
     for name in ("sdpa", *order) if plain else order:
         if _reason(BACKENDS[name], pattern, batch, fullgraph) is None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from unsloth_puzzles.attention.backend import Backend, repeat_heads
 from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+from unsloth_puzzles.device import capability
 
 
 class Sdpa(Backend):
@@ -16,19 +17,20 @@ class Sdpa(Backend):
     )
     memory = "none; with a window or documents length^2 bytes a row"
 
-    def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None]:
-        """Whether its flag for causal masks says all, and the mask if not."""
+    def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None, bool]:
+        """Whether its flag for causal masks says all, the mask if not, and whether a kernel takes grouped heads."""
+        groups = _groups_heads(batch)
         if pattern.causal and pattern.window is None and batch.documents is None and batch.offset == 0:
-            return True, None
+            return True, None, groups
         mask = dense_mask(pattern, batch)
         if mask is not None:
             torch._dynamo.maybe_mark_dynamic(mask, (2, 3))
-        return False, mask
+        return False, mask, groups and mask is None
 
     def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
-        causal, mask = data
+        causal, mask, groups = data
         grouped = key.shape[1] != query.shape[1]
-        if grouped and (mask is not None or not _groups_heads(query)):  # else PyTorch would hold all scores
+        if grouped and not groups:  # else PyTorch would hold all scores
             key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
             grouped = False
         return F.scaled_dot_product_attention(
@@ -36,8 +38,6 @@ class Sdpa(Backend):
         )
 
 
-def _groups_heads(query: torch.Tensor) -> bool:
+def _groups_heads(batch: Batch) -> bool:
     """Whether a fast kernel takes fewer key heads: on a GPU flash attention's, which wants 16 bits and sm_80."""
-    if query.device.type != "cuda":
-        return True
-    return query.dtype.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return batch.device.type != "cuda" or (batch.dtype.itemsize == 2 and capability(batch.device) >= 80)

@@ -35,6 +35,25 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     return found
 
 
+def refuse_data_parallel(model: object, gpus: int = 1) -> None:
+    """Refuse `nn.DataParallel`, around `model` or by a Trainer that sees several `gpus` in one process.
+
+    Its replicas would call the forward that is bound to the first one. A Trainer also divides `num_items_in_batch` by
+    the number of GPUs, for a 4-bit model, which it does not wrap, as well: losses and gradients would be too large.
+
+    Raises:
+        TypeError: `model` is a `DataParallel`.
+        ValueError: `gpus` is more than 1.
+    """
+    if isinstance(model, torch.nn.DataParallel):
+        raise TypeError("model must be one model on one GPU, got an nn.DataParallel; start one process per GPU instead")
+    if gpus > 1:
+        raise ValueError(
+            f"args.n_gpu must be 1, got {gpus}: this Trainer takes all GPUs for one process, as nn.DataParallel does; "
+            "set CUDA_VISIBLE_DEVICES=0 before CUDA starts, or start one process per GPU with torchrun"
+        )
+
+
 def logit_transform(causal_lm: PreTrainedModel) -> tuple[float, float | None] | None:
     """(scale, soft cap) between head and loss, None if there is neither; found by one forward of the model itself."""
     config = causal_lm.config.get_text_config()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from unsloth_puzzles.backprop.scale import narrow_in_place
+from unsloth_puzzles.device import capability
 
 _VOCABULARY_BLOCK = 8192  # rows of dW that are accumulated at a time where no GEMM accumulates in another dtype
 # What made the logits must not need them again: only then may their gradient overwrite them.
@@ -172,7 +173,7 @@ class _Sum:
         transposed = gradient.t()
         if gradient.dtype == self.dtype:
             torch.mm(transposed, x, out=self.total) if first else self.total.addmm_(transposed, x)
-        elif self.dtype == torch.float32 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
+        elif self.dtype == torch.float32 and capability(x.device) >= 80:
             if first:
                 torch.mm(transposed, x, out_dtype=torch.float32, out=self.total)
             else:

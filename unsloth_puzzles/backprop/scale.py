@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from unsloth_puzzles.device import capability
+
 _BLOCK = 4096  # values at a time: 8 KB or 16 KB, enough in flight to reach the copy bandwidth
 _PROGRAMS = 2048  # at most: enough to fill any GPU, few enough to cost nothing where there is nothing to do
 _PIECE = 2**22  # values at a time where Triton does not run: a float32 temporary of 16 MB
@@ -53,7 +55,7 @@ def _triton_runs(tensor: torch.Tensor) -> bool:
     """Below sm_80 Triton has no conversion to bfloat16; its interpreter truncates there."""
     if not tensor.is_cuda or triton.knobs.runtime.interpret or not tensor.is_contiguous():
         return False
-    return tensor.dtype != torch.bfloat16 or torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return tensor.dtype != torch.bfloat16 or capability(tensor.device) >= 80
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from unsloth_puzzles.backprop.causal_lm import find_causal_lm, logit_transform, transform
+from unsloth_puzzles.backprop.causal_lm import find_causal_lm, logit_transform, refuse_data_parallel, transform
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy, token_log_probs, token_log_probs_and_entropy
 
@@ -59,13 +59,15 @@ def use_memory_efficient_loss(
         A handle: `.calls`, the losses computed so far, `.undo()`; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: `model` is no causal LM of transformers.
+        TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
         ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
             auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by
-            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits
+            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits, or that
+            sees several GPUs in one process
             (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead); a model that is patched already.
     """
     trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
+    refuse_data_parallel(model, trainer.args.n_gpu if trainer else 1)
     per_token = trainer is not None and _check_trainer(trainer, loss, predictions)
     causal_lm = find_causal_lm(model, per_token)
     between = logit_transform(causal_lm)

@@ -1,6 +1,6 @@
 """A process of its own for what would disturb this one: it imports from where this one does, and never outlives it.
 
-    python -m unsloth_puzzles.bench.child MODULE ARGUMENTS    what `run` starts: MODULE, held to its parent's GPU memory
+python -m unsloth_puzzles.bench.child MODULE ARGUMENTS    what `run` starts: MODULE, held to its parent's GPU memory
 """
 
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 GPU_SHARE = "UNSLOTH_PUZZLES_GPU_SHARE"  # of the GPU's memory, which the process may use
 QUIET_SECONDS = 25.0

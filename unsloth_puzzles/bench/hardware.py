@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from unsloth_puzzles.bench import t4, timing
-
-REHEARSAL = "UNSLOTH_PUZZLES_REHEARSAL"  # set to "T4": run as a T4 would have to
+from unsloth_puzzles.device import capability, rehearsing
 
 
 class MeasuringError(UserWarning):
@@ -73,12 +72,10 @@ class Hardware:
 def probe(measure: bool = True) -> Hardware:
     """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (a few seconds).
 
-    With `UNSLOTH_PUZZLES_REHEARSAL=T4` the process is held to what a T4 offers: 15 GiB, one GPU, no native bf16.
-    Raises ValueError for any other value of that variable.
+    In a rehearsal (`device.rehearsing`) the process is held to what a T4 offers: the memory that PyTorch's allocator
+    can have there, one GPU, no native bf16, sm_75. Raises ValueError as `device.rehearsing` does.
     """
-    rehearsal = os.environ.get(REHEARSAL, "")
-    if rehearsal not in ("", "T4"):
-        raise ValueError(f"{REHEARSAL}: got {rehearsal!r}, need 'T4' or nothing")
+    rehearsal = rehearsing()
     interpreter = bool(triton.knobs.runtime.interpret)
     if not torch.cuda.is_available():
         return Hardware(
@@ -91,15 +88,15 @@ def probe(measure: bool = True) -> Hardware:
             l2_bytes=None,
             bf16=False,
             interpreter=interpreter,
-            rehearsal=bool(rehearsal),
+            rehearsal=rehearsal,
         )
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     memory_gib = properties.total_memory / 2**30
     if rehearsal and memory_gib > t4.MEMORY_GIB:
-        torch.cuda.set_per_process_memory_fraction(t4.MEMORY_GIB / memory_gib)
+        torch.cuda.set_per_process_memory_fraction(t4.ALLOCATOR_GIB / memory_gib)
         memory_gib = t4.MEMORY_GIB
-    sm = 10 * properties.major + properties.minor
-    bf16 = sm >= 80 and not rehearsal
+    sm = capability()
+    bf16 = sm >= 80
     copy_bandwidth = measure_copy_bandwidth() if measure else None
     matmul_flops = measure_matmul_flops(bf16) if measure else {}
     torch.cuda.empty_cache()  # worker processes may need these 2 GiB
@@ -115,7 +112,7 @@ def probe(measure: bool = True) -> Hardware:
         interpreter=interpreter,
         copy_bandwidth=copy_bandwidth,
         matmul_flops=matmul_flops,
-        rehearsal=bool(rehearsal),
+        rehearsal=rehearsal,
     )
 
 

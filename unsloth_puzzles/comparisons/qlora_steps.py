@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unsloth_puzzles.bench.models import SEED, llama_1b_config, random_nf4_llama, tiny_llama_config
@@ -29,6 +31,7 @@ from unsloth_puzzles.compiled.qlora import compile_qlora
 
 CANDIDATES = ("eager", "compiled")
 WARM = 2  # steps
+_NO_SETTINGS = ("lengths", "ready", "model", "held_bytes")
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -61,10 +64,15 @@ def measure(
     memory_gib: float | None = None,
     profile: bool = False,
     tiny: bool = False,
+    model: torch.nn.Module | None = None,
+    held_bytes: int = 0,
     ready: Callable[[], None] = lambda: None,
 ) -> dict:
     """Train one step for each of `lengths`, with AdamW on adapters of rank 16 under every linear layer.
 
+    model: what `qlora_model` gave, made new by `renew` for this run; without it one is loaded. held_bytes: of the GPU's
+    memory, allocated by others, which is no part of the peaks.
+    attention: of a compiled run a backend of ours, of an eager run transformers' `attn_implementation` (or "auto").
     weights: the dtype that the weights are drawn in, if not `dtype`: so runs in two dtypes have the same ones.
     sdpa: the one kernel that PyTorch's SDPA may take ("flash", "efficient", "cudnn", "math"), else its own choice.
     memory_gib: of the GPU's memory, no more. profile: run one more step under PyTorch's profiler. ready: called after
@@ -81,10 +89,15 @@ def measure(
     if sdpa is not None and sdpa not in KERNELS:
         raise ValueError(f"sdpa: got {sdpa!r}, need None or one of {', '.join(map(repr, KERNELS))}")
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-    settings = {name: value for name, value in locals().items() if name not in ("lengths", "ready")}
+    settings = {name: value for name, value in locals().items() if name not in _NO_SETTINGS}
     if memory_gib and device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
-    model = qlora_model(device, getattr(torch, dtype), checkpointing, tiny, getattr(torch, weights or dtype))
+    if model is None:
+        model = qlora_model(device, getattr(torch, dtype), tiny, getattr(torch, weights or dtype))
+    renew(model, getattr(torch, dtype), checkpointing)
+    before = model.config._attn_implementation
+    if candidate == "eager" and attention != "auto":
+        model.get_base_model().set_attn_implementation(attention)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
@@ -107,10 +120,12 @@ def measure(
             losses.append(_step(model, optimizer, scaler, inputs, dtype))
             times.append((start, _now(device)))
             if device == "cuda":
-                peaks.append(torch.cuda.max_memory_allocated() / 2**30)
+                peaks.append((torch.cuda.max_memory_allocated() - held_bytes) / 2**30)
         kernels = {}
         if profile and device == "cuda":
             kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
+    if candidate == "eager":
+        model.get_base_model().set_attn_implementation(before)
     return {
         **settings,
         "lengths": list(lengths),
@@ -129,31 +144,50 @@ def measure(
     }
 
 
-def qlora_model(device: str, dtype: torch.dtype, checkpointing: bool, tiny: bool, drawn: torch.dtype | None = None):
+def step_ms(run: dict) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile of the second half of the steps: compiled and warm."""
+    times = run["step_ms"][len(run["step_ms"]) // 2 :]
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
+    return statistics.median(times), tenths[0], tenths[-1]
+
+
+def qlora_model(device: str, dtype: torch.dtype, tiny: bool, drawn: torch.dtype | None = None):
     """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers.
 
     dtype: what it computes in. drawn: what the weights are drawn in, `dtype` if None.
     """
     config = tiny_llama_config() if tiny else llama_1b_config()
-    model = _cast(random_nf4_llama(config, device, drawn or dtype), dtype)
+    model = random_nf4_llama(config, device, drawn or dtype)
     model.config.use_cache = False
-    torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model.train()
+    return renew(model, dtype)
 
 
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Let a 4-bit model compute in `dtype`, its packed weights as they are. transformers refuses to."""
+def renew(model: torch.nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> torch.nn.Module:
+    """The model as before its first step, to compute in `dtype`: adapters drawn anew, packed weights as they are.
+
+    The adapters stay in float32. The other weights must have been drawn in a dtype whose values `dtype` holds.
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
-    return model
+    torch.manual_seed(SEED)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", True)
+    for parameter in model.parameters():
+        parameter.grad = None
+    base = model.get_base_model()
+    if checkpointing and not base.is_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    elif base.is_gradient_checkpointing and not checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    return model.train()
 
 
 def text_batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
 from unsloth_puzzles.bench.source_hash import PACKAGE, source_hash
-from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, step_ms
 
 STEPS = 60
 LONGEST = 1024
@@ -68,11 +67,6 @@ RUNS |= {"compiled, rounding once": {"candidate": "compiled", "eager_rounding": 
 SHORT = {"candidate": "compiled", "lengths": [2048] * 12, "profile": True}
 RUNS |= {"compiled, flash": {**SHORT, "attention": "flash"}}
 RUNS |= {f"compiled, budget {kept}": {**SHORT, "activation_memory_budget": kept} for kept in BUDGETS}
-
-
-def load_or_measure(path: str | os.PathLike, runs: dict[str, dict], hardware: Hardware | None = None) -> dict:
-    """The file's content, of whatever hardware it says; without a file `measure` is called."""
-    return json.loads(Path(path).read_text()) if Path(path).exists() else measure(path, runs, hardware)
 
 
 def measure(
@@ -155,13 +149,6 @@ def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-
-
-def step_ms(run: dict) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile of the second half of the steps: compiled and warm."""
-    times = run["step_ms"][len(run["step_ms"]) // 2 :]
-    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
-    return statistics.median(times), tenths[0], tenths[-1]
 
 
 def summary(run: dict) -> str:

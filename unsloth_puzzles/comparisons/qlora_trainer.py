@@ -18,7 +18,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from unsloth_puzzles.bench.models import SEED
-from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, run, text_batch
+from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, qlora_model, renew, run, text_batch
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -27,9 +27,19 @@ LIMITS = ("suppress_errors", "recompile_limit", "accumulated_recompile_limit")
 
 
 def measure(
-    candidate: str, *, steps: int = 60, longest: int = 512, tiny: bool = False, ready: Callable[[], None] = lambda: None
+    candidate: str,
+    *,
+    steps: int = 60,
+    longest: int = 512,
+    attention: str = "auto",
+    tiny: bool = False,
+    model: torch.nn.Module | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> dict:
     """Train `steps` steps of a batch of two rows each.
+
+    attention: of a compiled run, a backend. model: what `qlora_model` gave, made new for this run; without it one is
+    loaded.
 
     Returns "losses" of the steps, the packed batches and the evaluation, in this order; "lengths" of the steps;
     "captures", "compilations" and "graph_breaks" of the training, and the same with "later_" before; "limits", what
@@ -39,7 +49,7 @@ def measure(
         raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-    model = qlora_model(device, torch.float32, False, tiny)
+    model = qlora_model(device, torch.float32, tiny) if model is None else renew(model, torch.float32)
     data = Batches(steps, longest)
     later = Batches(AFTERWARDS, longest, packed=True)
     evaluation = Batches(AFTERWARDS, longest)
@@ -53,7 +63,7 @@ def measure(
         options = {"train_dataset": data, "eval_dataset": evaluation, "data_collator": lambda rows: rows[0]}
         trainer = Trainer(model, settings, **options)
         trainer.remove_callback(PrinterCallback)
-        with compile_qlora(trainer) if candidate == "compiled" else contextlib.nullcontext():
+        with compile_qlora(trainer, attention=attention) if candidate == "compiled" else contextlib.nullcontext():
             with count_compilations() as counts:
                 trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -97,6 +107,7 @@ def main() -> None:
     parser.add_argument("--candidate", choices=CANDIDATES, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=False)
     run(parser, measure)
 

@@ -1,8 +1,9 @@
 """Matrix products by Triton where they beat cuBLAS's: Inductor's max-autotune, and what it found.
 
 A product is benchmarked at the sizes of the first batch, each of its candidates compiled before. Inductor's list is
-shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128
-(below sm_80, where Triton has no tensor cores, none), LoRA's narrow ones (rank r on one side) the tall tiles.
+shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128,
+LoRA's narrow ones (rank r on one side) the tall tiles. Below sm_80, where Triton has no tensor cores, wide products get
+no tiles, and narrow ones three that fit the 64 KiB of shared memory of a T4.
 """
 
 import math
@@ -10,14 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch._inductor import select_algorithm
 from torch._inductor import utils as inductor_utils
 from torch._inductor.virtualized import V
 
+from unsloth_puzzles.device import capability
+
 OPTIONS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON", "autotune_num_choices_displayed": 0}
 _WIDE = 256  # rows, columns and inner size of a product that fills tiles of 128 x 128
 _TALL = 64  # rows of a tile for the others
+_FEW = 3  # tiles for a narrow product below sm_80: a T4 often has two slow cores beside it to compile them
+_SHARED = 48 * 2**10  # bytes of shared memory for the operands of such a tile
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ def suited(choices: list) -> list:
     """The candidates without those of Triton that do not suit the product."""
     if not _is_product(choices):
         return choices
-    wide = min(_sizes(choices[0])) >= _WIDE
-    if wide and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    wide, old = min(_sizes(choices[0])) >= _WIDE, 0 < capability() < 80
+    if wide and old:
         return [choice for choice in choices if not _is_triton(choice)]
 
     def suits(choice) -> bool:
@@ -77,6 +81,8 @@ def suited(choices: list) -> list:
 
     tiles = [choice for choice in choices if _is_triton(choice)]
     kept = [choice for choice in tiles if suits(choice)] or tiles
+    if old:
+        kept = [choice for choice in kept if _shared_bytes(choice) <= _SHARED][:_FEW]
     return [choice for choice in choices if not _is_triton(choice) or choice in kept]
 
 
@@ -93,6 +99,13 @@ def _tile(choice) -> tuple[int, int, int]:
     """Rows, inner size and columns of a tile."""
     m, k, n = (int(part) for part in str(choice.log_info["tile_shape"]).strip("()").split(","))
     return m, k, n
+
+
+def _shared_bytes(choice) -> int:
+    """Shared memory for the operands' tiles in all stages."""
+    m, k, n = _tile(choice)
+    itemsize = _inputs(choice)[0].get_dtype().itemsize
+    return (m * k + k * n) * itemsize * int(choice.log_info.get("num_stages", 1))
 
 
 def _shown(choice) -> str:

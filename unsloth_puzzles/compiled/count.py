@@ -5,6 +5,7 @@ the first backward. Both are counted: a compilation is one of Inductor's.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,13 +20,18 @@ _LIMIT = 100_000  # entries that Dynamo remembers: its own 64 would drop the fir
 @dataclass
 class Capture:
     """One capture by Dynamo: of what function, why again (None the first time), how often Inductor compiled a forward
-    and a backward of it (0 under another backend), and the seconds of all of it."""
+    and a backward of it (0 under another backend), and the seconds of all of it.
+
+    operators: Those of its forward and backward graphs as Inductor was given them, by name ("aten.mm"), with how often
+    each occurs.
+    """
 
     name: str
     reason: str | None
     forward: int = 0
     backward: int = 0
     seconds: float = 0.0
+    operators: dict[str, int] = field(default_factory=dict)
 
     @property
     def compilations(self) -> int:
@@ -89,16 +95,16 @@ def count_compilations() -> Iterator[Counts]:
 
 
 @contextlib.contextmanager
-def _inductor_calls() -> Iterator[list[tuple[int, bool]]]:
-    """(number of the entry in Dynamo's books, whether a backward) of everything that Inductor is given to compile.
+def _inductor_calls() -> Iterator[list[tuple[int, bool, Counter]]]:
+    """(number of the entry in Dynamo's books, whether a backward, operators) of all that Inductor is given to compile.
 
     The cache of AOTAutograd is off meanwhile: it would answer before Inductor is asked.
     """
     calls, compile_inner = [], compile_fx._compile_fx_inner
 
-    def counted(*args, **kwargs):
-        calls.append((len(get_compilation_metrics()), bool(kwargs.get("is_backward"))))
-        return compile_inner(*args, **kwargs)
+    def counted(graph, *args, **kwargs):
+        calls.append((len(get_compilation_metrics()), bool(kwargs.get("is_backward")), _operators(graph)))
+        return compile_inner(graph, *args, **kwargs)
 
     compile_fx._compile_fx_inner = counted
     try:
@@ -108,13 +114,19 @@ def _inductor_calls() -> Iterator[list[tuple[int, bool]]]:
         compile_fx._compile_fx_inner = compile_inner
 
 
-def _captures(entries: dict[int, object], calls: list[tuple[int, bool]]) -> list[Capture]:
+def _operators(graph: torch.fx.GraphModule) -> Counter:
+    """How often each operator occurs in a graph, by its name without the overload's."""
+    targets = (node.target for node in graph.graph.nodes if node.op == "call_function")
+    return Counter(str(getattr(target, "overloadpacket", target)) for target in targets)
+
+
+def _captures(entries: dict[int, object], calls: list[tuple[int, bool, Counter]]) -> list[Capture]:
     """A backward that is compiled later has an entry of its own, under the id of its forward; so has the time that
     Triton's autotuning takes when kernels first run, which compiles no graph."""
     found: list[Capture] = []
     of_id: dict[str, Capture] = {}
     for number, entry in entries.items():
-        backward = [of_backward for at, of_backward in calls if at == number]
+        backward = [of_backward for at, of_backward, _ in calls if at == number]
         one = None if entry.is_forward and entry.co_name else of_id.get(entry.compile_id)
         if one is None and not entry.co_name and not backward and found:
             one = found[-1]
@@ -125,4 +137,5 @@ def _captures(entries: dict[int, object], calls: list[tuple[int, bool]]) -> list
         one.seconds += (entry.duration_us or 0) / 1e6
         one.backward += sum(backward)
         one.forward += len(backward) - sum(backward)
+        one.operators = dict(sum((Counter(found) for at, _, found in calls if at == number), Counter(one.operators)))
     return found

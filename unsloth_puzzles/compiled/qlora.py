@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
 from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, implementation, register
+from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
@@ -74,12 +75,14 @@ def compile_qlora(
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: no causal LM of transformers.
+        TypeError: no causal LM of transformers, or one in `nn.DataParallel`.
         ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
-            compiled, another model that is compiled with another `activation_memory_budget` or `max_autotune` (they
-            are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
+            compiled, a Trainer that sees several GPUs in one process, another model that is compiled with another
+            `activation_memory_budget` or `max_autotune` (they are the process's), what `use_memory_efficient_loss` and
+            `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
+    refuse_data_parallel(found, model.args.n_gpu if isinstance(model, Trainer) else 1)
     causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
     if not isinstance(causal_lm, PreTrainedModel):
         raise TypeError(f"model: got {type(found).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
@@ -160,7 +163,7 @@ def _settings(activation_memory_budget: float, max_autotune: bool):
         with ExitStack() as stack:
             stack.enter_context(functorch_config.patch(activation_memory_budget=activation_memory_budget))
             stack.enter_context(fx_config.patch(use_duck_shape=False))
-            # Autograd has a thread for a GPU, and a step's Python takes 102 to 120 ms of the host's time if the backward
+            # Autograd has a thread for a GPU. A step's Python takes 102 to 120 ms of the host's time if the backward
             # runs there, 94 and steadily so in the thread that calls it (H200, 4 x 64 tokens, with checkpointing).
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             products = stack.enter_context(autotune.triton_competes()) if max_autotune else []

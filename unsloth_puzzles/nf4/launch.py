@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.nf4.asm import constraints, decode_word
 from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
 
@@ -67,12 +68,6 @@ def constexprs(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: i
 def options(config: Config) -> dict:
     """Triton's compile options."""
     return {"num_warps": config.num_warps, "enable_fp_fusion": config.fp_fusion}
-
-
-def capability(device: int) -> int:
-    """Compute capability of a CUDA device: 75 for a T4, 90 for an H200."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where):

@@ -17,6 +17,7 @@ from types import MethodType
 
 import torch
 
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 # Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies
@@ -40,10 +41,7 @@ _WANTS_A_ROW = _wants_a_row()
 
 def default_min_rows(device: torch.device) -> int:
     """The fewest rows for which a layer on `device` is de-quantised when no gradient is wanted."""
-    if device.type != "cuda":
-        return MIN_ROWS_ELSEWHERE
-    major, minor = torch.cuda.get_device_capability(device)
-    return MIN_ROWS.get(10 * major + minor, MIN_ROWS_ELSEWHERE)
+    return MIN_ROWS.get(capability(device), MIN_ROWS_ELSEWHERE)
 
 
 def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> "Patch":
