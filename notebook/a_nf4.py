@@ -140,6 +140,7 @@ for rows, columns, dtype in SHAPES:
 # %%
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import bitsandbytes as bnb
@@ -148,7 +149,10 @@ from IPython.display import Markdown, display
 
 from unsloth_puzzles.bench import timing
 from unsloth_puzzles.bench.cross_compile import cross_compile_in_subprocess
+from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
+from unsloth_puzzles.comparisons.launches import count_launches
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.nf4 import dequantize_nf4, harness
 from unsloth_puzzles.nf4.baselines import THREE_LAUNCHES, baselines, bitsandbytes_dequantize, three_launches
 from unsloth_puzzles.nf4.launch import DEFAULT, PLAIN, Config, launch
@@ -157,12 +161,16 @@ from unsloth_puzzles.nf4.workload import bytes_per_weight, calls, make_layer
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 PATHS = {"asm": Config(), "plain": PLAIN} if GPU else {"plain": PLAIN}
+OLD = 0 < capability() < 80  # a T4, often with two slow cores beside it
 results = Measurements("resources/measurements/a_nf4.json", hardware)
 
-if hardware.rehearsal:  # build the kernels as a T4 must: bfloat16 rounded in integers, no packed conversions
-    from unsloth_puzzles.nf4 import launch as building
-
-    building.capability = lambda device: 75
+# Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
+background = ThreadPoolExecutor(2)
+compiling = {
+    name: background.submit(cross_compile_in_subprocess, f"unsloth_puzzles.nf4.variants:{name}")
+    for name in ("contraction_jobs", "t4_jobs")
+}
+counting = background.submit(count_launches) if GPU else None
 
 # %% [markdown]
 # ### Check 1: the same bits as bitsandbytes
@@ -206,6 +214,7 @@ def differing(ours, reference):
     return (ours.contiguous().view(bits) != reference.contiguous().view(bits)).sum().item()
 
 
+bits = {}
 SIZES = [(1, 1), (1, 7), (33, 77), (64, 256)] + ([(129, 1023), (1001, 4099), (4096, 14336)] if GPU else [])
 for path, config in PATHS.items():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -236,7 +245,8 @@ for path, config in PATHS.items():
         short = SHORT[str(dtype).removeprefix("torch.")]
         results.add("mismatched_weights", f"{path} {short}", mismatched, "weights")
         print(f"{path:5} {short}: {cases} cases, {weights:,} weights, {flushed:,} of them tiny, {mismatched} differ")
-        assert mismatched == 0 < flushed
+        bits[f"{path} {short}"] = mismatched == 0 < flushed
+judge(results, "the same bits as bitsandbytes", bits)
 
 # %% [markdown]
 # ### Check 2: why others' bits differ, and that it is no bug in Triton
@@ -247,7 +257,7 @@ for path, config in PATHS.items():
 # is compiled with `enable_fp_fusion=False`. The compiled code shows it:
 
 # %%
-for report in cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:contraction_jobs"):
+for report in compiling["contraction_jobs"].result():
     print(f"plain path, {report.name:8}: {report.contracted} fma.rn.f32 in the PTX")
 
 # %% [markdown]
@@ -256,7 +266,7 @@ for report in cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:contract
 # fp16 hides nearly all of that, and rounding to bf16, which is coarser, more still:
 
 # %%
-contracted_figure = None
+contracted_figure, exactly = None, {}
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     short = SHORT[str(dtype).removeprefix("torch.")]
     layer = make_layer(*((4096, 14336) if GPU else (128, 512)), dtype, hardware.device)
@@ -270,12 +280,13 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
         once = bnb.functional.QuantState(absmax, state.shape, state.code, state.blocksize, "nf4", dtype)
         contracted = formula(packed, once)
     differ = contracted != exact
-    assert torch.equal(exact, formula(packed, state))
+    exactly[short] = torch.equal(exact, formula(packed, state))
     count, case = differ.sum().item(), f"{exact.shape[0]}x{exact.shape[1]} {short}"
     results.add("contracted_mismatched_weights", case, count, "weights")
     print(f"{short}: {count:,} of {differ.numel():,} weights differ with contraction, 0 without")
     if dtype == torch.float32:
         contracted_figure = (exact, contracted)
+judge(results, "the formula, without contraction", exactly)
 
 # %%
 exact, contracted = contracted_figure
@@ -300,10 +311,8 @@ plt.show()
 # a process has been profiled its launches stay slow, and they are timed below.
 
 # %%
-from unsloth_puzzles.comparisons.launches import count_launches
-
 if GPU:
-    counted = count_launches()
+    counted = counting.result()
     for name, found in counted.items():
         names = [kernel.split("<")[0].removeprefix("void ") for kernel in found["kernels"]]
         print(f"{name}: kernels {names}, {found['allocations']} allocations")
@@ -311,7 +320,7 @@ if GPU:
     results.add("kernel_launches", "one call", ours, "kernels", baselines={THREE_LAUNCHES: theirs})
     requests, requests_theirs = (found["allocations"] for found in counted.values())
     results.add("allocations", "one call", requests, "allocations", baselines={THREE_LAUNCHES: requests_theirs})
-    assert ours == requests == 1, "one kernel, and one allocation: the output's"
+    judge(results, "one call", {"one kernel": ours == 1, "one allocation, the output's": requests == 1})
 else:
     print("SKIPPED: launches and allocations are counted on a GPU")
 
@@ -335,7 +344,7 @@ differing = (doubled != dequantize_nf4(layer) * 2).sum().item()
 results.add("compile_graph_breaks", "fullgraph", breaks, "graph breaks")
 results.add("compile_mismatched", "fullgraph", differing, "weights")
 print(f"graph breaks: {breaks}, graphs: {counters['stats']['unique_graphs']}, weights that differ: {differing}")
-assert breaks == differing == 0
+judge(results, "inside torch.compile", {"no graph break": breaks == 0, "the same weights": differing == 0})
 packed, state = layer.weight.data, layer.weight.quant_state
 second = (state.state2.code, state.state2.absmax, state.offset)
 arguments = (packed, state.absmax, state.code, *second, state.blocksize, 256, list(state.shape), state.dtype)
@@ -370,7 +379,8 @@ if GPU:
             f"{case}: compiled {fast.median:.1f} us ({fast.low:.1f} to {fast.high:.1f}), eager {slow.median:.1f} us "
             f"({slow.low:.1f} to {slow.high:.1f}): {fast.median / slow.median:.2f} of its time"
         )
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    graphs = counters["stats"]["unique_graphs"]
+    judge(results, "one graph each", {"two graphs": graphs == 2, "no graph break": not counters["graph_break"]})
 else:
     print("SKIPPED: compiled and eager are timed on a GPU")
 
@@ -387,24 +397,24 @@ else:
 # come from those binaries.
 
 # %%
-from concurrent.futures import ThreadPoolExecutor
-
 from unsloth_puzzles.comparisons.sanitize import sanitizer_errors
 
 SANITIZED = GPU and hardware.sm >= 80 and not hardware.rehearsal
-sanitizing = ThreadPoolExecutor(1).submit(sanitizer_errors) if SANITIZED else None
-t4_reports = cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:t4_jobs")
+sanitizing = background.submit(sanitizer_errors) if SANITIZED else None
+t4_reports = compiling["t4_jobs"].result()
+fits = {}
 for report in t4_reports:
     results.add("sm75_spills", report.name, report.spills, "bytes")
     results.add("sm75_shared_bytes", report.name, report.shared, "bytes")
-    assert report.spills == 0 and report.shared <= 65536, report.name
+    fits[report.name] = report.spills == 0 and report.shared <= 65536
     if report.name.endswith(" whole"):
         print(
             f"{report.name.removesuffix(' whole'):22} {report.registers:2} registers, {report.spills} bytes spilled, "
             f"{report.shared:5} bytes shared, {report.count() / 16:.1f} instructions a weight"
         )
 worst = max(report.registers for report in t4_reports), max(report.shared for report in t4_reports)
-print(f"all {len(t4_reports)} builds: no spills, at most {worst[0]} registers and {worst[1]} bytes shared")
+print(f"{len(t4_reports)} builds: at most {worst[0]} registers and {worst[1]} bytes shared")
+judge(results, "built for a T4: no spills, at most 64 KiB shared", fits)
 
 # %%
 if sanitizing:
@@ -423,12 +433,13 @@ else:
 #
 # An MLP of three `Linear4bit` layers; every candidate is checked at the DEFAULT tolerances of
 # `torch.testing.assert_close`, then 1000 rounds of three matrices with a synchronise after each matrix, by the wall
-# clock. The candidates take turns, eleven times; a ratio is that of two neighbours.
+# clock. The candidates take turns, eleven times (on a T4, which takes ten times as long, five); a ratio is that of two
+# neighbours.
 
 # %%
 candidates = {"ours": dequantize_nf4} | ({THREE_LAUNCHES: three_launches} if GPU else {})
 cases = harness.OFFICIAL if GPU else harness.QUICK
-rounds, repeats = (1000, 11) if GPU else (1, 1)
+rounds, repeats = (1000, 5 if OLD else 11) if GPU else (1, 1)
 seconds = harness.measure(
     candidates, bitsandbytes_dequantize, cases, device=hardware.device, rounds=rounds, repeats=repeats
 )
@@ -576,17 +587,22 @@ if GPU:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     styles = {"ours": "o-", THREE_LAUNCHES: "s--", "bitsandbytes": "^:", "PEFT": "v:"}
     for name, style in styles.items():
-        shares = [100 * hardware.copy_fraction(BYTES * size, us[name]) for size, us in sweep_us.items()]
-        axes.plot(list(sweep_us), shares, style, label=name)
+        of = {size: 100 * hardware.copy_fraction(BYTES * size, us[name]) for size, us in sweep_us.items() if name in us}
+        axes.plot(list(of), list(of.values()), style, label=name)
     if not isinstance(peer, str):
-        beside = [results.find("device_us_beside_unsloth", f"{r}x{c} {n}")[0] for r, c, n in SWEEP]
+        beside = {r * c: results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SWEEP}
+        beside = {size: found[0] for size, found in beside.items() if found}
         name = f"Unsloth {peer['version']}"
         for label, style, us in (
-            (f"{name}, its fused kernel, in its process", "d-.", [found["baselines"][name] for found in beside]),
-            (f"ours, in the process of {name}", "o:", [found["value"] for found in beside]),
+            (
+                f"{name}, its fused kernel, in its process",
+                "d-.",
+                {n: at["baselines"][name] for n, at in beside.items()},
+            ),
+            (f"ours, in the process of {name}", "o:", {n: at["value"] for n, at in beside.items()}),
         ):
-            shares = [100 * hardware.copy_fraction(BYTES * s, t) for s, t in zip(sweep_us, us, strict=True)]
-            axes.plot(list(sweep_us), shares, style, label=label, alpha=0.8)
+            of = {size: 100 * hardware.copy_fraction(BYTES * size, time) for size, time in us.items()}
+            axes.plot(list(of), list(of.values()), style, label=label, alpha=0.8)
     axes.axhline(100, color="gray", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="weights", ylabel="2.516 bytes a weight / time,\n% of copy bandwidth", ylim=(0, None))
@@ -600,30 +616,36 @@ else:
 # %%
 if GPU:
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    labels = [f"{r}x{c}\n{SHORT[n]}" for r, c, n in SHAPES] + ["official harness\n(wall clock)"]
-    cases = [f"{r}x{c} {SHORT[n]}" for r, c, n in SHAPES]
-    found = [results.find("speedup_vs_unsloth_device", case)[0] for case in cases]
-    against = {f"over {THREE_LAUNCHES}": [*found, results.find("official_harness_speedup", "all")[0]]}
+    TOTAL = "official harness\n(wall clock)"
+    ours = {
+        f"{r}x{c}\n{SHORT[n]}": results.find("speedup_vs_unsloth_device", f"{r}x{c} {SHORT[n]}") for r, c, n in SHAPES
+    }
+    ours[TOTAL] = results.find("official_harness_speedup", "all")
+    against = {f"over {THREE_LAUNCHES}": {label: found[0] for label, found in ours.items() if found}}
     if not isinstance(peer, str):
         name = f"Unsloth {peer['version']}"
-        found = [results.find("device_us_beside_unsloth", f"{r}x{c} {n}")[0] for r, c, n in SHAPES]
-        found = [
-            {"value": f["baselines"][name] / f["value"], "low": f["baselines"][name] / f["high"],
-             "high": f["baselines"][name] / f["low"]} for f in found
-        ]  # fmt: skip
-        found.append(results.find("harness_speedup_beside_unsloth", f"all, against {name}")[0])
-        against[f"over the fused kernel of {name}"] = found
+        found = {f"{r}x{c}\n{SHORT[n]}": results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SHAPES}
+        fused = {
+            label: {"value": f["baselines"][name] / f["value"], "low": f["baselines"][name] / f["high"],
+                    "high": f["baselines"][name] / f["low"]} for label, of in found.items() for f in of[:1]
+        }  # fmt: skip
+        for total in results.find("harness_speedup_beside_unsloth", f"all, against {name}"):
+            fused[TOTAL] = total
+        against[f"over the fused kernel of {name}"] = fused
+    labels = [label for label in ours if any(label in values for values in against.values())]
     width = 0.8 / len(against)
-    for i, (name, values) in enumerate(against.items()):
+    for i, (name, by_label) in enumerate(against.items()):
+        at = [place + width * i for place, label in enumerate(labels) if label in by_label]
+        values = [by_label[label] for label in labels if label in by_label]
         heights = [value["value"] for value in values]
         spread = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
-        at = [place + width * i for place in range(len(labels))]
         bars = axes.bar(at, heights, width, yerr=spread, label=name, error_kw={"linewidth": 1})
         axes.bar_label(bars, fmt="%.2fx", fontsize=8)
     axes.set_xticks([at + width * (len(against) - 1) / 2 for at in range(len(labels))], labels)
     axes.axhline(1.15, color="gray", linestyle="--", linewidth=1, label="full marks: 1.15x")
     axes.axhline(1, color="black", linewidth=1)
-    axes.set(ylabel="speed-up", ylim=(0, 1.4 * max(value["high"] for value in against[f"over {THREE_LAUNCHES}"])))
+    highest = max((value["high"] for values in against.values() for value in values.values()), default=1)
+    axes.set(ylabel="speed-up", ylim=(0, 1.4 * highest))
     axes.set_title(f"Speed-up: device time of one call, last group by the wall clock\n(random weights, {HARDWARE})")
     axes.legend(loc="upper right", fontsize=8)
     figure.savefig("resources/a_nf4_speedup.png", dpi=110)
@@ -658,7 +680,7 @@ if GPU:
     }
     variants = {(group, name): config for group, named in groups.items() for name, config in named.items()}
     shapes = {"2048x8192 fp16": (2048, 8192, torch.float16), "4096x14336 bf16": (4096, 14336, torch.bfloat16)}
-    table = {}
+    table, same = {}, {}
     for shape, (rows, columns, dtype) in shapes.items():
         moved = BYTES * rows * columns
         layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))]
@@ -671,8 +693,8 @@ if GPU:
             return out
 
         for name, config in variants.items():
-            same = torch.equal(with_config(layers[0], config), bitsandbytes_dequantize(layers[0]))
-            assert same or config.fp_fusion, name
+            equal = torch.equal(with_config(layers[0], config), bitsandbytes_dequantize(layers[0]))
+            same[f"{', '.join(name)}, {shape}"] = equal or config.fp_fusion
         tested = {name: calls(partial(with_config, config=config), layers) for name, config in variants.items()}
         shifted = [torch.empty(rows * columns + 1, dtype=dtype, device="cuda")[1:].view(rows, columns) for _ in layers]
         tested["inline PTX", "a byte a thread (what unaligned memory gets)"] = [
@@ -700,6 +722,7 @@ if GPU:
         exact = [key for key in found if key not in variants or not variants[key].fp_fusion]
         faster = [", ".join(key) for key in exact if found[key].high < base.low]
         print(f"{shape}: exact variants faster than the default beyond the spread: {faster or 'none'}")
+    judge(results, "variants give the same bits", same)
 else:
     print("SKIPPED: variants are timed on a GPU")
 
@@ -729,6 +752,7 @@ print(f"{hints} loads and stores of the default kernel for sm_75 carry L1::evict
 # %%
 from unsloth_puzzles.nf4 import nf4_linear
 
+no_worse = {}
 for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * hardware.bf16:
     layer = make_layer(*((1024, 2048) if GPU else (64, 128)), dtype, hardware.device)
     weight = dequantize_nf4(layer)
@@ -746,7 +770,8 @@ for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * hardware.bf16:
             "linear_relative_error", case, error.item(), "relative", baselines={"whole matrix": error_eager.item()}
         )
         print(f"{short} {what:8}: relative error {error:.2e}, with the whole matrix {error_eager:.2e}")
-        assert error <= 1.05 * error_eager
+        no_worse[case] = (error <= 1.05 * error_eager).item()
+judge(results, "errors of the linear layer", no_worse)
 
 # %% [markdown]
 # `patch_linear4bit(model)` puts it under every 4-bit layer of a transformers or PEFT model. Without gradients and for

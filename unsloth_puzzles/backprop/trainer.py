@@ -62,9 +62,9 @@ def use_memory_efficient_loss(
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
         ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
             auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by
-            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits, or that
-            sees several GPUs in one process
-            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead); a model that is patched already.
+            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits
+            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead) or sees several GPUs in one process; a
+            model that is patched already.
     """
     trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
     refuse_data_parallel(model, trainer.args.n_gpu if trainer else 1)

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 GPU_SHARE = "UNSLOTH_PUZZLES_GPU_SHARE"  # of the GPU's memory, which the process may use
 QUIET_SECONDS = 25.0
 _LINES = 200  # of the output, kept for the reason of a failure
+_running: set[subprocess.Popen] = set()
 
 
 class ChildError(RuntimeError):
@@ -38,6 +39,7 @@ def run(
     timeout: float,
     env: dict[str, str] | None = None,
     gpu_gib: float | None = None,
+    under: Sequence[str] = (),
     show: Callable[[str], None] | None = print,
     quiet_seconds: float = QUIET_SECONDS,
 ) -> list[str]:
@@ -49,6 +51,7 @@ def run(
         timeout: Seconds, after which it is killed with all that it has started.
         env: Its variables, by default `environment()`.
         gpu_gib: GPU memory that PyTorch may use there; by default as large a share as here.
+        under: A program with its options that is to run the command, such as a sanitizer.
         show: Is given each line when it comes, and after `quiet_seconds` of silence a word that the process is at work.
 
     Raises:
@@ -56,12 +59,13 @@ def run(
 
     However this function ends, an interrupt included, the process has ended, too.
     """
-    command = [sys.executable, "-u", "-m", __name__, module, *arguments]
+    command = [*under, sys.executable, "-u", "-m", __name__, module, *arguments]
     env = {**(environment() if env is None else env), **_gpu_share(gpu_gib)}
     process = subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
+    _running.add(process)
     lines: list[str] = []
     last = [time.monotonic()]
 
@@ -93,6 +97,7 @@ def run(
         raise ChildError(f"{module} took longer than {timeout:.0f} s", "\n".join(lines[-_LINES:])) from None
     finally:
         _kill(process)
+        _running.discard(process)
         reader.join(5)
     for line in lines[shown:] if show else ():
         show(line)
@@ -101,6 +106,12 @@ def run(
         reason = said[-1] if said else "it said nothing"
         raise ChildError(f"{module} ended with status {status}: {reason}", "\n".join(lines[-_LINES:]))
     return lines
+
+
+def end_all() -> None:
+    """End every process that `run` has started and not yet ended, from whatever thread: for an interrupt."""
+    for process in list(_running):
+        _kill(process)
 
 
 def main(module: str, *arguments: str) -> None:

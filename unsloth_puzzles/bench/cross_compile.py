@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from unsloth_puzzles.bench import child
 
+SECONDS = 600  # for all jobs of a process
 ARCHITECTURES = (75, 80, 90, 100, 120)  # T4, A100, H100 and H200, B200, RTX 50
 
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -103,15 +104,12 @@ def cross_compile_in_subprocess(spec: str) -> list[CompileReport]:
 
     The process imports from where this one does. Raises RuntimeError with its output if it fails.
     """
-    command = [sys.executable, "-m", "unsloth_puzzles.bench.cross_compile", spec]
-    done = subprocess.run(
-        command, env=child.environment(without=("TRITON_INTERPRET",)), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"{spec}: cross-compilation failed with exit status {done.returncode}\n{done.stderr[-4000:]}"
-        )
-    return [CompileReport(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    environment = child.environment(without=("TRITON_INTERPRET",))
+    try:
+        lines = child.run("unsloth_puzzles.bench.cross_compile", spec, timeout=SECONDS, env=environment, show=None)
+    except child.ChildError as error:
+        raise RuntimeError(f"{spec}: cross-compilation failed: {error}\n{error.output[-4000:]}") from None
+    return [CompileReport(**json.loads(line)) for line in lines if line.startswith("{")]
 
 
 def main(spec: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.record import Measurements
 
 QUIET_SECONDS = 25.0
@@ -86,7 +87,9 @@ class _Watch:
         if self.timer is not None:
             self.timer.stop()
             self.timer = None
-        if isinstance(result.error_in_exec, Exception):
+        if isinstance(result.error_in_exec, KeyboardInterrupt):
+            child.end_all()  # those that other threads wait for
+        elif isinstance(result.error_in_exec, Exception):
             result.error_in_exec = None  # said, and recorded: the notebook goes on
             free_memory()
 

@@ -6,19 +6,17 @@ A process of its own: once CUPTI has profiled a process, every later launch in i
 """
 
 import json
-import subprocess
-import sys
 
 from unsloth_puzzles.bench import child
 
 
+SECONDS = 240
+
+
 def count_launches() -> dict[str, dict]:
     """For `dequantize_nf4` and the three launches: {"kernels": names, "allocations": how many}."""
-    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.launches"]
-    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"counting launches failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = child.run("unsloth_puzzles.comparisons.launches", timeout=SECONDS, show=None)
+    return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ Every tensor is its own CUDA allocation and has its exact size, so that a byte r
 
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from unsloth_puzzles.bench import child
@@ -26,15 +24,12 @@ def sanitizer_errors() -> dict[str, int] | str:
     environment = child.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     def run(tool: str) -> int | str:
-        command = [found, "--tool", tool, "--kernel-regex", "kns=dequantize_nf4", "--error-exitcode", "0"]
-        command += [sys.executable, "-m", "unsloth_puzzles.comparisons.sanitize"]
+        sanitizer = [found, "--tool", tool, "--kernel-regex", "kns=dequantize_nf4", "--error-exitcode", "0"]
+        module = "unsloth_puzzles.comparisons.sanitize"
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return f"{tool} took longer than {SECONDS} s"
-        output = done.stdout + done.stderr
+            output = "\n".join(child.run(module, timeout=SECONDS, env=environment, under=sanitizer, show=None))
+        except child.ChildError as error:
+            return f"{tool}: {error}"
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
         if not summary or "every shape ran" not in output:
             return f"{tool} gave no result: {' '.join(output.split())[-300:]}"

@@ -9,13 +9,13 @@ variable UNSLOTH_PUZZLES_PEERS names it.
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 
 from unsloth_puzzles.bench import child
 
 PEERS = "UNSLOTH_PUZZLES_PEERS"
+SECONDS = 600
 
 
 def measure_unsloth(shapes: list[tuple[int, int, str]], rounds: int) -> dict | str:
@@ -35,13 +35,15 @@ def measure_unsloth(shapes: list[tuple[int, int, str]], rounds: int) -> dict | s
         "UNSLOTH_COMPILE_LOCATION": os.path.join(os.getcwd(), "unsloth_compiled_cache"),
     }
     environment = child.environment(*filter(None, [os.environ.get(PEERS)]), **settings)
-    command = [sys.executable, "-m", "unsloth_puzzles.comparisons.unsloth_peer", json.dumps([shapes, rounds])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        return f"unsloth failed: {last[0] if last else 'it printed nothing'}"
-    return json.loads(lines[-1])
+    asked = json.dumps([shapes, rounds])
+    try:
+        lines = child.run(
+            "unsloth_puzzles.comparisons.unsloth_peer", asked, timeout=SECONDS, env=environment, show=None
+        )
+    except child.ChildError as error:
+        return f"unsloth failed: {error}"
+    found = [line for line in lines if line.startswith("{")]
+    return json.loads(found[-1]) if found else "unsloth failed: it printed no result"
 
 
 def main(shapes, rounds: int) -> None:
