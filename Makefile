@@ -52,8 +52,7 @@ test: $(READY)
 
 publish: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED) --need-gpu
-	cp build/run/$(NOTEBOOK) $(NOTEBOOK)
-	mkdir -p resources && cp -R build/run/resources/. resources/
+	$(RUN) -m tools.release publish build/run
 	$(RUN) -m tools.build_readme
 
 sweeps: $(READY)

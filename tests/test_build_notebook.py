@@ -1,11 +1,11 @@
-"""The builder, on small source trees of its own: what a directive becomes, what is refused, when outputs are kept."""
+"""The builder, on small source trees of its own: what a directive becomes, and what is refused."""
 
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from tools.build_notebook import COLLAPSED, build, differences, keep_outputs, text, written_files
+from tools.build_notebook import COLLAPSED, build, text, written_files
 
 SETUP = """# %% [markdown]
 # # Title
@@ -115,38 +115,6 @@ def test_what_the_builder_refuses(tree: Path, path: str, content: str, message: 
     _write(tree / path, content)
     with pytest.raises(ValueError, match=message):
         build(tree)
-
-
-def test_outputs_are_kept_while_the_code_is_the_same(tree: Path) -> None:
-    executed = build(tree)
-    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
-    executed.cells[-1].execution_count = 7
-    setup = tree / "notebook" / "00_setup.py"
-    setup.write_text(setup.read_text().replace("# Title", "# Another title"))
-    built = build(tree)
-    assert keep_outputs(built, executed)
-    assert built.cells[-1].outputs[0].text == "1\n"
-    assert built.cells[-1].execution_count == 7
-
-
-def test_no_output_is_kept_when_any_code_changed(tree: Path) -> None:
-    executed = build(tree)
-    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
-    _write(tree / "pack" / "solution.py", "x = 3\n")
-    built = build(tree)
-    assert not keep_outputs(built, executed)
-    assert not built.cells[-1].outputs
-
-
-def test_differences_see_source_order_metadata_but_no_outputs(tree: Path) -> None:
-    built, committed = build(tree), build(tree)
-    committed.cells[-1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
-    assert differences(built, committed) == []
-    committed.cells[-1].source += "\n"
-    committed.metadata["accelerator"] = "TPU"
-    assert len(differences(built, committed)) == 2
-    del committed.cells[0]
-    assert any("cells" in line for line in differences(built, committed))
 
 
 def _write(path: Path, content: str) -> None:

@@ -1,7 +1,6 @@
 """notebook/*.py + the package files they name -> Rohit_Unsloth_Puzzles.ipynb.
 
-    python -m tools.build_notebook [--output PATH]   write it (default: the committed notebook)
-    python -m tools.build_notebook --check           exit 1 when the committed notebook is not what the sources make
+    python -m tools.build_notebook [--output PATH]   write it, without outputs (default: under build/)
 
 The sections are jupytext percent scripts. A code cell that holds one of these lines and nothing else is replaced:
     # show: PATH     by `%%writefile PATH` and the file word for word
@@ -57,37 +56,6 @@ def build(root: Path = ROOT) -> NotebookNode:
     return notebook
 
 
-def keep_outputs(built: NotebookNode, executed: NotebookNode) -> bool:
-    """Copy the outputs of ``executed`` into ``built``; False, and nothing copied, when any code cell differs.
-
-    All or nothing: an output depends on every cell before it, so a changed cell makes the rest a claim about code
-    that never ran. Prose may change freely.
-    """
-    ours, theirs = _code(built), _code(executed)
-    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
-        return False
-    for mine, other in zip(ours, theirs, strict=True):
-        mine.outputs, mine.execution_count = other.outputs, other.execution_count
-    return True
-
-
-def differences(built: NotebookNode, committed: NotebookNode) -> list[str]:
-    """What in the committed notebook is not as the builder makes it, a line each; outputs do not count."""
-    found = []
-    if len(built.cells) != len(committed.cells):
-        found.append(f"the sources make {len(built.cells)} cells, the notebook has {len(committed.cells)}")
-    for number, (want, have) in enumerate(zip(built.cells, committed.cells, strict=False)):
-        found += [
-            f"cell {number} ({want.id}): its {field} differs"
-            for field in ("id", "cell_type", "metadata", "source")
-            if want[field] != have.get(field)
-        ]
-    found += [
-        f"notebook metadata {key!r} differs" for key in METADATA if built.metadata[key] != committed.metadata.get(key)
-    ]
-    return found
-
-
 def text(notebook: NotebookNode) -> str:
     """The file's content: the same bytes for the same notebook."""
     return nbformat.writes(notebook, version=4, indent=1, sort_keys=True, ensure_ascii=False).rstrip("\n") + "\n"
@@ -95,21 +63,12 @@ def text(notebook: NotebookNode) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the notebook from notebook/ and unsloth_puzzles/.")
-    parser.add_argument("--check", action="store_true", help="compare with the committed notebook, write nothing")
-    parser.add_argument("--output", type=Path, default=ROOT / NOTEBOOK, help="where to write it")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / NOTEBOOK, help="where to write it")
     options = parser.parse_args(arguments)
-    built, committed = build(), ROOT / NOTEBOOK
-    executed = nbformat.read(committed, as_version=4) if committed.exists() else None
-    if options.check:
-        found = ["the committed notebook does not exist"] if executed is None else differences(built, executed)
-        print("\n".join(found) or f"{NOTEBOOK} is what the sources make ({len(built.cells)} cells).")
-        return 1 if found else 0
-    kept = executed is not None and keep_outputs(built, executed)
+    built = build()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text(built), encoding="utf-8")
-    print(
-        f"{options.output}: {len(built.cells)} cells, {'outputs kept' if kept else 'no outputs: a code cell changed'}"
-    )
+    print(f"{options.output}: {len(built.cells)} cells")
     return 0
 
 

@@ -9,9 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from tools.address import badges
+import nbformat
+
+from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.gpu_tests import package_hash
+from tools.release import STAMP
 from unsloth_puzzles import scorecard
 from unsloth_puzzles.rubric import FILES, TITLES
 
@@ -87,9 +90,43 @@ def readme(resources: Path = ROOT / "resources") -> str:
     """The README's text for what lies in ``resources``; what has no measurement says so."""
     template = (ROOT / "tools" / "readme_template.md").read_text(encoding="utf-8")
     parts = {"badges": badges(), "score": score(resources / "measurements"), "results": results(resources)}
+    parts["release"] = release()
+    parts["rehearsal"] = rehearsal(resources / "measurements" / "rehearsal.json")
     for name, part in parts.items():
         template = template.replace(f"<!-- {name} -->", part)
     return template
+
+
+def release() -> str:
+    """Of which code the committed notebook is, from its stamp."""
+    of = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]
+    return (
+        f"The committed notebook was executed on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`."
+    )
+
+
+def rehearsal(path: Path) -> str:
+    """What the rehearsal of a T4 found, a row a section; it says so where there was none."""
+    if not path.exists():
+        return "No rehearsal of a T4 is kept."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for name, section in kept["sections"].items():
+        predicted = section.get("predicted_t4_seconds")
+        rows.append(
+            (
+                name,
+                f"{section['wall_seconds']:.0f} s",
+                "not known" if predicted is None else f"{predicted:.0f} s",
+                f"{section['points']} of {section['possible']}",
+                f"{section['kernels_seen']}, {section['kernels_failed']}, {section['kernels_over_shared_memory']}",
+                f"{section['gpu_peak_gib']:.1f} GiB",
+                f"{section['ram_peak_gb']:.1f} GB",
+            )
+        )
+    heads = ("section", "wall time here", "predicted for a T4", "points", "Triton kernels seen, failed, too large")
+    text = f"A T4 was rehearsed on an {kept['hardware']['name']}, {kept['date']}: predictions, no measurements of a T4."
+    return f"{text}\n\n{table((*heads, 'GPU memory', 'RAM'), rows)}"
 
 
 def score(measurements: Path) -> str:

@@ -409,3 +409,16 @@ def test_these_tests_can_tell(mutation, monkeypatch):
         ours = gradients(model, **batch(), num_items_in_batch=31)
     with pytest.raises(AssertionError):
         assert_close(ours, theirs)
+
+
+def test_data_parallel_is_refused_by_name():
+    model = llama()
+    with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
+        use_memory_efficient_loss(torch.nn.DataParallel(model))
+    trainer = Trainer(model, TrainingArguments("unused", report_to=[], use_cpu=True))
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"^args\.n_gpu must be 1, got 2.*CUDA_VISIBLE_DEVICES"):
+        use_memory_efficient_loss(trainer)
+    trainer.args._n_gpu = 1
+    with use_memory_efficient_loss(trainer) as patch:
+        assert patch.active

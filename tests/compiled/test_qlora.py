@@ -155,6 +155,8 @@ def test_what_cannot_be_compiled_is_refused_by_name():
     add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
     with pytest.raises(ValueError, match=r"^model: its layers carry accelerate's hooks"):
         compile_qlora(hooked)
+    with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
+        compile_qlora(torch.nn.DataParallel(model))
     before = model.get_base_model().config._attn_implementation
     for backend in ("fast", "xformers"):
         with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):

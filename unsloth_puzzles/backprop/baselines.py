@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from unsloth_puzzles.backprop.workload import Loss
+from unsloth_puzzles.device import capability
 
 EAGER = "eager"
 COMPILED = "torch.compile"
@@ -126,11 +127,11 @@ def _cce() -> Loss:
 
 
 def _cce_needs(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < 80:
         return "its Triton kernels need a CUDA GPU from sm_80 on"
     return None if dtype.itemsize == 2 else f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
 
 
 def _adds_to_float32(weight: torch.Tensor, total: torch.dtype) -> bool:
     sixteen_bit = weight.dtype.itemsize == 2 and total == torch.float32
-    return sixteen_bit and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return sixteen_bit and capability(weight.device) >= 80

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from unsloth_puzzles.backprop.workload import Case, Loss, many_shapes, release
+from unsloth_puzzles.device import capability
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def truth(case: Case, dtype: torch.dtype | None = None, rows: int = 1024) -> Tru
     """
     device = case.hidden_states.device
     if dtype is None:
-        fast = device.type == "cpu" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+        fast = device.type == "cpu" or capability(device) in (80, 90)
         dtype = torch.float64 if fast else torch.float32
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

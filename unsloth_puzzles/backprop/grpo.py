@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
-from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
 
@@ -45,8 +44,8 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
 
     Raises:
         RuntimeError: another TRL than 1.16.
-        ValueError: `cast_lm_head_to_fp32`, a sharded model (DeepSpeed, FSDP), several GPUs in one process, or a model
-            whose logits are not cap(scale * head(hidden states)).
+        ValueError: `cast_lm_head_to_fp32`, a sharded model (DeepSpeed, FSDP), or a model whose logits are not
+            cap(scale * head(hidden states)).
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
                 "float32; for a float32 head load the model in float32 and set bf16=True (autocast) without it"
             )
         super().__init__(*args, **kwargs)
-        refuse_data_parallel(self.model, self.args.n_gpu)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("args: got DeepSpeed or FSDP, need an unsharded head (one process, or DDP)")
         options = {

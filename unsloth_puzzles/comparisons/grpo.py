@@ -14,7 +14,8 @@ A script, which no part of the package imports.
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_ent
 
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes, row_scores
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
+from unsloth_puzzles.backprop.workload import release
 from unsloth_puzzles.bench.memory import peak_memory
 from unsloth_puzzles.bench.models import SEED, llama_1b_config, tiny_llama_config
 from unsloth_puzzles.bench.text import paragraphs
@@ -52,11 +54,13 @@ def head_only(
     vocab: int = 128256,
     chunk_size: int | str = "auto",
     rounds: int = 5,
+    without: Iterable[str] = (),
 ) -> dict[str, dict]:
     """From hidden states (sequences * length, hidden) to the GRPO loss and the gradients of hidden states and head.
 
     The loss is DAPO's, with ratios to old log-probabilities that are partly clipped; tokens are drawn from the policy.
-    Every candidate but Liger, which does not offer them, returns the entropies that TRL logs.
+    Every candidate but Liger, which does not offer them, returns the entropies that TRL logs. Those in `without` are left
+    out. One that raises an error (out of memory, say) is printed with the reason, and missing in what is returned.
 
     Returns, by candidate: "peak_gib" above the state before, gradients included; "time", a `Timing` in microseconds;
     "loss_error" (absolute), "hidden_error" and "weight_error" (relative norms) against float32 on the same inputs.
@@ -64,20 +68,17 @@ def head_only(
     case = _Case(device, dtype, sequences, length, hidden, vocab)
     calls = {name: partial(_forward_backward, loss, case) for name, loss in _losses(case, chunk_size).items()}
     loss, *gradients = case.reference()
-    results = {}
-    for name, call in calls.items():
+
+    def one(call) -> dict:
         found, *slopes = call()  # compiles
         hidden_error, weight_error = (_relative(a, b) for a, b in zip(slopes, gradients, strict=True))
-        results[name] = {
-            "loss_error": abs(found.item() - loss.item()),
-            "hidden_error": hidden_error,
-            "weight_error": weight_error,
-        }
+        loss_error = abs(found.item() - loss.item())
         del slopes
-        results[name]["peak_gib"] = _peak_gib(call)
-    for name, timing in _time(calls, device, rounds).items():
-        results[name]["time"] = timing
-    return results
+        errors = {"loss_error": loss_error, "hidden_error": hidden_error, "weight_error": weight_error}
+        return {**errors, "peak_gib": _peak_gib(call)}
+
+    wanted = {name: call for name, call in calls.items() if name not in {*without}}
+    return _measured("head only", wanted, one, device, rounds)
 
 
 def whole_step(
@@ -94,7 +95,8 @@ def whole_step(
 ) -> dict[str, dict]:
     """Loss and backward of one GRPO step of `config` (Llama 3.2 1B), random weights, all of them trained.
 
-    The three trainers share one model and one batch. `ours` are options of `MemoryEfficientGRPOTrainer`.
+    The three trainers share one model and one batch. `ours` are options of `MemoryEfficientGRPOTrainer`. A trainer whose
+    step raises an error is printed with the reason, and missing in what is returned.
     Returns, by candidate, "peak_gib" above the weights (gradients included), "time" (`Timing`, microseconds), "loss".
     """
     config = config or llama_1b_config()
@@ -102,7 +104,7 @@ def whole_step(
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
         inputs = _random_batch(config.vocab_size, sequences, prompt, completion)
-    calls, results = {}, {}
+    calls = {}
     classes = {OURS: partial(MemoryEfficientGRPOTrainer, **ours), TRL: GRPOTrainer, FULL: FullLogitsGRPOTrainer}
     with tempfile.TemporaryDirectory() as folder:
         for name, make in classes.items():
@@ -115,12 +117,9 @@ def whole_step(
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        for name, call in calls.items():
-            results[name] = {"loss": call().item()}
-            results[name]["peak_gib"] = _peak_gib(call)
-        for name, timing in _time(calls, device, rounds).items():
-            results[name]["time"] = timing
-    return results
+        return _measured(
+            "whole step", calls, lambda call: {"loss": call().item(), "peak_gib": _peak_gib(call)}, device, rounds
+        )
 
 
 def train(
@@ -354,6 +353,22 @@ def _step(trainer: GRPOTrainer, forward: Callable, inputs: dict) -> torch.Tensor
     finally:
         del trainer.model.forward
         trainer.model.zero_grad(set_to_none=True)  # now, not before: gradients belong to the peak
+
+
+def _measured(what: str, calls: dict[str, Callable], one: Callable, device: str, rounds: int) -> dict[str, dict]:
+    """`one(call)` of each candidate, and the times of all in turn; without those that raise an error."""
+    results = {}
+    for name, call in calls.items():
+        try:
+            results[name] = one(call)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            print(f"FAILED: GRPO, {what}, {name}: {reason}")
+            traceback.clear_frames(error.__traceback__)
+        release()
+    for name, timing in _time({name: calls[name] for name in results}, device, rounds).items():
+        results[name]["time"] = timing
+    return results
 
 
 def _peak_gib(call: Callable[[], object]) -> float:

@@ -77,6 +77,8 @@ def measure(
 
 
 def _add(found: Measurements, metric: str, case: str, at: Results) -> None:
+    if OURS not in at.measured:  # out of memory, say: there is nothing to hold the others against
+        return
     one = at.measured[OURS]
     others = {name: other for name, other in at.measured.items() if name != OURS}
     milliseconds = (one.time.median / 1e3, "ms", one.time.low / 1e3, one.time.high / 1e3)

@@ -107,7 +107,8 @@ class Results:
 def measure(calls: Mapping[Hashable, Callable[[], object]], *, rounds: int = 7) -> Results:
     """Peak memory of each call, after one that compiles and warms the caches, then the times of all, interleaved.
 
-    A call that runs out of memory is reported as failed, and not timed.
+    A call that raises an error is reported as failed, with the reason, and not timed: a baseline's kernel may not build
+    for this GPU, or its memory may not be there.
     """
     peaks, failed = {}, {}
     with many_shapes():
@@ -117,6 +118,8 @@ def measure(calls: Mapping[Hashable, Callable[[], object]], *, rounds: int = 7) 
                 peaks[name] = peak_memory(call)[1] / 2**30
             except torch.OutOfMemoryError as error:
                 failed[name] = f"out of memory: {str(error).partition('.')[0]}"
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             release()
         fit = {name: calls[name] for name in peaks}
         timer = event_time if torch.cuda.is_available() else wall_time

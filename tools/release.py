@@ -1,0 +1,135 @@
+"""The committed notebook is a release: its metadata say when, on what and from which code it was executed.
+
+    python -m tools.release                    what the committed notebook is of, and how far the code has moved since
+    python -m tools.release publish FOLDER     make an executed notebook, and the resources of its run, the release
+
+The package and the cells may change freely between releases.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from tools.address import NOTEBOOK
+from tools.build_notebook import ROOT, build, text, written_files
+from tools.run_notebook import problems
+
+STAMP = "release"
+KEYS = ("commit", "date", "digest", "hardware")
+_LAYOUT = {tokenize.NEWLINE: "\n", tokenize.INDENT: "\t", tokenize.DEDENT: "\r"}
+_IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
+
+
+def code_digest(files: Mapping[str, str]) -> str:
+    """SHA-256 of Python files, {path: source}, by their tokens: comments and layout do not count.
+
+    The same on every Python: f-strings, which are one token before 3.12 and many since, are taken as they stand.
+    """
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(b"\0\0".join([path.encode(), "\0".join(_tokens(files[path])).encode(), b""]))
+    return found.hexdigest()
+
+
+def stamp(node: NotebookNode, *, commit: str, date: str, hardware: str) -> None:
+    """Write into the metadata of an executed notebook what it is a release of."""
+    values = {"commit": commit, "date": date, "digest": code_digest(written_files(node)), "hardware": hardware}
+    node.metadata[STAMP] = values
+
+
+def inconsistencies(node: NotebookNode) -> list[str]:
+    """Why a notebook is not a complete release that agrees with its own stamp, a line each."""
+    found = node.metadata.get(STAMP)
+    if not isinstance(found, dict) or sorted(found) != sorted(KEYS):
+        return [f"metadata must hold {STAMP!r} with {', '.join(KEYS)}, got {found!r}"]
+    lines = problems(node)
+    if found["digest"] != code_digest(written_files(node)):
+        lines.append("the files that it writes are not those of its stamp")
+    return lines
+
+
+def publish(folder: Path, root: Path = ROOT) -> list[str]:
+    """Make the run in `folder` the release under `root`; what is wrong with it, and then nothing is written."""
+    node = nbformat.read(folder / NOTEBOOK, as_version=4)
+    measured = json.loads((folder / "resources/measurements/a_nf4.json").read_text(encoding="utf-8"))
+    stamp(node, commit=_git(root, "rev-parse", "HEAD"), date=measured["date"], hardware=measured["hardware"]["name"])
+    if found := inconsistencies(node):
+        return found
+    (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
+    shutil.copytree(folder / "resources", root / "resources", dirs_exist_ok=True)
+    return []
+
+
+def describe(root: Path = ROOT) -> str:
+    """One paragraph: what the committed notebook is of, and how far the code has moved since."""
+    node = nbformat.read(root / NOTEBOOK, as_version=4)
+    if found := inconsistencies(node):
+        return "\n".join(["The committed notebook is no release:", *found])
+    of = node.metadata[STAMP]
+    head = f"The committed notebook was executed on {of['date']} on {of['hardware']} at commit {of['commit'][:10]}."
+    same = code_digest(written_files(build(root))) == of["digest"]
+    count = _git(root, "rev-list", "--count", f"{of['commit']}..HEAD") or "an unknown number of"
+    return f"{head} The code is {'the same' if same else 'another'} now, {count} commits later."
+
+
+def _tokens(source: str) -> Iterator[str]:
+    lines = source.splitlines(keepends=True)
+    opened: list[tuple[int, int]] = []  # where the f-strings that are not closed yet begin
+    starts = [getattr(tokenize, name, -1) for name in ("FSTRING_START", "TSTRING_START")]
+    ends = [getattr(tokenize, name, -1) for name in ("FSTRING_END", "TSTRING_END")]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in starts:
+            opened.append(token.start)
+        elif token.type in ends:
+            begin = opened.pop()
+            if not opened:
+                yield _between(lines, begin, token.end)
+        elif not opened and token.type not in _IGNORED:
+            yield _LAYOUT.get(token.type, token.string)
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    (first, begin), (last, stop) = start, end
+    if first == last:
+        return lines[first - 1][begin:stop]
+    return "".join([lines[first - 1][begin:], *lines[first : last - 1], lines[last - 1][:stop]])
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git says, or an empty text."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The committed notebook as a release.")
+    parser.add_argument("what", nargs="?", choices=("describe", "publish"), default="describe")
+    parser.add_argument("folder", nargs="?", type=Path, help="of an executed notebook, to be published")
+    options = parser.parse_args(arguments)
+    if options.what == "describe":
+        print(describe())
+        return 0
+    if options.folder is None:
+        parser.error("publish needs the folder of an executed notebook")
+    if found := publish(options.folder):
+        print("Not fit to be published:", *found, sep="\n  ")
+        return 1
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
