@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from tools.build_notebook import COLLAPSED, build, text, written_files

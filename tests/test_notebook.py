@@ -95,8 +95,8 @@ def test_it_reaches_the_scorecard_whatever_fails(tmp_path: Path) -> None:
     notebook = build()
     (watch,) = (n for n, cell in enumerate(notebook.cells) if "experiments.watch()" in cell.source)
     lines = ["import importlib", "def sabotaged(*args, **kwargs):", "    raise RuntimeError('sabotaged')"]
-    lines += [f"module = importlib.import_module({module!r})\n" + "\n".join(f"module.{name} = sabotaged" for name in names)
-              for module, names in SABOTAGED.items()]  # fmt: skip
+    for module, names in SABOTAGED.items():
+        lines += [f"module = importlib.import_module({module!r})", *(f"module.{name} = sabotaged" for name in names)]
     # After all files are written, before the first experiment.
     files = [cell for cell in notebook.cells if cell.source.startswith("%%writefile")]
     others = [cell for cell in notebook.cells[watch + 1 :] if not cell.source.startswith("%%writefile")]

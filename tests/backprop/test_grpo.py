@@ -281,7 +281,7 @@ def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):
         trainer_of(Ours, Scaled(tiny_llama_config(VOCAB)), folder)
     with monkeypatch.context() as patched:
         patched.setattr(transformers.TrainingArguments, "n_gpu", 2)
-        with pytest.raises(ValueError, match="does not support `nn.DataParallel`"):
+        with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
             trainer_of(Ours, llama(), folder)
     monkeypatch.setattr(grpo.trl, "__version__", "1.17.0")
     with pytest.raises(RuntimeError, match=r"trl: got 1\.17\.0, need 1\.16"):

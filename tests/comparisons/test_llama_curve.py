@@ -1,18 +1,33 @@
-"""The two trainings differ in their loss alone; what is compared, said and refused. The 1B figures need a GPU."""
+"""The runs differ in their loss alone, planted faults are seen, and what fails keeps the rest. 1B needs a GPU."""
 
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
 from unsloth_puzzles.comparisons import curve_training, llama_curve
-from unsloth_puzzles.comparisons.curve_data import make_batches
-from unsloth_puzzles.comparisons.curve_training import Settings, train
-from unsloth_puzzles.comparisons.llama_curve import differences, fall, run, title
+from unsloth_puzzles.comparisons.curve_data import (
+    FAULTS,
+    OURS,
+    PER_CHUNK,
+    RUNS,
+    SCALED,
+    STANDARD,
+    Settings,
+    make_batches,
+)
+from unsloth_puzzles.comparisons.curve_training import train
+from unsloth_puzzles.comparisons.llama_curve import differences, norm_differences, pass_means, run, title
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"batch": 2, "length": 48, "chunk_size": 20, "tiny": True, "device": DEVICE}
+SHORT = {"steps": 24, "fault_steps": 12, **SMALL}
+
+
+def quiet(line):
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +41,78 @@ def torch_as_it_was():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def test_full_fine_tuning_with_our_loss_is_the_same_training():
-    standard, ours = (train(Settings(mode="full", loss=loss, steps=60, **SMALL)) for loss in ("standard", "ours"))
-    assert (standard["loss_calls"], ours["loss_calls"]) == (0, 2 * 60)
-    assert max(differences(standard, ours)) <= 1e-4 and fall(ours) > 0.5
-    again = train(Settings(mode="full", loss="standard", steps=5, **SMALL))
-    assert again["losses"] == standard["losses"][:5]  # so whatever differs is the loss
+@pytest.fixture(scope="module")
+def full():
+    with torch.random.fork_rng():
+        return {name: train(Settings(**SHORT), name, quiet) for name in RUNS["full"]}
 
 
-def test_qlora_with_our_loss_is_the_same_training(monkeypatch):
-    def one_batch(settings, path, vocab_size):  # again and again, so that little learning shows
-        batches, text = make_batches(settings, path, vocab_size)
-        return batches[:1] * settings.steps, text
+def test_full_fine_tuning_with_our_loss_is_the_same_training(full):
+    standard, ours = full[STANDARD], full[OURS]
+    assert (standard["loss_calls"], ours["loss_calls"]) == (0, 2 * 24)
+    assert max(differences(standard, ours)) <= 1e-5
+    assert max(norm_differences(standard, ours)) <= 1e-5
+    means = pass_means(ours)
+    assert len(means) == 4 and means[0] - means[-1] > 0.1
+    again = train(Settings(**SHORT), STANDARD, quiet)
+    assert again["losses"] == standard["losses"]  # so whatever differs is the loss
 
-    monkeypatch.setattr(curve_training, "make_batches", one_batch)
-    settings = {**SMALL, "batch": 1, "length": 16, "chunk_size": 5, "accumulation": 1, "learning_rate": 3e-2}
-    standard, ours = (
-        train(Settings(mode="qlora", loss=loss, steps=4, warmup=1, **settings)) for loss in ("standard", "ours")
-    )
-    assert max(differences(standard, ours)) <= 1e-3 and ours["loss_calls"] == 4
-    assert ours["dtype"] == ("float32" if DEVICE == "cpu" else standard["dtype"])
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen_in_losses_and_gradient_norms(fault, full):
+    gaps = differences(full[STANDARD], full[fault])
+    assert len(gaps) == 12
+    assert max(gaps) > 1e-3
+    assert max(norm_differences(full[STANDARD], full[fault])) > 5e-3
+
+
+def test_scaled_gradients_leave_the_first_loss_and_scale_the_first_norm(full):
+    assert differences(full[STANDARD], full[SCALED])[0] <= 1e-5
+    assert full[SCALED]["gradient_norms"][0] == pytest.approx(1.01 * full[STANDARD]["gradient_norms"][0], rel=1e-5)
+
+
+def test_mean_per_chunk_is_the_mean_of_the_chunks_means():
+    settings = Settings(**{**SMALL, "device": "cpu", "accumulation": 1}).decided()
+    batches, _ = make_batches(settings, None, 512)
+    (inputs,) = batches[0]
+    model = random_llama(tiny_llama_config(vocab_size=512), "cpu")
+    with torch.no_grad():
+        found = curve_training._loss_per_chunk(model, dict(inputs), settings)
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.flatten(0, 1)
+    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].flatten()
+    means = [
+        F.cross_entropy(z, y) for z, y in zip(logits.split(20), labels.split(20), strict=True) if (y != -100).any()
+    ]
+    assert len(means) > 1 and found.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    assert abs(found.item() - F.cross_entropy(logits, labels).item()) > 1e-3
+
+
+def test_gradient_norm_is_that_of_all_gradients_together():
+    settings = Settings(steps=1, **SMALL).decided()
+    curve = train(settings, STANDARD, quiet)
+    model = random_llama(tiny_llama_config(vocab_size=512), DEVICE)
+    model.set_attn_implementation("eager")
+    batches, _ = make_batches(settings, None, 512)
+    labels = sum(curve["labels"][0])
+    for batch in batches[0]:
+        inputs = {name: value.to(DEVICE) for name, value in batch.items()}
+        model(**inputs, num_items_in_batch=labels).loss.backward()
+    exact = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm().item()
+    assert curve["gradient_norms"] == [pytest.approx(exact, rel=1e-5)]
+
+
+def test_qlora_with_our_loss_is_the_same_training():
+    settings = {**SMALL, "batch": 1, "length": 16, "chunk_size": 5, "accumulation": 1, "steps": 3, "passes": 3}
+    settings |= {"mode": "qlora", "learning_rate": 0.2}  # the first three steps take a tenth to three of it
+    standard, ours = (train(Settings(**settings), name, quiet) for name in RUNS["qlora"])
+    assert max(differences(standard, ours)) <= 1e-3 and ours["loss_calls"] == 3
+    assert ours["dtype"] == ("float32" if DEVICE == "cpu" else "float16")
+    assert "NF4 by patch_linear4bit" in title(ours) and "AdamW" in title(ours)
     assert ours["losses"][-1] < ours["losses"][0] - 0.1
 
 
 @pytest.mark.parametrize("mutation", ["per micro-batch mean", "labels not shifted"])
-def test_the_comparison_can_tell(mutation, monkeypatch):
+def test_comparison_sees_faults_of_the_hook(mutation, monkeypatch, full):
     from unsloth_puzzles.backprop import trainer as hook
 
     ours = hook.memory_efficient_linear
@@ -62,13 +124,13 @@ def test_the_comparison_can_tell(mutation, monkeypatch):
             labels = labels.roll(1, -1)
         return ours(hidden_states, linear, labels, function, normalizer=normalizer, **options)
 
-    standard = train(Settings(loss="standard", steps=4, **SMALL))
     monkeypatch.setattr(hook, "memory_efficient_linear", mutant)
-    assert max(differences(standard, train(Settings(loss="ours", steps=4, **SMALL)))) > 1e-3
+    found = train(Settings(steps=4, passes=1, **SMALL), OURS, quiet)["losses"]
+    assert max(abs(a - b) for a, b in zip(full[STANDARD]["losses"], found, strict=False)) > 1e-3
 
 
 def test_batches_are_uneven_repeatable_and_of_the_text():
-    settings = Settings(steps=5, batch=3, length=64)
+    settings = Settings(steps=18, passes=4, batch=3, length=64)
     batches, text = make_batches(settings, None, 512)
     assert text == "Python's language reference, a BPE of 512 tokens trained on it"
     flat = [micro for step in batches for micro in step]
@@ -81,53 +143,100 @@ def test_batches_are_uneven_repeatable_and_of_the_text():
     same = make_batches(settings, None, 512)[0]
     again = [micro for step in same for micro in step]
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(flat, again, strict=True))
-    other = make_batches(Settings(steps=5, batch=3, length=64, seed=1), None, 512)[0]
+    other = make_batches(Settings(steps=18, passes=4, batch=3, length=64, seed=1), None, 512)[0]
     assert not torch.equal(other[0][0]["input_ids"], batches[0][0]["input_ids"])
 
 
-def test_a_process_of_its_own_with_real_weights_from_a_directory(tmp_path):
+def test_passes_go_over_the_same_batches(full):
+    labels = full[OURS]["labels"]
+    assert labels[:6] == labels[6:12] == labels[18:] and labels[0] != labels[1]
+    curve = {"steps": 5, "passes": 2, "losses": [3.0, 4.0, 5.0, 1.0, 2.0]}
+    assert pass_means(curve) == [4.0, 1.5]
+
+
+def test_process_with_a_local_checkpoint(tmp_path):
     random_llama(tiny_llama_config(vocab_size=512), "cpu", seed=9).save_pretrained(tmp_path)
-    found = run("full", "ours", steps=2, weights=str(tmp_path), **SMALL)
-    assert found["weights"] == f"real weights, {tmp_path}" and len(found["losses"]) == 2
-    here = train(Settings(loss="standard", steps=2, weights=str(tmp_path), **SMALL))
-    assert max(differences(here, found)) <= 1e-5
-    assert (found["peak_gib"] is None) == (DEVICE == "cpu") and found["seconds"] > 0
-    assert len(found["labels"]) == 2 and len(found["labels"][0]) == 2
+    lines = []
+    found = run("full", steps=2, fault_steps=1, weights=str(tmp_path), show=lines.append, **SMALL)
+    assert all(isinstance(found[name], dict) for name in RUNS["full"])
+    assert found[OURS]["weights"] == f"real weights, {tmp_path}" and len(found[OURS]["losses"]) == 2
+    assert any("full, ours: step 2 of 2, loss" in line for line in lines)
+    here = train(Settings(steps=2, fault_steps=1, weights=str(tmp_path), **SMALL), STANDARD, quiet)
+    assert max(differences(here, found[OURS])) <= 1e-5
+    assert (found[OURS]["peak_gib"] is None) == (DEVICE == "cpu") and found[OURS]["seconds"] > 0
     for said in (
         "tiny Llama, real weights",
         "full fine-tuning",
         "float32",
-        "AdamW",
-        "learning rate 0.001",
+        "SGD without momentum",
+        "learning rate",
         "2 x 2 sequences of up to 48 tokens",
     ):
-        assert said in title(found)
-    failed = run("full", "ours", steps=1, dtype="float99", **SMALL)
-    assert isinstance(failed, str) and "float99" in failed  # a reason, not an exception
+        assert said in title(found[OURS])
+
+
+def test_failed_run_is_kept_as_its_reason_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    out, before = tmp_path / "out.json", []
+
+    def one(settings, name):
+        before.append(list(json.loads(out.read_text())) if out.exists() else [])
+        if name == OURS:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return {"run": name}
+
+    monkeypatch.setattr(llama_curve, "train", one)
+    llama_curve.main(["--mode=full", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert before == [list(RUNS["full"])[:count] for count in range(4)]  # written after every run
+    assert found[OURS] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert [found[name]["run"] for name in (STANDARD, *FAULTS)] == [STANDARD, *FAULTS]
+    assert "FAILED: full, ours: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_timeout_keeps_the_runs_that_are_finished(monkeypatch):
+    def killed(module, *arguments, timeout, env, show):
+        out = next(each for each in arguments if each.startswith("--out=")).removeprefix("--out=")
+        llama_curve._write(llama_curve.Path(out), {STANDARD: {"losses": [1.0]}})
+        raise llama_curve.child.ChildError(f"{module} took longer than {timeout:.0f} s", "")
+
+    monkeypatch.setattr(llama_curve.child, "run", killed)
+    found = run("full", timeout=7)
+    assert found[STANDARD] == {"losses": [1.0]} and list(found) == list(RUNS["full"])
+    assert all("took longer than 7 s" in found[name] for name in (OURS, *FAULTS))
+
+
+def test_process_that_takes_too_long_is_ended():
+    found = run("full", timeout=0.5, show=None, **SMALL)
+    assert all("took longer than" in reason for reason in found.values())
 
 
 def test_what_cannot_be_compared_or_set_is_refused():
-    curve = {"losses": [3.0, 2.0], "loss": "ours", "learning_rate": 1e-3}
-    assert differences(curve, {**curve, "losses": [3.5, 2.0]}) == [0.5, 0.0] and fall(curve, 1) == 1
-    with pytest.raises(ValueError, match=r"learning_rate: got 0.001 and 0.002, need the same training"):
+    curve = {"losses": [3.0, 2.0], "gradient_norms": [4.0, 2.0], "run": OURS, "learning_rate": 1e-3}
+    assert differences(curve, {**curve, "losses": [3.5, 2.0]}) == [0.5, 0.0]
+    assert norm_differences(curve, {**curve, "gradient_norms": [5.0, 2.0]}) == [0.25, 0.0]
+    assert differences(curve, {**curve, "losses": [3.5], "run": PER_CHUNK}) == [0.5]
+    with pytest.raises(ValueError, match="shorter"):
+        differences(curve, {**curve, "losses": [3.5]})
+    with pytest.raises(ValueError, match=r"learning_rate must be the same in both runs, got 0.001 and 0.002"):
         differences(curve, {**curve, "learning_rate": 2e-3})
-    for name, value in (("mode", "half"), ("loss", "theirs"), ("optimizer", "sgd")):
-        with pytest.raises(ValueError, match=f"{name}: needs one of"):
-            Settings(**{name: value}).decided()
-    with pytest.raises(ValueError, match="steps: needs 1 or more, got 0"):
-        run("full", "ours", steps=0)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        Settings(mode="half").decided()
+    with pytest.raises(ValueError, match="dtype must be 'float32' for full fine-tuning, got 'float16'"):
+        Settings(dtype="float16").decided()
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        run("full", steps=0)
+    with pytest.raises(ValueError, match="run must be one of"):
+        train(Settings(mode="qlora", **SMALL), SCALED)
 
 
-def test_the_command_line_takes_every_setting(tmp_path, monkeypatch):
+def test_command_line_takes_every_setting(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(llama_curve, "train", lambda settings: seen.append(settings) or {"losses": []})
+    monkeypatch.setattr(llama_curve, "train", lambda settings, name: seen.append((settings, name)) or {"losses": []})
     out = tmp_path / "out.json"
     llama_curve.main(
-        ["--mode=qlora", "--loss=ours", "--steps=7", "--learning-rate=0.5", "--tiny=True", "--optimizer=adamw8bit",
-         "--chunk-size=9", f"--out={out}"]
-    )  # fmt: skip
-    expected = Settings(
-        mode="qlora", loss="ours", steps=7, learning_rate=0.5, tiny=True, optimizer="adamw8bit", chunk_size=9
+        ["--mode=qlora", "--steps=7", "--learning-rate=0.5", "--tiny=True", "--chunk-size=9", f"--out={out}"]
     )
-    assert seen == [expected] and json.loads(out.read_text()) == {"losses": []}
-    assert curve_training.Settings().steps >= 100
+    expected = Settings(mode="qlora", steps=7, learning_rate=0.5, tiny=True, chunk_size=9)
+    assert seen == [(expected, STANDARD), (expected, OURS)]
+    assert json.loads(out.read_text()) == {STANDARD: {"losses": []}, OURS: {"losses": []}}
+    assert Settings().steps == 60

@@ -114,7 +114,8 @@ def test_what_is_no_product_of_two_matrices_is_left_alone():
 
 def registered():
     selector = select_algorithm.get_algorithm_selector_cache()
-    return inductor_utils.is_big_gpu, [*selector.feedback_saver_fns], [*selector.preprocessing_fns]
+    kept = [*selector.feedback_saver_fns], [*selector.preprocessing_fns]
+    return inductor_utils.is_big_gpu, *kept, select_algorithm.PRINT_AUTOTUNE
 
 
 def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
@@ -122,7 +123,8 @@ def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
     before = registered()
     with autotune.triton_competes():
         assert inductor_utils.is_big_gpu() is True and inductor_utils.is_big_gpu(torch.device("cuda", 0)) is True
-        _, savers, preprocessing = registered()
+        _, savers, preprocessing, printed = registered()
+        assert not printed
         assert len(savers) == len(before[1]) + 1 and preprocessing == [*before[2], autotune.suited]
     assert registered() == before
     with pytest.raises(ZeroDivisionError), autotune.triton_competes():

@@ -185,7 +185,9 @@ def test_eager_rounding_reaches_all_that_rounds(monkeypatch):
     undo = lambda: None  # noqa: E731
     monkeypatch.setattr(qlora, "scale_inside", lambda model, rounding: asked.append(rounding) or undo)
     monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
-    made = lambda forward, name, options: asked.append(options["emulate_precision_casts"])  # noqa: E731
+    made = lambda forward, name, options: asked.extend(  # noqa: E731
+        [options["emulate_precision_casts"], not options["epilogue_fusion"]]
+    )
     monkeypatch.setattr(qlora, "Variants", made)
     for options, expected in (({}, True), ({"eager_rounding": False}, False)):
         compile_qlora(model, **options).undo()

@@ -9,7 +9,6 @@ import json
 
 from unsloth_puzzles.bench import child
 
-
 SECONDS = 240
 
 

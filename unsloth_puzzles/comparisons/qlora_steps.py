@@ -160,6 +160,7 @@ def qlora_model(device: str, dtype: torch.dtype, tiny: bool, drawn: torch.dtype 
     model = random_nf4_llama(config, device, drawn or dtype)
     model.config.use_cache = False
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()  # as `prepare_model_for_kbit_training` does: no layer differs from the others
     return renew(model, dtype)
 
 
@@ -183,10 +184,8 @@ def renew(model: torch.nn.Module, dtype: torch.dtype, checkpointing: bool = Fals
     base = model.get_base_model()
     if checkpointing and not base.is_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     elif base.is_gradient_checkpointing and not checkpointing:
         base.gradient_checkpointing_disable()
-        base.disable_input_require_grads()
     return model.train()
 
 

@@ -31,13 +31,17 @@ def measure(
     *,
     steps: int = 60,
     longest: int = 512,
+    shortest: int = 9,
     attention: str = "auto",
+    max_autotune: bool = False,
+    afterwards: bool = True,
     tiny: bool = False,
     model: torch.nn.Module | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Train `steps` steps of a batch of two rows each.
+    """Train `steps` steps of a batch of two rows each, of lengths from `shortest` to `longest`, all different.
 
+    afterwards: whether packed batches and an evaluation follow. max_autotune: of a compiled run.
     attention: of a compiled run, a backend. model: what `qlora_model` gave, made new for this run; without it one is
     loaded.
 
@@ -50,9 +54,9 @@ def measure(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     model = qlora_model(device, torch.float32, tiny) if model is None else renew(model, torch.float32)
-    data = Batches(steps, longest)
-    later = Batches(AFTERWARDS, longest, packed=True)
-    evaluation = Batches(AFTERWARDS, longest)
+    data = Batches(steps, longest, shortest)
+    later = Batches(AFTERWARDS, longest, shortest, packed=True)
+    evaluation = Batches(AFTERWARDS, longest, shortest)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
@@ -63,19 +67,21 @@ def measure(
         options = {"train_dataset": data, "eval_dataset": evaluation, "data_collator": lambda rows: rows[0]}
         trainer = Trainer(model, settings, **options)
         trainer.remove_callback(PrinterCallback)
-        with compile_qlora(trainer, attention=attention) if candidate == "compiled" else contextlib.nullcontext():
+        options = {"attention": attention, "max_autotune": max_autotune}
+        with compile_qlora(trainer, **options) if candidate == "compiled" else contextlib.nullcontext():
             with count_compilations() as counts:
                 trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
-            with count_compilations() as afterwards:
-                for batch in later:
+            with count_compilations() as counts_afterwards:
+                for batch in later if afterwards else ():
                     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
                     losses.append(trainer.training_step(model, inputs).item())
-                losses.append(trainer.evaluate()["eval_loss"])
+                if afterwards:
+                    losses.append(trainer.evaluate()["eval_loss"])
     ready()  # nothing here is timed, so it need not wait for the others' turns
     found = {"candidate": candidate, "steps": steps, "tiny": tiny, "lengths": data.lengths, "losses": losses}
     found["limits"] = {name: getattr(torch._dynamo.config, name) for name in LIMITS}
-    for prefix, of in (("", counts), ("later_", afterwards)):
+    for prefix, of in (("", counts), ("later_", counts_afterwards)):
         found |= {
             f"{prefix}captures": [dataclasses.asdict(one) for one in of.captures],
             f"{prefix}compilations": of.compilations,
@@ -88,8 +94,8 @@ def measure(
 class Batches(torch.utils.data.IterableDataset):
     """Each batch is a row of the data set, since each has its own length: the longest first, then all different."""
 
-    def __init__(self, number: int, longest: int, packed: bool = False):
-        drawn = torch.randperm(longest - 9, generator=torch.Generator().manual_seed(SEED)) + 9
+    def __init__(self, number: int, longest: int, shortest: int = 9, packed: bool = False):
+        drawn = torch.randperm(longest - shortest, generator=torch.Generator().manual_seed(SEED)) + shortest
         self.lengths = [longest, *drawn[: number - 1].tolist()]
         self._packed = packed
 

@@ -57,12 +57,14 @@ def triton_competes() -> Iterator[list[Product]]:
             products.append(Product(*_sizes(best), best.name, found[best], cublas, _shown(best)))
 
     before, inductor_utils.is_big_gpu = inductor_utils.is_big_gpu, lambda *_: True
+    printed, select_algorithm.PRINT_AUTOTUNE = select_algorithm.PRINT_AUTOTUNE, False
     selector.add_feedback_saver(keep)
     selector.add_preprocessing_fn(suited)
     try:
         yield products
     finally:
         inductor_utils.is_big_gpu = before
+        select_algorithm.PRINT_AUTOTUNE = printed
         selector.feedback_saver_fns.remove(keep)
         selector.preprocessing_fns.remove(suited)
 

@@ -114,7 +114,9 @@ def compile_qlora(
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.callback(_say_unpadded(causal_lm))
         products = undoing.enter_context(_settings(activation_memory_budget, max_autotune))
-        options = {**_OPTIONS, "emulate_precision_casts": eager_rounding, **(autotune.OPTIONS if max_autotune else {})}
+        # What is fused behind a product of Triton's gets its float32 sums, which eager mode would have rounded.
+        rounding = {"emulate_precision_casts": eager_rounding, "epilogue_fusion": not eager_rounding}
+        options = {**_OPTIONS, **rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
             undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
