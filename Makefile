@@ -4,7 +4,7 @@
 # make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
-# make colab-check   the notebook alone in an environment that holds only torch, triton and Jupyter
+# make colab-check   the notebook alone in an environment with the versions of Colab's runtime
 # make clean         remove build/
 #
 # Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
@@ -63,16 +63,16 @@ gpu-test: $(READY)
 	$(RUN) -m tools.gpu_tests
 
 rehearsal: build
-	UNSLOTH_PUZZLES_REHEARSAL=T4 CUDA_VISIBLE_DEVICES=0 \
-		$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/rehearsal --need-gpu
+	$(RUN) -m tools.t4
 
-# What Colab ships is torch, triton and Jupyter; all else must come from the notebook's own install cell.
+# A new environment with the versions of Colab's runtime; all else must come from the notebook's own install cell.
+COLAB_PYTHON ?= $(shell for p in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python3.13 $(PYTHON); do \
+	$$p -c "import venv" 2>/dev/null && echo $$p && break; done)
 colab-check: build
 	rm -rf build/colab-venv
-	$(or $(PYTHON),$(RUN)) -m venv build/colab-venv
-	grep -E '^(torch|triton|jupyter|ipykernel)==' requirements.txt > build/colab-requirements.txt
-	build/colab-venv/bin/python -m pip install --quiet --disable-pip-version-check -r build/colab-requirements.txt
-	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/colab --python $(CURDIR)/build/colab-venv/bin/python
+	$(or $(COLAB_PYTHON),$(RUN)) -m venv build/colab-venv
+	build/colab-venv/bin/python -m pip install --quiet --disable-pip-version-check -r notebook/colab.txt
+	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/colab --strict --python $(CURDIR)/build/colab-venv/bin/python
 
 clean:
 	rm -rf build

@@ -1,6 +1,6 @@
 """Execute a notebook alone: in a folder that holds nothing but its copy, as on Colab.
 
-    python -m tools.run_notebook NOTEBOOK FOLDER [--python EXECUTABLE] [--timeout SECONDS] [--need-gpu]
+    python -m tools.run_notebook NOTEBOOK FOLDER [--python EXECUTABLE] [--timeout SECONDS] [--need-gpu] [--strict]
 
 Prints a line a cell, at the end where the executed copy and the figures lie, and what the cells tagged `report`
 printed. Exits 1 after an error (the notebook is written as far as it came) and for anything in ``problems``.
@@ -35,13 +35,19 @@ FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
 
 def run(
-    notebook: Path, folder: Path, *, python: str = sys.executable, timeout: int = 1800, measured: Path | None = None
+    notebook: Path,
+    folder: Path,
+    *,
+    python: str = sys.executable,
+    timeout: int = 1800,
+    measured: Path | None = None,
+    client_class: type[NotebookClient] = NotebookClient,
 ) -> NotebookNode:
     """Copy ``notebook`` into ``folder``, execute the copy there and return it; it is written even after an error.
 
     ``timeout`` is in seconds, a cell. ``measured`` is a folder of measurements: of those the notebook is given the
-    sweeps, which are too long for it. Raises ValueError when ``folder`` is not empty, and nbclient's error for a cell
-    that failed.
+    sweeps, which are too long for it. ``client_class`` executes the cells. Raises ValueError when ``folder`` is not
+    empty, and nbclient's error for a cell that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / notebook.name
@@ -53,7 +59,7 @@ def run(
         shutil.copy(sweep, folder / "resources/measurements")
     node = nbformat.read(copy, as_version=4)
     progress = _Progress(node)
-    client = NotebookClient(
+    client = client_class(
         node,
         km=_kernel(python),
         timeout=timeout,
@@ -110,6 +116,12 @@ def output_text(cell: NotebookNode) -> str:
     return "".join(part if part.endswith("\n") else part + "\n" for part in parts if part)
 
 
+def lines_with(word: str, node: NotebookNode) -> list[str]:
+    """The lines of the outputs that hold ``word``, each with its cell."""
+    cells = [(where, output_text(cell)) for where, cell in _code(node)]
+    return [f"{where}: {line.strip()}" for where, shown in cells for line in shown.splitlines() if word in line]
+
+
 def report(node: NotebookNode) -> str:
     """What the cells tagged ``report`` printed: the sections' times and the scorecard."""
     return "\n".join(output_text(cell) for cell in node.cells if "report" in cell.metadata.get("tags", []))
@@ -122,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="the interpreter that the kernel runs in")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds, a cell")
     parser.add_argument("--measured", type=Path, help="a folder with the sweeps that were measured before")
+    parser.add_argument("--strict", action="store_true", help="FAILED in an output is a failure of the run")
     parser.add_argument("--need-gpu", action="store_true", help="refuse to run without a GPU")
     options = parser.parse_args(arguments)
     if options.need_gpu and not gpu_present():
@@ -142,7 +155,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Figure: {figure}")
     if found := problems(node):
         print("Not fit to be published:", *found, sep="\n  ")
-    return 1 if failures(node) or (found and options.need_gpu) else 0  # paths and size matter to a published one
+    if said := lines_with("FAILED", node) if options.strict else []:
+        print("Said to have failed:", *said, sep="\n  ")
+    return (
+        1 if failures(node) or said or (found and options.need_gpu) else 0
+    )  # paths and size matter to a published one
 
 
 def gpu_present() -> bool:

@@ -1,0 +1,63 @@
+"""Every kernel that any process compiles is recorded, and those that a T4 cannot have are found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.t4.__main__ import HOOK
+from tools.t4.kernels import MOST_SHARED, Built, compile_recorded
+
+NAMES = ("fits", "takes_too_much_shared_memory", "rounds_as_no_t4_can")
+
+
+@pytest.fixture(scope="module", params=["here", "worker"])
+def built(request, tmp_path_factory) -> dict[str, Built]:
+    """What was recorded of kernels that a process, or a worker of it, has compiled for another GPU."""
+    record, caches = (tmp_path_factory.mktemp(name) for name in ("record", "caches"))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"T4_RECORD": str(record), "TRITON_CACHE_DIR": str(caches)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HOOK), str(Path(__file__).parent)])
+    script = Path(__file__).with_name("planted.py")
+    done = subprocess.run(
+        [sys.executable, str(script), request.param, *NAMES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {one.name: one for one in compile_recorded(record)}
+
+
+def test_all_of_them_are_recorded(built):
+    assert sorted(built) == sorted(NAMES)
+
+
+def test_one_that_a_t4_can_have_builds(built):
+    assert (built["fits"].error, built["fits"].shared, built["fits"].dot) == ("", 0, "")
+
+
+def test_too_much_shared_memory_is_found(built):
+    one = built["takes_too_much_shared_memory"]
+    assert one.error == "" and one.shared > MOST_SHARED and one.dot == "f32"
+
+
+def test_an_instruction_that_a_t4_lacks_is_found(built):
+    assert "requires .target sm_80 or higher" in built["rounds_as_no_t4_can"].error
+
+
+def test_nothing_recorded_is_no_kernel(tmp_path):
+    assert compile_recorded(tmp_path) == []
+
+
+def test_without_a_record_the_hook_does_nothing_and_a_shadowed_sitecustomize_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['SHADOWED'] = 'ran'\n")
+    code = "import os, sys; print(os.environ['SHADOWED'], type(sys.meta_path[0]).__name__)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOOK), str(tmp_path)])}
+    environment.pop("T4_RECORD", None)
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    shadowed, finder = said.stdout.split()
+    assert shadowed == "ran" and finder != "_After"

@@ -1,0 +1,185 @@
+"""The limits of a rehearsal, what it predicts, and what it reports as an error."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+
+from tools.t4 import __main__ as rehearsal
+from tools.t4 import limits, sections
+from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, PRODUCTS32, kind, predict, scales
+
+GOOD = {
+    "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
+    "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nvjet_hsh_192x192_64x4_1x2_h_bz_coopA_NNT", PRODUCTS16),
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_nn_n_tilesize128x128x32", PRODUCTS16),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_f16_s161616gemm_f16>", PRODUCTS16),
+        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_128x64_8x5_nn_align1>", PRODUCTS32),
+        ("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n", PRODUCTS32),
+        ("flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", PRODUCTS16),
+        ("fmha_cutlassF_f32_aligned_64x64_rf_sm80", PRODUCTS32),
+        ("triton_tem_fused_flex_attention_0", DOTS16),
+        ("triton_tem_fused_mm_3", PRODUCTS32),
+        ("triton_poi_fused_add_1", BYTES),
+        ("dequantize_nf4_kernel", BYTES),
+        ("Memcpy HtoD (Pinned -> Device)", COPIES),
+        ("Memcpy DtoD (Device -> Device)", BYTES),
+        ("Memset (Device)", BYTES),
+    ],
+)
+def test_kernels_have_a_class(name, expected):
+    dots = {"triton_tem_fused_flex_attention_0": "f16", "triton_tem_fused_mm_3": "f32"}
+    assert kind(name, dots) == expected
+
+
+def test_each_class_is_scaled_by_its_rate_beyond_a_kernels_latency():
+    scale = scales(2.7e12, {"float16": 750e12, "float32": 60e12})
+    assert scale == {COPIES: 2, PRODUCTS16: 30, PRODUCTS32: 10, DOTS16: pytest.approx(100 / 6), BYTES: 10}
+    windows = [
+        {"kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]}, "hook_seconds": 1.0},
+        {"kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]}, "hook_seconds": 0.5},
+    ]
+    found = predict(windows, 10.0, {}, scale)
+    there = (11 * LATENCY_US - 1 + 30 * 1000) / 1e6, (2 * LATENCY_US + 10 * 50) / 1e6
+    assert found["gpu_seconds_t4"] == pytest.approx({PRODUCTS16: there[0], BYTES: there[1]})
+    host = 10 - 1.5 - sum(found["gpu_seconds_here"].values())
+    assert found["host_seconds_here"] == pytest.approx(host) and found["launches"] == 13
+    assert found["predicted_t4_seconds"] == pytest.approx(2 * host + sum(there))
+
+
+def test_a_host_that_was_never_waited_for_costs_nothing():
+    found = predict([{"kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
+    assert found["host_seconds_here"] == 0
+    assert found["predicted_t4_seconds"] == pytest.approx(90, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"gpu_peak_gib": 14.51}, "GiB of GPU memory"),
+        ({"ram_peak_gb": 12.1}, "GB of RAM"),
+        ({"longest_silence_seconds": 31}, "s of silence"),
+        ({"cells_in_error": ["cell 3"]}, "cell 3"),
+        ({"failed": ["FAILED: x"]}, "FAILED: x"),
+        ({"stopped": True}, "stopped after"),
+        ({"bad_kernels": [{"name": "k", "error": "", "shared": 70000}]}, "kernel k: 70000 bytes"),
+        (
+            {"bad_kernels": [{"name": "k", "error": "no such instruction", "shared": 0}]},
+            "kernel k: no such instruction",
+        ),
+    ],
+)
+def test_what_is_an_error_of_the_rehearsal(changed, said):
+    found = rehearsal.errors({**GOOD, **changed})
+    assert found == [] if said is None else len(found) == 1 and said in found[0]
+
+
+@pytest.mark.parametrize("section", sorted(set(sections.SECTIONS) - {"B"}))
+def test_a_section_alone_has_every_file_and_its_own_cells(section):
+    node = sections.notebook_of(section)
+    sources = [cell.source for cell in node.cells]
+    assert sources[0] == sections.FIRST_CELL and not any(
+        cell.cell_type == "markdown" and not cell.id for cell in node.cells
+    )
+    files = [n for n, source in enumerate(sources) if source.startswith("%%writefile")]
+    (at,) = (n for n, source in enumerate(sources) if "sys.path.insert" in source)
+    assert len(files) > 70 and max(files) < at
+    ids = {cell.id.rpartition("-")[0] for cell in node.cells if not cell.id.startswith("file-")}
+    others = {name for key, name in sections.SECTIONS.items() if key != section}
+    assert any(name.startswith(sections.SECTIONS[section]) for name in ids)
+    assert not any(name.startswith(other) for name in ids for other in others)
+
+
+def test_the_longest_silence_is_found(tmp_path):
+    import tools.run_notebook
+
+    cells = [
+        nbformat.v4.new_code_cell("import time\nfor _ in range(4):\n    time.sleep(0.3)\n    print('.', flush=True)"),
+        nbformat.v4.new_code_cell("time.sleep(1.0)"),
+    ]
+    source, clients = tmp_path / "small.ipynb", []
+
+    class Client(sections.Client):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            clients.append(self)
+
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
+    tools.run_notebook.run(source, tmp_path / "run", client_class=Client)
+    assert 0.9 < clients[0].silence < 3 and clients[0].silent_cell == "time.sleep(1.0)"
+    assert len(clients[0].cell_seconds) == 2 and max(clients[0].cell_seconds.values()) > 1
+
+
+def test_what_takes_too_long_is_killed_with_all_that_it_started():
+    sleep = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
+    with limits.Watcher(seconds=1.5, interval=0.3) as watcher:
+        process = subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(0.8)
+        started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
+        process.wait(20)
+        time.sleep(0.5)
+    assert watcher.killed and len(started) == 2
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started)
+    assert watcher.ram_gb > 0.005
+
+
+def test_memory_of_all_children_is_added_up():
+    code = "x = bytearray(200_000_000); import time; time.sleep(3)"
+    with limits.Watcher(seconds=60, interval=0.2) as watcher:
+        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        time.sleep(2)
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert 0.4 < watcher.ram_gb < 0.8 and not watcher.killed
+
+
+def test_the_kernel_gets_two_cores_and_the_watcher_keeps_its_own():
+    before = os.sched_getaffinity(0)
+    with rehearsal._two_cores():
+        code = "import os; print(len(os.sched_getaffinity(0)))"
+        inside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(inside) == min(2, len(before)) and os.sched_getaffinity(0) == before
+
+
+def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def rehearse(section, out, seconds):
+        made.append(section)
+        result = dict(GOOD) | {"points": 1, "possible": 2, "wall_seconds": 1, "kernels_seen": 0, "kernels_failed": 0}
+        result |= {"kernels_over_shared_memory": 0, "largest_shared_bytes": 0, "setup_seconds": 1, "lost": {}}
+        return result | {"errors": ["bad"] if section == "C" else [], "hardware": "NVIDIA Test", "date": "2026-11-28"}
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    options = ["--out", str(tmp_path), "--keep", str(tmp_path / "kept.json")]
+    assert rehearsal.main(["--sections", "A,D", *options]) == 0
+    assert rehearsal.main(["--sections", "A,C,D", "--resume", *options]) == 1
+    assert made == ["A", "D", "C"]
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert sorted(kept["sections"]) == ["A", "C", "D"] and kept["points"] == 3 and kept["notes"]
+    assert "C: 1 of 2 points" in capsys.readouterr().out
+
+
+def test_the_environment_is_a_t4s_and_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    before = dict(os.environ)
+    with rehearsal._environment(tmp_path, tmp_path / "caches"):
+        assert os.environ["UNSLOTH_PUZZLES_REHEARSAL"] == "T4" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        assert os.environ["PYTHONPATH"] == f"{rehearsal.HOOK}{os.pathsep}mine"
+        assert str(tmp_path / "caches") in os.environ["TRITON_CACHE_DIR"]
+    assert dict(os.environ) == before

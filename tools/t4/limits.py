@@ -1,0 +1,70 @@
+"""What a process tree uses of GPU memory and RAM while it runs, and its end when its time is up."""
+
+import contextlib
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+GPU_GIB = 14.5  # of all processes with their contexts
+RAM_GB = 12.0
+SECONDS = 600.0
+SILENCE = 30.0
+
+
+class Watcher:
+    """Samples the children of this process every second in a thread, and kills them after `seconds`.
+
+    gpu_gib, ram_gb: the peaks so far (GPU memory beyond what was in use before). killed: whether the time was up.
+    """
+
+    def __init__(self, seconds: float = SECONDS, interval: float = 1.0):
+        self.gpu_gib = self.ram_gb = 0.0
+        self.killed, self._seconds, self._interval = False, seconds, interval
+        self._before, self._done = gpu_gib_in_use() or 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._done.wait(self._interval):
+            children = psutil.Process().children(recursive=True)
+            self.ram_gb = max(self.ram_gb, sum(map(ram_bytes, children)) / 1e9)
+            if (used := gpu_gib_in_use()) is not None:
+                self.gpu_gib = max(self.gpu_gib, used - self._before)
+            if time.monotonic() - began > self._seconds:
+                self.killed = True
+                for process in children:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                return
+
+
+def ram_bytes(process: psutil.Process) -> int:
+    """A process's share of the RAM: pages that it shares with others are divided among them where Linux tells."""
+    try:
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+        return process.memory_info().rss
+    except (OSError, psutil.Error):
+        return 0
+
+
+def gpu_gib_in_use() -> float | None:
+    """Memory in use on the first GPU, by whomever; None if nvidia-smi is not there."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        return float(done.stdout.split()[0]) / 1024
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,71 @@
+"""What a T4 would take, from what the GPU here took: seconds by class of kernel, scaled. A prediction, no measurement.
+
+A kernel's time beyond a fixed two microseconds, its own latency, is scaled by the ratio of rates: of matrix products in
+16 bits what the GPU here does over 25 TFLOP/s; in float32, which Triton's products in 16 bits become there, over 6
+TFLOP/s; of everything else the copy bandwidth here over 270 GB/s. The host takes twice as long.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+T4_FLOPS16, T4_FLOPS32, T4_BANDWIDTH = 25e12, 6e12, 270e9  # what T4s sustain
+SMALL_TILES = (
+    100e12  # FLOP/s that Triton's products in 16 bits reach on a large GPU in the tiles made for a T4: assumed
+)
+LATENCY_US = 2.0
+HOST = 2.0
+
+COPIES, PRODUCTS16, PRODUCTS32, DOTS16, BYTES = "copies", "products in 16 bits", "float32", "Triton's products", "bytes"
+
+
+def kind(name: str, dots: Mapping[str, str]) -> str:
+    """The class of a kernel by its name. dots: of Triton's kernels that multiply, {name: "f16" or "f32"}."""
+    low = name.lower()
+    if "memcpy htod" in low or "memcpy dtoh" in low:
+        return COPIES
+    if name in dots:
+        return DOTS16 if dots[name] == "f16" else PRODUCTS32
+    if any(sign in low for sign in ("flash", "fmha", "sdpa")):
+        return PRODUCTS32 if "f32" in low else PRODUCTS16
+    wide = any(sign in low for sign in ("sgemm", "f32f32", "tf32", "simt", "nvjet_sss", "gemmsn", "gemvx"))
+    if any(sign in low for sign in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "wgmma", "splitk")):
+        return PRODUCTS32 if wide else PRODUCTS16
+    return BYTES
+
+
+def scales(copy_bandwidth: float, matmul_flops: Mapping[str, float]) -> dict[str, float]:
+    """By how much longer each class takes on a T4."""
+    return {
+        COPIES: 2.0,
+        PRODUCTS16: matmul_flops["float16"] / T4_FLOPS16,
+        PRODUCTS32: matmul_flops["float32"] / T4_FLOPS32,
+        DOTS16: max(SMALL_TILES / T4_FLOPS32, copy_bandwidth / T4_BANDWIDTH),
+        BYTES: copy_bandwidth / T4_BANDWIDTH,
+    }
+
+
+def predict(
+    windows: Iterable[Mapping], wall_seconds: float, dots: Mapping[str, str], scale: Mapping[str, float]
+) -> dict[str, object]:
+    """Seconds of a section on a T4, and what they are made of.
+
+    windows: {"kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the profiler.
+    """
+    here, there, launches, hook = defaultdict(float), defaultdict(float), 0, 0.0
+    for window in windows:
+        hook += window["hook_seconds"]
+        for name, (count, microseconds) in window["kernels"].items():
+            what = kind(name, dots)
+            latency = min(microseconds, count * LATENCY_US)
+            here[what] += microseconds / 1e6
+            there[what] += (latency + (microseconds - latency) * scale[what]) / 1e6
+            launches += count
+    host = max(0.0, wall_seconds - sum(here.values()) - hook)
+    return {
+        "predicted_t4_seconds": HOST * host + sum(there.values()),
+        "host_seconds_here": host,
+        "hook_seconds": hook,
+        "gpu_seconds_here": dict(here),
+        "gpu_seconds_t4": dict(there),
+        "launches": launches,
+    }

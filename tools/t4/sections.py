@@ -1,0 +1,92 @@
+"""One section of the notebook alone: cells that stand before it, its own, and the scorecard; and what came of a run."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from tools.build_notebook import WRITEFILE, build
+from tools.run_notebook import failures, output_text
+from unsloth_puzzles import scorecard
+
+SECTIONS = {"A": "a_nf4", "E": "e_backprop", "C": "c_compile", "D": "d_issues", "B": "b_fsdp2"}
+FIRST_CELL = "import sitecustomize\n\nsitecustomize.watch_cells()"
+
+
+def notebook_of(section: str) -> NotebookNode:
+    """Set-up, every file of the package, the cells of one section and the scorecard. Raises KeyError for no section."""
+    node, own = build(), ("00_setup", "z_scorecard", SECTIONS[section])
+    files = [cell for cell in node.cells if WRITEFILE.match(cell.source)]
+    others = [cell for cell in node.cells if cell.id.startswith(own) and cell not in files]
+    (at,) = (n for n, cell in enumerate(others) if "sys.path.insert" in cell.source)
+    node.cells = [nbformat.v4.new_code_cell(FIRST_CELL), *others[:at], *files, *others[at:]]
+    return node
+
+
+class Client(NotebookClient):
+    """Notes how long each cell took, and the longest time in which one said nothing, and in which cell."""
+
+    def __init__(self, node: NotebookNode, **options):
+        super().__init__(node, **options)
+        self.cell_seconds: dict[str, float] = {}
+        self.silence, self.silent_cell, self._heard = 0.0, "", time.monotonic()
+
+    async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
+        began = self._heard = time.monotonic()
+        try:
+            return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
+        finally:
+            self._hear(cell)
+            self.cell_seconds[cell.id] = time.monotonic() - began
+
+    def process_message(self, msg, cell, cell_index):
+        self._hear(cell)
+        return super().process_message(msg, cell, cell_index)
+
+    def _hear(self, cell: NotebookNode) -> None:
+        now = time.monotonic()
+        if now - self._heard > self.silence:
+            self.silence = now - self._heard
+            self.silent_cell = next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
+        self._heard = now
+
+
+def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str, float]) -> dict[str, object]:
+    """What a run of `notebook_of(section)` in `folder` came to: errors, failures, skips, points, seconds."""
+    own = SECTIONS[section]
+    text = "\n".join(output_text(cell) for cell in node.cells if cell.cell_type == "code")
+    rows = [row for row in scorecard.score(folder / "resources/measurements") if row.challenge == section]
+    lost = {row.criterion: f"{row.verdict}: {row.measured}" for row in rows if row.points < row.possible}
+    return {
+        "wall_seconds": sum(took for cell, took in seconds.items() if cell.startswith(own)),
+        "setup_seconds": sum(took for cell, took in seconds.items() if cell.startswith("00_setup")),
+        "cells_in_error": failures(node),
+        "failed": re.findall(r"^.*FAILED:.*$", text, flags=re.MULTILINE),
+        "skipped": re.findall(r"^.*SKIPPED:.*$", text, flags=re.MULTILINE),
+        "points": sum(row.points for row in rows),
+        "possible": sum(row.possible for row in rows),
+        "lost": lost,
+        "slowest_cells": {
+            _first_line(node, cell): round(took, 1)
+            for cell, took in sorted(seconds.items(), key=lambda item: -item[1])[:12]
+        },
+    }
+
+
+def measured_rates(folder: Path) -> tuple[float, dict[str, float]] | None:
+    """The copy bandwidth and matrix rates that a run's probe measured, from any of its files; None without a GPU."""
+    for path in sorted((folder / "resources/measurements").glob("*.json")):
+        hardware = json.loads(path.read_text(encoding="utf-8"))["hardware"]
+        if hardware.get("copy_bandwidth"):
+            return hardware["copy_bandwidth"], hardware["matmul_flops"]
+    return None
+
+
+def _first_line(node: NotebookNode, cell_id: str) -> str:
+    source = next((cell.source for cell in node.cells if cell.id == cell_id), cell_id)
+    return next((line for line in source.splitlines() if line.strip()), cell_id)[:60]
