@@ -61,9 +61,11 @@
 
 # %%
 from unsloth_puzzles.bench import section
+from unsloth_puzzles.device import capability
 
 section.start("E. Memory-efficient backprop")
 GPU = hardware.device == "cuda"
+SLOW = GPU and capability() < 80  # a T4: less is timed there, and nothing less is checked
 if hardware.matmul_flops:
     rate = hardware.matmul_flops["bfloat16" if hardware.bf16 else "float16"]
     for what, products in (("head trained", 3), ("head frozen", 2)):
@@ -165,7 +167,6 @@ import math
 import statistics
 import tempfile
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -175,6 +176,7 @@ from torch import nn
 
 from unsloth_puzzles.backprop import MemoryEfficientLinear, baselines, errors, losses, memory_efficient_linear
 from unsloth_puzzles.backprop.workload import REFERENCE, TINY, Shape, make_case, release
+from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.comparisons import linear_losses
 
@@ -183,14 +185,6 @@ HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else 
 SIXTEEN = torch.bfloat16 if hardware.bf16 or not GPU else torch.float16
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
 results = Measurements("resources/measurements/e_backprop.json", hardware)
-
-
-def judge(case, checks):
-    """Record the share of the named checks that hold, and stop at a failure. checks: {name: bool}."""
-    failed = [name for name, good in checks.items() if not good]
-    results.add("checks_passed", case, (len(checks) - len(failed)) / len(checks), "fraction")
-    print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed")
-    assert not failed, f"{case}: {failed}"
 
 
 def far(found, exact):
@@ -242,6 +236,8 @@ def full(head=head, x=x):
 
 
 parameters = (x, head.weight, head.bias)
+
+# %%
 checks = {}
 for name, ours, exact in (
     ("a sum over the number of labels",
@@ -288,7 +284,7 @@ ours, exact = (
 checks["all labels ignored: NaN, and no gradient"] = (
     ours[0].isnan() and exact[0].isnan() and far(ours[1:], exact[1:]) == 0
 )
-judge("cross entropy", checks)
+judge(results, "cross entropy", checks)
 
 # %% [markdown]
 # ### Check 2: the upcast is the user's, the derivative is autograd's
@@ -327,6 +323,7 @@ rounded = F.cross_entropy(logits, wanted).float()
 print(f"loss {loss.item():.7f}; upcast by hand {upcast.item():.7f}; without upcast {rounded.item():.7f}")
 by_row = [F.cross_entropy(z, wanted, reduction="none") for z in (logits, logits.float())]
 judge(
+    results,
     "float32 upcast",
     {
         f"the function is given the projection's dtype, {SHORT[SIXTEEN]}": logits.dtype == SIXTEEN,
@@ -397,7 +394,7 @@ checks["gradcheck, two results a row"] = torch.autograd.gradcheck(per_row, small
 sources = {path.name: path.read_text() for path in Path("unsloth_puzzles/backprop").glob("*.py")}
 by_hand = {name for name, source in sources.items() if "def backward(ctx" in source}
 checks["no backward but the operator's and its matrix product's"] = by_hand == {"linear.py", "heads.py"}
-judge("derivatives by autograd", checks)
+judge(results, "derivatives by autograd", checks)
 
 # %% [markdown]
 # ### Check 3: other functions
@@ -466,7 +463,7 @@ if GPU:
     compiled = memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean, compile=True)
     eager = memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean)
     checks["compiled"] = far(differentiated(compiled, *parameters), differentiated(eager, *parameters)) <= EXACT
-judge("other functions", checks)
+judge(results, "other functions", checks)
 
 # %% [markdown]
 # ### Check 4: any chunk size
@@ -492,7 +489,7 @@ for wrong in (0, -1, 1.5, "much", "1 B"):
         checks[f"chunk_size={wrong!r} is refused"] = False
     except (TypeError, ValueError) as error:
         checks[f"chunk_size={wrong!r} is refused"] = "chunk_size" in str(error)
-judge("chunk sizes", checks)
+judge(results, "chunk sizes", checks)
 
 # %% [markdown]
 # ### Memory and time at the puzzle's shape
@@ -506,38 +503,58 @@ judge("chunk sizes", checks)
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
-ROUNDS = 10 if GPU else 3
+ROUNDS = 10 if GPU and not SLOW else 3
 HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
 # On a CPU 16 bits are not worth measuring, so dW has one dtype, and compiling would take longer than all the rest.
 WITHOUT = () if GPU else (linear_losses.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.COMPILED)
+MINE = {  # beside which floor, and which of Liger's
+    linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
+    linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
+}
+IN_FLOAT32 = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32)
 measured = {}
-print(f"{SHAPE_TEXT}, random weights, {HARDWARE}")
-for head_case, train_head in HEADS.items():
+
+
+def measure_head(head_case, train_head):
+    """All candidates on one head. What it holds is free when it ends, by an error, too."""
     case = make_case(SHAPE, DEVICE, train_head=train_head)
-    calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
-    measured[head_case] = found = linear_losses.measure(calls, rounds=ROUNDS)
-    for name, reason in {**left_out, **found.failed}.items():
+    # On a slow GPU a compiler takes as long as all candidates' runs: there it compiles the baseline for one head.
+    without = (*WITHOUT, baselines.COMPILED) if SLOW and not train_head else WITHOUT
+    calls, left_out = linear_losses.candidates(case, compile=GPU, without=without)
+    found = linear_losses.measure(calls, rounds=ROUNDS, may_fail=[name for name in calls if name not in MINE])
+    for name, reason in left_out.items():
         print(f"SKIPPED: {name}, {head_case}: {reason}")
+    for name, reason in found.failed.items():
+        print(f"FAILED: {name}, {head_case}: {reason}")
     section.work(flops=len(calls) * (ROUNDS + 2) * SHAPE.flops(train_head))
     auto = linear_losses.auto_rows(case)
-    print(
-        f"{head_case}: chunks of {auto} rows, which need {SHAPE.least_gib(auto, train_head):.3g} GiB with the gradients"
-    )
-    del case, calls
-    release()
+    least = SHAPE.least_gib(auto, train_head)
+    print(f"{head_case}: chunks of {auto} rows, which need {least:.3g} GiB with the gradients")
+    return found
+
+
+# %%
+print(f"{SHAPE_TEXT}, random weights, {HARDWARE}")
+for head_case, train_head in HEADS.items():
+    try:
+        measured[head_case] = measure_head(head_case, train_head)
+    except torch.OutOfMemoryError as error:
+        print(f"FAILED: {head_case}: out of memory: {str(error).partition('.')[0]}")
+    free_memory()
 
 # %%
 lines = ["| | candidate | extra peak, GiB | ms | spread | of the floor's time |", "|---|---|---|---|---|---|"]
 for head_case, found in measured.items():
     for name, one in found.measured.items():
-        wide = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32)
-        floor_name = baselines.FLOOR_FLOAT32 if name in wide else baselines.FLOOR
-        floor = found.measured[floor_name].time.median
+        floor = found.measured.get(baselines.FLOOR_FLOAT32 if name in IN_FLOAT32 else baselines.FLOOR)
         spread = f"{one.time.low / 1e3:.1f} to {one.time.high / 1e3:.1f}"
-        cells = (head_case, name, f"{one.extra_peak_gib:.3g}", f"{one.time.median / 1e3:.1f}", spread)
-        lines.append(f"| {' | '.join(cells)} | {one.time.median / floor:.2f} |")
+        of_floor = f"{one.time.median / floor.time.median:.2f}" if floor else ""
+        cells = (head_case, name, f"{one.extra_peak_gib:.3g}", f"{one.time.median / 1e3:.1f}", spread, of_floor)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {head_case} | {name} | failed | | | |" for name in found.failed]
+lines += [f"| {head_case} | not measured | | | | |" for head_case in HEADS if head_case not in measured]
 display(Markdown("\n".join(lines)))
 
 
@@ -549,10 +566,6 @@ def compare(metric, case, ours, found, floor=None):
         results.add(metric, case, mine.median / other.median, "x", mine.low / other.high, mine.high / other.low)
 
 
-MINE = {
-    linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
-    linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
-}
 for head_case, found in measured.items():
     others = {name: one for name, one in found.measured.items() if name not in MINE}
     for name, (floor, liger) in MINE.items():
@@ -568,11 +581,13 @@ for head_case, found in measured.items():
         results.add("forward_backward_ms", head_case + detail, *milliseconds, beside)
         compare("time_over_gemm_floor", head_case + detail, name, found, floor)
         compare("time_over_liger", head_case + detail, name, found, liger)
-    if baselines.EAGER in others:
+    if baselines.EAGER in others and linear_losses.OURS in found.measured:
         saved = 1 - found.measured[linear_losses.OURS].extra_peak_gib / others[baselines.EAGER].extra_peak_gib
         print(f"{head_case}: {100 * saved:.1f} % less memory than eager")
         if GPU:
             results.add("memory_saved", head_case, saved, "fraction")
+    else:
+        print(f"SKIPPED: memory saved, {head_case}: ours or eager mode was not measured")
 if not GPU:
     print("SKIPPED: the criterion is about VRAM; memory saved on a CPU is shown, and earns nothing")
 
@@ -584,27 +599,38 @@ if not GPU:
 # logits' gradient to 16 bits is left, which eager mode has as well.
 
 # %%
-case = make_case(SHAPE, DEVICE, any_gradient_dtype=True)
-named, _ = linear_losses.losses(case, compile=GPU, without=(baselines.COMPILED, *WITHOUT))
-try:
-    wrong = errors.gradient_errors(case, named)
-except torch.OutOfMemoryError:
-    wrong = {}
-    print("SKIPPED: the truth in a wider dtype does not fit into this GPU's memory")
-del case
+wrong = {}
+
+
+def measure_errors():
+    """The errors of all candidates that could be measured above."""
+    case = make_case(SHAPE, DEVICE, any_gradient_dtype=True)
+    failed = measured["head trained"].failed if "head trained" in measured else ()
+    named, _ = linear_losses.losses(case, compile=GPU, without=(baselines.COMPILED, *WITHOUT, *failed))
+    try:
+        return errors.gradient_errors(case, named)
+    except torch.OutOfMemoryError:
+        print("SKIPPED: the truth in a wider dtype does not fit into this GPU's memory")
+        return {}
+
+
+# %%
+wrong = measure_errors()
 release()
+
+# %%
 lines = ["| candidate | dX | dW | loss |", "|---|---|---|---|"]
 lines += [f"| {n} | {e['hidden_states']:.2e} | {e['weight']:.2e} | {e['loss']:.1e} |" for n, e in wrong.items()]
-display(Markdown("\n".join(lines)))
+display(Markdown("\n".join(lines) if wrong else "No candidate's error was measured."))
 if baselines.EAGER in wrong:
     eager = wrong[baselines.EAGER]
     of = {"dX": (linear_losses.OURS, "hidden_states"), f"{short} dW": (linear_losses.OURS, "weight")}
-    of |= {"float32 dW": (linear_losses.OURS_FLOAT32, "weight")} if linear_losses.OURS_FLOAT32 in wrong else {}
+    of["float32 dW"] = (linear_losses.OURS_FLOAT32, "weight")
     for what, (name, key) in of.items():
-        others = {n: e[key] / eager[key] for n, e in wrong.items() if n not in (*MINE, baselines.EAGER)}
-        results.add(
-            "gradient_error_over_eager", f"head trained, {what}", wrong[name][key] / eager[key], "x", baselines=others
-        )
+        if name in wrong:
+            others = {n: e[key] / eager[key] for n, e in wrong.items() if n not in (*MINE, baselines.EAGER)}
+            ratio = wrong[name][key] / eager[key]
+            results.add("gradient_error_over_eager", f"head trained, {what}", ratio, "x", baselines=others)
 
 # %% [markdown]
 # ### Time and memory against the chunk size, and against the vocabulary
@@ -612,7 +638,8 @@ if baselines.EAGER in wrong:
 # The frontier: every point of ours is one chunk size, and beside it the bare matrix products in chunks of that size.
 # Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
 # Every size is compiled anew, which takes minutes: in a checkout a script has done it before (`make sweeps`), and the
-# figures say on what hardware and when; where its file is missing it is measured here.
+# figures say on what hardware and when. Where that file is missing the sweeps are measured here, but not on a slow GPU.
+# Nothing of them is part of the score.
 
 # %%
 # write: unsloth_puzzles/comparisons/linear_loss_sweeps.py
@@ -620,14 +647,9 @@ if baselines.EAGER in wrong:
 # %%
 from unsloth_puzzles.comparisons import linear_loss_sweeps
 
+SWEEPS_FILE = Path("resources/measurements/e_backprop_sweeps.json")
 SMALL = {} if GPU else {"sizes": (128, 512), "vocabularies": (512, 2048), "rounds": 1}
-sweeps = linear_loss_sweeps.load_or_measure(
-    "resources/measurements/e_backprop_sweeps.json", SHAPE, DEVICE, hardware=hardware, compile=GPU, without=WITHOUT,
-    **SMALL,
-)  # fmt: skip
-(swept,) = sweeps.find("rows")
-(vocabulary,) = sweeps.find("frontier_vocabulary")
-SWEPT = f"{swept['value']} rows, {swept['case']}, random weights\n{sweeps.hardware['name']}, {sweeps.date}"
+sweeps = None
 STYLES = {
     linear_losses.OURS: ("tab:blue", "o-"), baselines.FLOOR: ("gray", "--"), baselines.EAGER: ("tab:red", "s"),
     baselines.COMPILED: ("tab:orange", "^"), baselines.LIGER: ("tab:green", "D"), baselines.CCE: ("tab:purple", "v"),
@@ -635,8 +657,10 @@ STYLES = {
 
 
 def swept_points(metric, case):
-    """[(size, {candidate: (GiB, ms)})] of the records whose case begins with `case`."""
+    """[(size, {candidate: (GiB, ms)})] of the records whose case begins with `case`; none without sweeps."""
     points = []
+    if sweeps is None:
+        return points
     for time_of, peak_of in zip(sweeps.find(f"{metric}_ms"), sweeps.find(f"{metric}_peak_gib"), strict=True):
         if time_of["case"].startswith(case):
             times = {linear_losses.OURS: time_of["value"], **time_of["baselines"]}
@@ -655,6 +679,19 @@ def plain_log(axis, steps):
     axis.minorticks_off()
 
 
+# %%
+if SWEEPS_FILE.exists() or not SLOW:
+    sweeps = linear_loss_sweeps.load_or_measure(
+        SWEEPS_FILE, SHAPE, DEVICE, hardware=hardware, compile=GPU, without=WITHOUT, **SMALL
+    )
+    (swept,) = sweeps.find("rows")
+    (vocabulary,) = sweeps.find("frontier_vocabulary")
+    SWEPT = f"{swept['value']} rows, {swept['case']}, random weights\n{sweeps.hardware['name']}, {sweeps.date}"
+    print(f"measured on {sweeps.hardware['name']}, {sweeps.date}")
+else:
+    print("SKIPPED: the sweeps compile every size anew, which takes too long here; they are not part of the score")
+
+# %%
 figure, panes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 for axes, head_case in zip(panes, HEADS, strict=True):
     points = swept_points("frontier", head_case)
@@ -669,10 +706,13 @@ for axes, head_case in zip(panes, HEADS, strict=True):
     axes.set(xlabel="extra peak memory, GiB", ylabel="forward + backward, ms", title=head_case)
     plain_log(axes.xaxis, (1, 2, 5))
     plain_log(axes.yaxis, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
-    axes.legend(fontsize=7)
-figure.suptitle(f"vocabulary {vocabulary['value']}, {SWEPT}", fontsize=10)
-figure.savefig("resources/e_backprop_frontier.png", dpi=110)
-plt.show()
+    if points:
+        axes.legend(fontsize=7)
+if sweeps:
+    figure.suptitle(f"vocabulary {vocabulary['value']}, {SWEPT}", fontsize=10)
+    figure.savefig("resources/e_backprop_frontier.png", dpi=110)
+    plt.show()
+plt.close(figure)
 
 # %%
 points = swept_points("vocabulary", "vocabulary")
@@ -684,19 +724,33 @@ for which, (axes, label) in enumerate(zip(panes, ("extra peak memory, GiB", "for
             axes.plot(*zip(*of, strict=True), style if "-" in style else style + "-", color=color, label=name)
     axes.set(xlabel="vocabulary", ylabel=label, yscale="log")
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7)
-figure.suptitle(f"head trained, {SWEPT}", fontsize=10)
-figure.savefig("resources/e_backprop_vocabulary.png", dpi=110)
-plt.show()
+    if points:
+        axes.legend(fontsize=7)
+if sweeps:
+    figure.suptitle(f"head trained, {SWEPT}", fontsize=10)
+    figure.savefig("resources/e_backprop_vocabulary.png", dpi=110)
+    plt.show()
+plt.close(figure)
 
 # %% [markdown]
 # ### Llama 3.2 1B: the standard loss and ours, from the same seed
 #
-# Two trainings of 100 steps that differ in the loss alone: gradient accumulation 2, micro-batches with different
+# Two trainings of 60 steps that differ in the loss alone: gradient accumulation 2, micro-batches with different
 # numbers of labels that count, real text, chunks of 256 rows (a micro-batch has 384: "auto" would take them at once).
-# Full fine-tuning with a tied head in float32 (no TF32), and QLoRA over A's kernel. Each runs in a process of its own,
-# so that its peak memory is its own; with so few rows the logits are a small part of it, and the optimiser's state of
-# a full fine-tuning the largest. The model is patched in one line:
+# The steps go four times over the same 15 batches, so that learning shows as a fall from pass to pass, whatever the
+# weights are. Two modes:
+#
+# - **Full fine-tuning** with a tied head in float32 (no TF32), by SGD without momentum and without clipping. AdamW
+#   divides every gradient by its size, so a wrong scale of the gradients would not show in its curve; SGD shows it.
+#   The norm of all gradients is compared at every step as well.
+# - **QLoRA** over A's kernel, in float16 with float32 adapters and AdamW.
+#
+# The comparison itself is tested: two faults are planted into our loss in the same set-up, gradients that are 1 % too
+# large, and a mean per chunk in place of one mean over the batch. Each must differ from the standard loss by more than
+# the limit of 1e-3.
+#
+# Each mode runs in a process of its own, one run after the other. With so few rows the logits are a small part of the
+# peak memory; weights and gradients are most of it. The model is patched in one line:
 #
 # ```python
 # with use_memory_efficient_loss(model):   # transformers' Trainer, or a loop; of TRL's SFTTrainer, the trainer
@@ -729,6 +783,7 @@ for name, more in (("mean", {}), ("num_items_in_batch", {"num_items_in_batch": t
         checks[f"in evaluation too, {name}"] = far([model(**given, **more).loss], exact[:1]) <= 1e-6
         model.train()
     checks[f"undone, {name}"] = model(**given, **more).logits.shape == (3, 40, 256) and not patch.active
+judge(results, "use_memory_efficient_loss, a step", checks)
 
 # %% [markdown]
 # And under the trainers: `transformers.Trainer` with gradient accumulation, an evaluation whose metric gets predicted
@@ -765,7 +820,8 @@ def accuracy(evaluated):
     return {"accuracy": (predicted == labels)[labels != -100].mean()}
 
 
-logged = {}
+# %%
+logged, checks = {}, {}
 for kind, config, names in (
     (Trainer, TrainingArguments, ("loss", "grad_norm")),
     (SFTTrainer, SFTConfig, ("loss", "grad_norm", "entropy", "mean_token_accuracy")),
@@ -794,12 +850,10 @@ with torch.no_grad():
     right = model(ids).logits[:, :-1].argmax(-1) == wanted
 share = right[wanted != -100].float().mean().item()
 checks["evaluation: a metric without logits"] = abs(found["eval_accuracy"] - share) < 1e-6
-judge("use_memory_efficient_loss", checks)
+judge(results, "use_memory_efficient_loss, under trainers", checks)
 
 # %% [markdown]
-# Where the GPU has room the processes run side by side, while the cells below check what needs no clock; else they run
-# here, one after the other. The curves are further below. On a T4 the optimiser of full fine-tuning is an 8-bit AdamW,
-# and if even that does not fit, the reason is printed.
+# Now the curves: settings and batches, one training, and the process that makes all of them.
 
 # %%
 # write: unsloth_puzzles/comparisons/curve_data.py
@@ -812,25 +866,102 @@ judge("use_memory_efficient_loss", checks)
 
 # %%
 from unsloth_puzzles.comparisons import llama_curve
+from unsloth_puzzles.comparisons.curve_data import FAULTS, OURS, STANDARD
 
-roomy = GPU and hardware.memory_gib >= 100 and not hardware.rehearsal
 CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
-settings = {mode: {"steps": 100} for mode in CURVES}
-if not GPU:  # Triton's interpreter takes two seconds a step of QLoRA
-    settings = {"full": {"steps": 60, "length": 64}, "qlora": {"steps": 3, "length": 64}}
-if GPU and hardware.memory_gib < 22:  # full fine-tuning in float32 with a float32 AdamW needs 18.4 GiB
-    settings["full"]["optimizer"] = "adamw8bit"
-if hardware.rehearsal:
-    settings["qlora"]["dtype"] = "float16"
-pool = ThreadPoolExecutor(max_workers=4 if roomy else 1)
-trainings = {
-    (mode, loss): pool.submit(llama_curve.run, mode, loss, **settings[mode])
-    for mode in CURVES
-    for loss in ("standard", "ours")
-}
-if not roomy:  # neither memory nor cores for more than one at a time
-    for training in trainings.values():
-        training.result()
+curve_settings = {mode: {} for mode in CURVES}
+if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
+    curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
+curves = {}  # by (mode, run)
+LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding
+
+# %%
+for mode, name in CURVES.items():
+    free_memory()  # the process that follows needs all of the GPU
+    for run_name, curve in llama_curve.run(mode, timeout=600, **curve_settings[mode]).items():
+        if isinstance(curve, str):
+            print(f"FAILED: {name}, {run_name}: {curve}")
+        else:
+            curves[mode, run_name] = curve
+
+# %%
+compared = [mode for mode in CURVES if (mode, STANDARD) in curves and (mode, OURS) in curves]
+is_tiny = any(curve["tiny"] for curve in curves.values())
+LLAMA = "tiny Llama" if is_tiny else "Llama 1B"
+apart, norms_apart, learns = {}, {}, {}
+for mode in compared:
+    standard, ours = curves[mode, STANDARD], curves[mode, OURS]
+    name, case = CURVES[mode], f"{LLAMA}, {CURVES[mode]}"
+    apart[mode] = llama_curve.differences(standard, ours)
+    norms_apart[mode] = llama_curve.norm_differences(standard, ours)
+    means, theirs = llama_curve.pass_means(ours), llama_curve.pass_means(standard)
+    learns[f"{name}: every loss is finite"] = all(map(math.isfinite, standard["losses"] + ours["losses"]))
+    learns[f"{name}: the last pass lies at least {LEAST_FALL} below the first"] = means[0] - means[-1] >= LEAST_FALL
+    learns[f"{name}: our loss made every loss"] = ours["loss_calls"] == ours["steps"] * ours["accumulation"]
+    results.add("loss_curve_max_abs_difference", case, max(apart[mode]), "loss")
+    results.add("loss_fall", case, means[0] - means[-1], "loss", baselines={"standard loss": theirs[0] - theirs[-1]})
+    print(f"{case}, {ours['weights']}: {len(apart[mode])} steps, losses differ by at most {max(apart[mode]):.1e}")
+    print("  mean loss of each pass over the batches:", *(f"{mean:.3f}" for mean in means))
+    if all(map(math.isfinite, norms_apart[mode])):  # in float16 a step may overflow, and is left out by the scaler
+        results.add("loss_curve_gradient_norm_difference", case, max(norms_apart[mode]), "relative")
+        print(f"  the gradients' norms differ by at most {max(norms_apart[mode]):.1e} of themselves")
+    if ours["peak_gib"]:
+        peaks = {"standard loss": standard["peak_gib"]}
+        results.add("training_peak_gib", case, ours["peak_gib"], "GiB", baselines=peaks)
+        print(f"  peak memory of a run: ours {ours['peak_gib']:.2f} GiB, standard {standard['peak_gib']:.2f} GiB")
+faults = {}
+for fault in FAULTS:
+    if ("full", STANDARD) in curves and ("full", fault) in curves:
+        gaps = llama_curve.differences(curves["full", STANDARD], curves["full", fault])
+        faults[fault] = [gap if math.isfinite(gap) else 1e9 for gap in gaps]  # a run that diverged differs, too
+        results.add(
+            "planted_fault_difference", f"tiny Llama, {fault}" if is_tiny else fault, max(faults[fault]), "loss"
+        )
+        first = next((step for step, gap in enumerate(faults[fault], 1) if gap > 1e-3), None)
+        seen = f"more than 1e-3 from step {first} on" if first else "never more than 1e-3: the curve proves nothing"
+        print(f"planted fault, {fault}: the loss differs by up to {max(faults[fault]):.1e}, {seen}")
+if compared == list(CURVES):
+    judge(results, f"{LLAMA} learns", learns)
+    if not is_tiny:
+        results.add("loss_curve_max_abs_difference", LLAMA, max(map(max, apart.values())), "loss")
+        results.add("loss_curve_gradient_norm_difference", LLAMA, max(norms_apart["full"]), "relative")
+else:
+    print("SKIPPED: the comparison needs both losses in both modes")
+if is_tiny:
+    print("SKIPPED: the criterion is about Llama 1B, which needs a GPU; a tiny one was trained")
+
+# %%
+columns = max(1, len(compared))
+figure, panes = plt.subplots(
+    3, columns, figsize=(6.5 * columns, 8), squeeze=False, sharex="col", height_ratios=(4, 3, 2), layout="constrained"
+)
+for (upper, middle, lower), mode in zip(panes.T, compared, strict=False):
+    shown = range(1, len(apart[mode]) + 1)
+    upper.plot(shown, curves[mode, STANDARD]["losses"], color="tab:orange", linewidth=3, label="standard loss")
+    upper.plot(shown, curves[mode, OURS]["losses"], color="tab:blue", linewidth=1.2, label="ours")
+    middle.plot(shown, [max(gap, 1e-8) for gap in apart[mode]], ".-", color="tab:blue", label="ours")
+    for (fault, gaps), color in zip(
+        faults.items() if mode == "full" else (), ("tab:purple", "tab:brown"), strict=False
+    ):
+        steps_shown = range(1, len(gaps) + 1)
+        middle.plot(steps_shown, [max(gap, 1e-8) for gap in gaps], "--", color=color, label=f"planted: {fault}")
+    middle.axhline(1e-3, color="tab:red", linestyle=":", linewidth=1, label="limit, 1e-3")
+    lower.plot(shown, [max(gap, 1e-8) for gap in norms_apart[mode]], ".-", color="tab:green", label="ours")
+    if mode == "full":
+        lower.axhline(1e-4, color="tab:red", linestyle=":", linewidth=1, label="limit, 1e-4")
+    model_text, batch_text = llama_curve.title(curves[mode, OURS]).split("\n")
+    parts = (part.strip() for part in (*model_text.split(";"), *batch_text.split(";")))
+    upper.set_title("\n".join(textwrap.fill(part, 80) for part in parts), fontsize=8)
+    upper.set_ylabel("loss, nats a token")
+    middle.set(ylabel="|difference of losses|\nnats a token, 0 drawn at 1e-8", yscale="log")
+    lower.set(xlabel="step", ylabel="gradient norms,\nrelative difference", yscale="log", ylim=(5e-9, None))
+    for axes in (upper, middle, lower):
+        axes.legend(fontsize=7)
+if compared:
+    Path("resources/q5").mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"resources/q5/{'tiny_llama' if is_tiny else 'llama32_1b'}_loss_curve.png", dpi=110)
+    plt.show()
+plt.close(figure)
 
 # %% [markdown]
 # ### GRPO: every loss type, against full logits and against TRL
@@ -902,6 +1033,7 @@ def grpo_step(trainer, data, accumulation):
     return found, [p.grad.clone() for p in trainer.model.parameters()], logged
 
 
+# %%
 scratch = tempfile.mkdtemp()  # nothing is saved, but the trainers make the folder
 checks, worst = {}, {dtype: 0.0 for dtype in TIGHT}
 for dtype, plain in ((torch.float64, grpo.FullLogitsGRPOTrainer), (torch.float32, GRPOTrainer)):
@@ -932,7 +1064,7 @@ for dtype, plain in ((torch.float64, grpo.FullLogitsGRPOTrainer), (torch.float32
 for dtype, apart in worst.items():
     results.add("grpo_largest_difference", f"the grid, {SHORT[dtype]}", apart, "relative")
     print(f"{SHORT[dtype]}: largest relative difference over the grid {apart:.1e}")
-judge("GRPO", checks)
+judge(results, "GRPO", checks)
 
 # %% [markdown]
 # ### A real GRPO run
@@ -944,11 +1076,9 @@ judge("GRPO", checks)
 # mean advantage); their gradient does, so its norm is compared.
 
 # %%
-SHORTER = {} if GPU else {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
-runs = {
-    name: grpo.train(make, use_cpu=not GPU, **SHORTER)
-    for name, make in (("TRL", GRPOTrainer), ("ours", partial(MemoryEfficientGRPOTrainer, compile=False)))
-}
+SHORTER = {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2} if SLOW or not GPU else {}
+TRAINERS = {"TRL": GRPOTrainer, "ours": partial(MemoryEfficientGRPOTrainer, compile=False)}
+runs = {}
 
 
 def rise(reward):
@@ -957,102 +1087,49 @@ def rise(reward):
     return statistics.mean(reward[-ends:]) - statistics.mean(reward[:ends])
 
 
-together = [abs(a - b) < 1e-6 for a, b in zip(runs["ours"]["reward"], runs["TRL"]["reward"], strict=True)]
-same_steps = together.index(False) if False in together else len(together)
-norms = [abs(a - b) / b for a, b in zip(runs["ours"]["grad_norm"], runs["TRL"]["grad_norm"], strict=True)]
+# %%
+for name, make in TRAINERS.items():
+    runs[name] = grpo.train(make, use_cpu=not GPU, **SHORTER)
+    print(f"{name}: {len(runs[name]['reward'])} steps in {runs[name]['seconds']:.1f} s")
+
+# %%
 rises = {name: rise(run_of["reward"]) for name, run_of in runs.items()}
-results.add("grpo_reward_rise", "GRPO run", rises["ours"], "reward", baselines={"TRL": rises["TRL"]})
-results.add("grpo_steps_with_the_same_rewards", "GRPO run", same_steps, f"steps of {len(together)}")
-print(f"reward rises by {rises['ours']:.3f} with ours, {rises['TRL']:.3f} with TRL's trainer")
-print(f"the same rewards for the first {same_steps} of {len(together)} steps")
+same_steps = None
+for name in TRAINERS:
+    print(f"{name}: the reward rises by {rises[name]:.3f}" if name in rises else f"{name}: FAILED, no run")
+if "ours" in runs:
+    beside = {name: value for name, value in rises.items() if name != "ours"}
+    results.add("grpo_reward_rise", "GRPO run", rises["ours"], "reward", baselines=beside)
+    judge(results, "GRPO run", {"the reward rises by at least 0.1": rises["ours"] >= 0.1})
+if len(runs) == len(TRAINERS):
+    together = [abs(a - b) < 1e-6 for a, b in zip(runs["ours"]["reward"], runs["TRL"]["reward"], strict=True)]
+    same_steps = together.index(False) if False in together else len(together)
+    norms = [abs(a - b) / b for a, b in zip(runs["ours"]["grad_norm"], runs["TRL"]["grad_norm"], strict=True)]
+    results.add("grpo_steps_with_the_same_rewards", "GRPO run", same_steps, f"steps of {len(together)}")
+    print(f"the same rewards for the first {same_steps} of {len(together)} steps")
 if same_steps:
     worst_norm = max(norms[:same_steps])
     results.add("grpo_gradient_norm_difference", "GRPO run, while the rewards agree", worst_norm, "relative")
     print(f"while the rewards agree the gradients' norms differ by at most {worst_norm:.1e} of themselves")
-assert rises["ours"] > 0, "the reward must rise"
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-for name, style in (
-    ("TRL", {"color": "tab:orange", "linewidth": 3}),
-    ("ours", {"color": "tab:blue", "linewidth": 1.2}),
-):
-    left.plot(range(1, len(together) + 1), runs[name]["reward"], label=name, **style)
-    right.plot(range(1, len(together) + 1), runs[name]["entropy"], label=name, **style)
+LINES = {"TRL": {"color": "tab:orange", "linewidth": 3}, "ours": {"color": "tab:blue", "linewidth": 1.2}}
+for name, run_of in runs.items():
+    left.plot(range(1, len(run_of["reward"]) + 1), run_of["reward"], label=name, **LINES[name])
+    right.plot(range(1, len(run_of["entropy"]) + 1), run_of["entropy"], label=name, **LINES[name])
 left.set(xlabel="step", ylabel="reward: share of vowels", ylim=(0, 1))
 right.set(xlabel="step", ylabel="entropy, nats a token", ylim=(0, None))
 for axes in (left, right):
-    if same_steps < len(together):
+    if same_steps is not None and same_steps < len(together):
         axes.axvline(same_steps + 0.5, color="gray", linestyle=":", label="first different completion")
-    axes.legend(fontsize=8)
-figure.suptitle(f"GRPO, tiny Llama from fixed-seed random weights, float32, seed {SEED}; {HARDWARE}", fontsize=10)
-figure.savefig("resources/e_backprop_grpo_reward.png", dpi=110)
-plt.show()
-
-# %% [markdown]
-# ### The curves of Llama
-
-# %%
-curves = {}
-for (mode, loss), training in trainings.items():
-    curve = training.result()
-    if isinstance(curve, str):
-        print(f"SKIPPED: {CURVES[mode]}, {loss} loss: {curve}")
-    elif curve["peak_gib"] and curve["peak_gib"] > hardware.memory_gib:
-        print(f"SKIPPED: {CURVES[mode]}, {loss} loss: it took {curve['peak_gib']:.1f} GiB, more than is here")
-    else:
-        curves[mode, loss] = curve
-pool.shutdown()
-apart, learns = {}, {}
-for mode, name in CURVES.items():
-    if (mode, "standard") not in curves or (mode, "ours") not in curves:
-        continue
-    standard, ours = curves[mode, "standard"], curves[mode, "ours"]
-    case = f"{'tiny Llama' if ours['tiny'] else 'Llama 1B'}, {name}"
-    apart[mode] = llama_curve.differences(standard, ours)
-    ends = min(10, ours["steps"] // 3)
-    fell = llama_curve.fall(ours, ends)
-    enough = 1.0 if ours["weights"].startswith("random") else statistics.stdev(ours["losses"][-10:])
-    learns[mode] = fell >= enough and ours["loss_calls"] == ours["steps"] * ours["accumulation"]
-    results.add("loss_curve_max_abs_difference", case, max(apart[mode]), "loss")
-    results.add("loss_fall", case, fell, "loss", baselines={"standard loss": llama_curve.fall(standard, ends)})
-    print(f"{case}, {ours['weights']}: {len(apart[mode])} steps, losses differ by at most {max(apart[mode]):.1e}")
-    goal = "" if ours["tiny"] else f" ({enough:.2f} is asked for)"
-    print(f"  the mean of the last {ends} steps lies {fell:.2f} below that of the first {ends}{goal}")
-    if ours["peak_gib"]:
-        results.add(
-            "training_peak_gib", case, ours["peak_gib"], "GiB", baselines={"standard loss": standard["peak_gib"]}
-        )
-        print(f"  peak of the process: ours {ours['peak_gib']:.2f} GiB, standard {standard['peak_gib']:.2f} GiB")
-if apart and not any(curve["tiny"] for curve in curves.values()):
-    results.add("loss_curve_max_abs_difference", "Llama 1B", max(map(max, apart.values())), "loss")
-    results.add("checks_passed", "Llama 1B learns", statistics.mean(learns.values()), "fraction")
-else:
-    print("SKIPPED: the criterion is about Llama 1B, which needs a GPU; a tiny one was trained")
-
-# %%
-figure, panes = plt.subplots(2, max(1, len(apart)), figsize=(6.5 * max(1, len(apart)), 6), squeeze=False, sharex=True,
-                             height_ratios=(3, 2), layout="constrained")  # fmt: skip
-for (upper, lower), (mode, gaps) in zip(panes.T, apart.items(), strict=False):
-    shown = range(1, len(gaps) + 1)
-    upper.plot(shown, curves[mode, "standard"]["losses"], color="tab:orange", linewidth=3, label="standard loss")
-    upper.plot(shown, curves[mode, "ours"]["losses"], color="tab:blue", linewidth=1.2, label="ours")
-    lower.semilogy(
-        shown, [max(gap, 1e-8) for gap in gaps], ".-", color="tab:blue", label="difference (0 drawn at 1e-8)"
-    )
-    lower.axhline(1e-3, color="tab:red", linestyle="--", linewidth=1, label="1e-3")
-    model_text, batch_text = llama_curve.title(curves[mode, "ours"]).split("\n")
-    parts = (part.strip() for part in (*model_text.split(";"), *batch_text.split(";")))
-    upper.set_title("\n".join(textwrap.fill(part, 75) for part in parts), fontsize=8)
-    upper.set_ylabel("loss, nats a token")
-    lower.set(xlabel="step", ylabel="|difference|, nats a token")
-    for axes in (upper, lower):
+    if runs:
         axes.legend(fontsize=8)
-if apart:
-    Path("resources/q5").mkdir(exist_ok=True)
-    tiny_model = any(curve["tiny"] for curve in curves.values())
-    figure.savefig(f"resources/q5/{'tiny_llama' if tiny_model else 'llama32_1b'}_loss_curve.png", dpi=110)
-plt.show()
+figure.suptitle(f"GRPO, tiny Llama from fixed-seed random weights, float32, seed {SEED}; {HARDWARE}", fontsize=10)
+if runs:
+    figure.savefig("resources/e_backprop_grpo_reward.png", dpi=110)
+    plt.show()
+plt.close(figure)
 
 # %% [markdown]
 # ### GRPO's memory and time
@@ -1064,7 +1141,7 @@ plt.show()
 # and has no part in the whole step, since TRL 1.16 no longer calls it.
 
 # %%
-if GPU and hardware.memory_gib >= 40:
+if GPU and hardware.memory_gib >= 40 and not SLOW:
     head_sizes, step_sizes = {"dtype": SIXTEEN}, {"dtype": SIXTEEN}
 elif GPU:
     head_sizes = {"dtype": SIXTEEN, "sequences": 4}
@@ -1078,23 +1155,33 @@ else:
         "completion": 32,
         "rounds": 1,
     }
-release()
+if SLOW:  # without TF32, and slow
+    head_sizes |= {"rounds": 2, "without": (grpo.LIGER_TF32,)}
+    step_sizes |= {"rounds": 1}
 grpo_measured = {}
+
+# %%
 for what, measure, sizes in (("head only", grpo.head_only, head_sizes), ("whole step", grpo.whole_step, step_sizes)):
+    free_memory()
     try:
         grpo_measured[what] = measure(device=DEVICE, **sizes)
-    except torch.OutOfMemoryError:
-        print(f"SKIPPED: GRPO, {what}: out of memory")
-    release()
+    except torch.OutOfMemoryError as error:
+        print(f"FAILED: GRPO, {what}: out of memory: {str(error).partition('.')[0]}")
+free_memory()
+
+# %%
 lines = ["| | candidate | extra peak, GiB | ms | spread | error of dX | error of dW |", "|---|---|---|---|---|---|---|"]
 for what, found in grpo_measured.items():
     for name, one in found.items():
-        wrong = [f"{one[key]:.1e}" if key in one else "" for key in ("hidden_error", "weight_error")]
+        of_gradients = [f"{one[key]:.1e}" if key in one else "" for key in ("hidden_error", "weight_error")]
         spread = f"{one['time'].low / 1e3:.1f} to {one['time'].high / 1e3:.1f}"
-        cells = (what, name, f"{one['peak_gib']:.3g}", f"{one['time'].median / 1e3:.1f}", spread, *wrong)
+        cells = (what, name, f"{one['peak_gib']:.3g}", f"{one['time'].median / 1e3:.1f}", spread, *of_gradients)
         lines.append(f"| {' | '.join(cells)} |")
+lines += [f"| {what} | not measured | | | | | |" for what in ("head only", "whole step") if what not in grpo_measured]
 display(Markdown("\n".join(lines)))
 for what, found in grpo_measured.items() if GPU else ():
+    if grpo.OURS not in found:
+        continue
     ours = found[grpo.OURS]
     others = {name: one for name, one in found.items() if name != grpo.OURS}
     peaks = {name: one["peak_gib"] for name, one in others.items()}
@@ -1108,8 +1195,8 @@ for what, found in grpo_measured.items() if GPU else ():
             results.add(f"grpo_time_over_{short_name}", what, took.median / 1e3 / times[name], "x")
     if "hidden_error" in ours:
         for key in ("hidden_error", "weight_error"):
-            wrong = {name: one[key] for name, one in others.items()}
-            results.add(f"grpo_{key}", what, ours[key], "relative", baselines=wrong)
+            beside = {name: one[key] for name, one in others.items()}
+            results.add(f"grpo_{key}", what, ours[key], "relative", baselines=beside)
 if not GPU:
     print("SKIPPED: these are a CPU's figures at a small size; GRPO's memory counts where there is a GPU")
 
@@ -1119,7 +1206,8 @@ BARS = {
     grpo.OURS: "tab:blue", grpo.OURS_FLOAT32: "tab:cyan", grpo.TRL: "tab:orange",
     grpo.LIGER: "tab:green", grpo.LIGER_TF32: "olive",
 }  # fmt: skip
-for axes, (what, found) in zip(panes[0], grpo_measured.items(), strict=False):
+shown_cases = {what: found for what, found in grpo_measured.items() if found}
+for axes, (what, found) in zip(panes[0], shown_cases.items(), strict=False):
     order = sorted(found, key=lambda name: found[name]["peak_gib"], reverse=True)
     bars = axes.barh(order, [found[n]["peak_gib"] for n in order], color=[BARS.get(n, "tab:red") for n in order])
     texts = [f"{found[n]['peak_gib']:.3g} GiB, {found[n]['time'].median / 1e3:.3g} ms" for n in order]
@@ -1133,8 +1221,10 @@ figure.suptitle(
     f"{'Llama 3.2 1B' if GPU else 'a tiny Llama'}, {SHORT[head_sizes['dtype']]}, random weights; {HARDWARE}",
     fontsize=10,
 )
-figure.savefig("resources/e_backprop_grpo_memory.png", dpi=110)
-plt.show()
+if shown_cases:
+    figure.savefig("resources/e_backprop_grpo_memory.png", dpi=110)
+    plt.show()
+plt.close(figure)
 
 # %% [markdown]
 # ### What this does not do
@@ -1158,7 +1248,8 @@ plt.show()
 # - The GRPO trainer is written for TRL 1.16 and refuses any other: what the trainer asks of its model is not a public
 #   interface. `cast_lm_head_to_fp32` and logits that are neither scaled nor soft-capped but changed otherwise are
 #   refused by name.
-# - Nothing was run on a T4. There full fine-tuning of 1 B weights needs an 8-bit optimiser, if it fits at all.
+# - Full fine-tuning of 1 B weights with AdamW in float32 needs 18 GiB of weights, gradients and moments, more than a T4
+#   has, whatever the loss takes. The curve uses SGD, which needs 9 GiB.
 
 # %% [markdown]
 # ### Aimed at, and reached
@@ -1180,7 +1271,8 @@ AIMS = [  # metric, case, at most
     ("time_over_liger", "head frozen", 1.00),
     ("gradient_error_over_eager", "head trained, dX", 1.05),
     ("gradient_error_over_eager", "head trained, float32 dW", 1.00),
-    ("loss_curve_max_abs_difference", "Llama 1B", 1e-3),
+    ("loss_curve_max_abs_difference", "Llama 1B", 2e-4),
+    ("loss_curve_gradient_norm_difference", "Llama 1B", 1e-4),
     ("grpo_peak_over_full_logits", "head only", 0.35),
     ("grpo_peak_over_trl", "head only", 1.10),
     ("grpo_time_over_trl", "head only", 1.00),
@@ -1189,7 +1281,8 @@ AIMS = [  # metric, case, at most
 bf16_dw = results.find("gradient_error_over_eager", f"head trained, {short} dW")
 if bf16_dw and baselines.LIGER in bf16_dw[0]["baselines"]:  # the aim is what Liger reaches in this run
     AIMS.append(("gradient_error_over_eager", f"head trained, {short} dW", bf16_dw[0]["baselines"][baselines.LIGER]))
-fastest = min(sweeps.find("frontier_time_over_liger"), key=lambda found: found["value"], default=None)
+swept_ratios = sweeps.find("frontier_time_over_liger") if sweeps else []
+fastest = min(swept_ratios, key=lambda found: found["value"], default=None)
 if fastest and sweeps.hardware["name"] == hardware.name:
     AIMS.append(("frontier_time_over_liger", fastest["case"], 0.97))
 lines, reached = ["| metric | case | at most | measured | |", "|---|---|---|---|---|"], 0

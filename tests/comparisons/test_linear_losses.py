@@ -84,6 +84,9 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.raises(ValueError, match="wrong shape"):
         measure({"broken": broken}, rounds=1)
+    others = {"broken": broken, "small": lambda: torch.ones(8, device=DEVICE)}
+    found = measure(others, rounds=1, may_fail=["broken"])
+    assert found.failed == {"broken": "ValueError: wrong shape"} and set(found.measured) == {"small"}
 
 
 def test_the_peak_is_that_of_a_second_call(monkeypatch):

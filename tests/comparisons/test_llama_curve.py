@@ -41,8 +41,17 @@ def torch_as_it_was():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tiny model's products are too short for several, which would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def full():
+def full(one_thread):
     with torch.random.fork_rng():
         return {name: train(Settings(**SHORT), name, quiet) for name in RUNS["full"]}
 

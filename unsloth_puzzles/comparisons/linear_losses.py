@@ -104,13 +104,15 @@ class Results:
         return self.measured[one].time.median / self.measured[other].time.median
 
 
-def measure(calls: Mapping[Hashable, Callable[[], object]], *, rounds: int = 7) -> Results:
+def measure(
+    calls: Mapping[Hashable, Callable[[], object]], *, rounds: int = 7, may_fail: Iterable[Hashable] = ()
+) -> Results:
     """Peak memory of each call, after one that compiles and warms the caches, then the times of all, interleaved.
 
-    A call that raises an error is reported as failed, with the reason, and not timed: a baseline's kernel may not build
-    for this GPU, or its memory may not be there.
+    A call that runs out of memory is reported as failed, with the reason, and not timed; so is one of `may_fail` that
+    raises any other error, since another library's kernel may not build for this GPU.
     """
-    peaks, failed = {}, {}
+    peaks, failed, may_fail = {}, {}, {*may_fail}
     with many_shapes():
         for name, call in calls.items():
             try:
@@ -119,6 +121,8 @@ def measure(calls: Mapping[Hashable, Callable[[], object]], *, rounds: int = 7) 
             except torch.OutOfMemoryError as error:
                 failed[name] = f"out of memory: {str(error).partition('.')[0]}"
             except Exception as error:
+                if name not in may_fail:
+                    raise
                 failed[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             release()
         fit = {name: calls[name] for name in peaks}
