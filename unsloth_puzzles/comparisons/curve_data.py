@@ -38,7 +38,7 @@ class Settings:
 
     mode: str = "full"
     steps: int = 60
-    fault_steps: int = 30
+    fault_steps: int = 20
     passes: int = 4
     batch: int = 2
     length: int = 192
