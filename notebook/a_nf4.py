@@ -164,6 +164,9 @@ PATHS = {"asm": Config(), "plain": PLAIN} if GPU else {"plain": PLAIN}
 OLD = 0 < capability() < 80  # a T4, often with two slow cores beside it
 results = Measurements("resources/measurements/a_nf4.json", hardware)
 
+contracted_figure = sanitizing = peer = None  # of experiments that may fail
+t4_reports, CANDIDATES = [], {"ours": dequantize_nf4, **baselines("cuda")} if GPU else {}
+
 # Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
 background = ThreadPoolExecutor(2)
 compiling = {
@@ -266,7 +269,7 @@ for report in compiling["contraction_jobs"].result():
 # fp16 hides nearly all of that, and rounding to bf16, which is coarser, more still:
 
 # %%
-contracted_figure, exactly = None, {}
+exactly = {}
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     short = SHORT[str(dtype).removeprefix("torch.")]
     layer = make_layer(*((4096, 14336) if GPU else (128, 512)), dtype, hardware.device)
@@ -289,20 +292,21 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 judge(results, "the formula, without contraction", exactly)
 
 # %%
-exact, contracted = contracted_figure
-ulp = (contracted.view(torch.int32) - exact.view(torch.int32)).flatten().cpu()
-share = (ulp.view(-1, 64) != 0).any(1).float()  # per quantisation block
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-values, counts = ulp[ulp != 0].unique(return_counts=True)
-left.bar(values.numpy(), counts.numpy(), color="tab:red")
-left.set(xlabel="difference of a weight in float32 ulps", ylabel="weights", title="By how much they differ")
-pieces = share[: share.numel() // 64 * 64].view(64, -1).mean(1)
-right.plot(100 * pieces.numpy(), ".-", color="tab:red")
-right.set(xlabel="position in the matrix (64 slices of its blocks)", ylabel="blocks that differ, %", ylim=(0, None))
-right.set_title("Where: everywhere, as rounding would")
-figure.suptitle(f"float32 weights with the multiply-add contracted, random weights, {HARDWARE}")
-figure.savefig("resources/a_nf4_contraction.png", dpi=110)
-plt.show()
+if contracted_figure:
+    exact, contracted = contracted_figure
+    ulp = (contracted.view(torch.int32) - exact.view(torch.int32)).flatten().cpu()
+    share = (ulp.view(-1, 64) != 0).any(1).float()  # per quantisation block
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    values, counts = ulp[ulp != 0].unique(return_counts=True)
+    left.bar(values.numpy(), counts.numpy(), color="tab:red")
+    left.set(xlabel="difference of a weight in float32 ulps", ylabel="weights", title="By how much they differ")
+    pieces = share[: share.numel() // 64 * 64].view(64, -1).mean(1)
+    right.plot(100 * pieces.numpy(), ".-", color="tab:red")
+    right.set(xlabel="position in the matrix (64 slices of its blocks)", ylabel="blocks that differ, %", ylim=(0, None))
+    right.set_title("Where: everywhere, as rounding would")
+    figure.suptitle(f"float32 weights with the multiply-add contracted, random weights, {HARDWARE}")
+    figure.savefig("resources/a_nf4_contraction.png", dpi=110)
+    plt.show()
 
 # %% [markdown]
 # ### Check 3: one launch, one allocation
@@ -412,7 +416,7 @@ for report in t4_reports:
             f"{report.name.removesuffix(' whole'):22} {report.registers:2} registers, {report.spills} bytes spilled, "
             f"{report.shared:5} bytes shared, {report.count() / 16:.1f} instructions a weight"
         )
-worst = max(report.registers for report in t4_reports), max(report.shared for report in t4_reports)
+worst = [max(getattr(report, what) for report in t4_reports) for what in ("registers", "shared")]
 print(f"{len(t4_reports)} builds: at most {worst[0]} registers and {worst[1]} bytes shared")
 judge(results, "built for a T4: no spills, at most 64 KiB shared", fits)
 
@@ -485,12 +489,11 @@ else:
 # %%
 device_us = {}
 if GPU:
-    candidates = {"ours": dequantize_nf4, **baselines("cuda")}
     for rows, columns, name in SHAPES:
         dtype = getattr(torch, name)
         moved = bytes_per_weight(dtype) * rows * columns
         layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))]
-        found = timing.device_time({key: calls(f, layers) for key, f in candidates.items()}, bytes_per_call=moved)
+        found = timing.device_time({key: calls(f, layers) for key, f in CANDIDATES.items()}, bytes_per_call=moved)
         device_us[rows, columns, name] = found
         case, ours = f"{rows}x{columns} {SHORT[name]}", found["ours"]
         others = {key: result.median for key, result in found.items() if key != "ours"}
@@ -516,7 +519,7 @@ else:
 # %%
 if GPU:
     layer = make_layer(1024, 4096, torch.float16, "cuda")
-    found = timing.enqueue_time({key: partial(f, layer) for key, f in candidates.items()})
+    found = timing.enqueue_time({key: partial(f, layer) for key, f in CANDIDATES.items()})
     others = {key: result.median for key, result in found.items() if key != "ours"}
     ours = found["ours"]
     results.add("host_enqueue_us", "one call, 1024x4096", ours.median, "us", ours.low, ours.high, others)
@@ -543,7 +546,7 @@ peer = (
     if GPU and not hardware.rehearsal
     else "not part of a rehearsal, and needs a GPU"
 )
-if isinstance(peer, str):
+if not isinstance(peer, dict):
     print("SKIPPED:", peer)
 else:
     print(f"Unsloth {peer['version']}, its own kernel in use: {peer['fused']}")
@@ -576,7 +579,7 @@ if GPU:
             make_layer(rows, columns, torch.float16, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))
         ]
         found = timing.device_time(
-            {key: calls(f, layers) for key, f in candidates.items()}, rounds=15, bytes_per_call=moved
+            {key: calls(f, layers) for key, f in CANDIDATES.items()}, rounds=15, bytes_per_call=moved
         )
         sweep_us[rows * columns] = {key: result.median for key, result in found.items()}
         ours = found["ours"]
@@ -589,7 +592,7 @@ if GPU:
     for name, style in styles.items():
         of = {size: 100 * hardware.copy_fraction(BYTES * size, us[name]) for size, us in sweep_us.items() if name in us}
         axes.plot(list(of), list(of.values()), style, label=name)
-    if not isinstance(peer, str):
+    if isinstance(peer, dict):
         beside = {r * c: results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SWEEP}
         beside = {size: found[0] for size, found in beside.items() if found}
         name = f"Unsloth {peer['version']}"
@@ -622,7 +625,7 @@ if GPU:
     }
     ours[TOTAL] = results.find("official_harness_speedup", "all")
     against = {f"over {THREE_LAUNCHES}": {label: found[0] for label, found in ours.items() if found}}
-    if not isinstance(peer, str):
+    if isinstance(peer, dict):
         name = f"Unsloth {peer['version']}"
         found = {f"{r}x{c}\n{SHORT[n]}": results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SHAPES}
         fused = {
@@ -738,10 +741,10 @@ else:
 # by this kernel, so both leave the caches first.
 
 # %%
-default = next(report for report in t4_reports if report.name == "asm float16 whole")
-hints = default.ptx.count("evict_first")
-results.add("cache_eviction_hints", "default kernel", hints, "hints")
-print(f"{hints} loads and stores of the default kernel for sm_75 carry L1::evict_first")
+for default in (report for report in t4_reports if report.name == "asm float16 whole"):
+    hints = default.ptx.count("evict_first")
+    results.add("cache_eviction_hints", "default kernel", hints, "hints")
+    print(f"{hints} loads and stores of the default kernel for sm_75 carry L1::evict_first")
 
 # %% [markdown]
 # ### The linear layer: gradients, memory, decoding
@@ -818,7 +821,7 @@ if not GPU:
 # depends on how well bitsandbytes' kernels use a T4 and on its host, which was not measured.
 
 # %%
-for rows, columns, name in SHAPES:
+for rows, columns, name in SHAPES if t4_reports else ():
     report = next(found for found in t4_reports if found.name == f"asm {name} whole")
     weights = rows * columns
     parts = {

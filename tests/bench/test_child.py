@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from unsloth_puzzles.bench import child
+from unsloth_puzzles.bench import child, t4
 from unsloth_puzzles.bench.child import ChildError, run
 
 
@@ -123,7 +123,9 @@ def test_the_share_of_the_gpu_is_passed_on_and_applied(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.25)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 16 * 2**30))
     name = module(f"import os; print(os.environ.get({child.GPU_SHARE!r}))")
-    assert run(name, timeout=60, show=None) == ["0.25"]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
+    (share,) = run(name, timeout=60, show=None)
+    assert float(share) == pytest.approx(0.25 - (1 + t4.CONTEXT_GIB) / 16)
     assert run(name, timeout=60, show=None, gpu_gib=8) == ["0.5"]
     set_to = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)

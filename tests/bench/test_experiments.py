@@ -38,6 +38,11 @@ def test_what_a_failed_cell_had_made_is_forgotten_and_what_was_there_stays(shell
     assert "half" not in shell.user_ns and shell.user_ns["kept"] == [1, 2]
 
 
+def test_imports_and_definitions_of_a_failed_cell_stay(shell):
+    shell.run_cell("import json\nfrom math import sqrt\ndef f(): return 1\nclass A: pass\n1 / 0")
+    assert shell.run_cell("json.dumps(f() + sqrt(4)), A()").success and len(experiments.failures) == 1
+
+
 def test_memory_that_a_failed_cell_held_is_freed(shell):
     """Also what a function's frame held, which a traceback would keep."""
     shell.run_cell(

@@ -49,7 +49,7 @@ def test_rehearsal_takes_away_what_a_t4_lacks(plugged_in, monkeypatch):
     monkeypatch.setenv(device.REHEARSAL, "T4")
     found = probe(measure=False)
     assert (found.count, found.memory_gib, found.bf16, found.rehearsal) == (1, 14.5, False, True)
-    assert plugged_in[1] == [pytest.approx(13.9 / 140)]
+    assert plugged_in[1] == [pytest.approx(13.6 / 140)]
     assert "REHEARSING A T4" in found.describe()
 
 

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from unsloth_puzzles.bench.t4 import CONTEXT_GIB
+
 GPU_SHARE = "UNSLOTH_PUZZLES_GPU_SHARE"  # of the GPU's memory, which the process may use
 QUIET_SECONDS = 25.0
 _LINES = 200  # of the output, kept for the reason of a failure
@@ -50,7 +52,7 @@ def run(
         arguments: Its command line.
         timeout: Seconds, after which it is killed with all that it has started.
         env: Its variables, by default `environment()`.
-        gpu_gib: GPU memory that PyTorch may use there; by default as large a share as here.
+        gpu_gib: GPU memory that PyTorch may use there; by default what is left of this process's limit, if it has one.
         under: A program with its options that is to run the command, such as a sanitizer.
         show: Is given each line when it comes, and after `quiet_seconds` of silence a word that the process is at work.
 
@@ -126,14 +128,17 @@ def main(module: str, *arguments: str) -> None:
 
 
 def _gpu_share(gib: float | None) -> dict[str, str]:
-    """The variable that caps the process: at `gib`, or at what this process is capped at, if it is."""
+    """The variable that caps the process: at `gib`, or where this process is capped at what it leaves of that."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}
     if gib is not None:
         return {GPU_SHARE: repr(min(1.0, gib * 2**30 / torch.cuda.mem_get_info()[1]))}
     share = torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_initialized() else 1.0
-    return {GPU_SHARE: repr(share)} if share < 1 else {}
+    if share == 1:
+        return {}
+    taken = torch.cuda.memory_reserved() + CONTEXT_GIB * 2**30
+    return {GPU_SHARE: repr(max(0.0, share - taken / torch.cuda.mem_get_info()[1]))}
 
 
 def _is_done(reader: threading.Thread) -> bool:

@@ -1,7 +1,7 @@
 """One policy for everything that a notebook tries: record it, name what failed, go on.
 
 `watch()` applies it to every later cell. An exception is printed as `FAILED: <reason>` and kept in `failures`; the cell
-ends, what it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell that has
+ends, the data that it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell that has
 printed nothing for 25 seconds says that it is at work.
 """
 
@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import torch
 
@@ -18,6 +19,7 @@ from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.record import Measurements
 
 QUIET_SECONDS = 25.0
+_WHOLE = (ModuleType, FunctionType, BuiltinFunctionType, type)  # what an import or a definition has made
 
 failures: list[tuple[str, str]] = []  # (the cell's first line of code, the reason), in the order of the run
 
@@ -101,7 +103,7 @@ class _Watch:
         failures.append((self.cell, reason))
         traceback.clear_frames(trace)
         for name in set(shell.user_ns) - self.names:  # what a failed cell has made half, nobody may take for whole
-            if not name.startswith("_"):
+            if not name.startswith("_") and not isinstance(shell.user_ns[name], _WHOLE):
                 del shell.user_ns[name]
 
 

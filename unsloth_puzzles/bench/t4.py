@@ -5,7 +5,8 @@ BANDWIDTH = 320e9  # bytes/s
 FP16_TENSOR_FLOPS = 65e12  # FLOP/s, "mixed precision (FP16/FP32)": cuBLAS
 FP32_FLOPS = 8.1e12  # FLOP/s; also the rate of a `tl.dot`, for which Triton emits no tensor-core instruction on sm_75
 MEMORY_GIB = 14.5  # what all processes can use of the 16 GB, their CUDA contexts included
-ALLOCATOR_GIB = 13.9  # of that, what is left for PyTorch's allocator beside one context
+ALLOCATOR_GIB = 13.6  # of that, what is left for PyTorch's allocator beside one context
+CONTEXT_GIB = 0.7  # of a process, with the libraries that it loads
 # Turing whitepaper: 40 multiprocessors x 4 schedulers, each issuing one instruction of a warp (32 threads) per clock.
 # The datasheet's 8.1 TFLOP/s are 40 x 64 multiply-adds per clock, hence a boost clock of 1.59 GHz.
 THREAD_INSTRUCTIONS = 40 * 4 * 32 * 1.59e9  # instructions of single threads per second

@@ -58,6 +58,8 @@ def run(
     if decided.device == "cpu" and decided.tiny:
         more["OMP_NUM_THREADS"] = "1"  # its products are too short for several
     # Sums in cuBLAS are repeatable only with a workspace of a fixed size.
+    # Full fine-tuning needs nearly all of a T4's memory, so none may be lost between blocks.
+    more["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     environment = child.environment(CUBLAS_WORKSPACE_CONFIG=":4096:8", **more)
     reason = "the process ended before this run"
     with tempfile.TemporaryDirectory() as folder:

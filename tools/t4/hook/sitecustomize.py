@@ -54,7 +54,7 @@ class Windows:
             return
         began = time.perf_counter()
         try:
-            self.current = torch.autograd.profiler.profile(use_cpu=False, use_device="cuda")
+            self.current = torch.autograd.profiler.profile(use_cpu=False, use_device="cuda", use_kineto=True)
             self.current.of_the_rehearsal = True
             self.current._prepare_trace()
             self.current._start_trace()
