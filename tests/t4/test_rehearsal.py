@@ -159,7 +159,7 @@ def test_the_kernel_gets_two_cores_and_the_watcher_keeps_its_own():
 def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
     made = []
 
-    def rehearse(section, out, seconds):
+    def rehearse(section, out, seconds, gpu):
         made.append(section)
         result = dict(GOOD) | {"points": 1, "possible": 2, "wall_seconds": 1, "kernels_seen": 0, "kernels_failed": 0}
         result |= {"kernels_over_shared_memory": 0, "largest_shared_bytes": 0, "setup_seconds": 1, "lost": {}}
@@ -178,8 +178,8 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
 def test_the_environment_is_a_t4s_and_is_put_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
     before = dict(os.environ)
-    with rehearsal._environment(tmp_path, tmp_path / "caches"):
-        assert os.environ["UNSLOTH_PUZZLES_REHEARSAL"] == "T4" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    with rehearsal._environment(tmp_path, tmp_path / "caches", 1):
+        assert os.environ["UNSLOTH_PUZZLES_REHEARSAL"] == "T4" and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
         assert os.environ["PYTHONPATH"] == f"{rehearsal.HOOK}{os.pathsep}mine"
         assert str(tmp_path / "caches") in os.environ["TRITON_CACHE_DIR"]
     assert dict(os.environ) == before

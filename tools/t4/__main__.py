@@ -47,13 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="leave out the sections that OUT has results of")
     parser.add_argument("--keep", type=Path, default=ROOT / "resources/measurements/rehearsal.json")
     parser.add_argument("--seconds", type=float, default=limits.SECONDS, help="the most that a section may take")
+    parser.add_argument("--gpu", type=int, default=0, help="which GPU, as nvidia-smi numbers them")
     options = parser.parse_args(arguments)
     for section in options.sections.split(","):
         result = options.out / f"{section}.json"
         if options.resume and result.exists():
             print(f"{section}: there already")
             continue
-        found = rehearse(section, options.out, options.seconds)
+        found = rehearse(section, options.out, options.seconds, options.gpu)
         result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(describe(section, found), flush=True)
     summary = summarise(options.out)
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(found["errors"] for found in summary["sections"].values()) else 0
 
 
-def rehearse(section: str, out: Path, seconds: float) -> dict[str, object]:
+def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, object]:
     """Run one section under the limits; what came of it, as JSON."""
     folder, record = out / section, out / f"{section}-record"
     for place in (folder, record, out / f"{section}-caches"):
@@ -78,7 +79,7 @@ def rehearse(section: str, out: Path, seconds: float) -> dict[str, object]:
             clients.append(self)
 
     began = time.monotonic()
-    with limits.Watcher(seconds) as watcher, _environment(record, out / f"{section}-caches"), _two_cores():
+    with limits.Watcher(seconds, gpu) as watcher, _environment(record, out / f"{section}-caches", gpu), _two_cores():
         try:
             run(source, folder, timeout=int(seconds) + 60, client_class=Client)
         except FAILURES as error:
@@ -170,14 +171,14 @@ def _predicted(section: str, found: dict, folder: Path, record: Path, built: lis
 
 
 @contextmanager
-def _environment(record: Path, caches: Path):
+def _environment(record: Path, caches: Path, gpu: int):
     """The variables of the kernel and of all that it starts."""
     before = dict(os.environ)
     config = record / "kineto.conf"
     config.write_text("ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=2048\n")
     os.environ |= {
         REHEARSAL: "T4",
-        "CUDA_VISIBLE_DEVICES": "0",
+        "CUDA_VISIBLE_DEVICES": str(gpu),
         "T4_RECORD": str(record.resolve()),
         "PYTHONPATH": os.pathsep.join([str(HOOK), *filter(None, [before.get("PYTHONPATH")])]),
         "TRITON_CACHE_DIR": str(caches / "triton"),

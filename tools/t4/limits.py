@@ -20,10 +20,10 @@ class Watcher:
     gpu_gib, ram_gb: the peaks so far (GPU memory beyond what was in use before). killed: whether the time was up.
     """
 
-    def __init__(self, seconds: float = SECONDS, interval: float = 1.0):
+    def __init__(self, seconds: float = SECONDS, gpu: int = 0, interval: float = 1.0):
         self.gpu_gib = self.ram_gb = 0.0
         self.killed, self._seconds, self._interval = False, seconds, interval
-        self._before, self._done = gpu_gib_in_use() or 0.0, threading.Event()
+        self._gpu, self._before, self._done = gpu, gpu_gib_in_use(gpu) or 0.0, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Watcher":
@@ -39,7 +39,7 @@ class Watcher:
         while not self._done.wait(self._interval):
             children = psutil.Process().children(recursive=True)
             self.ram_gb = max(self.ram_gb, sum(map(ram_bytes, children)) / 1e9)
-            if (used := gpu_gib_in_use()) is not None:
+            if (used := gpu_gib_in_use(self._gpu)) is not None:
                 self.gpu_gib = max(self.gpu_gib, used - self._before)
             if time.monotonic() - began > self._seconds:
                 self.killed = True
@@ -60,9 +60,9 @@ def ram_bytes(process: psutil.Process) -> int:
         return 0
 
 
-def gpu_gib_in_use() -> float | None:
-    """Memory in use on the first GPU, by whomever; None if nvidia-smi is not there."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+def gpu_gib_in_use(gpu: int) -> float | None:
+    """Memory in use on a GPU, by whomever; None if nvidia-smi is not there."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
         return float(done.stdout.split()[0]) / 1024
