@@ -141,7 +141,7 @@ def _refuses(device: str, dtype: torch.dtype) -> bool:
     data, _ = Inputs(device, dtype).draw(16)
     try:
         attention(*data, backend="flash")
-    except RuntimeError as refusal:
+    except (RuntimeError, ValueError) as refusal:
         return "flash cannot run here" in str(refusal)
     return False
 
