@@ -49,6 +49,20 @@ def test_an_instruction_that_a_t4_lacks_is_found(built):
     assert "requires .target sm_80 or higher" in built["rounds_as_no_t4_can"].error
 
 
+def test_one_that_takes_too_long_does_not_build(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"name": "fine", "options": {"num_warps": 4}}')
+    path.with_suffix(".ttir").write_text("module { tt.func public @fine(%p: !tt.ptr<f32>) { tt.return } }\n")
+    assert compile_recorded(tmp_path) == [Built("fine")]
+    (one,) = compile_recorded(tmp_path, seconds=0.01)  # not enough to start Python
+    assert one.error == "the compiler took longer than 0 s"
+
+
+def test_what_could_not_be_recorded_is_not_decided(tmp_path):
+    (tmp_path / "unrecorded-1.json").write_text('{"name": "lost", "error": "StopIteration: "}')
+    assert compile_recorded(tmp_path) == [Built("lost", decided=False)]
+
+
 def test_nothing_recorded_is_no_kernel(tmp_path):
     assert compile_recorded(tmp_path) == []
 

@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -26,7 +25,7 @@ from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT, text, written_files
 from tools.release import code_digest
 from tools.run_notebook import FAILURES, run
-from tools.t4 import limits, prediction, sections
+from tools.t4 import limits, prediction, sections, versions
 from tools.t4.kernels import MOST_SHARED, compile_recorded
 from unsloth_puzzles.device import REHEARSAL
 
@@ -78,7 +77,7 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
             super().__init__(*args, **kwargs)
             clients.append(self)
 
-    began = time.monotonic()
+    before, began = versions.installed(sys.executable), time.monotonic()
     with limits.Watcher(seconds, gpu) as watcher, _environment(record, out / f"{section}-caches", gpu), _two_cores():
         try:
             run(source, folder, timeout=int(seconds) + 60, client_class=Client)
@@ -86,17 +85,21 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
             print(f"{section} stopped: {str(error).splitlines()[0]}")
     elapsed = time.monotonic() - began
     node = nbformat.read(folder / source.name, as_version=4)
+    changed = versions.changes(before, versions.installed(sys.executable))
     (client,) = clients
     found = sections.outcome(section, node, folder, client.cell_seconds)
+    found |= {"installed_by_the_notebook": changed}
     found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": code_digest(written_files(node))}
     found |= {"gpu_peak_gib": watcher.gpu_gib, "ram_peak_gb": watcher.ram_gb}
     found |= {"longest_silence_seconds": client.silence, "silent_cell": client.silent_cell}
+    (out / f"{section}-ran.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     built = compile_recorded(record, processes=min(8, os.cpu_count() or 1))
     bad = [one for one in built if one.error or one.shared > MOST_SHARED]
     found |= {
         "kernels_seen": len(built),
         "kernels_failed": sum(bool(one.error) for one in built),
         "kernels_over_shared_memory": sum(one.shared > MOST_SHARED for one in built),
+        "kernels_not_decidable": sum(not one.decided for one in built),
         "largest_shared_bytes": max((one.shared for one in built), default=0),
         "bad_kernels": [dataclasses.asdict(one) for one in bad],
     }
@@ -145,11 +148,11 @@ def summarise(out: Path) -> dict[str, object]:
     """All sections that `out` has results of, with versions, points and what a rehearsal does not prove."""
     kept = {name: json.loads((out / f"{name}.json").read_text()) for name in "ABCDE" if (out / f"{name}.json").exists()}
     newest = list(kept.values())[-1] if kept else {}
-    packages = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets", "numpy")
     return {
         "hardware": {"name": newest.get("hardware", "")},
         "date": newest.get("date", ""),
-        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{p: _version(p) for p in packages}},
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "against_colab": versions.against_colab(versions.installed(sys.executable), versions.colab()),
         "points": sum(found["points"] for found in kept.values()),
         "possible": sum(found["possible"] for found in kept.values()),
         "budget_seconds": BUDGET,
@@ -210,13 +213,6 @@ def _hardware(folder: Path) -> str:
     for path in sorted((folder / "resources/measurements").glob("*.json")):
         return json.loads(path.read_text(encoding="utf-8"))["hardware"]["name"]
     return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

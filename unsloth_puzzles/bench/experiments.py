@@ -64,6 +64,8 @@ def free_memory() -> None:
             setattr(sys, name, None)
     gc.collect()
     if torch.cuda.is_available():
+        # A workspace of cuBLAS may lie in the middle of a gigabyte that could be given back without it.
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         torch.cuda.empty_cache()
 
 

@@ -20,16 +20,25 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion",
 
 
 def record_kernel(*, metadata, metadata_group, **ignored) -> None:
-    """Triton's compilation listener: keep a kernel's TTIR with its options, once. It never raises."""
-    with contextlib.suppress(Exception):
+    """Triton's compilation listener: keep a kernel's TTIR with its options, once. It never raises.
+
+    What is compiled for sm_75 anyway is compiled to be read, and is not launched here.
+    """
+    name = str(metadata.get("name", "?"))
+    if getattr(metadata.get("target"), "arch", None) == 75:
+        return
+    try:
         path = next(path for name, path in metadata_group.items() if name.endswith(".ttir"))
         with open(path, encoding="utf-8") as file:
             ttir = file.read()
         options = {name: metadata[name] for name in OPTIONS if metadata.get(name) is not None}
-        kept = {"name": metadata.get("name", "?"), "options": options, "shared_here": metadata.get("shared")}
+        kept = {"name": name, "options": options, "shared_here": metadata.get("shared")}
         digest = hashlib.sha256((ttir + json.dumps(options, sort_keys=True)).encode()).hexdigest()[:24]
         _write(f"{digest}.ttir", ttir)
         _write(f"{digest}.json", json.dumps(kept))
+    except Exception as error:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:24]
+        _write(f"unrecorded-{digest}.json", json.dumps({"name": name, "error": f"{type(error).__name__}: {error}"}))
 
 
 def _write(name: str, text: str) -> None:
