@@ -231,7 +231,7 @@ free_memory()
 # %%
 from unsloth_puzzles.comparisons import qlora_trainer
 
-STEPS, LENGTHS = (50, {"longest": 320, "shortest": 128}) if GPU else (4, {"longest": 48})
+STEPS, LENGTHS = (50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
 held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections have left behind
 
@@ -364,7 +364,7 @@ else:
 
 # %%
 if OLD or not GPU:
-    shape = {"batch": 2, "lengths": (1024,) * 12} if GPU else {"batch": 2, "lengths": (24, 17, 40)}
+    shape = {"batch": 2, "lengths": (1024,) * 8} if GPU else {"batch": 2, "lengths": (24, 17, 40)}
 else:
     shape = {"batch": 4, "lengths": (2048,) * 20}
 NAME = str(SIXTEEN).removeprefix("torch.") if GPU else "float32"

@@ -262,9 +262,7 @@ E = (
             _if(
                 1,
                 Condition("loss_curve_max_abs_difference", "Llama 1B", "<=", LARGEST_LOSS_DIFFERENCE),
-                Condition(
-                    "loss_curve_gradient_norm_difference", "Llama 1B", "<=", LARGEST_GRADIENT_NORM_DIFFERENCE
-                ),
+                Condition("loss_curve_gradient_norm_difference", "Llama 1B", "<=", LARGEST_GRADIENT_NORM_DIFFERENCE),
                 *(
                     Condition("planted_fault_difference", fault, ">", LARGEST_LOSS_DIFFERENCE)
                     for fault in ("gradients x 1.01", "a mean per chunk")

@@ -1,8 +1,8 @@
 """One policy for everything that a notebook tries: record it, name what failed, go on.
 
 `watch()` applies it to every later cell. An exception is printed as `FAILED: <reason>` and kept in `failures`; the cell
-ends, the data that it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell that has
-printed nothing for 25 seconds says that it is at work.
+ends, the data that it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell says
+every 25 seconds that it is at work.
 """
 
 import gc

@@ -25,6 +25,7 @@ SHAPES = {(2048, 2048): 2, (512, 2048): 2, (8192, 2048): 2, (2048, 8192): 1}
 TINY_SHAPES = {(64, 64): 2, (32, 64): 2, (128, 64): 2, (64, 128): 1}
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 QUICK_ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 512, 4096)
+FEW_ROWS = (1, 8, 64, 512)  # on a T4
 BLOCK = "one block of Llama 3.2 1B"
 
 
@@ -59,6 +60,7 @@ def crossover(ours: dict[int, float], theirs: dict[int, float]) -> int | None:
 
 def _without_gradients(hardware: Hardware, quick: bool) -> Iterator[dict]:
     shapes, all_rows = (SHAPES, QUICK_ROWS if quick else ROWS) if hardware.device == "cuda" else (TINY_SHAPES, (1, 4))
+    all_rows = FEW_ROWS if _is_old() else all_rows
     rounds = (7 if quick else 20) if hardware.device == "cuda" else 1
     name = _dtype_name(hardware)
     blocks = {OURS: dict.fromkeys(all_rows, 0.0), THEIRS: dict.fromkeys(all_rows, 0.0)}
@@ -107,7 +109,7 @@ def _with_gradients(hardware: Hardware, quick: bool) -> Iterator[dict]:
     from bitsandbytes import matmul_4bit
 
     on_gpu = hardware.device == "cuda"
-    shapes, rows = (SHAPES, 8192) if on_gpu else (TINY_SHAPES, 8)
+    shapes, rows = (SHAPES, 2048 if _is_old() else 8192) if on_gpu else (TINY_SHAPES, 8)
     dtype, name = _dtype(hardware), _dtype_name(hardware)
     for shape in shapes:
         weight = _quantised(shape, hardware)
@@ -134,12 +136,12 @@ def _models(hardware: Hardware, quick: bool) -> Iterator[dict]:
 
     on_gpu = hardware.device == "cuda"
     config = llama_1b_config() if on_gpu else tiny_llama_config()
-    new = 24 if 0 < capability() < 80 else 64  # the host decides, and a T4's is a slow one
+    new = 24 if _is_old() else 64  # the host decides, and a T4's is a slow one
     prompt, new, prefill = (128, new, 2048) if on_gpu else (MIN_ROWS_ELSEWHERE, 2, MIN_ROWS_ELSEWHERE)
     models = {who: random_nf4_llama(config, hardware.device, _dtype(hardware)).eval() for who in (OURS, THEIRS)}
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(config.vocab_size, (1, max(prompt, prefill)), generator=generator).to(hardware.device)
-    rounds = (3 if quick else 10) if on_gpu else 1
+    rounds = (3 if quick else 10) if on_gpu and not _is_old() else 1
     case = f"{'Llama 3.2 1B' if on_gpu else 'tiny Llama'}, random weights, {_dtype_name(hardware)}, batch 1"
 
     def run_prefill(model):
@@ -156,6 +158,11 @@ def _models(hardware: Hardware, quick: bool) -> Iterator[dict]:
         yield _rate("prefill_tokens_per_s", f"{case}, {prefill} tokens", wall_time(calls, rounds=3 * rounds), prefill)
         calls = {who: _no_grad(_closed(generate, model)) for who, model in models.items()}
         yield _rate("generation_tokens_per_s", f"{case}, {new} new tokens", wall_time(calls, rounds=rounds), new)
+
+
+def _is_old() -> bool:
+    """Whether this is a T4, or as old: then less is measured."""
+    return 0 < capability() < 80
 
 
 def _quantised(shape: tuple[int, int], hardware: Hardware):
