@@ -220,7 +220,7 @@ free_memory()
 # with transformers' own attention and loss over bitsandbytes' layers, and under `compile_qlora` with flex attention (on
 # a CPU, where flex attention cannot be compiled into a layer, with SDPA). Graph breaks, graphs (a row each of the
 # tables) and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
-# apart and not on a T4, come batches that pack two documents into a row and an evaluation (no gradients). To Dynamo a
+# apart and on a CPU alone, come batches that pack two documents into a row and an evaluation (no gradients). To Dynamo a
 # new function is no recompilation and has no reason; its compilations count here like all others. Gradient
 # accumulation, saved and loaded adapters, undoing, and TRL's SFTTrainer are not run here but by the tests of
 # `tests/compiled`.
@@ -244,7 +244,7 @@ if model is not None:
     for candidate in qlora_steps.CANDIDATES:
         trainings[candidate] = run = qlora_trainer.measure(
             candidate, steps=STEPS, **LENGTHS, attention="flex" if GPU else "auto", tiny=not GPU, model=model,
-            afterwards=not OLD,
+            afterwards=not GPU,
         )  # fmt: skip
         print(f"{candidate}: the losses go from {run['losses'][0]:.4f} to {run['losses'][STEPS - 1]:.4f}")
 
@@ -297,8 +297,10 @@ if "compiled" in trainings:
     print(f"{run['compile_seconds']:.0f} s of them; graph breaks: {run['graph_breaks'] or 'none'}; {HARDWARE}")
     print("what Dynamo allows, as PyTorch has it:", run["limits"])
     display(Markdown(Counts(captures(run)).table()))
-    if OLD:
-        print("SKIPPED: packed batches and an evaluation, which a T4's host would compile for minutes")
+    if GPU:
+        print(
+            "SKIPPED: packed batches and an evaluation, which take a minute to compile, are run by the package's tests"
+        )
     else:
         print(f"packed batches and an evaluation: {run['later_compilations']} compilations more,", end=" ")
         print(f"graph breaks: {run['later_graph_breaks'] or 'none'}")
@@ -321,7 +323,7 @@ if "compiled" in trainings:
         results.add("compilations", part, sum(one.compilations for one in of), "compilations")
     display(Markdown("\n".join(lines)))
     results.add("compilations", f"{run['steps']} steps of a Trainer", run["compilations"], "compilations")
-    if not OLD:
+    if not GPU:
         results.add("compilations", "packed, evaluated afterwards", run["later_compilations"], "compilations")
     results.add("graph_breaks", "all", breaks, "graph breaks")
 
