@@ -220,8 +220,8 @@ free_memory()
 # with transformers' own attention and loss over bitsandbytes' layers, and under `compile_qlora` with flex attention (on
 # a CPU, where flex attention cannot be compiled into a layer, with SDPA). Graph breaks, graphs (a row each of the
 # tables) and reasons are Dynamo's own; compilations are those of Inductor, forward and backward. Afterwards, counted
-# apart and on a CPU alone, come batches that pack two documents into a row and an evaluation (no gradients). To Dynamo a
-# new function is no recompilation and has no reason; its compilations count here like all others. Gradient
+# apart and on a CPU alone, come batches that pack two documents into a row and an evaluation (no gradients). To
+# Dynamo a new function is no recompilation and has no reason; its compilations count here like all others. Gradient
 # accumulation, saved and loaded adapters, undoing, and TRL's SFTTrainer are not run here but by the tests of
 # `tests/compiled`.
 

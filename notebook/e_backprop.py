@@ -503,7 +503,7 @@ judge(results, "chunk sizes", checks)
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
-ROUNDS = 10 if GPU and not SLOW else 3
+ROUNDS = 6 if GPU and not SLOW else 3
 HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
@@ -875,14 +875,15 @@ curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
 if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
 curves = {}  # by (mode, run)
+ROOMY = GPU and not SLOW and hardware.memory_gib >= 60  # for the processes of both modes side by side
 LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding
 
 # %%
-for mode, name in CURVES.items():
-    free_memory()  # the process that follows needs all of the GPU
-    for run_name, curve in llama_curve.run(mode, timeout=600, **curve_settings[mode]).items():
+free_memory()  # the processes that follow need all of a small GPU
+for mode, found in llama_curve.run_modes(curve_settings, together=ROOMY, timeout=600):
+    for run_name, curve in found.items():
         if isinstance(curve, str):
-            print(f"FAILED: {name}, {run_name}: {curve}")
+            print(f"FAILED: {CURVES[mode]}, {run_name}: {curve}")
         else:
             curves[mode, run_name] = curve
 
@@ -1144,7 +1145,7 @@ plt.close(figure)
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:
-    head_sizes, step_sizes = {"dtype": SIXTEEN}, {"dtype": SIXTEEN}
+    head_sizes, step_sizes = {"dtype": SIXTEEN, "rounds": 3}, {"dtype": SIXTEEN, "rounds": 2}
 elif GPU:
     head_sizes = {"dtype": SIXTEEN, "sequences": 4}
     step_sizes = {"dtype": SIXTEEN, "sequences": 8, "completion": 128}
@@ -1158,7 +1159,7 @@ else:
         "rounds": 1,
     }
 if SLOW:  # without TF32, and slow
-    head_sizes |= {"rounds": 2, "without": (grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
+    head_sizes |= {"rounds": 2, "without": (grpo.LIGER, grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
     step_sizes |= {"rounds": 1}
 grpo_measured = {}
 

@@ -1,6 +1,7 @@
 """The runs differ in their loss alone, planted faults are seen, and what fails keeps the rest. 1B needs a GPU."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -249,3 +250,34 @@ def test_command_line_takes_every_setting(tmp_path, monkeypatch):
     assert seen == [(expected, STANDARD), (expected, OURS)]
     assert json.loads(out.read_text()) == {STANDARD: {"losses": []}, OURS: {"losses": []}}
     assert Settings().steps == 60
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_modes_are_run_one_after_the_other_or_side_by_side(together, monkeypatch):
+    meet = threading.Barrier(2, timeout=10 if together else 0.2)
+
+    def fake(mode, *, timeout, **settings):
+        try:
+            meet.wait()
+        except threading.BrokenBarrierError:
+            meet.reset()
+            return {"alone": settings}
+        return {"beside": settings}
+
+    monkeypatch.setattr(llama_curve, "run", fake)
+    found = dict(llama_curve.run_modes({"full": {}, "qlora": {"steps": 3}}, together=together, timeout=1))
+    how = "beside" if together else "alone"
+    assert found == {"full": {how: {}}, "qlora": {how: {"steps": 3}}}
+
+
+def test_an_error_of_one_mode_ends_the_processes_of_the_others(monkeypatch):
+    ended = []
+
+    def fake(mode, **given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_curve, "run", fake)
+    monkeypatch.setattr(llama_curve.child, "end_all", lambda: ended.append(True))
+    with pytest.raises(KeyboardInterrupt):
+        list(llama_curve.run_modes({"full": {}, "qlora": {}}, together=True))
+    assert ended == [True]

@@ -35,6 +35,7 @@ NOTES = (
     "A rehearsal is evidence, not proof: no T4 was there.",
     "Inductor writes its kernels for the GPU that is there, so kernels that build for sm_75 need not be those of a T4.",
     "Times on a T4 are predicted from this GPU's, by class of kernel; the host is taken to be half as fast.",
+    "Each section has the digest of the code that it ran with; sections may have been run at different commits.",
     "Speed-ups are those of this GPU: challenge A's five points for speed would have to be earned again on a T4.",
 )
 
@@ -104,7 +105,8 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
         "bad_kernels": [dataclasses.asdict(one) for one in bad],
     }
     found |= _predicted(section, found, folder, record, built)
-    found["errors"] = errors(found)
+    found["errors"], found["versions"] = errors(found), sections.versions_of(folder)
+    found["against_colab"] = versions.against_colab(versions.installed(sys.executable), versions.colab())
     found["hardware"], found["date"] = _hardware(folder), datetime.date.today().isoformat()
     return found
 
@@ -151,8 +153,7 @@ def summarise(out: Path) -> dict[str, object]:
     return {
         "hardware": {"name": newest.get("hardware", "")},
         "date": newest.get("date", ""),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "against_colab": versions.against_colab(versions.installed(sys.executable), versions.colab()),
+        "versions": newest.get("versions", {}),
         "points": sum(found["points"] for found in kept.values()),
         "possible": sum(found["possible"] for found in kept.values()),
         "budget_seconds": BUDGET,

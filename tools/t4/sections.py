@@ -87,6 +87,13 @@ def measured_rates(folder: Path) -> tuple[float, dict[str, float]] | None:
     return None
 
 
+def versions_of(folder: Path) -> dict[str, str | None]:
+    """Versions of what a run measured with, from any of its files."""
+    for path in sorted((folder / "resources/measurements").glob("*.json")):
+        return json.loads(path.read_text(encoding="utf-8"))["versions"]
+    return {}
+
+
 def _first_line(node: NotebookNode, cell_id: str) -> str:
     source = next((cell.source for cell in node.cells if cell.id == cell_id), cell_id)
     return next((line for line in source.splitlines() if line.strip()), cell_id)[:60]

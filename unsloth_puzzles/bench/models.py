@@ -4,7 +4,7 @@ import re
 import urllib.error
 import urllib.request
 import warnings
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -129,8 +129,20 @@ def _need_source(name: str) -> None:
         raise FileNotFoundError(f"neither a directory nor a name on the hub (OWNER/MODEL): {name!r}")
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
-    with suppress(urllib.error.HTTPError):  # so somebody answers; what he has, transformers will find out
+    if refusal := _hub_refuses():
+        raise OSError(refusal)
+
+
+@cache
+def _hub_refuses() -> str:
+    """Why the hub does not answer, or an empty text; asked once a process, since no answer takes five seconds."""
+    try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # so somebody answers; what he has, transformers will find out
+    except OSError as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _load(name: str | None, device, dtype: torch.dtype, four_bit: bool = True, **arguments) -> PreTrainedModel:

@@ -20,7 +20,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from unsloth_puzzles.bench import child
@@ -73,6 +74,29 @@ def run(
             reason = str(error)
         found = json.loads(out.read_text()) if out.exists() else {}
     return {name: found.get(name, reason) for name in RUNS[mode]}
+
+
+def run_modes(
+    settings: Mapping[str, Mapping], *, together: bool = False, **options
+) -> Iterator[tuple[str, dict[str, dict | str]]]:
+    """(mode, what `run` returns) for each mode of `settings`, {mode: other fields of `Settings`}.
+
+    Args:
+        settings: By mode.
+        together: Run the processes side by side; their peaks are their own, their seconds are not.
+        options: Of `run`.
+    """
+    if not together:
+        for mode, given in settings.items():
+            yield mode, run(mode, **options, **given)
+        return
+    with ThreadPoolExecutor(len(settings)) as pool:
+        try:
+            futures = {mode: pool.submit(run, mode, **options, **given) for mode, given in settings.items()}
+            yield from ((mode, future.result()) for mode, future in futures.items())
+        except BaseException:  # an interrupt: else the pool would wait for its processes
+            child.end_all()
+            raise
 
 
 def differences(standard: dict, other: dict) -> list[float]:
