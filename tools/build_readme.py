@@ -100,8 +100,10 @@ def readme(resources: Path = ROOT / "resources") -> str:
 def release() -> str:
     """Of which code the committed notebook is, from its stamp."""
     of = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]
+    where = f"on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`"
     return (
-        f"The committed notebook was executed on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`."
+        f"The committed notebook was executed {where}; `python -m tools.release` says how far the code has moved since.\n"
+        "Points are counted by today's criteria: what that run did not measure earns nothing."
     )
 
 
