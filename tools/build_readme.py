@@ -102,8 +102,8 @@ def release() -> str:
     of = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]
     where = f"on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`"
     return (
-        f"The committed notebook was executed {where}; `python -m tools.release` says how far the code has moved since.\n"
-        "Points are counted by today's criteria: what that run did not measure earns nothing."
+        f"The committed notebook was executed {where}.\n"
+        "`python -m tools.release` says how far the code has moved since. Points are counted by today's criteria: what that run did not measure earns nothing."
     )
 
 
@@ -127,7 +127,8 @@ def rehearsal(path: Path) -> str:
             )
         )
     heads = ("section", "wall time here", "predicted for a T4", "points", "Triton kernels seen, failed, too large")
-    text = f"A T4 was rehearsed on an {kept['hardware']['name']}, {kept['date']}: predictions, no measurements of a T4."
+    where = f"{kept['hardware']['name']}, {kept['date']}"
+    text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
     return f"{text}\n\n{table((*heads, 'GPU memory', 'RAM'), rows)}"
 
 
