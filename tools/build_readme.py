@@ -103,7 +103,8 @@ def release() -> str:
     where = f"on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`"
     return (
         f"The committed notebook was executed {where}.\n"
-        "`python -m tools.release` says how far the code has moved since. Points are counted by today's criteria: what that run did not measure earns nothing."
+        "`python -m tools.release` says how far the code has moved since.\n"
+        "Points are counted by today's criteria: what that run did not measure earns nothing."
     )
 
 
