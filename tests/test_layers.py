@@ -51,4 +51,5 @@ def test_compiled_stands_on_the_solutions_that_it_compiles():
 
 
 def test_comparisons_stand_on_all_of_them():
-    assert imported("comparisons") == {"bench", "nf4", "backprop", "compiled", "comparisons"}
+    solutions = {"nf4", "attention", "backprop", "compiled"}
+    assert imported("comparisons") == {"bench", "device", "comparisons", *solutions}

@@ -66,10 +66,10 @@ def test_options_reach_the_package(monkeypatch):
 
 
 def test_reasons_name_what_is_needed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(module, "capability", lambda device: 75)
     assert "sm_80" in module._cce_needs(torch.device("cuda"), torch.float16)
     assert module._liger_needs(torch.device("cuda"), torch.float16) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "capability", lambda device: 90)
     assert "not float32" in module._cce_needs(torch.device("cuda"), torch.float32)
     assert module._cce_needs(torch.device("cuda"), torch.bfloat16) is None
 
