@@ -56,8 +56,10 @@ TABLES = {
         ("time_over_liger", "Our time over Liger's"),
         ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
         ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step, nats"),
+        ("loss_curve_gradient_norm_difference", "The same of the gradients' norms, relative"),
+        ("planted_fault_difference", "Faults planted into ours: largest difference from the standard loss, nats"),
         ("loss_fall", "By how much the loss fell in those steps, nats"),
-        ("training_peak_gib", "Peak memory of each training's process"),
+        ("training_peak_gib", "Peak memory of each training"),
         ("grpo_peak_gib", "GRPO: extra peak memory"),
         ("grpo_ms", "GRPO: time of forward and backward"),
         ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
@@ -76,7 +78,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
     "e_backprop_grpo_memory": "GRPO's extra peak memory, head alone and whole step, ours, TRL, Liger and full logits",
     "e_backprop_grpo_reward": "Reward and entropy over the steps of a GRPO run, TRL's trainer and ours overlaid",
     "e_backprop_vocabulary": "Extra peak memory and time over the size of the vocabulary, ours and every baseline",
-    "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over 100 steps, standard loss and ours, and their difference below",
+    "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over the steps, standard loss and ours, and their difference below",
 }
 FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
