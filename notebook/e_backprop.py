@@ -737,8 +737,9 @@ plt.close(figure)
 # %% [markdown]
 # ### Llama 3.2 1B: the standard loss and ours, from the same seed
 #
-# Two trainings of 60 steps that differ in the loss alone: gradient accumulation 2, micro-batches with different
-# numbers of labels that count, real text, chunks of 256 rows (a micro-batch has 384: "auto" would take them at once).
+# Two trainings of 60 steps that differ in the loss alone: micro-batches with different numbers of labels that count,
+# two of two sequences a step in full fine-tuning, one of four under QLoRA; real text, chunks of 256 rows (a micro-batch
+# has 384 or 768: "auto" would take them at once).
 # The steps go four times over the same 15 batches, so that learning shows as a fall from pass to pass, whatever the
 # weights are. Two modes:
 #
@@ -751,8 +752,9 @@ plt.close(figure)
 # large, and a mean per chunk in place of one mean over the batch. Each must differ from the standard loss by more than
 # the limit of 1e-3.
 #
-# Each mode runs in a process of its own, one run after the other. With so few rows the logits are a small part of the
-# peak memory; weights and gradients are most of it. The model is patched in one line:
+# Each mode runs in a process of its own, one run after the other; on a large GPU the two processes run side by side.
+# With so few rows the logits are a small part of the peak memory; weights and gradients are most of it. The model is
+# patched in one line:
 #
 # ```python
 # with use_memory_efficient_loss(model):   # transformers' Trainer, or a loop; of TRL's SFTTrainer, the trainer
