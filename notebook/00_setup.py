@@ -28,6 +28,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+import threading
 
 PINNED = {
     "bitsandbytes": "0.50.2",
@@ -72,10 +73,13 @@ def install(*requirements):
     command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", *requirements]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        limit = threading.Timer(900, pip.kill)
+        limit.start()
         for line in pip.stdout:
             lines.append(line.strip())
-            if line.startswith("Collecting"):
-                print(line.strip(), flush=True)
+            if line.strip().startswith(("Collecting", "Downloading", "Installing")):
+                print(line.strip()[:100], flush=True)
+        limit.cancel()
     importlib.invalidate_caches()
     if pip.returncode:
         print("FAILED: pip install", *requirements, *lines[-3:], sep="\n  ")
@@ -160,12 +164,16 @@ print("unsloth_puzzles is the copy that this notebook wrote")
 
 # %% [markdown]
 # From here on an experiment that raises an error is printed as `FAILED` with its reason and listed at the end, and the
-# run goes on: nothing that was not measured counts as passed. A cell that takes long says so.
+# run goes on: nothing that was not measured counts as passed. A cell that takes long says so. Figures of an earlier run
+# are removed, so that none of them can earn points in this one.
 
 # %%
 from unsloth_puzzles.bench import experiments
+from unsloth_puzzles.rubric import FILES
 
 experiments.watch()
+for name in FILES.values():
+    Path("resources/measurements", name).unlink(missing_ok=True)
 
 # %% [markdown]
 # One probe decides the sizes and what can run. Its copy bandwidth and matmul rates are measured here, on this machine:

@@ -168,7 +168,7 @@ contracted_figure = sanitizing = peer = None  # of experiments that may fail
 t4_reports, CANDIDATES = [], {"ours": dequantize_nf4, **baselines("cuda")} if GPU else {}
 
 # Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
-background = ThreadPoolExecutor(2)
+background = ThreadPoolExecutor(3)  # one each: an interrupt leaves none that has not begun
 compiling = {
     name: background.submit(cross_compile_in_subprocess, f"unsloth_puzzles.nf4.variants:{name}")
     for name in ("contraction_jobs", "t4_jobs")
@@ -337,6 +337,9 @@ else:
 
 # %%
 from torch._dynamo.utils import counters
+
+for job in compiling.values():
+    job.exception()  # waits: what follows is timed
 
 layer = make_layer(*((4096, 4096) if GPU else (64, 128)), torch.float16, hardware.device)
 bitsandbytes_dequantize(layer)  # on a CPU this compiles too: before the counters start

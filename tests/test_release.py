@@ -85,6 +85,9 @@ def test_what_is_wrong_with_a_release_is_named() -> None:
     assert inconsistencies(node) == []
     node.cells[0].source = "%%writefile pack/a.py\nx = 2"
     assert inconsistencies(node) == ["the files that it writes are not those of its stamp"]
+    node.cells[0].source = "%%writefile pack/a.py\nx = 1"
+    node.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="FAILED: C: out of memory\n")]
+    assert any("an experiment failed" in line for line in inconsistencies(node))
     node.cells[1].execution_count = None
     assert any("was not executed" in line for line in inconsistencies(node))
 
@@ -98,7 +101,12 @@ def test_a_run_is_published_with_its_resources_or_not_at_all(tmp_path: Path) -> 
     (run / "resources/figure.png").write_bytes(b"png")
     node = executed("print(1)")
     nbformat.write(node, run / NOTEBOOK)
+    (root / "resources/measurements").mkdir(parents=True)
+    (root / "resources/measurements/c_compile.json").write_text("of another run")
+    (root / "resources/measurements/e_backprop_sweeps.json").write_text("sweeps")
     assert publish(run, root) == []
+    kept = sorted(path.name for path in (root / "resources/measurements").iterdir())
+    assert kept == ["a_nf4.json", "e_backprop_sweeps.json"]
     written = nbformat.read(root / NOTEBOOK, as_version=4)
     assert written.metadata[STAMP]["date"] == "2026-11-28" and inconsistencies(written) == []
     assert (root / "resources/figure.png").read_bytes() == b"png"

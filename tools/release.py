@@ -22,7 +22,8 @@ from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT, build, text, written_files
-from tools.run_notebook import problems
+from tools.run_notebook import lines_with, problems
+from unsloth_puzzles.rubric import FILES
 
 STAMP = "release"
 KEYS = ("commit", "date", "digest", "hardware")
@@ -53,6 +54,7 @@ def inconsistencies(node: NotebookNode) -> list[str]:
     if not isinstance(found, dict) or sorted(found) != sorted(KEYS):
         return [f"metadata must hold {STAMP!r} with {', '.join(KEYS)}, got {found!r}"]
     lines = problems(node)
+    lines += [f"an experiment failed: {line}" for line in lines_with("FAILED:", node)]
     if found["digest"] != code_digest(written_files(node)):
         lines.append("the files that it writes are not those of its stamp")
     return lines
@@ -66,6 +68,8 @@ def publish(folder: Path, root: Path = ROOT) -> list[str]:
     if found := inconsistencies(node):
         return found
     (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
+    for name in FILES.values():  # a section that measured nothing must not keep another run's figures
+        (root / "resources/measurements" / name).unlink(missing_ok=True)
     shutil.copytree(folder / "resources", root / "resources", dirs_exist_ok=True)
     return []
 

@@ -102,3 +102,12 @@ def test_no_checks_are_no_pass(tmp_path):
 def test_a_run_without_failures_says_so(monkeypatch):
     monkeypatch.setattr(experiments, "failures", [])
     assert experiments.report() == "Experiments that failed: none."
+
+
+def test_a_failure_that_a_cell_survives_is_listed_too(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "failures", [])
+    experiments.failed("full, ours", ValueError("losses must be finite\nsecond line"))
+    experiments.failed("full, standard", "out of memory")
+    said = "FAILED: full, ours: ValueError: losses must be finite\nFAILED: full, standard: out of memory\n"
+    assert capsys.readouterr().out == said
+    assert experiments.report().endswith("- `full, standard`: out of memory")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from unsloth_puzzles.comparisons.qlora_steps import measure, qlora_model
+from unsloth_puzzles.comparisons import qlora_steps
+from unsloth_puzzles.comparisons.qlora_steps import largest_difference, measure, qlora_model
 
 
 def test_weights_drawn_in_another_dtype_are_the_same():
@@ -37,3 +38,20 @@ def test_bad_input_is_named():
         measure("fast")
     with pytest.raises(ValueError, match=r"^sdpa: got 'slow'"):
         measure("eager", sdpa="slow")
+
+
+def test_the_attention_of_a_run_that_failed_is_not_the_next_ones(monkeypatch):
+    model = qlora_model("cpu", torch.float32, True)
+    monkeypatch.setattr(qlora_steps, "_step", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure("eager", batch=1, lengths=(9,), dtype="float32", tiny=True, model=model, attention="eager")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("losses", [[5.0, float("nan"), 4.0], [5.0, float("inf")], []])
+def test_losses_that_are_not_finite_are_not_compared(losses):
+    fine = {"losses": [5.0, 4.9, 4.8]}
+    assert largest_difference(fine, {"losses": [5.0, 5.0]}) == pytest.approx(0.1)
+    for pair in ((fine, {"losses": losses}), ({"losses": losses}, fine)):
+        with pytest.raises(ValueError, match="losses must be finite"):
+            largest_difference(*pair)

@@ -16,6 +16,7 @@ from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, P
 
 GOOD = {
     "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
+    "section": "D", "points": 4, "kernels_seen": 1, "kernels_not_decidable": 0, "predicted_t4_seconds": 1.0,
     "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0,
 }  # fmt: skip
 
@@ -75,6 +76,11 @@ def test_a_host_that_was_never_waited_for_costs_nothing():
         ({"cells_in_error": ["cell 3"]}, "cell 3"),
         ({"failed": ["FAILED: x"]}, "FAILED: x"),
         ({"stopped": True}, "stopped after"),
+        ({"points": 3}, "3 points, 4 can be earned"),
+        ({"kernels_seen": 0}, "no Triton kernel was recorded"),
+        ({"kernels_not_decidable": 2}, "2 kernels could not be recorded"),
+        ({"predicted_t4_seconds": None}, "no prediction"),
+        ({"gpu_peak_gib": 0.0}, "memory could not be read"),
         ({"bad_kernels": [{"name": "k", "error": "", "shared": 70000}]}, "kernel k: 70000 bytes"),
         (
             {"bad_kernels": [{"name": "k", "error": "no such instruction", "shared": 0}]},

@@ -30,6 +30,7 @@ from tools.t4.kernels import MOST_SHARED, compile_recorded
 from unsloth_puzzles.device import REHEARSAL
 
 BUDGET = {"A": 180, "C": 360, "D": 120, "E": 480, "B": 60}  # seconds on a T4
+EXPECTED = {"A": 14, "C": 9, "D": 4, "E": 10, "B": 0}  # points that one GPU can earn so far
 HOOK = Path(__file__).parent / "hook"
 NOTES = (
     "A rehearsal is evidence, not proof: no T4 was there.",
@@ -88,7 +89,7 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
     node = nbformat.read(folder / source.name, as_version=4)
     changed = versions.changes(before, versions.installed(sys.executable))
     (client,) = clients
-    found = sections.outcome(section, node, folder, client.cell_seconds)
+    found = {"section": section, **sections.outcome(section, node, folder, client.cell_seconds)}
     found |= {"installed_by_the_notebook": changed}
     found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": code_digest(written_files(node))}
     found |= {"gpu_peak_gib": watcher.gpu_gib, "ram_peak_gb": watcher.ram_gb}
@@ -125,6 +126,16 @@ def errors(found: dict) -> list[str]:
     ):
         if found[name] > most:
             lines.append(f"{found[name]:.1f} {unit}, at most {most} are allowed")
+    if found["points"] < EXPECTED[found["section"]]:
+        lines.append(f"{found['points']} points, {EXPECTED[found['section']]} can be earned")
+    if not found["kernels_seen"]:
+        lines.append("no Triton kernel was recorded: the hook did not work")
+    if found["kernels_not_decidable"]:
+        lines.append(f"{found['kernels_not_decidable']} kernels could not be recorded, so nothing is known of them")
+    if found["predicted_t4_seconds"] is None:
+        lines.append(f"no prediction: {found.get('no_prediction')}")
+    if not found["gpu_peak_gib"]:
+        lines.append("the GPU's memory could not be read")
     if found["stopped"]:
         lines.append(f"stopped after {found['elapsed_seconds']:.0f} s")
     return lines

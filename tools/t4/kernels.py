@@ -82,7 +82,8 @@ def _compile_in_a_process(paths: list[Path], seconds: float) -> list[Built]:
             limit.cancel()
             if not line:
                 break
-            done.append(Built(**json.loads(line)))
+            if line.startswith("{"):  # and no word of a compiler
+                done.append(Built(**json.loads(line)))
         process.stdout.close()
         status = process.wait()
     if len(done) < len(paths):

@@ -72,7 +72,7 @@ def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str
         "possible": sum(row.possible for row in rows),
         "lost": lost,
         "slowest_cells": {
-            _first_line(node, cell): round(took, 1)
+            f"{_first_line(node, cell)} [{cell[-10:]}]": round(took, 1)
             for cell, took in sorted(seconds.items(), key=lambda item: -item[1])[:12]
         },
     }

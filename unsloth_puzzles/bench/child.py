@@ -3,6 +3,8 @@
 python -m unsloth_puzzles.bench.child MODULE ARGUMENTS    what `run` starts: MODULE, held to its parent's GPU memory
 """
 
+import contextlib
+import ctypes
 import os
 import runpy
 import signal
@@ -118,6 +120,7 @@ def end_all() -> None:
 
 def main(module: str, *arguments: str) -> None:
     """Run `module` as `python -m` would, with the share of the GPU's memory that the parent has set."""
+    _die_with_parent()
     if share := os.environ.get(GPU_SHARE):
         import torch
 
@@ -125,6 +128,12 @@ def main(module: str, *arguments: str) -> None:
             torch.cuda.set_per_process_memory_fraction(float(share))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _die_with_parent() -> None:
+    """Let Linux kill this process when its parent is killed, which could not do it any more."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _gpu_share(gib: float | None) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """One policy for everything that a notebook tries: record it, name what failed, go on.
 
 `watch()` applies it to every later cell. An exception is printed as `FAILED: <reason>` and kept in `failures`; the cell
-ends, the data that it had made is forgotten, and the next cell runs. An interrupt still stops the notebook. A cell says
-every 25 seconds that it is at work.
+ends, names that it had bound to new data are deleted, and the next cell runs. An interrupt still stops the notebook. A
+cell says every 25 seconds that it is at work.
 """
 
 import gc
@@ -48,6 +48,19 @@ def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> None:
     failed = [name for name, good in checks.items() if not good]
     results.add("checks_passed", case, (len(checks) - len(failed)) / len(checks), "fraction")
     print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed", *failed, sep="\n  FAILED: ")
+
+
+def failed(name: str, reason: object) -> None:
+    """Say and record that an experiment has failed, for a cell that goes on with its others.
+
+    Args:
+        name: Of the experiment.
+        reason: A text, or the exception.
+    """
+    if isinstance(reason, BaseException):
+        reason = f"{type(reason).__name__}: {(str(reason).strip() or 'no message').splitlines()[0]}"
+    print(f"FAILED: {name}: {reason}")
+    failures.append((name, str(reason)))
 
 
 def report() -> str:

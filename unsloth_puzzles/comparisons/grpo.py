@@ -32,6 +32,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_ent
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes, row_scores
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.workload import release
+from unsloth_puzzles.bench.experiments import failed
 from unsloth_puzzles.bench.memory import peak_memory
 from unsloth_puzzles.bench.models import SEED, llama_1b_config, tiny_llama_config
 from unsloth_puzzles.bench.text import paragraphs
@@ -368,7 +369,7 @@ def _measured(what: str, calls: dict[str, Callable], one: Callable, device: str,
             if name in (OURS, OURS_FLOAT32) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            print(f"FAILED: GRPO, {what}, {name}: {reason}")
+            failed(f"GRPO, {what}, {name}", reason)
             traceback.clear_frames(error.__traceback__)
         release()
     fit = {name: calls[name] for name in results}

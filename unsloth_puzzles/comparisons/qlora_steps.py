@@ -2,9 +2,10 @@
 
     python -m unsloth_puzzles.comparisons.qlora_steps --candidate compiled --checkpointing --out steps.json
 
-Each candidate runs in a process of its own, for its peak memory is that process's. "eager" is transformers' model with
-PEFT's adapters over bitsandbytes' layers and the standard loss; "compiled" the same model under `compile_qlora`. Both
-read the same bytes of Python's language reference, each byte a token.
+As a script each candidate has a process of its own; the notebook makes all runs in one, and takes off what others hold
+of the memory (`held_bytes`). "eager" is transformers' model with PEFT's adapters over bitsandbytes' layers and the
+standard loss; "compiled" the same model under `compile_qlora`. Both read the same bytes of Python's language reference,
+each byte a token.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -95,9 +97,6 @@ def measure(
     if model is None:
         model = qlora_model(device, getattr(torch, dtype), tiny, getattr(torch, weights or dtype))
     renew(model, getattr(torch, dtype), checkpointing)
-    before = model.config._attn_implementation
-    if candidate == "eager" and attention != "auto":
-        model.get_base_model().set_attn_implementation(attention)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     options = {"attention": attention, "activation_memory_budget": activation_memory_budget}
@@ -105,6 +104,7 @@ def measure(
     losses, times, peaks = [], [], []
     batches = [text_batch(batch, length, number, device) for number, length in enumerate(lengths)]
     with (
+        _attention_of(model, candidate, attention),
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
@@ -124,8 +124,6 @@ def measure(
         kernels = {}
         if profile and device == "cuda":
             kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
-    if candidate == "eager":
-        model.get_base_model().set_attn_implementation(before)
     return {
         **settings,
         "lengths": list(lengths),
@@ -149,6 +147,30 @@ def step_ms(run: dict) -> tuple[float, float, float]:
     times = run["step_ms"][len(run["step_ms"]) // 2 :]
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return statistics.median(times), tenths[0], tenths[-1]
+
+
+@contextlib.contextmanager
+def _attention_of(model, candidate: str, attention: str) -> Iterator[None]:
+    """An uncompiled run's `attn_implementation` while the block runs, whatever happens in it."""
+    before = model.config._attn_implementation
+    if candidate == "eager" and attention != "auto":
+        model.get_base_model().set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        model.get_base_model().set_attn_implementation(before)
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """The largest difference of two runs' losses over the steps that both have made.
+
+    Raises:
+        ValueError: A loss is not finite, or there is none: such runs are not alike.
+    """
+    pairs = list(zip(one["losses"], other["losses"], strict=False))
+    if not pairs or not all(math.isfinite(loss) for pair in pairs for loss in pair):
+        raise ValueError(f"losses must be finite, got {one['losses']} and {other['losses']}")
+    return max(abs(a - b) for a, b in pairs)
 
 
 def qlora_model(device: str, dtype: torch.dtype, tiny: bool, drawn: torch.dtype | None = None):

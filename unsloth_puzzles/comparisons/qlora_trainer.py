@@ -2,9 +2,9 @@
 
     python -m unsloth_puzzles.comparisons.qlora_trainer --candidate compiled --out trainer.json
 
-In float32 without TF32. After the training come batches that pack two documents into a row (another kind of mask) and
-an evaluation (no gradients), counted apart. "eager" is transformers' model over bitsandbytes' layers with the standard
-loss; "compiled" the same under `compile_qlora`.
+In float32 without TF32. With `afterwards`, batches that pack two documents into a row (another kind of mask) and an
+evaluation (no gradients) follow, counted apart. "eager" is transformers' model over bitsandbytes' layers with the
+standard loss; "compiled" the same under `compile_qlora`.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def measure(
             folder, max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[],
             learning_rate=LEARNING_RATE, logging_steps=1, save_strategy="no", seed=SEED, use_cpu=device == "cpu",
             disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.0, prediction_loss_only=True,
+            logging_nan_inf_filter=False,
         )  # fmt: skip
         settings._n_gpu = min(settings.n_gpu, 1)  # a 4-bit model trains on one, and so does its batch
         options = {"train_dataset": data, "eval_dataset": evaluation, "data_collator": lambda rows: rows[0]}

@@ -5,7 +5,6 @@ nor triton: it waits until somebody else does. Records go to the folder that T4_
 """
 
 import atexit
-import contextlib
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -175,8 +174,10 @@ class _After(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            with contextlib.suppress(Exception):
+            try:
                 act(module)
+            except Exception as error:
+                _write(f"broken-hook-{os.getpid()}.txt", f"{name}: {type(error).__name__}: {error}\n")
 
         spec.loader.exec_module = exec_module
         return spec
