@@ -122,16 +122,19 @@ def rehearsal(path: Path) -> str:
             (
                 name,
                 f"{section['wall_seconds']:.0f} s",
-                "not known" if predicted is None else f"{predicted:.0f} s",
+                "not known" if predicted is None else f"{predicted:.0f} s, {kept['budget_seconds'][name]} s",
                 f"{section['points']} of {section['possible']}",
                 f"{section['kernels_seen']}, {section['kernels_failed']}, {section['kernels_over_shared_memory']}",
                 f"{section['gpu_peak_gib']:.1f} GiB",
                 f"{section['ram_peak_gb']:.1f} GB",
             )
         )
-    heads = ("section", "wall time here", "predicted for a T4", "points", "Triton kernels seen, failed, too large")
+    heads = ("section", "wall time here", "predicted for a T4, aim", "points", "Triton kernels seen, failed, too large")
     where = f"{kept['hardware']['name']}, {kept['date']}"
+    states = len({section["digest"] for section in kept["sections"].values()})
     text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
+    if states > 1:
+        text += f" The sections were run at {states} states of the code."
     return f"{text}\n\n{table((*heads, 'GPU memory', 'RAM'), rows)}"
 
 

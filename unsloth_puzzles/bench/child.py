@@ -1,4 +1,4 @@
-"""A process of its own for what would disturb this one: it imports from where this one does, and never outlives it.
+"""A process of its own for what would disturb this one: it imports from where this one does, and ends with it.
 
 python -m unsloth_puzzles.bench.child MODULE ARGUMENTS    what `run` starts: MODULE, held to its parent's GPU memory
 """

@@ -117,7 +117,7 @@ def probe(measure: bool = True) -> Hardware:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything a figure depends on; None for what is not installed."""
+    """Versions of the main packages that a figure depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     measured = ("torch", "triton", "bitsandbytes", "transformers", "peft", "trl")
     for package in (*measured, "liger-kernel", "cut-cross-entropy"):
