@@ -169,13 +169,23 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
         made.append(section)
         result = dict(GOOD) | {"points": 1, "possible": 2, "wall_seconds": 1, "kernels_seen": 0, "kernels_failed": 0}
         result |= {"kernels_over_shared_memory": 0, "largest_shared_bytes": 0, "setup_seconds": 1, "lost": {}}
-        return result | {"errors": ["bad"] if section == "C" else [], "hardware": "NVIDIA Test", "date": "2026-11-28"}
+        return result | {
+            "errors": ["bad"] if section == "C" else [],
+            "hardware": "NVIDIA Test",
+            "date": "2026-11-28",
+            "digest": "now",
+        }
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    monkeypatch.setattr(rehearsal, "today", lambda section: "now")
     options = ["--out", str(tmp_path), "--keep", str(tmp_path / "kept.json")]
     assert rehearsal.main(["--sections", "A,D", *options]) == 0
     assert rehearsal.main(["--sections", "A,C,D", "--resume", *options]) == 1
     assert made == ["A", "D", "C"]
+    older = json.loads((tmp_path / "A.json").read_text()) | {"digest": "before"}
+    (tmp_path / "A.json").write_text(json.dumps(older))
+    rehearsal.main(["--sections", "A,D", "--resume", *options])
+    assert made == ["A", "D", "C", "A"]  # of other code, so once more
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert sorted(kept["sections"]) == ["A", "C", "D"] and kept["points"] == 3 and kept["notes"]
     assert "C: 1 of 2 points" in capsys.readouterr().out

@@ -45,14 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rehearse a T4.")
     parser.add_argument("--sections", default="A,E,C,D")
     parser.add_argument("--out", type=Path, default=ROOT / "build/rehearsal")
-    parser.add_argument("--resume", action="store_true", help="leave out the sections that OUT has results of")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the sections that OUT has results of this code of"
+    )
     parser.add_argument("--keep", type=Path, default=ROOT / "resources/measurements/rehearsal.json")
     parser.add_argument("--seconds", type=float, default=limits.SECONDS, help="the most that a section may take")
     parser.add_argument("--gpu", type=int, default=0, help="which GPU, as nvidia-smi numbers them")
     options = parser.parse_args(arguments)
     for section in options.sections.split(","):
         result = options.out / f"{section}.json"
-        if options.resume and result.exists():
+        if options.resume and result.exists() and json.loads(result.read_text())["digest"] == today(section):
             print(f"{section}: there already")
             continue
         found = rehearse(section, options.out, options.seconds, options.gpu)
@@ -62,6 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     options.keep.parent.mkdir(parents=True, exist_ok=True)
     options.keep.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 1 if any(found["errors"] for found in summary["sections"].values()) else 0
+
+
+def today(section: str) -> str:
+    """The digest of the code that a section would run with."""
+    return code_digest(written_files(sections.notebook_of(section)))
 
 
 def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, object]:
