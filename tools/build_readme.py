@@ -133,6 +133,7 @@ def rehearsal(path: Path) -> str:
     where = f"{kept['hardware']['name']}, {kept['date']}"
     states = len({section["digest"] for section in kept["sections"].values()})
     text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
+    text = " ".join([text, *kept.get("remarks", [])])
     if states > 1:
         text += f" The sections were run at {states} states of the code."
     return f"{text}\n\n{table((*heads, 'GPU memory', 'RAM'), rows)}"

@@ -109,6 +109,18 @@ def test_a_section_alone_has_every_file_and_its_own_cells(section):
     assert not any(name.startswith(other) for name in ids for other in others)
 
 
+def test_the_digest_of_a_section_knows_its_files_and_its_cells():
+    node = sections.notebook_of("D")
+    before, cell = sections.digest(node), node.cells[-1]
+    cell.source += "  # a comment"
+    assert sections.digest(node) == before
+    cell.source += "\nprint(1)"
+    after = sections.digest(node)
+    written = next(cell for cell in node.cells if cell.source.startswith("%%writefile"))
+    written.source += "\nx = 1"
+    assert len({before, after, sections.digest(node)}) == 3
+
+
 def test_the_longest_silence_is_found(tmp_path):
     import tools.run_notebook
 

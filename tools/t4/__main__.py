@@ -22,8 +22,7 @@ from pathlib import Path
 import nbformat
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT, text, written_files
-from tools.release import code_digest
+from tools.build_notebook import ROOT, text
 from tools.run_notebook import FAILURES, run
 from tools.t4 import limits, prediction, sections, versions
 from tools.t4.kernels import MOST_SHARED, compile_recorded
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def today(section: str) -> str:
     """The digest of the code that a section would run with."""
-    return code_digest(written_files(sections.notebook_of(section)))
+    return sections.digest(sections.notebook_of(section))
 
 
 def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, object]:
@@ -98,7 +97,7 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
     (client,) = clients
     found = {"section": section, **sections.outcome(section, node, folder, client.cell_seconds)}
     found |= {"installed_by_the_notebook": changed}
-    found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": code_digest(written_files(node))}
+    found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": sections.digest(node)}
     found |= {"gpu_peak_gib": watcher.gpu_gib, "ram_peak_gb": watcher.ram_gb}
     found |= {"longest_silence_seconds": client.silence, "silent_cell": client.silent_cell}
     (out / f"{section}-ran.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from tools.build_notebook import WRITEFILE, build
+from tools.build_notebook import WRITEFILE, build, written_files
+from tools.release import code_digest
 from tools.run_notebook import failures, output_text
 from unsloth_puzzles import scorecard
 
@@ -26,6 +27,12 @@ def notebook_of(section: str) -> NotebookNode:
     (at,) = (n for n, cell in enumerate(others) if "sys.path.insert" in cell.source)
     node.cells = [nbformat.v4.new_code_cell(FIRST_CELL), *others[:at], *files, *others[at:]]
     return node
+
+
+def digest(node: NotebookNode) -> str:
+    """Of a section's code: the files that it writes, and its own cells, in which experiments change as well."""
+    cells = [cell.source for cell in node.cells if cell.cell_type == "code" and not WRITEFILE.match(cell.source)]
+    return code_digest(written_files(node) | {f"cell {n}": source + "\n" for n, source in enumerate(cells)})
 
 
 class Client(NotebookClient):
