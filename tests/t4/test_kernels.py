@@ -75,3 +75,20 @@ def test_without_a_record_the_hook_does_nothing_and_a_shadowed_sitecustomize_run
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     shadowed, finder = said.stdout.split()
     assert shadowed == "ran" and finder != "_After"
+
+
+@pytest.mark.parametrize("unseen", [False, True], ids=["no GPU used", "a GPU used unseen"])
+def test_every_way_to_the_gpu_is_watched_in_a_process_of_its_own(tmp_path, unseen):
+    # torch.cuda.memory imports _lazy_init by name, and a child whose memory is limited calls it there first
+    code = (
+        "import sys, torch\n"
+        "found = [m._lazy_init.__module__ for n, m in list(sys.modules.items()) if n.startswith('torch.cuda')"
+        " and '_lazy_init' in vars(m)]\n"
+        "print(len(found), *set(found))\n"
+        f"torch.cuda._initialized = {unseen}\n"
+    )
+    environment = {**os.environ, "T4_RECORD": str(tmp_path), "PYTHONPATH": str(HOOK)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    number, *of = done.stdout.split()
+    assert int(number) > 1 and of == ["sitecustomize"]
+    assert [path.read_text() for path in tmp_path.glob("unseen-*.txt")] == ["-c"] * unseen

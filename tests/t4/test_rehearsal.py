@@ -17,7 +17,7 @@ from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, P
 GOOD = {
     "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
     "section": "D", "points": 4, "kernels_seen": 1, "kernels_not_decidable": 0, "predicted_t4_seconds": 1.0,
-    "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0,
+    "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0, "processes_unseen": [],
 }  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def test_each_class_is_scaled_by_its_rate_beyond_a_kernels_latency():
     scale = scales(2.7e12, {"float16": 750e12, "float32": 60e12})
     assert scale == {COPIES: 2, PRODUCTS16: 30, PRODUCTS32: 10, DOTS16: pytest.approx(100 / 6), BYTES: 10}
     windows = [
-        {"kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]}, "hook_seconds": 1.0},
-        {"kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]}, "hook_seconds": 0.5},
+        {"window": "x = 1\ny", "kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]}, "hook_seconds": 1.0},
+        {"window": "z", "kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]}, "hook_seconds": 0.5},
     ]
     found = predict(windows, 10.0, {}, scale)
     there = (11 * LATENCY_US - 1 + 30 * 1000) / 1e6, (2 * LATENCY_US + 10 * 50) / 1e6
@@ -58,11 +58,13 @@ def test_each_class_is_scaled_by_its_rate_beyond_a_kernels_latency():
     host = 10 - 1.5 - sum(found["gpu_seconds_here"].values())
     assert found["host_seconds_here"] == pytest.approx(host) and found["launches"] == 13
     assert found["predicted_t4_seconds"] == pytest.approx(2 * host + sum(there))
+    assert found["gpu_seconds_t4_of_windows"] == pytest.approx({"x = 1": 0.0, "z": 0.0}, abs=0.04)
 
 
 def test_a_host_that_was_never_waited_for_costs_nothing():
-    found = predict([{"kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
-    assert found["host_seconds_here"] == 0
+    window = {"window": "fill it", "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
+    found = predict([window], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
+    assert found["host_seconds_here"] == 0 and found["gpu_seconds_t4_of_windows"] == {"fill it": 90.0}
     assert found["predicted_t4_seconds"] == pytest.approx(90, rel=1e-4)
 
 
@@ -80,6 +82,7 @@ def test_a_host_that_was_never_waited_for_costs_nothing():
         ({"kernels_seen": 0}, "no Triton kernel was recorded"),
         ({"kernels_not_decidable": 2}, "2 kernels could not be recorded"),
         ({"predicted_t4_seconds": None}, "no prediction"),
+        ({"processes_unseen": ["-m a_child"]}, "not in the prediction: -m a_child"),
         ({"gpu_peak_gib": 0.0}, "memory could not be read"),
         ({"bad_kernels": [{"name": "k", "error": "", "shared": 70000}]}, "kernel k: 70000 bytes"),
         (

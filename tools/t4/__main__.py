@@ -140,6 +140,7 @@ def errors(found: dict) -> list[str]:
         lines.append(f"{found['kernels_not_decidable']} kernels could not be recorded, so nothing is known of them")
     if found["predicted_t4_seconds"] is None:
         lines.append(f"no prediction: {found.get('no_prediction')}")
+    lines += [f"not in the prediction: {name}" for name in found["processes_unseen"]]
     if not found["gpu_peak_gib"]:
         lines.append("the GPU's memory could not be read")
     if found["stopped"]:
@@ -183,12 +184,14 @@ def _predicted(section: str, found: dict, folder: Path, record: Path, built: lis
     rates = sections.measured_rates(folder)
     windows = [json.loads(line) for path in record.glob("profile-*.jsonl") for line in path.read_text().splitlines()]
     broken = [path.read_text().strip() for path in record.glob("broken-*.txt")]
+    unseen = [path.read_text().strip() for path in record.glob("unseen-*.txt")]
     if rates is None or not windows or broken:
-        return {"predicted_t4_seconds": None, "no_prediction": broken or "no GPU, or nothing was profiled"}
+        reason = broken or "no GPU, or nothing was profiled"
+        return {"predicted_t4_seconds": None, "no_prediction": reason, "processes_unseen": unseen}
     dots = {one.name.lstrip("@"): one.dot for one in built if one.dot}
     scale = prediction.scales(*rates)
     predicted = prediction.predict(windows, found["wall_seconds"], dots, scale)
-    return {**predicted, "scales": scale, "budget_seconds": BUDGET[section]}
+    return {**predicted, "processes_unseen": unseen, "scales": scale, "budget_seconds": BUDGET[section]}
 
 
 @contextmanager

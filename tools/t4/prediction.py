@@ -49,16 +49,20 @@ def predict(
 ) -> dict[str, object]:
     """Seconds of a section on a T4, and what they are made of.
 
-    windows: {"kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the profiler.
+    windows: {"window": its name, "kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the
+    profiler: a cell of the notebook, or a whole process.
     """
     here, there, launches, hook = defaultdict(float), defaultdict(float), 0, 0.0
+    of_windows = defaultdict(float)
     for window in windows:
         hook += window["hook_seconds"]
         for name, (count, microseconds) in window["kernels"].items():
             what = kind(name, dots)
             latency = min(microseconds, count * LATENCY_US)
             here[what] += microseconds / 1e6
-            there[what] += (latency + (microseconds - latency) * scale[what]) / 1e6
+            seconds = (latency + (microseconds - latency) * scale[what]) / 1e6
+            there[what] += seconds
+            of_windows[window["window"].strip().partition("\n")[0]] += seconds
             launches += count
     host = max(0.0, wall_seconds - sum(here.values()) - hook)
     return {
@@ -67,5 +71,8 @@ def predict(
         "hook_seconds": hook,
         "gpu_seconds_here": dict(here),
         "gpu_seconds_t4": dict(there),
+        "gpu_seconds_t4_of_windows": {
+            name: round(seconds, 1) for name, seconds in sorted(of_windows.items(), key=lambda of: -of[1])[:12]
+        },
         "launches": launches,
     }

@@ -78,6 +78,7 @@ def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str
         "points": sum(row.points for row in rows),
         "possible": sum(row.possible for row in rows),
         "lost": lost,
+        "criteria": {row.criterion: f"{row.points} of {row.possible}: {row.measured}" for row in rows},
         "slowest_cells": {
             f"{_first_line(node, cell)} [{cell[-10:]}]": round(took, 1)
             for cell, took in sorted(seconds.items(), key=lambda item: -item[1])[:12]

@@ -145,12 +145,25 @@ def _open_at_first_use(cuda) -> None:
     def _lazy_init():
         first = not cuda._initialized
         done = initialise()
-        if first and cuda._initialized and "ipykernel" not in sys.modules:
+        if first and cuda._initialized and not _is_notebook():
             windows.open(" ".join(sys.argv)[-60:])
-            atexit.register(windows.close)
         return done
 
-    cuda._lazy_init = _lazy_init
+    for name, module in list(sys.modules.items()):  # torch.cuda.memory and others have imported it by now
+        if name.startswith("torch.") and vars(module).get("_lazy_init") is initialise:
+            module._lazy_init = _lazy_init
+    atexit.register(_close_at_exit, cuda)
+
+
+def _close_at_exit(cuda) -> None:
+    """Name a process that has used the GPU unseen: the prediction would be too small."""
+    if cuda._initialized and windows.current is None and not _is_notebook():
+        _write(f"unseen-{os.getpid()}.txt", " ".join(sys.argv)[-60:])
+    windows.close()
+
+
+def _is_notebook() -> bool:
+    return "ipykernel.kernelapp" in sys.modules
 
 
 AFTER = {
