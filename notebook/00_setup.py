@@ -11,6 +11,10 @@
 # where the kernels run in Triton's interpreter on small shapes. Nothing has to be cloned or uploaded. What cannot run
 # on the machine at hand says `SKIPPED: reason`, and a skip is never counted as a pass.
 #
+# **On a T4.** No T4 has run this notebook. It was rehearsed on a larger GPU, held to a T4's memory, two CPU cores and
+# compute capability; what that showed, and how long a T4 should take, stands under the limits in README. Whatever is
+# said of a T4 below, where no T4 has run it, is a prediction and says so.
+#
 # **How to read it.** Each section: the task and its criteria, the idea, the bound predicted before anything is
 # measured, the code, the checks, the timings beside every baseline in the same run, what it does not do, and its score.
 #
@@ -69,9 +73,15 @@ def is_fit(package):
 
 
 def install(*requirements):
-    """Run pip, show what it collects, and return whether it succeeded."""
+    """Run pip, show what it collects and that it is at work, and return whether it succeeded."""
     command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", *requirements]
-    lines = []
+    lines, ended = [], threading.Event()
+
+    def report():
+        while not ended.wait(25):
+            print("... pip is at work", flush=True)
+
+    threading.Thread(target=report, daemon=True).start()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         limit = threading.Timer(900, pip.kill)
         limit.start()
@@ -80,6 +90,7 @@ def install(*requirements):
             if line.strip().startswith(("Collecting", "Downloading", "Installing")):
                 print(line.strip()[:100], flush=True)
         limit.cancel()
+    ended.set()
     importlib.invalidate_caches()
     if pip.returncode:
         print("FAILED: pip install", *requirements, *lines[-3:], sep="\n  ")

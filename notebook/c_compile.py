@@ -366,7 +366,8 @@ else:
 # compiled run rounds where eager mode rounds, so it may differ from the uncompiled ones by twice what they differ among
 # themselves at most. `max_autotune=True` lets every product in the layers be benchmarked at the first batch's lengths,
 # Triton's tiles against cuBLAS's; Triton competes on GPUs with few multiprocessors, too, where Inductor would not let
-# it. Below sm_80, without Triton's tensor cores, it competes for LoRA's narrow products alone.
+# it. Below sm_80, without Triton's tensor cores, it competes for LoRA's narrow products alone. There the host compiles
+# each run for about a minute, so one compiled run has both: max-autotune and gradient checkpointing.
 
 # %%
 if OLD or not GPU:
@@ -388,6 +389,10 @@ SIXTEEN_BIT = UNCOMPILED | {
     "compiled, with checkpointing": {**shape, "candidate": "compiled", "checkpointing": True},
     "compiled, max-autotune": {**short, "candidate": "compiled", "max_autotune": True, "profile": True},
 }
+if OLD:  # a T4's host compiles each run for a minute: one, with all that a small GPU wants
+    SIXTEEN_BIT["compiled, max-autotune"]["checkpointing"] = True
+    for case in CHECKPOINTING:
+        del SIXTEEN_BIT[f"compiled, {case}"]
 if not GPU:
     SIXTEEN_BIT = {name: asked for name, asked in SIXTEEN_BIT.items() if "without checkpointing" in name}
 runs, failed = {}, {}
@@ -403,19 +408,30 @@ for name, asked in SIXTEEN_BIT.items() if model is not None else ():
         print(f"{name}: {qlora_steps.step_ms(runs[name])[0]:.1f} ms a step", flush=True)
     free_memory()
 
+
 # %%
-heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
-lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-for name, run in runs.items():
-    middle, low, high = qlora_steps.step_ms(run)
-    memory = ("" if run[kind] is None else f"{run[kind]:.2f}" for kind in ("peak_gib", "pinned_gib"))
-    counted = (run["compilations"], sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
-    lines.append(f"| {' | '.join((name, f'{middle:.1f}', f'{low:.1f} to {high:.1f}', *memory, *map(str, counted)))} |")
-lines += [f"| {name} | FAILED: {reason} |{' |' * 6}" for name, reason in failed.items()]
-display(Markdown("\n".join(lines)))
+def steps_table(runs, failed):
+    """What a step of each run takes, as Markdown; failed: {run: reason}."""
+    heads = ["run", "step, ms", "spread", "peak, GiB", "pinned on the host"]
+    heads += ["compilations", "graph breaks", "s compiling"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, run in runs.items():
+        middle, low, high = qlora_steps.step_ms(run)
+        memory = ("" if run[kind] is None else f"{run[kind]:.2f}" for kind in ("peak_gib", "pinned_gib"))
+        counted = (run["compilations"], sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
+        cells = (name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", *memory, *map(str, counted))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {name} | FAILED: {reason} |{' |' * 6}" for name, reason in failed.items()]
+    return Markdown("\n".join(lines))
+
+
+display(steps_table(runs, failed))
 print(f"{SIZE}, {HARDWARE}, random weights; spread: 10th to 90th percentile of the second half of the steps")
-for case in CHECKPOINTING if GPU else ():
-    mine, other = (runs.get(f"{candidate}, {case}") for candidate in ("compiled", "eager"))
+PAIRS = {case: (f"compiled, {case}", f"eager, {case}") for case in CHECKPOINTING}
+if OLD:
+    PAIRS = {"max-autotune with checkpointing": ("compiled, max-autotune", "eager, with checkpointing")}
+for case, pair in PAIRS.items() if GPU else ():
+    mine, other = map(runs.get, pair)
     if mine and other:
         ours, theirs = qlora_steps.step_ms(mine), qlora_steps.step_ms(other)
         saved, spent = theirs[0] - ours[0], sum(mine["step_ms"][:2]) - sum(other["step_ms"][:2])
@@ -506,15 +522,8 @@ for name, run in swept["runs"].items():
 runs = {name: run for name, run in swept["runs"].items() if "step_ms" in run}
 
 # %%
-heads = ("run", "step, ms", "spread", "peak, GiB", "pinned on the host", "compilations", "graph breaks", "s compiling")
-lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-for name, run in runs.items():
-    middle, low, high = qlora_steps.step_ms(run)
-    memory = ("" if run[kind] is None else f"{run[kind]:.2f}" for kind in ("peak_gib", "pinned_gib"))
-    counted = (run["compilations"], sum(run["graph_breaks"].values()), f"{run['compile_seconds']:.0f}")
-    lines.append(f"| {' | '.join((name, f'{middle:.1f}', f'{low:.1f} to {high:.1f}', *memory, *map(str, counted)))} |")
 if runs:
-    display(Markdown("\n".join(lines)))
+    display(steps_table(runs, {}))
     print("Several runs compile at the same time, so the seconds are more than a run alone would take; each is timed")
     print("while the others wait.")
 

@@ -508,9 +508,9 @@ HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
 # On a CPU 16 bits are not worth measuring, and a T4 has no product that adds them to float32: there dW has one dtype.
-# On a CPU compiling would take longer than all the rest.
+# On a CPU, and beside a T4, compiling eager mode's formula would take longer than all the rest.
 ONE_DTYPE = (linear_losses.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32)
-WITHOUT = (*ONE_DTYPE, baselines.COMPILED) if not GPU else ONE_DTYPE if SLOW else ()
+WITHOUT = () if GPU and not SLOW else (*ONE_DTYPE, baselines.COMPILED)
 MINE = {  # beside which floor, and which of Liger's
     linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
     linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
@@ -522,9 +522,7 @@ measured = {}
 def measure_head(head_case, train_head):
     """All candidates on one head. What it holds is free when it ends, by an error, too."""
     case = make_case(SHAPE, DEVICE, train_head=train_head)
-    # On a slow GPU a compiler takes as long as all candidates' runs: there it compiles the baseline for one head.
-    without = (*WITHOUT, baselines.COMPILED) if SLOW and not train_head else WITHOUT
-    calls, left_out = linear_losses.candidates(case, compile=GPU, without=without)
+    calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
     found = linear_losses.measure(calls, rounds=ROUNDS, may_fail=[name for name in calls if name not in MINE])
     for name, reason in left_out.items():
         print(f"SKIPPED: {name}, {head_case}: {reason}")
@@ -876,6 +874,9 @@ CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
 if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
+elif SLOW:  # float32 without tensor cores: what 60 steps take is the tokens of a step
+    curve_settings["full"] |= {"length": 128, "chunk_size": 128}
+    curve_settings["qlora"] |= {"length": 128, "chunk_size": 128}
 curves = {}  # by (mode, run)
 ROOMY = GPU and not SLOW and hardware.memory_gib >= 60  # for the processes of both modes side by side
 LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding
@@ -1167,7 +1168,7 @@ else:
     }
 if SLOW:  # without TF32, and slow
     head_sizes |= {"rounds": 2, "without": (grpo.LIGER, grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
-    step_sizes |= {"rounds": 1}
+    step_sizes |= {"rounds": 1, "sequences": 4, "without": (grpo.TRL,)}
 grpo_measured = {}
 
 # %%

@@ -83,7 +83,7 @@ SABOTAGED = {  # what measures, by module: each of these raises an error
     "unsloth_puzzles.comparisons.attention_checks": ("check_flex", "check_backends"),
     "unsloth_puzzles.comparisons.qlora_steps": ("qlora_model",),
     "unsloth_puzzles.comparisons.linear_losses": ("measure", "losses"),
-    "unsloth_puzzles.comparisons.llama_curve": ("run",),
+    "unsloth_puzzles.comparisons.llama_curve": ("run_modes",),
     "unsloth_puzzles.comparisons.grpo": ("train", "head_only", "whole_step", "make_trainer"),
     "unsloth_puzzles.backprop.trainer": ("use_memory_efficient_loss",),
     "unsloth_puzzles.backprop.linear": ("memory_efficient_linear",),

@@ -189,14 +189,14 @@ def test_failed_run_is_kept_as_its_reason_and_the_others_go_on(tmp_path, monkeyp
     out, before = tmp_path / "out.json", []
 
     def one(settings, name):
-        before.append(list(json.loads(out.read_text())) if out.exists() else [])
+        before.append(list(json.loads(out.read_text())["full"]) if out.exists() else [])
         if name == OURS:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
         return {"run": name}
 
     monkeypatch.setattr(llama_curve, "train", one)
-    llama_curve.main(["--mode=full", f"--out={out}"])
-    found = json.loads(out.read_text())
+    llama_curve.main([f"--out={out}", '{"mode": "full"}'])
+    found = json.loads(out.read_text())["full"]
     assert before == [list(RUNS["full"])[:count] for count in range(4)]  # written after every run
     assert found[OURS] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
     assert [found[name]["run"] for name in (STANDARD, *FAULTS)] == [STANDARD, *FAULTS]
@@ -206,7 +206,7 @@ def test_failed_run_is_kept_as_its_reason_and_the_others_go_on(tmp_path, monkeyp
 def test_timeout_keeps_the_runs_that_are_finished(monkeypatch):
     def killed(module, *arguments, timeout, env, show):
         out = next(each for each in arguments if each.startswith("--out=")).removeprefix("--out=")
-        llama_curve._write(llama_curve.Path(out), {STANDARD: {"losses": [1.0]}})
+        llama_curve._write(llama_curve.Path(out), {"full": {STANDARD: {"losses": [1.0]}}})
         raise llama_curve.child.ChildError(f"{module} took longer than {timeout:.0f} s", "")
 
     monkeypatch.setattr(llama_curve.child, "run", killed)
@@ -243,31 +243,39 @@ def test_command_line_takes_every_setting(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(llama_curve, "train", lambda settings, name: seen.append((settings, name)) or {"losses": []})
     out = tmp_path / "out.json"
-    llama_curve.main(
-        ["--mode=qlora", "--steps=7", "--learning-rate=0.5", "--tiny=True", "--chunk-size=9", f"--out={out}"]
-    )
-    expected = Settings(mode="qlora", steps=7, learning_rate=0.5, tiny=True, chunk_size=9)
-    assert seen == [(expected, STANDARD), (expected, OURS)]
-    assert json.loads(out.read_text()) == {STANDARD: {"losses": []}, OURS: {"losses": []}}
+    settings = {"mode": "qlora", "steps": 7, "learning_rate": 0.5, "tiny": True, "chunk_size": 9}
+    llama_curve.main([f"--out={out}", json.dumps(settings), '{"mode": "full"}'])
+    one, other = Settings(**settings), Settings()
+    assert seen == [(one, STANDARD), (one, OURS), *((other, name) for name in RUNS["full"])]
+    empty = {"losses": []}
+    assert json.loads(out.read_text()) == {mode: dict.fromkeys(RUNS[mode], empty) for mode in ("qlora", "full")}
     assert Settings().steps == 60
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_modes_are_run_one_after_the_other_or_side_by_side(together, monkeypatch):
-    meet = threading.Barrier(2, timeout=10 if together else 0.2)
+def test_modes_side_by_side_have_a_process_each(monkeypatch):
+    meet = threading.Barrier(2, timeout=10)
 
-    def fake(mode, *, timeout, **settings):
-        try:
-            meet.wait()
-        except threading.BrokenBarrierError:
-            meet.reset()
-            return {"alone": settings}
-        return {"beside": settings}
+    def fake(mode, *, timeout, show, **settings):
+        meet.wait()
+        return {"settings": settings}
 
     monkeypatch.setattr(llama_curve, "run", fake)
-    found = dict(llama_curve.run_modes({"full": {}, "qlora": {"steps": 3}}, together=together, timeout=1))
-    how = "beside" if together else "alone"
-    assert found == {"full": {how: {}}, "qlora": {how: {"steps": 3}}}
+    found = dict(llama_curve.run_modes({"full": {}, "qlora": {"steps": 3}}, together=True, timeout=1))
+    assert found == {"full": {"settings": {}}, "qlora": {"settings": {"steps": 3}}}
+
+
+def test_modes_one_after_the_other_share_a_process(monkeypatch):
+    def started(module, out, *settings, timeout, env, show):
+        asked.append((settings, timeout))
+        llama_curve._write(llama_curve.Path(out.removeprefix("--out=")), {"qlora": {OURS: {"losses": [1.0]}}})
+
+    asked = []
+    monkeypatch.setattr(llama_curve.child, "run", started)
+    found = dict(llama_curve.run_modes({"full": {}, "qlora": {"steps": 3}}, timeout=10))
+    assert asked == [(('{"mode": "full"}', '{"mode": "qlora", "steps": 3}'), 20)]
+    reason = "the process ended before this run"
+    assert found["full"] == dict.fromkeys(RUNS["full"], reason)
+    assert found["qlora"] == {STANDARD: reason, OURS: {"losses": [1.0]}}
 
 
 def test_an_error_of_one_mode_ends_the_processes_of_the_others(monkeypatch):

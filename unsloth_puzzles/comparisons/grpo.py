@@ -92,12 +92,13 @@ def whole_step(
     completion: int = 1024,
     gradient_checkpointing: bool = True,
     rounds: int = 3,
+    without: Iterable[str] = (),
     **ours: object,
 ) -> dict[str, dict]:
     """Loss and backward of one GRPO step of `config` (Llama 3.2 1B), random weights, all of them trained.
 
     The three trainers share one model and one batch. `ours` are options of `MemoryEfficientGRPOTrainer`. A trainer
-    whose step fails is printed with the reason, and missing in what is returned.
+    whose step fails is printed with the reason, and missing in what is returned; those in `without` are left out.
     Returns, by candidate, "peak_gib" above the weights (gradients included), "time" (`Timing`, microseconds), "loss".
     """
     config = config or llama_1b_config()
@@ -109,6 +110,8 @@ def whole_step(
     classes = {OURS: partial(MemoryEfficientGRPOTrainer, **ours), TRL: GRPOTrainer, FULL: FullLogitsGRPOTrainer}
     with tempfile.TemporaryDirectory() as folder:
         for name, make in classes.items():
+            if name in without:
+                continue
             settings = {"per_device_train_batch_size": sequences, "max_completion_length": completion}
             settings["use_cpu"] = torch.device(device).type == "cpu"
             trainer = make_trainer(make, model, tiny_tokenizer(), lambda completions, **_: [0.0], folder, **settings)

@@ -4,9 +4,10 @@
     differences(curves["standard"], curves["ours"])             # of the losses, a step each
     norm_differences(curves["standard"], curves["ours"])        # of the gradients' norms, relative
 
-One process makes all runs of a mode, one after the other, and writes its results after every run:
+One process makes all runs, one after the other, and writes its results after every run; each JSON object gives the
+fields of a `Settings`:
 
-    python -m unsloth_puzzles.comparisons.llama_curve --mode full --out curves.json
+    python -m unsloth_puzzles.comparisons.llama_curve --out curves.json '{"mode": "full"}' '{"mode": "qlora"}'
 
 The runs differ in the loss alone: same weights, batches, optimiser and learning rates, attention written out (its fused
 backward adds in any order), deterministic algorithms, no TF32. What is left is the rounding of sums taken in another
@@ -14,7 +15,6 @@ order, which training then amplifies. A comparison that does not see a planted f
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -53,10 +53,15 @@ def run(
     Raises:
         ValueError: A setting that cannot be.
     """
-    decided = Settings(mode=mode, **settings).decided()
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
-    more = {"TRITON_INTERPRET": "1"} if decided.device == "cpu" else {}  # for the NF4 kernel
-    if decided.device == "cpu" and decided.tiny:
+    return _in_one_process({mode: settings}, timeout, show)[mode]
+
+
+def _in_one_process(settings: Mapping[str, Mapping], timeout: float, show) -> dict[str, dict[str, dict | str]]:
+    """By mode what `run` returns."""
+    decided = [Settings(mode=mode, **given).decided() for mode, given in settings.items()]
+    given = [json.dumps({"mode": mode, **of}) for mode, of in settings.items()]
+    more = {"TRITON_INTERPRET": "1"} if decided[0].device == "cpu" else {}  # for the NF4 kernel
+    if decided[0].device == "cpu" and decided[0].tiny:
         more["OMP_NUM_THREADS"] = "1"  # its products are too short for several
     # Sums in cuBLAS are repeatable only with a workspace of a fixed size.
     # Full fine-tuning needs nearly all of a T4's memory, so none may be lost between blocks.
@@ -66,30 +71,33 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "curves.json")
         try:
-            child.run(
-                "unsloth_puzzles.comparisons.llama_curve", f"--mode={mode}", *given, f"--out={out}",
-                timeout=timeout, env=environment, show=show,
-            )  # fmt: skip
+            child.run(__name__, f"--out={out}", *given, timeout=timeout, env=environment, show=show)
         except child.ChildError as error:
             reason = str(error)
         found = json.loads(out.read_text()) if out.exists() else {}
-    return {name: found.get(name, reason) for name in RUNS[mode]}
+    return {mode: {name: found.get(mode, {}).get(name, reason) for name in RUNS[mode]} for mode in settings}
 
 
 def run_modes(
-    settings: Mapping[str, Mapping], *, together: bool = False, **options
+    settings: Mapping[str, Mapping],
+    *,
+    together: bool = False,
+    timeout: float = 900,
+    show: Callable[[str], None] | None = print,
 ) -> Iterator[tuple[str, dict[str, dict | str]]]:
     """(mode, what `run` returns) for each mode of `settings`, {mode: other fields of `Settings`}.
 
     Args:
         settings: By mode.
-        together: Run the processes side by side; their peaks are their own, their seconds are not.
-        options: Of `run`.
+        together: Give each mode a process of its own, side by side; their peaks are their own, their seconds are not.
+            Otherwise one process runs all modes.
+        timeout: Seconds for each mode.
+        show: Is given the lines of progress.
     """
     if not together:
-        for mode, given in settings.items():
-            yield mode, run(mode, **options, **given)
+        yield from _in_one_process(settings, timeout * len(settings), show).items()
         return
+    options = {"timeout": timeout, "show": show}
     with ThreadPoolExecutor(len(settings)) as pool:
         try:
             futures = {mode: pool.submit(run, mode, **options, **given) for mode, given in settings.items()}
@@ -144,25 +152,23 @@ def _need_same_training(standard: dict, other: dict) -> None:
 
 
 def main(given: list[str]) -> None:
-    """Make all runs of the mode that the command line gives; a run that fails is kept as its reason."""
+    """Make all runs of the settings that the command line gives; a run that fails is kept as its reason."""
     parser = argparse.ArgumentParser(description="Trainings of Llama that differ in their loss.")
-    for field in dataclasses.fields(Settings):
-        kind = next(k for k in (bool, int, float, str) if k.__name__ in str(field.type))
-        read = (lambda text: text == "True") if kind is bool else kind
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=read, default=field.default)
-    parser.add_argument("--out", required=True, type=Path)
-    arguments = vars(parser.parse_args(given))
-    out = arguments.pop("out")
-    settings, found = Settings(**arguments), {}
-    for name in RUNS[settings.mode]:
-        try:
-            found[name] = train(settings, name)
-        except Exception as error:  # out of memory, say: the other runs may fit
-            found[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            print(f"FAILED: {settings.mode}, {name}: {found[name]}", flush=True)
-            traceback.clear_frames(error.__traceback__)
-        _write(out, found)
-        free_memory()
+    parser.add_argument("settings", nargs="+", type=json.loads, help="fields of Settings as a JSON object")
+    parser.add_argument("--out", required=True, type=Path, help="the JSON file to write: {mode: {run: result}}")
+    arguments = parser.parse_args(given)
+    found = {}
+    for settings in [Settings(**fields) for fields in arguments.settings]:
+        of_mode = found.setdefault(settings.mode, {})
+        for name in RUNS[settings.mode]:
+            try:
+                of_mode[name] = train(settings, name)
+            except Exception as error:  # out of memory, say: the other runs may fit
+                of_mode[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                print(f"FAILED: {settings.mode}, {name}: {of_mode[name]}", flush=True)
+                traceback.clear_frames(error.__traceback__)
+            _write(arguments.out, found)
+            free_memory()
 
 
 def _write(path: Path, found: dict) -> None:
