@@ -30,16 +30,3 @@ def test_without_a_gpu_nothing_is_run_or_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_tests, "SUMMARY", tmp_path / "gpu_tests.json")
     assert gpu_tests.main() == 1
     assert not (tmp_path / "gpu_tests.json").exists()
-
-
-def test_the_hash_of_the_package_knows_names_and_code_but_no_comments(tmp_path: Path) -> None:
-    (tmp_path / "part").mkdir()
-    a, b = tmp_path / "part" / "a.py", tmp_path / "part" / "b.py"
-    a.write_text("x = 1  # one\n")
-    first = gpu_tests.package_hash(tmp_path)
-    a.write_text("x = 1  # the number of things\n")
-    assert gpu_tests.package_hash(tmp_path) == first
-    a.write_text("x = 2  # one\n")
-    second = gpu_tests.package_hash(tmp_path)
-    a.rename(b)
-    assert len({first, second, gpu_tests.package_hash(tmp_path)}) == 3

@@ -10,7 +10,7 @@ import pytest
 from tools import build_readme
 from tools.build_notebook import ROOT
 from tools.build_readme import FIGURES, RATIOS, TABLES, TURNED, WORST, amount, gpu_tests, readme, results
-from tools.gpu_tests import package_hash
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
 
 
 def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
@@ -115,7 +115,8 @@ def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
 def test_tests_of_another_package_say_so(tmp_path: Path) -> None:
     kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
     path = tmp_path / "gpu_tests.json"
-    for package, ending in ((package_hash(), ""), ("another", " The package has changed since.")):
+    same = code_digest(package_files())
+    for package, ending in ((same, ""), ("another", " The package has changed since.")):
         counts = {"passed": 4, "failed": 0, "skipped": 0, "failures": [], "skips": []}
         path.write_text(json.dumps(kept | counts | {"package": package}))
         assert gpu_tests(path).endswith(f"bitsandbytes {MEASURED['versions']['bitsandbytes']}.{ending}")

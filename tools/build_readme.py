@@ -13,9 +13,9 @@ import nbformat
 
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
-from tools.gpu_tests import package_hash
 from tools.release import STAMP
 from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.rubric import FILES, TITLES
 
 # Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
@@ -181,7 +181,7 @@ def gpu_tests(path: Path) -> str:
     counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
     said = [f"- failed: `{name}`" for name in kept["failures"]]
     said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
-    since = "" if kept.get("package") == package_hash() else " The package has changed since."
+    since = "" if kept.get("package") == code_digest(package_files()) else " The package has changed since."
     return "\n".join([f"{counts}. {_provenance(kept)}{since}", *(["", *said] if said else [])])
 
 

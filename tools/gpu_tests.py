@@ -1,13 +1,12 @@
 """Run the gpu-marked tests and keep their summary: `python -m tools.gpu_tests`.
 
-Writes resources/measurements/gpu_tests.json: hardware, versions, date, a hash of the package, passed, failed, and each
-skip with its reason.
+Writes resources/measurements/gpu_tests.json: hardware, versions, date, a digest of the package's code, passed, failed,
+and each skip with its reason.
 Refuses without a GPU, where every one of them would be a skip.
 """
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import subprocess
@@ -16,7 +15,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from tools.build_notebook import ROOT
-from tools.comments import without_comments
 from tools.run_notebook import gpu_present
 
 SUMMARY = ROOT / "resources" / "measurements" / "gpu_tests.json"
@@ -28,6 +26,7 @@ def main() -> int:
     if not gpu_present():
         print("make gpu-test needs a CUDA GPU, and torch sees none; nothing was run or written.", file=sys.stderr)
         return 1
+    from unsloth_puzzles.bench.code_digest import code_digest, package_files
     from unsloth_puzzles.bench.hardware import probe, versions
 
     hardware = dataclasses.asdict(probe(measure=False))
@@ -42,21 +41,12 @@ def main() -> int:
         return 1
     counts = summarise(REPORT)
     record = {"hardware": hardware, "versions": versions(), "date": datetime.date.today().isoformat()}
-    record |= {"package": package_hash(), **counts}
+    record |= {"package": code_digest(package_files()), **counts}
     SUMMARY.parent.mkdir(parents=True, exist_ok=True)
     SUMMARY.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     done_text = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
     print(f"{SUMMARY.relative_to(ROOT)}: {done_text}")
     return done.returncode
-
-
-def package_hash(folder: Path = ROOT / "unsloth_puzzles") -> str:
-    """A hash of the package's code, comments left out: other code has not been tested."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        code = without_comments(path.read_text(encoding="utf-8"))
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{code}\0".encode())
-    return digest.hexdigest()
 
 
 def summarise(report: Path) -> dict[str, object]:

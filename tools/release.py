@@ -7,14 +7,10 @@ The package and the cells may change freely between releases.
 """
 
 import argparse
-import hashlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-import tokenize
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import nbformat
@@ -23,23 +19,11 @@ from nbformat import NotebookNode
 from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT, build, text, written_files
 from tools.run_notebook import lines_with, problems
+from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.rubric import FILES
 
 STAMP = "release"
 KEYS = ("commit", "date", "digest", "hardware")
-_LAYOUT = {tokenize.NEWLINE: "\n", tokenize.INDENT: "\t", tokenize.DEDENT: "\r"}
-_IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
-
-
-def code_digest(files: Mapping[str, str]) -> str:
-    """SHA-256 of Python files, {path: source}, by their tokens: comments and layout do not count.
-
-    The same on every Python: f-strings, which are one token before 3.12 and many since, are taken as they stand.
-    """
-    found = hashlib.sha256()
-    for path in sorted(files):
-        found.update(b"\0\0".join([path.encode(), "\0".join(_tokens(files[path])).encode(), b""]))
-    return found.hexdigest()
 
 
 def stamp(node: NotebookNode, *, commit: str, date: str, hardware: str) -> None:
@@ -84,29 +68,6 @@ def describe(root: Path = ROOT) -> str:
     same = code_digest(written_files(build(root))) == of["digest"]
     count = _git(root, "rev-list", "--count", f"{of['commit']}..HEAD") or "an unknown number of"
     return f"{head} The code is {'the same' if same else 'another'} now, {count} commits later."
-
-
-def _tokens(source: str) -> Iterator[str]:
-    lines = source.splitlines(keepends=True)
-    opened: list[tuple[int, int]] = []  # where the f-strings that are not closed yet begin
-    starts = [getattr(tokenize, name, -1) for name in ("FSTRING_START", "TSTRING_START")]
-    ends = [getattr(tokenize, name, -1) for name in ("FSTRING_END", "TSTRING_END")]
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in starts:
-            opened.append(token.start)
-        elif token.type in ends:
-            begin = opened.pop()
-            if not opened:
-                yield _between(lines, begin, token.end)
-        elif not opened and token.type not in _IGNORED:
-            yield _LAYOUT.get(token.type, token.string)
-
-
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    (first, begin), (last, stop) = start, end
-    if first == last:
-        return lines[first - 1][begin:stop]
-    return "".join([lines[first - 1][begin:], *lines[first : last - 1], lines[last - 1][:stop]])
 
 
 def _git(root: Path, *arguments: str) -> str:

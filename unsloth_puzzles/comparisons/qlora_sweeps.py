@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from unsloth_puzzles.bench import child
+from unsloth_puzzles.bench.code_digest import PACKAGE, code_digest, package_files
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
-from unsloth_puzzles.bench.source_hash import PACKAGE, source_hash
 from unsloth_puzzles.comparisons.qlora_steps import CANDIDATES, step_ms
 
 STEPS = 60
@@ -102,11 +102,11 @@ def _identity(content: dict) -> tuple:
 
 
 def sources() -> str:
-    """A hash of the files that a run executes: other code would be another measurement."""
+    """A digest of the files that a run executes: other code would be another measurement."""
     parts = ("attention", "backprop", "compiled", "nf4")
     names = ("comparisons/qlora_steps.py", "comparisons/qlora_trainer.py", "bench/models.py", "own_code.py")
     of_parts = (path for part in parts for path in (PACKAGE / part).glob("*.py"))
-    return source_hash([*of_parts, *map(PACKAGE.joinpath, names)])
+    return code_digest(package_files([*of_parts, *map(PACKAGE.joinpath, names)]))
 
 
 def run(group: list[dict]) -> Iterator[dict]:
