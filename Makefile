@@ -1,5 +1,6 @@
 # make notebook      build the notebook, execute it for the hardware found, print the scorecard (writes build/ only)
-# make test          lint, format, tests
+# make test          lint, format, and the tests that are quick
+# make test-slow     lint, format, and all tests: before a release
 # make publish       on a GPU: the same run, kept as the committed notebook, resources/ and README
 # make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
@@ -26,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help notebook test publish sweeps gpu-test rehearsal colab-check build clean
+.PHONY: help notebook test test-slow publish sweeps gpu-test rehearsal colab-check build clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,10 +46,11 @@ build: $(READY)
 notebook: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED)
 
-test: $(READY)
+test: TIER := -m "not slow"
+test test-slow: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile $(TIER)
 
 publish: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED) --need-gpu

@@ -27,6 +27,20 @@ def mutation(file: str, old: str, new: str, test: str) -> Mutation:
     return Mutation(((file, old, new),), test)
 
 
+def by_tier(mutations: Mapping[str, Mutation], fast: tuple[str, ...]) -> list:
+    """The names as parameters of a test; those that are not among `fast` belong to `make test-slow`."""
+    unknown = {*fast} - {*mutations}
+    assert not unknown, unknown
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in mutations]
+
+
+def selected(request: pytest.FixtureRequest, mutations: Mapping[str, Mutation]) -> dict[str, Mutation]:
+    """The mutations whose tests in the module of `request` have not been deselected."""
+    own = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    names = {item.callspec.params.get("name") for item in own}
+    return {name: each for name, each in mutations.items() if name in names}
+
+
 def run_mutants(
     package: str, mutations: Mapping[str, Mutation], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
