@@ -18,6 +18,7 @@ def runs():
     return list(run([{"candidate": "eager", **TINY}, broken, compiled]))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(runs):
     eager = runs[0]
     assert eager["lengths"] == TINY["lengths"] and len(eager["losses"]) == len(eager["step_ms"]) == 3
@@ -25,6 +26,7 @@ def test_a_run_in_a_process_of_its_own(runs):
     assert eager["losses"][0] != eager["losses"][1]
 
 
+@pytest.mark.slow
 def test_the_compiled_run_has_the_same_losses(runs):
     eager, _, compiled = runs
     assert eager["eager_rounding"] and not compiled["eager_rounding"]  # given, and said no to
@@ -33,6 +35,7 @@ def test_the_compiled_run_has_the_same_losses(runs):
         assert abs(one - other) <= 2e-6 * other
 
 
+@pytest.mark.slow
 def test_a_failure_is_kept_with_its_reason(runs):
     found = runs[1]
     assert "got 'xformers', need one of" in found["error"] and "failed" in summary(found)
