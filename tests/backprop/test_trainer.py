@@ -201,6 +201,25 @@ def test_positional_arguments_tuples_and_shifted_labels():
         assert torch.allclose(taken, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("ignore_index", [0, -1, 255])
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(5)], ids=["mean", "tensor"])
+def test_ignore_index_of_the_call(ignore_index, num_items_in_batch):
+    model, inputs = llama(torch.float32).train(), batch()
+    usual = gradients(model, **inputs, num_items_in_batch=num_items_in_batch)
+    inputs["labels"][inputs["labels"] == -100] = ignore_index
+    options = {"ignore_index": ignore_index, "num_items_in_batch": num_items_in_batch}
+    own = gradients(model, **inputs, **options)
+    with use_memory_efficient_loss(model, chunk_size=7):
+        assert_close(gradients(model, **inputs, **options), own, 1e-6)
+        shifted = F.pad(inputs["labels"], (0, 1), value=ignore_index)[:, 1:]
+        assert_close(gradients(model, **{**inputs, "labels": None}, shift_labels=shifted, **options), own, 1e-6)
+        with pytest.raises(ValueError, match="labels: got -10"):
+            model(**batch(), ignore_index=ignore_index)  # -100 counts then, and is no class
+        with pytest.raises(TypeError, match="ignore_index must be an int, got None"):
+            model(**batch(), ignore_index=None)
+    assert_close(own, usual, 1e-6)
+
+
 def test_another_loss_and_a_compiled_one():
     model, inputs = llama(torch.float32).train(), batch()
     logits, labels = model(**inputs).logits[:, :-1], inputs["labels"][:, 1:]
@@ -387,6 +406,18 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     custom = Trainer(llama(), arguments(tmp_path), compute_loss_func=lambda *_: 0)
     with pytest.raises(ValueError, match="compute_loss_func: needs the logits"):
         use_memory_efficient_loss(custom)
+    metrics = Trainer(llama(), arguments(tmp_path), compute_metrics=lambda evaluated: {})
+    with pytest.raises(
+        ValueError, match=r"compute_metrics: needs the logits.* pass predictions=True, and compute_metr"
+    ):
+        use_memory_efficient_loss(metrics)
+    metrics = Trainer(llama(), arguments(tmp_path), preprocess_logits_for_metrics=lambda logits, labels: logits)
+    with pytest.raises(
+        ValueError, match=r"preprocess_logits_for_metrics: needs the logits.* take it away and pass pred"
+    ):
+        use_memory_efficient_loss(metrics, predictions=True)
+    with pytest.raises(ValueError, match=r"^model_init must be None.*make the Trainer with model=model_init\(\)"):
+        use_memory_efficient_loss(Trainer(args=arguments(tmp_path), model_init=lambda: llama()))
 
 
 @pytest.mark.parametrize("mutation", ["not shifted", "normaliser ignored", "cap forgotten"])
