@@ -133,8 +133,10 @@ class MemoryEfficientLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         else:
             gradients = ctx.saved_tensors
-            factor = upstream[0] * ctx.rescale
-            gradients = [g if g is None else scale_in_place(g.clone() if again else g, factor) for g in gradients]
+            gradients = [
+                g if g is None else scale_in_place(g.clone() if again else g, upstream[0] * rescale)
+                for g, rescale in zip(gradients, ctx.rescale, strict=True)
+            ]
         return gradients[0], None, None, None, None, *gradients[1:]
 
 
