@@ -155,6 +155,46 @@ def test_peft(adapter):
         assert patch.calls == 1
 
 
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_head_that_peft_saves(saved):
+    """With `ensure_weight_tying` its copy of the head has in_features and out_features swapped."""
+    lora = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=[saved], ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(llama(tie_word_embeddings=True), lora).double().train()
+    head = model.get_base_model().get_output_embeddings()
+    assert head.weight.shape == (head.in_features, head.out_features)  # so the test can tell
+    theirs = reference(model, **batch())
+    with use_memory_efficient_loss(model, chunk_size=6):
+        assert_close(gradients(model, **batch()), theirs)
+
+
+@pytest.mark.parametrize("offloaded", ["model.embed_tokens", "model.layers.0", "lm_head", ""])
+def test_what_accelerate_offloads(offloaded):
+    from accelerate.hooks import attach_align_device_hook
+
+    model = llama(tie_word_embeddings=False).train()
+    theirs = reference(model, **batch())[0]
+    part = model.get_submodule(offloaded)
+    weights = {name: value.clone() for name, value in part.state_dict().items()}
+    attach_align_device_hook(part, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    assert any(parameter.is_meta for parameter in part.parameters())
+    if offloaded in ("lm_head", ""):
+        with pytest.raises(ValueError, match="the output embeddings of LlamaForCausalLM are offloaded by accelerate"):
+            use_memory_efficient_loss(model)
+    else:
+        with use_memory_efficient_loss(model):
+            assert (model(**batch()).loss - theirs).abs() <= 1e-12 * theirs
+
+
+def test_a_model_that_accelerate_has_put_under_autocast_can_be_patched(tmp_path):
+    trainer = Trainer(llama(torch.float32), arguments(tmp_path, bf16=True), train_dataset=Data(12))
+    trainer.train()
+    with use_memory_efficient_loss(trainer) as patch:
+        trainer.train()
+    assert patch.calls == 6
+
+
 def test_accelerates_hooks_stay_around_our_forward():
     from accelerate.hooks import ModelHook, add_hook_to_module
 

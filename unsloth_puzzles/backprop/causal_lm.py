@@ -69,7 +69,7 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
 
     What is assumed of the model, each checked here with padded rows of 12, 8 and 5 tokens, labels at the padding too:
 
-    - it calls its head once, with what `base_model` returns for the same inputs;
+    - its head is on a device, and called once, with what `base_model` returns for the same inputs;
     - its logits are the head's times a scale, soft capped. The probe gives it wide random numbers as the head's, so
       that scale and cap show whatever the weights are;
     - (`of_loss`) its loss is the cross entropy of these logits and the next labels, nothing is added, and the labels
@@ -78,16 +78,23 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
     Raises:
         ValueError: one of them does not hold.
     """
+    if any(parameter.is_meta for parameter in causal_lm.get_output_embeddings().parameters()):
+        raise ValueError(
+            f"model: the output embeddings of {type(causal_lm).__name__} are offloaded by accelerate, and would be "
+            "loaded anew for each chunk; keep them (and tied input embeddings) on a device in device_map"
+        )
     inputs, labels = _probe_inputs(causal_lm)
     cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-    with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as seen:
+    with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
         output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
         if len(seen) != 1:
             name = type(causal_lm).__name__
             raise ValueError(f"model: {name} calls its output embeddings {len(seen)} times in a forward, need once")
+        if not states or "forward" not in vars(causal_lm):  # else a wrapper may have set autocast for its own call
+            run(causal_lm.base_model, **inputs)
         entering, given = seen[0]
-        backbone = run(causal_lm.base_model, **inputs).last_hidden_state
-        between = _between(causal_lm, given, output.logits) if _same(entering, backbone) else None
+        followed = all(_same(entering, state) for state in states)
+        between = _between(causal_lm, given, output.logits) if followed else None
         if between is None:
             raise ValueError(_unknown(causal_lm))
         if of_loss:
@@ -196,17 +203,24 @@ def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
 
 
 @contextmanager
-def _given_logits(causal_lm: PreTrainedModel, size: float) -> Iterator[list]:
-    """The head returns normal random numbers of this size. Gives a list of what enters it and what it returns."""
-    seen = []
+def _given_logits(causal_lm: PreTrainedModel, size: float) -> Iterator[tuple[list, list]]:
+    """The head returns normal random numbers of this size.
+
+    Gives a list of what enters the head and what it returns, and one of what the backbone returns.
+    """
+    seen, states = [], []
 
     def exchange(head, arguments, logits):
         generator = torch.Generator().manual_seed(0)
         seen.append((arguments[0], (size * torch.randn(logits.shape, generator=generator)).to(logits)))
         return seen[-1][1]
 
-    hook = causal_lm.get_output_embeddings().register_forward_hook(exchange)
+    hooks = [
+        causal_lm.get_output_embeddings().register_forward_hook(exchange),
+        causal_lm.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
+    ]
     try:
-        yield seen
+        yield seen, states
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

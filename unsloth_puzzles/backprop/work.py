@@ -57,8 +57,8 @@ class Work:
         device = self.x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
         self.dtype = dtype  # of the logits
-        self.vocab_size = getattr(self.head.linear, "out_features", None)
-        if not isinstance(self.vocab_size, int):
+        self.vocab_size = checks.features(self.head.linear)[1]
+        if self.vocab_size is None:
             with torch.no_grad():
                 self.vocab_size = self.head.call(None, self.x.new_zeros(1, self.x.shape[-1])).shape[-1]
         spare = 0 if self.plan.compile else EAGER_BYTES_PER_LOGIT
