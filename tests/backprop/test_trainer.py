@@ -429,7 +429,11 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     mixtral = MixtralForCausalLM(MixtralConfig(**small, num_local_experts=2, output_router_logits=False))
     with use_memory_efficient_loss(mixtral), pytest.raises(ValueError, match="output_router_logits: the router's"):
         mixtral(**batch(), output_router_logits=True)
-    mixtral.config.output_router_logits = True
+    with use_memory_efficient_loss(mixtral):
+        mixtral.config.output_router_logits = True
+        with pytest.raises(ValueError, match="output_router_logits: the router's"):
+            mixtral(**batch())
+        assert mixtral(**batch(), output_router_logits=False).loss > 0
     with pytest.raises(ValueError, match="output_router_logits: the router's auxiliary loss"):
         use_memory_efficient_loss(mixtral)
     with use_memory_efficient_loss(other := llama()) as patch:
@@ -437,8 +441,9 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
             use_memory_efficient_loss(other)
         with pytest.raises(ValueError, match="fused_lm_head: a TRL trainer was made"):
             other(**batch(), fused_lm_head=True)
-        with pytest.raises(ValueError, match="logits_to_keep: not together with labels"):
-            other(**batch(), logits_to_keep=1)
+        for kept in (1, torch.tensor([0, 1])):
+            with pytest.raises(ValueError, match="logits_to_keep: not together with labels"):
+                other(**batch(), logits_to_keep=kept)
         patch.undo()
     smoothing = Trainer(llama(), arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="label_smoothing_factor: needs the logits"):
@@ -458,6 +463,25 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
         use_memory_efficient_loss(metrics, predictions=True)
     with pytest.raises(ValueError, match=r"^model_init must be None.*make the Trainer with model=model_init\(\)"):
         use_memory_efficient_loss(Trainer(args=arguments(tmp_path), model_init=lambda: llama()))
+
+
+def test_a_patch_that_computed_nothing_says_so(tmp_path):
+    """A Trainer with `model_init` trains another model than the one that it had."""
+    trainer = Trainer(args=arguments(tmp_path), model_init=lambda: llama(torch.float32), train_dataset=Data(12))
+    text = "no loss was computed by it: LlamaForCausalLM was not called with labels"
+    with pytest.warns(UserWarning, match=text), use_memory_efficient_loss(trainer.model):
+        trainer.train()
+
+
+def test_other_outputs_are_the_models_own():
+    model, inputs = llama().train(), batch()
+    options = {"output_hidden_states": True, "use_cache": True}
+    own = model(**inputs, **options)
+    with use_memory_efficient_loss(model):
+        ours = model(**inputs, **options)
+    for mine, theirs in zip(ours.hidden_states, own.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(ours.past_key_values.layers[0].keys, own.past_key_values.layers[0].keys)
 
 
 @pytest.mark.parametrize("mutation", ["not shifted", "normaliser ignored", "cap forgotten"])

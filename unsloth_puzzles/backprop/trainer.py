@@ -13,6 +13,7 @@ calls with labels. This file is for transformers (made for 5.17; TRL 1.16), whic
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -117,7 +118,10 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
+        if kind is None and not self.calls:
+            text = f"no loss was computed by it: {type(self._causal_lm).__name__} was not called with labels"
+            warnings.warn(f"use_memory_efficient_loss: {text}; is it the model that was trained?", stacklevel=2)
         self.undo()
 
     def __repr__(self) -> str:
@@ -131,7 +135,7 @@ class Patch:
             )
         if inputs.get("output_router_logits", routes(causal_lm)):
             raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
-        if inputs.pop("logits_to_keep", 0):
+        if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
             raise ValueError("logits_to_keep: not together with labels, which need every position")
         return_dict = inputs.pop("return_dict", None)
         ignore_index = inputs.pop("ignore_index", IGNORED)
