@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import CPTConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -187,12 +187,20 @@ def test_what_accelerate_offloads(offloaded):
             assert (model(**batch()).loss - theirs).abs() <= 1e-12 * theirs
 
 
-def test_a_model_that_accelerate_has_put_under_autocast_can_be_patched(tmp_path):
-    trainer = Trainer(llama(torch.float32), arguments(tmp_path, bf16=True), train_dataset=Data(12))
+def test_a_model_that_accelerate_has_put_under_autocast_stays_there(tmp_path):
+    """accelerate wraps the forward once, at the first training or evaluation; the patch comes after it."""
+    model, dtypes = llama(torch.float32), []
+    trainer = Trainer(model, arguments(tmp_path, bf16=True), train_dataset=Data(12), eval_dataset=Data(5))
     trainer.train()
+    own = trainer.evaluate()["eval_loss"]
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: dtypes.append(logits.dtype))
     with use_memory_efficient_loss(trainer) as patch:
+        dtypes.clear()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
         trainer.train()
-    assert patch.calls == 6
+    assert patch.calls == 7 and set(dtypes) == {torch.bfloat16}
+    dtypes.clear()
+    assert trainer.evaluate()["eval_loss"] != own and set(dtypes) == {torch.bfloat16}
 
 
 def test_accelerates_hooks_stay_around_our_forward():
@@ -426,6 +434,9 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r"MiniCPM3ForCausalLM does more .* \(logits_scaling, final_logit_soft"):
         use_memory_efficient_loss(MiniCPM3ForCausalLM(minicpm))
+    cpt = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1])
+    with pytest.raises(ValueError, match="its adapter 'default' is PEFT's CPT, whose loss is another"):
+        use_memory_efficient_loss(get_peft_model(llama(), cpt))
     mixtral = MixtralForCausalLM(MixtralConfig(**small, num_local_experts=2, output_router_logits=False))
     with use_memory_efficient_loss(mixtral), pytest.raises(ValueError, match="output_router_logits: the router's"):
         mixtral(**batch(), output_router_logits=True)

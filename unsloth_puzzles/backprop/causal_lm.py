@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,15 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     found = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(found, PreTrainedModel):
         raise TypeError(f"model: needs a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
+    for adapter, settings in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(settings, "peft_type", None) == "CPT":
+            raise ValueError(
+                f"model: its adapter {adapter!r} is PEFT's CPT, whose loss is another and needs the logits"
+            )
+    if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
+        raise ValueError(
+            f"model: {type(tuner).__name__} calls the forward that it found when it was made; patch before"
+        )
     name, config = type(found).__name__, found.config
     if getattr(found, "_memory_efficient_loss", None) is not None:
         raise ValueError(f"model: {name} is patched already; undo that patch first")
@@ -105,6 +114,29 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
                 output = run(causal_lm, **inputs, labels=labels, **options)
                 _check_loss(causal_lm, output, labels, options)
     return None if between == (1.0, None) else between
+
+
+def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
+    """The autocast that a wrapper of its forward sets, accelerate's for mixed precision; it may be entered many times.
+
+    A forward that takes the place of the wrapper's would run without.
+    """
+    if "forward" not in vars(causal_lm):
+        return nullcontext()
+    inputs, _ = _probe_inputs(causal_lm)
+    device, seen = inputs["input_ids"].device.type, []
+
+    def state(*call):
+        seen.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+
+    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(state)
+    try:
+        with _as_in_training(causal_lm) as run:
+            run(causal_lm, **inputs)
+    finally:
+        hook.remove()
+    enabled, dtype = seen[-1]
+    return torch.autocast(device, dtype) if enabled and not torch.is_autocast_enabled(device) else nullcontext()
 
 
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:

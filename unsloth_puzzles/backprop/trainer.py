@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from unsloth_puzzles.backprop.causal_lm import (
     find_causal_lm,
     logit_transform,
+    own_autocast,
     refuse_data_parallel,
     routes,
     transform,
@@ -84,14 +85,14 @@ def use_memory_efficient_loss(
     causal_lm = find_causal_lm(model, per_token)
     between = logit_transform(causal_lm)
     options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
-    return Patch(causal_lm, loss, between, predictions, per_token, options)
+    return Patch(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
 
 
 class Patch:
     """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
 
-    def __init__(self, causal_lm, loss, between, predictions, per_token, options):
-        self.calls, self.active = 0, True
+    def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
+        self.calls, self.active, self.autocast = 0, True, autocast
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
         self._loss = loss if between is None else functools.partial(_transformed, loss, *between)
@@ -203,7 +204,8 @@ def _make_forward(patch: Patch, of_class: Callable, previous: Callable | None) -
         given = {
             name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
         }
-        return patch.output(self, **given, **inputs)
+        with patch.autocast:
+            return patch.output(self, **given, **inputs)
 
     return forward
 
