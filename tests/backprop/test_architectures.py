@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.backprop import zoo
+from unsloth_puzzles.backprop import grpo
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 _FOLLOWED = """
@@ -80,10 +81,34 @@ def check(model_type, case):
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + rounding, name
 
 
+def check_scores(model_type):
+    """GRPO's log-probabilities and entropies, of padded rows at a temperature, are those of the model's own logits."""
+    model, inputs = zoo.make(model_type).eval(), inputs_of("padded")
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, :-1].double() / 0.7
+        own = logits.log_softmax(-1)
+        options = {"chunk_size": 7, "compile": False, "accumulate_dtype": None, "keep_logits": 0}
+        grpo._install(model, 0.7, True, options)
+        found = model(**inputs, labels=labels, fused_lm_head=True)
+    counts = labels[:, 1:] != -100
+    log_probs = own.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1) * counts
+    entropies = -(own.exp() * own).sum(-1) * counts
+    # Both are differences of numbers as large as the logits, each rounded to float32.
+    rounding = 4 * torch.finfo(torch.float32).eps * logits.abs().max() * counts.sum().sqrt()
+    for mine, right in ((found.log_probs, log_probs), (found.entropy, entropies)):
+        assert (mine - right).norm() <= rounding < 1e-2 * log_probs.norm()
+
+
 @pytest.mark.parametrize("model_type", SAMPLE)
 @pytest.mark.parametrize("case", CASES)
 def test_a_sample_is_followed(model_type, case):
     check(model_type, case)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_sample_is_followed_by_grpo(model_type):
+    check_scores(model_type)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "blenderbot-small", "llama4_text", "recurrent_gemma"])
@@ -97,6 +122,12 @@ def test_a_sample_is_refused_by_name(model_type):
 @pytest.mark.parametrize("model_type", FOLLOWED)
 def test_followed(model_type, case):
     check(model_type, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FOLLOWED)
+def test_followed_by_grpo(model_type):
+    check_scores(model_type)
 
 
 @pytest.mark.slow
