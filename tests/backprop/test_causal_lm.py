@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
+    CLIPVisionConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     Qwen2AudioConfig,
@@ -135,6 +138,27 @@ def test_a_forward_that_calls_a_part_of_its_base_model():
     with use_memory_efficient_loss(model) as patch:
         assert torch.allclose(model(**ragged()).loss, own, rtol=1e-6)
         assert patch.calls == 1
+
+
+def test_images_reach_the_backbone():
+    """The probe sends text; a call with images has their hidden states in place of the image tokens."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = Qwen2Config(**SIZES, intermediate_size=48, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=63)
+    ).train()
+    inputs = ragged()
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=62)
+    inputs["input_ids"][:, 1:5] = 63  # an image has four patches
+    inputs["labels"] = inputs["input_ids"].where(inputs["input_ids"] != 63, -100)
+    images = torch.randn(3, 3, 16, 16)
+    own, without = (model(**inputs, pixel_values=pixels).loss for pixels in (images, torch.zeros_like(images)))
+    assert (own - without).abs() > 1e-5  # so the test can tell
+    with use_memory_efficient_loss(model):
+        assert torch.allclose(model(**inputs, pixel_values=images).loss, own, rtol=1e-6)
 
 
 def test_the_probe_leaves_no_trace():
