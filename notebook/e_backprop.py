@@ -105,6 +105,13 @@ else:
 # show: unsloth_puzzles/backprop/heads.py
 
 # %% [markdown]
+# Where the chunks' gradients are added up. A float16 sum over thousands of rows may pass 65504 though their mean is
+# small: such a sum is kept times a power of two, found on the device, that leaves room for it.
+
+# %%
+# show: unsloth_puzzles/backprop/sums.py
+
+# %% [markdown]
 # How large a chunk is. "auto" asks the machine how many FLOPs it does while it moves a byte.
 
 # %%

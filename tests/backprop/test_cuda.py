@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tests.backprop.reference import draw, draw_labels, eager, make_linear, relative, upcast
 from unsloth_puzzles.backprop import function as backprop_function
 from unsloth_puzzles.backprop import memory_efficient_linear
+from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.scale import narrow_in_place, scale_in_place
 from unsloth_puzzles.bench.memory import peak_memory
 
@@ -187,8 +188,9 @@ def test_peak_is_a_chunk_of_logits_and_the_gradients(reduction, accumulate, trai
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("normalizer", [None, "labels", 700, "on the device", "rows"])
-def test_nothing_waits_for_the_device(normalizer, compiled):
-    x, head, labels = problem(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_waits_for_the_device(dtype, normalizer, compiled):
+    x, head, labels = problem(dtype)
     options = {"reduction": "sum", "normalizer": normalizer, "chunk_size": CHUNK, "compile": compiled}
     function = partial(summed, by_comparison)
     if normalizer == "rows":
@@ -212,6 +214,20 @@ def test_nothing_waits_for_the_device(normalizer, compiled):
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(first, second, strict=True):
         assert relative(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("accumulate", [None, torch.float32])
+def test_float16_sums_of_many_rows_do_not_overflow(accumulate):
+    """The sum of 16384 rows is 65536, which float16 cannot hold; their mean is 4."""
+    x = torch.full((16384, 8), 8.0, dtype=torch.float16, device="cuda")
+    head = torch.nn.Linear(8, 2, dtype=torch.float16, device="cuda")
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    options = {"reduction": "sum", "normalizer": "labels", "accumulate_dtype": accumulate}
+    labels = torch.zeros(16384, dtype=torch.long, device="cuda")
+    for chunk_size in (1000, 4096, 16384):
+        loss = memory_efficient_linear(x, head, labels, cross_entropy, chunk_size=chunk_size, **options)
+        weight, bias = torch.autograd.grad(loss, [head.weight, head.bias])
+        assert weight[:, 0].tolist() == [-4.0, 4.0] and bias.tolist() == [-0.5, 0.5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,6 +17,7 @@ from tests.backprop.reference import (
     transformation,
 )
 from unsloth_puzzles.backprop import memory_efficient_linear
+from unsloth_puzzles.backprop.sums import Sum
 
 FORMS = {
     "mean": (mean_loss, {}),
@@ -148,3 +149,79 @@ def test_float16_gradients_of_a_mean_do_not_underflow(name, autocast):
         )
     for ours, true in zip(torch.autograd.grad(loss * 65536, [x, head.weight]), truth, strict=True):
         assert relative(ours, true * 65536) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["mean", "sum", "projects itself"])
+@pytest.mark.parametrize("chunk_size", [64, 4096, 16384])
+@pytest.mark.parametrize("accumulate_dtype", [None, torch.float32], ids=["None", "float32"])
+def test_float16_sums_of_many_rows_do_not_overflow(name, chunk_size, accumulate_dtype):
+    """The sum of 16384 rows is 65536, which float16 cannot hold; their mean is 4."""
+    x = torch.full((16384, 1), 8.0, dtype=torch.float16, requires_grad=True)
+    head, labels = torch.nn.Linear(1, 2, dtype=torch.float16), torch.zeros(16384, dtype=torch.long)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype}
+    for _, weight, bias in (function_gradient(name, x, head, labels), run(name, x, head, labels, **options)):
+        assert weight.flatten().tolist() == [-4.0, 4.0]
+        assert bias.tolist() == [-0.5, 0.5]
+
+
+def test_float16_sums_of_rows_that_cancel_do_not_overflow_on_the_way():
+    """Row by row: 120000 from the first half of the rows and -120000 from the second."""
+    x = torch.full((30000, 1), 8.0, dtype=torch.float16)
+    x[15000:] *= -1
+    head, labels = torch.nn.Linear(1, 2, bias=False, dtype=torch.float16), torch.zeros(30000, dtype=torch.long)
+    with torch.no_grad():
+        head.weight.zero_()
+    slopes = torch.where(torch.arange(30000) < 29936, 2.0, 1.0)  # the last 64 rows pull less
+    losses = memory_efficient_linear(x, head, labels, token_losses, reduction="none", chunk_size=1000)
+    (ours,) = torch.autograd.grad((losses * slopes).sum(), head.weight)
+    assert -(0.5 * x.double().flatten() * slopes).sum() == -256
+    assert ours.flatten().tolist() == [-256.0, 256.0]  # every sum on the way is a multiple of 64: no rounding
+
+
+def test_float16_heads_of_two_products_and_shared_arguments_do_not_overflow():
+    """Adapters, and a bias that the function adds: sums over 65536 rows, of the first product's weight as well."""
+    rows = 65536
+    x = torch.full((rows, 2), 3.0, dtype=torch.float16)
+    head = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False, dtype=torch.float16) for _ in range(2)))
+    with torch.no_grad():
+        head[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        head[1].weight.copy_(torch.tensor([[2.0, 2.0], [-2.0, 1.0]]))
+    bias = torch.zeros(2, dtype=torch.float16, requires_grad=True)
+    labels = torch.ones(rows, dtype=torch.long)
+
+    def function(logits, labels, bias):
+        return F.cross_entropy((logits + bias).float(), labels, reduction="sum")
+
+    options = {"reduction": "sum", "normalizer": "labels", "shared_args": (bias,), "chunk_size": 4096}
+    inputs = [*head.parameters(), bias]
+    ours = torch.autograd.grad(memory_efficient_linear(x, head, labels, function, **options), inputs)
+    wide = [value.detach().double().requires_grad_() for value in inputs]
+    logits = x.double() @ wide[0].t() @ wide[1].t() + wide[2]
+    for mine, true in zip(ours, torch.autograd.grad(F.cross_entropy(logits, labels), wide), strict=True):
+        assert relative(mine, true) < 4e-3  # 16 additions, each rounded to 2^-11
+
+
+def test_a_float16_mean_of_many_rows_is_added_up_in_float32():
+    """A function that returns float16: its mean is about 60, that times 4096 rows is no float16."""
+    x = torch.full((4096, 1), 60.0, dtype=torch.float16)
+    head, labels = torch.nn.Linear(1, 2, bias=False, dtype=torch.float16), torch.zeros(4096, dtype=torch.long)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [1.0]]))
+    loss = memory_efficient_linear(x, head, labels, F.cross_entropy, chunk_size=2048)
+    assert loss.item() == 60.0
+    assert torch.autograd.grad(loss, head.weight)[0].flatten().tolist() == [-60.0, 60.0]
+
+
+def test_float16_gradients_that_fit_are_not_rescaled():
+    """The scale of a sum is 1 unless it must fall: to the bit what plain additions give."""
+    x, head = draw(512, 32, dtype=torch.float16), make_linear(32, 64, dtype=torch.float16, bias=False)
+    total = Sum(head.weight, torch.float16)
+    gradient = draw(512, 64, seed=5, dtype=torch.float16)
+    plain = gradient[:256].t() @ x[:256]
+    plain.addmm_(gradient[256:].t(), x[256:])
+    total.add_product(gradient[:256], x[:256])
+    total.add_product(gradient[256:], x[256:])
+    assert torch.equal(total.result(head.weight, scaled=True)[0], plain) and total.scale == 1

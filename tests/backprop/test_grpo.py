@@ -177,6 +177,25 @@ def test_caps_and_scales_of_architectures(config, tmp_path):
     assert_same(found[0][1], found[1][1], TIGHT[torch.float64])
 
 
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_head_that_peft_saves(tmp_path, saved):
+    """With `ensure_weight_tying` its copy of the head has in_features and out_features swapped."""
+    from peft import LoraConfig, get_peft_model
+
+    found = []
+    for make in (Ours, FullLogitsGRPOTrainer):
+        adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved], ensure_weight_tying=True)
+        torch.manual_seed(0)
+        config = tiny_llama_config(VOCAB)
+        config.tie_word_embeddings = True
+        model = get_peft_model(spread(LlamaForCausalLM(config).double()), adapter).double()
+        trained = dict(step(trainer_of(make, model, str(tmp_path)), batch(torch.float64))[1])
+        found.append({name: gradient for name, gradient in trained.items() if gradient.norm() > 0})
+    assert any("modules_to_save" in name for name in found[0]) and found[0].keys() == found[1].keys()
+    for name, right in found[1].items():
+        assert (found[0][name] - right).norm() <= TIGHT[torch.float64] * right.norm(), name
+
+
 def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path):
     config = Qwen3MoeConfig(
         **SMALL, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1
@@ -277,7 +296,7 @@ def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):
             output.logits = 1.1 * output.logits
             return output
 
-    with pytest.raises(ValueError, match="Scaled does something unknown to its logits"):
+    with pytest.raises(ValueError, match="Scaled does more between backbone, head and loss than"):
         trainer_of(Ours, Scaled(tiny_llama_config(VOCAB)), folder)
     with monkeypatch.context() as patched:
         patched.setattr(transformers.TrainingArguments, "n_gpu", 2)

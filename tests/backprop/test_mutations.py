@@ -29,7 +29,7 @@ MUTATIONS = {
     "chunks weighted by their rows": mutation(
         "function.py", "return (labels != self.ignore_index).sum() if", "return (labels == labels).sum() if", MEAN
     ),
-    "upstream ignored": mutation("linear.py", "factor = upstream[0] * ctx.rescale", "factor = ctx.rescale", MEAN),
+    "upstream ignored": mutation("linear.py", "upstream[0] * rescale", "rescale", MEAN),
     "upstream of rows ignored": mutation(
         "work.py", "None if u is None else u[start:stop]", "None if u is None else torch.ones_like(u[start:stop])", ROWS
     ),
@@ -43,7 +43,7 @@ MUTATIONS = {
         "linear.named_parameters()",
         "test_heads.py::test_a_frozen_head_makes_no_buffer_of_the_weights_size",
     ),
-    "dW of the last chunk only": mutation("heads.py", "first = self.total is None", "first = True", MEAN),
+    "dW of the last chunk only": mutation("sums.py", "first = self.total is None", "first = True", MEAN),
     "saved gradients scaled though the graph is kept": mutation(
         "linear.py", "g.clone() if again else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
     ),
@@ -76,6 +76,18 @@ MUTATIONS = {
         "if self.dtype == torch.float16 else",
         "if False else",
         "test_dtypes.py::test_float16_gradients_of_a_mean_do_not_underflow[mean-False]",
+    ),
+    "float16 sums without room": mutation(
+        "sums.py",
+        "scale = _power(self._bound)",
+        "scale = torch.ones(())",
+        "test_dtypes.py::test_float16_sums_of_many_rows_do_not_overflow[None-4096-sum]",
+    ),
+    "a float32 sum narrowed without room": mutation(
+        "sums.py",
+        "if scaled and tensor.dtype == torch.float16:",
+        "if False:",
+        "test_dtypes.py::test_float16_sums_of_many_rows_do_not_overflow[float32-4096-sum]",
     ),
     "other random numbers in the backward": mutation(
         "rng.py",

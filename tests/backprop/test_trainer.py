@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import CPTConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -155,6 +155,54 @@ def test_peft(adapter):
         assert patch.calls == 1
 
 
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_head_that_peft_saves(saved):
+    """With `ensure_weight_tying` its copy of the head has in_features and out_features swapped."""
+    lora = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=[saved], ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(llama(tie_word_embeddings=True), lora).double().train()
+    head = model.get_base_model().get_output_embeddings()
+    assert head.weight.shape == (head.in_features, head.out_features)  # so the test can tell
+    theirs = reference(model, **batch())
+    with use_memory_efficient_loss(model, chunk_size=6):
+        assert_close(gradients(model, **batch()), theirs)
+
+
+@pytest.mark.parametrize("offloaded", ["model.embed_tokens", "model.layers.0", "lm_head", ""])
+def test_what_accelerate_offloads(offloaded):
+    from accelerate.hooks import attach_align_device_hook
+
+    model = llama(tie_word_embeddings=False).train()
+    theirs = reference(model, **batch())[0]
+    part = model.get_submodule(offloaded)
+    weights = {name: value.clone() for name, value in part.state_dict().items()}
+    attach_align_device_hook(part, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    assert any(parameter.is_meta for parameter in part.parameters())
+    if offloaded in ("lm_head", ""):
+        with pytest.raises(ValueError, match="the output embeddings of LlamaForCausalLM are offloaded by accelerate"):
+            use_memory_efficient_loss(model)
+    else:
+        with use_memory_efficient_loss(model):
+            assert (model(**batch()).loss - theirs).abs() <= 1e-12 * theirs
+
+
+def test_a_model_that_accelerate_has_put_under_autocast_stays_there(tmp_path):
+    """accelerate wraps the forward once, at the first training or evaluation; the patch comes after it."""
+    model, dtypes = llama(torch.float32), []
+    trainer = Trainer(model, arguments(tmp_path, bf16=True), train_dataset=Data(12), eval_dataset=Data(5))
+    trainer.train()
+    own = trainer.evaluate()["eval_loss"]
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: dtypes.append(logits.dtype))
+    with use_memory_efficient_loss(trainer) as patch:
+        dtypes.clear()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
+        trainer.train()
+    assert patch.calls == 7 and set(dtypes) == {torch.bfloat16}
+    dtypes.clear()
+    assert trainer.evaluate()["eval_loss"] != own and set(dtypes) == {torch.bfloat16}
+
+
 def test_accelerates_hooks_stay_around_our_forward():
     from accelerate.hooks import ModelHook, add_hook_to_module
 
@@ -199,6 +247,25 @@ def test_positional_arguments_tuples_and_shifted_labels():
         assert torch.allclose(model(**inputs, return_dict=False)[0], expected, rtol=1e-12)
         taken = model(inputs["input_ids"], inputs["attention_mask"], shift_labels=shifted).loss
         assert torch.allclose(taken, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [0, -1, 255])
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(5)], ids=["mean", "tensor"])
+def test_ignore_index_of_the_call(ignore_index, num_items_in_batch):
+    model, inputs = llama(torch.float32).train(), batch()
+    usual = gradients(model, **inputs, num_items_in_batch=num_items_in_batch)
+    inputs["labels"][inputs["labels"] == -100] = ignore_index
+    options = {"ignore_index": ignore_index, "num_items_in_batch": num_items_in_batch}
+    own = gradients(model, **inputs, **options)
+    with use_memory_efficient_loss(model, chunk_size=7):
+        assert_close(gradients(model, **inputs, **options), own, 1e-6)
+        shifted = F.pad(inputs["labels"], (0, 1), value=ignore_index)[:, 1:]
+        assert_close(gradients(model, **{**inputs, "labels": None}, shift_labels=shifted, **options), own, 1e-6)
+        with pytest.raises(ValueError, match="labels: got -10"):
+            model(**batch(), ignore_index=ignore_index)  # -100 counts then, and is no class
+        with pytest.raises(TypeError, match="ignore_index must be an int, got None"):
+            model(**batch(), ignore_index=None)
+    assert_close(own, usual, 1e-6)
 
 
 def test_another_loss_and_a_compiled_one():
@@ -367,10 +434,17 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r"MiniCPM3ForCausalLM does more .* \(logits_scaling, final_logit_soft"):
         use_memory_efficient_loss(MiniCPM3ForCausalLM(minicpm))
+    cpt = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1])
+    with pytest.raises(ValueError, match="its adapter 'default' is PEFT's CPT, whose loss is another"):
+        use_memory_efficient_loss(get_peft_model(llama(), cpt))
     mixtral = MixtralForCausalLM(MixtralConfig(**small, num_local_experts=2, output_router_logits=False))
     with use_memory_efficient_loss(mixtral), pytest.raises(ValueError, match="output_router_logits: the router's"):
         mixtral(**batch(), output_router_logits=True)
-    mixtral.config.output_router_logits = True
+    with use_memory_efficient_loss(mixtral):
+        mixtral.config.output_router_logits = True
+        with pytest.raises(ValueError, match="output_router_logits: the router's"):
+            mixtral(**batch())
+        assert mixtral(**batch(), output_router_logits=False).loss > 0
     with pytest.raises(ValueError, match="output_router_logits: the router's auxiliary loss"):
         use_memory_efficient_loss(mixtral)
     with use_memory_efficient_loss(other := llama()) as patch:
@@ -378,8 +452,9 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
             use_memory_efficient_loss(other)
         with pytest.raises(ValueError, match="fused_lm_head: a TRL trainer was made"):
             other(**batch(), fused_lm_head=True)
-        with pytest.raises(ValueError, match="logits_to_keep: not together with labels"):
-            other(**batch(), logits_to_keep=1)
+        for kept in (1, torch.tensor([0, 1])):
+            with pytest.raises(ValueError, match="logits_to_keep: not together with labels"):
+                other(**batch(), logits_to_keep=kept)
         patch.undo()
     smoothing = Trainer(llama(), arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="label_smoothing_factor: needs the logits"):
@@ -387,6 +462,37 @@ def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     custom = Trainer(llama(), arguments(tmp_path), compute_loss_func=lambda *_: 0)
     with pytest.raises(ValueError, match="compute_loss_func: needs the logits"):
         use_memory_efficient_loss(custom)
+    metrics = Trainer(llama(), arguments(tmp_path), compute_metrics=lambda evaluated: {})
+    with pytest.raises(
+        ValueError, match=r"compute_metrics: needs the logits.* pass predictions=True, and compute_metr"
+    ):
+        use_memory_efficient_loss(metrics)
+    metrics = Trainer(llama(), arguments(tmp_path), preprocess_logits_for_metrics=lambda logits, labels: logits)
+    with pytest.raises(
+        ValueError, match=r"preprocess_logits_for_metrics: needs the logits.* take it away and pass pred"
+    ):
+        use_memory_efficient_loss(metrics, predictions=True)
+    with pytest.raises(ValueError, match=r"^model_init must be None.*make the Trainer with model=model_init\(\)"):
+        use_memory_efficient_loss(Trainer(args=arguments(tmp_path), model_init=lambda: llama()))
+
+
+def test_a_patch_that_computed_nothing_says_so(tmp_path):
+    """A Trainer with `model_init` trains another model than the one that it had."""
+    trainer = Trainer(args=arguments(tmp_path), model_init=lambda: llama(torch.float32), train_dataset=Data(12))
+    text = "no loss was computed by it: LlamaForCausalLM was not called with labels"
+    with pytest.warns(UserWarning, match=text), use_memory_efficient_loss(trainer.model):
+        trainer.train()
+
+
+def test_other_outputs_are_the_models_own():
+    model, inputs = llama().train(), batch()
+    options = {"output_hidden_states": True, "use_cache": True}
+    own = model(**inputs, **options)
+    with use_memory_efficient_loss(model):
+        ours = model(**inputs, **options)
+    for mine, theirs in zip(ours.hidden_states, own.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(ours.past_key_values.layers[0].keys, own.past_key_values.layers[0].keys)
 
 
 @pytest.mark.parametrize("mutation", ["not shifted", "normaliser ignored", "cap forgotten"])

@@ -1,7 +1,10 @@
-"""The causal LM inside a model, and what it does between its backbone and its loss: found out by running it once."""
+"""The causal LM inside a model, and what it does between its backbone and its loss: found out by running it."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -9,6 +12,8 @@ from transformers.utils import ModelOutput
 # What model families call the number between head and loss. Which of them a model really applies is tried out.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
+_LENGTHS = (12, 8, 5)  # tokens in the rows of the probe, padded on the right
+_ROUNDINGS = 8  # of a dtype, by which two ways to compute the same may differ
 
 
 def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
@@ -17,6 +22,15 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     found = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(found, PreTrainedModel):
         raise TypeError(f"model: needs a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
+    for adapter, settings in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(settings, "peft_type", None) == "CPT":
+            raise ValueError(
+                f"model: its adapter {adapter!r} is PEFT's CPT, whose loss is another and needs the logits"
+            )
+    if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
+        raise ValueError(
+            f"model: {type(tuner).__name__} calls the forward that it found when it was made; patch before"
+        )
     name, config = type(found).__name__, found.config
     if getattr(found, "_memory_efficient_loss", None) is not None:
         raise ValueError(f"model: {name} is patched already; undo that patch first")
@@ -27,12 +41,17 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     if found.loss_function is not ForCausalLMLoss:
         used = getattr(found.loss_function, "__name__", found.loss_function)
         raise ValueError(f"model: the loss_function of {name} is {used}, which would be ignored; needs ForCausalLMLoss")
-    if getattr(config.get_text_config(), "output_router_logits", False):
+    if routes(found):
         raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
     own = getattr(vars(found).get("forward"), "__func__", None)
     if not per_token and own is not None and "fused_lm_head" in own.__code__.co_varnames:
         raise ValueError(f"model: {name} has the fused head of a TRL trainer; pass that trainer")
     return found
+
+
+def routes(causal_lm: PreTrainedModel) -> bool:
+    """Whether its config asks for the router's logits, of which mixtures of experts make an auxiliary loss."""
+    return bool(getattr(causal_lm.config.get_text_config(), "output_router_logits", False))
 
 
 def refuse_data_parallel(model: object, gpus: int = 1) -> None:
@@ -54,28 +73,70 @@ def refuse_data_parallel(model: object, gpus: int = 1) -> None:
         )
 
 
-def logit_transform(causal_lm: PreTrainedModel) -> tuple[float, float | None] | None:
-    """(scale, soft cap) between head and loss, None if there is neither; found by one forward of the model itself."""
-    config = causal_lm.config.get_text_config()
-    given = {name: value for name in _MULTIPLIERS if (value := getattr(config, name, None)) is not None}
-    scales = [1 / given[name] for name in _DIVISORS if given.get(name)] + list(given.values()) + [1.0]
-    caps = [value] if (value := getattr(config, "final_logit_softcapping", None)) else []
-    hidden_states, entering, leaving, output = _own_forward(causal_lm)
-    if output.logits.shape == leaving.shape and entering.dtype == hidden_states.dtype:
-        tolerance = 8 * torch.finfo(leaving.dtype).eps
-        for scale, cap in [(scale, cap) for cap in [*caps, None] for scale in scales]:
-            expected = transform(leaving, scale, cap)
-            loss = F.cross_entropy(expected[0, :-1].float(), torch.arange(1, expected.shape[1], device=expected.device))
-            if (
-                torch.equal(entering, hidden_states)
-                and (expected - output.logits).norm() <= tolerance * output.logits.norm()
-                and (loss - output.loss).abs() <= 1e-4 * loss.abs()
-            ):
-                return None if (scale, cap) == (1.0, None) else (scale, cap)
-    raise ValueError(
-        f"model: {type(causal_lm).__name__} does more between backbone, head and loss than a soft cap and a scale of "
-        f"the logits ({', '.join([*given, 'final_logit_softcapping'])}), so its loss would not be the same"
-    )
+def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[float, float | None] | None:
+    """(scale, soft cap) between head and loss, None if there is neither, found by running the model itself.
+
+    What is assumed of the model, each checked here with padded rows of 12, 8 and 5 tokens, labels at the padding too:
+
+    - its head is on a device, and called once, with what `base_model` returns for the same inputs;
+    - its logits are the head's times a scale, soft capped. The probe gives it wide random numbers as the head's, so
+      that scale and cap show whatever the weights are;
+    - (`of_loss`) its loss is the cross entropy of these logits and the next labels, nothing is added, and the labels
+      alone say what counts; `num_items_in_batch`, `ignore_index` and `shift_labels` mean what `ForCausalLMLoss` says.
+
+    Raises:
+        ValueError: one of them does not hold.
+    """
+    if any(parameter.is_meta for parameter in causal_lm.get_output_embeddings().parameters()):
+        raise ValueError(
+            f"model: the output embeddings of {type(causal_lm).__name__} are offloaded by accelerate, and would be "
+            "loaded anew for each chunk; keep them (and tied input embeddings) on a device in device_map"
+        )
+    inputs, labels = _probe_inputs(causal_lm)
+    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
+        output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
+        if len(seen) != 1:
+            name = type(causal_lm).__name__
+            raise ValueError(f"model: {name} calls its output embeddings {len(seen)} times in a forward, need once")
+        if not states or "forward" not in vars(causal_lm):  # else a wrapper may have set autocast for its own call
+            run(causal_lm.base_model, **inputs)
+        entering, given = seen[0]
+        followed = all(_same(entering, state) for state in states)
+        between = _between(causal_lm, given, output.logits) if followed else None
+        if between is None:
+            raise ValueError(_unknown(causal_lm))
+        if of_loss:
+            _check_loss(causal_lm, output, labels)
+            if _takes_options(causal_lm):
+                options = {"num_items_in_batch": torch.tensor(7, device=labels.device), "ignore_index": 1}
+                options["shift_labels"] = torch.where(labels < 0, 1, labels // 2)
+                output = run(causal_lm, **inputs, labels=labels, **options)
+                _check_loss(causal_lm, output, labels, options)
+    return None if between == (1.0, None) else between
+
+
+def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
+    """The autocast that a wrapper of its forward sets, accelerate's for mixed precision; it may be entered many times.
+
+    A forward that takes the place of the wrapper's would run without.
+    """
+    if "forward" not in vars(causal_lm):
+        return nullcontext()
+    inputs, _ = _probe_inputs(causal_lm)
+    device, seen = inputs["input_ids"].device.type, []
+
+    def state(*call):
+        seen.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+
+    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(state)
+    try:
+        with _as_in_training(causal_lm) as run:
+            run(causal_lm, **inputs)
+    finally:
+        hook.remove()
+    enabled, dtype = seen[-1]
+    return torch.autocast(device, dtype) if enabled and not torch.is_autocast_enabled(device) else nullcontext()
 
 
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
@@ -84,28 +145,114 @@ def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Te
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _own_forward(causal_lm: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ModelOutput]:
-    """One forward of tokens 0 to 3: the backbone's hidden states, what enters the head, what leaves it, the output."""
-    head, seen = causal_lm.get_output_embeddings(), {}
-    hooks = [
-        head.register_forward_hook(lambda _, args, result: seen.update(entering=args[0], leaving=result)),
-        causal_lm.base_model.register_forward_hook(lambda *call: seen.update(hidden_states=call[-1][0])),
-    ]
-    ids = torch.arange(4, device=causal_lm.get_input_embeddings().weight.device)[None]
-    devices = [ids.device] if ids.is_cuda else []
+def _multipliers(causal_lm: PreTrainedModel) -> dict[str, float]:
+    config = causal_lm.config.get_text_config()
+    return {name: value for name in _MULTIPLIERS if (value := getattr(config, name, None)) is not None}
+
+
+def _between(
+    causal_lm: PreTrainedModel, given: torch.Tensor, logits: torch.Tensor
+) -> tuple[float, float | None] | None:
+    """The first (scale, cap) of those that the config names which makes `logits` of the head's `given`."""
+    named = _multipliers(causal_lm)
+    scales = [1.0, *named.values(), *(1 / named[name] for name in _DIVISORS if named.get(name))]
+    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    for candidate in ((scale, cap) for cap in ([None, cap] if cap else [None]) for scale in scales):
+        if _same(transform(given, *candidate), logits):
+            return candidate
+    return None
+
+
+def _unknown(causal_lm: PreTrainedModel) -> str:
+    names = ", ".join([*_multipliers(causal_lm), "final_logit_softcapping"])
+    return (
+        f"model: {type(causal_lm).__name__} does more between backbone, head and loss than a soft cap and a scale of "
+        f"the logits ({names}), so its loss would not be the same"
+    )
+
+
+def _takes_options(causal_lm: PreTrainedModel) -> bool:
+    """Whether its forward takes more than it names, such as `num_items_in_batch`."""
+    parameters = inspect.signature(type(causal_lm).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _check_loss(causal_lm: PreTrainedModel, output: ModelOutput, labels: torch.Tensor, options: dict | None = None):
+    """Raise ValueError unless the loss of `output` is that of `ForCausalLMLoss` of its logits."""
+    expected = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1], **(options or {}))
+    if not _same(output.loss, expected):
+        given = f" and {', '.join(options)}" if options else ""
+        raise ValueError(
+            f"model: the loss of {type(causal_lm).__name__} must be the cross entropy of its logits and next labels "
+            f"alone, got {output.loss.item()} for padded rows{given}, need {expected.item()}"
+        )
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for rounding, as a relative norm."""
+    if found.shape != expected.shape:
+        return False
+    eps = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
+    found, expected = found.double(), expected.double().to(found.device)
+    return bool((found - expected).norm() <= _ROUNDINGS * eps * expected.norm())
+
+
+def _probe_inputs(causal_lm: PreTrainedModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """input_ids and attention_mask of ragged rows, and labels: no row's own tokens, -100 in the first row's prompt."""
+    embeddings = causal_lm.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's: an offloaded weight lies on no device
+    device = getattr(hook, "execution_device", None)
+    device = embeddings.weight.device if device is None else device
+    positions = torch.arange(max(_LENGTHS), device=device).expand(len(_LENGTHS), -1)
+    mask = (positions < torch.tensor(_LENGTHS, device=device)[:, None]).long()
+    labels = (positions + 1 + torch.arange(len(_LENGTHS), device=device)[:, None]) % 8
+    labels[0, :4] = -100
+    return {"input_ids": positions.contiguous(), "attention_mask": mask, "use_cache": False}, labels
+
+
+@contextmanager
+def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
+    """Gives a function that calls a module in train mode without gradients, with the same random numbers each time."""
+
+    def run(module, **inputs):
+        device = inputs["input_ids"].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                return module(**inputs)
+            except Exception as error:
+                names = ", ".join(inputs)
+                raise ValueError(f"model: {type(causal_lm).__name__} cannot be tried with {names}: {error}") from error
+
     modes = {module: module.training for module in causal_lm.modules()}
     try:
         # In eval mode bitsandbytes re-packs 4-bit weights on some CPUs, for good.
         causal_lm.train()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            output = causal_lm(input_ids=ids, labels=ids, use_cache=False)
+        yield run
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _given_logits(causal_lm: PreTrainedModel, size: float) -> Iterator[tuple[list, list]]:
+    """The head returns normal random numbers of this size.
+
+    Gives a list of what enters the head and what it returns, and one of what the backbone returns.
+    """
+    seen, states = [], []
+
+    def exchange(head, arguments, logits):
+        generator = torch.Generator().manual_seed(0)
+        seen.append((arguments[0], (size * torch.randn(logits.shape, generator=generator)).to(logits)))
+        return seen[-1][1]
+
+    hooks = [
+        causal_lm.get_output_embeddings().register_forward_hook(exchange),
+        causal_lm.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
+    ]
+    try:
+        yield seen, states
+    finally:
         for hook in hooks:
             hook.remove()
-    if len(seen) < 3:
-        raise ValueError(
-            f"model: {type(causal_lm).__name__} does not call its backbone and its output embeddings once each"
-        )
-    return seen["hidden_states"], seen["entering"], seen["leaving"], output

@@ -41,14 +41,27 @@ def check_inputs(hidden_states, linear, labels, forward_function, row_args, shar
             raise ValueError(f"{name}: got device {value.device}, need {hidden_states.device}, as hidden_states has")
     if labels is not None and labels.requires_grad:
         raise ValueError("labels: got a tensor that requires grad; pass differentiable targets in row_args")
-    width = getattr(linear, "in_features", None)
-    if isinstance(width, int) and width != hidden_states.shape[-1]:
+    width = features(linear)[0]
+    if width is not None and width != hidden_states.shape[-1]:
         raise ValueError(f"hidden_states: got hidden size {hidden_states.shape[-1]}, need {width}, as linear has")
     weight = getattr(linear, "weight", None)
     plain = isinstance(linear, nn.Linear) and type(weight) in (torch.Tensor, nn.Parameter)
     autocast = torch.is_autocast_enabled(hidden_states.device.type)
     if plain and not autocast and weight.is_floating_point() and weight.dtype != hidden_states.dtype:
         raise ValueError(f"hidden_states: got {hidden_states.dtype}, need {weight.dtype}, as linear.weight has")
+
+
+def features(linear: nn.Module) -> tuple[int | None, int | None]:
+    """(in, out) features as `linear` names them, (None, None) where it names none or its weight has them swapped.
+
+    PEFT makes the tied head's copy of embeddings (`ensure_weight_tying`) with the attributes of the embeddings.
+    """
+    named = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    if not all(isinstance(size, int) for size in named):
+        return None, None
+    weight = getattr(linear, "weight", None)
+    dense = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return (None, None) if dense and weight.shape != named[::-1] else named
 
 
 def check_labels(labels: torch.Tensor | None, vocab_size: int, ignore_index: int | None) -> None:

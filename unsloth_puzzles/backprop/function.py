@@ -61,8 +61,9 @@ class Reduction:
         return (labels != self.ignore_index).sum() if self.mean else None
 
     def contribution(self, value: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What a chunk's `value` adds to the loss. A chunk without valid labels has no mean (0/0); it adds nothing."""
-        weight = self.weight(labels)
+        """What a chunk's `value` adds to the loss, in float32 or wider: a mean that fits 16 bits may add up to a sum
+        that does not. A chunk without valid labels has no mean (0/0); it adds nothing."""
+        weight, value = self.weight(labels), value.to(torch.promote_types(value.dtype, torch.float32))
         return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
 
 

@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
+from unsloth_puzzles.backprop.causal_lm import logit_transform
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
 
 TRL = (1, 16)
-MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere and MPT, Muse, Falcon-H1
-_SAME_LOGITS = 0.02  # relative norm: a model that scales bfloat16 logits rounds them again, by 0.4 % at most
 
 
 class MemoryEfficientGRPOTrainer(GRPOTrainer):
@@ -37,9 +36,8 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
     `chunk_size` and `accumulate_dtype` are `memory_efficient_linear`'s; `compile` too, where None stands for True on a
     GPU and False elsewhere; `keep_logits` too, where None stands for three times the head's own memory, which is what
     its gradient and Adam's two moments take together. Temperature, soft cap (`final_logit_softcapping`), the logit
-    multipliers of the architectures and the auxiliary loss of mixtures of experts are honoured. At construction a few
-    tokens are sent through the model, whose own logits must be those that we take, so an unknown scaling is refused,
-    not overlooked.
+    multipliers of the architectures and the auxiliary loss of mixtures of experts are honoured. At construction the
+    model is tried (see `logit_transform`), so an unknown scaling is refused, not overlooked.
     Entropies cost nothing in the backward unless there is an entropy bonus: without one nobody asks for their gradient.
 
     Raises:
@@ -111,8 +109,9 @@ def kept_bytes(head: nn.Module) -> int:
 
 def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`."""
-    scale, cap = _scaling(model)
-    _check_logits(model, scale, cap)
+    if model.base_model is model:
+        raise ValueError(f"model: got {type(model).__name__}, need a backbone (`base_model`) apart from the head")
+    scale, cap = logit_transform(model, of_loss=False) or (1.0, None)
     # One object for the whole training: compiled code belongs to it.
     scores = functools.partial(row_scores, temperature=temperature, scale=scale, cap=cap, with_entropy=with_entropy)
     before = model.forward
@@ -143,47 +142,10 @@ def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module,
     return [None if x is None else x.new_zeros(valid.shape).masked_scatter(valid, x) for x in rows]
 
 
-def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What the architecture does to its logits: (factor, cap), the factor first. From the names in its config."""
-    config = model.config.get_text_config()
-    scale = next((v for name in MULTIPLIERS if (v := getattr(config, name, None)) is not None), None)
-    if scale is None:
-        scale = getattr(config, "logits_scaling", None) or 1.0  # Granite and MiniCPM divide, HyperCLOVA X multiplies
-        scale = scale if config.model_type == "hyperclovax" else 1 / scale
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
 def _scaled(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
     if scale != 1.0:
         logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
     return logits if cap is None else soft_cap(logits, cap)
-
-
-@torch.no_grad()
-def _check_logits(model: PreTrainedModel, scale: float, cap: float | None) -> None:
-    """Raise ValueError unless the model's own logits of a few tokens are cap(scale * head(hidden states))."""
-    if model.base_model is model:
-        raise ValueError(f"model: got {type(model).__name__}, need a backbone (`base_model`) apart from the head")
-    tokens = {"input_ids": torch.arange(1, 5, device=model.device)[None], "use_cache": False}
-    expected = _seeded(model, tokens).logits.double()
-    found = model.get_output_embeddings()(_seeded(model.base_model, tokens).last_hidden_state)
-    found = _scaled(found.to(expected.device), scale, cap).double()
-    difference, norm = (expected - found).norm().item(), expected.norm().item()
-    if not difference <= _SAME_LOGITS * norm:  # NaN, from logits of -inf, is refused too
-        names = ", ".join((*MULTIPLIERS, "logits_scaling", "final_logit_softcapping"))
-        raise ValueError(
-            f"model: {type(model).__name__} does something unknown to its logits: with factor {scale} and "
-            f"soft cap {cap}, read from its config ({names}), they "
-            f"differ from its own by {difference:.3g}, of a norm of {norm:.3g}"
-        )
-
-
-def _seeded(module: nn.Module, tokens: dict):
-    """Run with the same random numbers each time (dropout), and leave the generators as they were."""
-    device = tokens["input_ids"].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return module(**tokens)
 
 
 def _aux_loss(model: PreTrainedModel, outputs, inputs: dict) -> torch.Tensor:

@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from unsloth_puzzles.backprop.scale import narrow_in_place
-from unsloth_puzzles.device import capability
+from unsloth_puzzles.backprop.sums import Sum
 
-_VOCABULARY_BLOCK = 8192  # rows of dW that are accumulated at a time where no GEMM accumulates in another dtype
 # What made the logits must not need them again: only then may their gradient overwrite them.
 _FORGETS_ITS_OUTPUT = ("_LinearBackward", "AddmmBackward0", "MmBackward0", "AddBackward0", "MatMul4BitBackward")
 
@@ -26,7 +24,7 @@ class Head:
         self.linear = linear
         self.leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         self.sums = [
-            _Sum(leaf, torch.promote_types(leaf.dtype, accumulate_dtype or leaf.dtype)) for leaf in self.leaves.values()
+            Sum(leaf, torch.promote_types(leaf.dtype, accumulate_dtype or leaf.dtype)) for leaf in self.leaves.values()
         ]
         self._mode = _LeanLinear({id(leaf): total for leaf, total in zip(self.leaves.values(), self.sums, strict=True)})
         self._module = _Call(linear)
@@ -59,9 +57,9 @@ class Head:
                 total.add(gradient)
         return found[: 1 + len(others)]
 
-    def results(self, parameters: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """The summed gradients, None where a parameter was never used."""
-        return [total.result(parameter) for total, parameter in zip(self.sums, parameters, strict=True)]
+    def results(self, parameters: list[torch.Tensor], scaled: bool) -> list[tuple]:
+        """The summed gradients with their scales, None where a parameter was never used: see `Sum.result`."""
+        return [total.result(parameter, scaled) for total, parameter in zip(self.sums, parameters, strict=True)]
 
 
 def forgets(logits: torch.Tensor) -> bool:
@@ -89,7 +87,7 @@ class _LeanLinear(TorchFunctionMode):
     is cast once, not once a chunk.
     """
 
-    def __init__(self, sums: dict[int, "_Sum"]):
+    def __init__(self, sums: dict[int, Sum]):
         super().__init__()
         self._sums = sums
         self._cast: dict[int, torch.Tensor] = {}
@@ -149,53 +147,6 @@ class _Linear(torch.autograd.Function):
             if bias_sum is not None:
                 bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))
             return (ctx.mode.product(gradient, weight) if ctx.needs_input_grad[0] else None), *(None,) * 7
-
-
-class _Sum:
-    """The gradient of one parameter, summed over the chunks."""
-
-    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype):
-        self.shape, self.device, self.total = parameter.shape, parameter.device, None
-        # A vector costs nothing in float32, and a bias gradient is a sum over all rows.
-        self.dtype = dtype if parameter.dim() > 1 else torch.promote_types(dtype, torch.float32)
-
-    def add(self, gradient: torch.Tensor) -> None:
-        if self.total is None:  # a copy: autograd may give the same tensor to two parameters, or a transposed one
-            self.total = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        else:
-            self.total += gradient
-
-    def add_product(self, gradient: torch.Tensor, x: torch.Tensor) -> None:
-        """Add gradient^T x. gradient: (rows, out), x: (rows, in), of one dtype."""
-        first = self.total is None
-        if first:
-            self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        transposed = gradient.t()
-        if gradient.dtype == self.dtype:
-            torch.mm(transposed, x, out=self.total) if first else self.total.addmm_(transposed, x)
-        elif self.dtype == torch.float32 and capability(x.device) >= 80:
-            if first:
-                torch.mm(transposed, x, out_dtype=torch.float32, out=self.total)
-            else:
-                torch.addmm(self.total, transposed, x, out_dtype=torch.float32, out=self.total)
-        else:  # cuBLAS has no such product below sm_80, nor has the CPU: widen a block of the vocabulary at a time
-            x = x.to(self.dtype)
-            for start in range(0, self.shape[0], _VOCABULARY_BLOCK):
-                rows = slice(start, start + _VOCABULARY_BLOCK)
-                block = transposed[rows].to(self.dtype)
-                torch.mm(block, x, out=self.total[rows]) if first else self.total[rows].addmm_(block, x)
-
-    def result(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        if self.total is None or self.total.dtype == parameter.dtype or _takes(parameter, self.total.dtype):
-            return self.total
-        if self.total.dtype == torch.float32 and parameter.dtype.itemsize == 2 and self.total.is_contiguous():
-            return narrow_in_place(self.total, parameter.dtype)
-        return self.total.to(parameter.dtype)
-
-
-def _takes(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the parameter's owner has said that its gradient may have this dtype (`Tensor.grad_dtype`)."""
-    return parameter.is_leaf and getattr(parameter, "grad_dtype", parameter.dtype) in (None, dtype)
 
 
 def _dense(weight: object) -> bool:

@@ -51,6 +51,9 @@ def memory_efficient_linear(
     products, two if the head is frozen) and multiplied by the upstream gradient in the backward. "none" computes the
     logits again in the backward (one more product), and is exact for any upstream gradients.
 
+    In float16 the gradients of "mean" and "sum" wait for the backward times the power of two next to the divisor, so
+    that small ones do not vanish: a function whose slope by a logit passes 2^15 overflows, though its mean would not.
+
     chunk_size: rows, bytes of logits ("256MiB") or "auto" (see `chunk_rows`). accumulate_dtype: in which the weight's
     gradient is summed over the chunks; None is the weight's own. compile: Inductor fuses the function and its gradient
     into one or two passes over the logits (pass the same function object each time). check_additive: on the first
@@ -133,8 +136,10 @@ class MemoryEfficientLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         else:
             gradients = ctx.saved_tensors
-            factor = upstream[0] * ctx.rescale
-            gradients = [g if g is None else scale_in_place(g.clone() if again else g, factor) for g in gradients]
+            gradients = [
+                g if g is None else scale_in_place(g.clone() if again else g, upstream[0] * rescale)
+                for g, rescale in zip(gradients, ctx.rescale, strict=True)
+            ]
         return gradients[0], None, None, None, None, *gradients[1:]
 
 

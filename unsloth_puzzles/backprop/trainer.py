@@ -13,6 +13,7 @@ calls with labels. This file is for transformers (made for 5.17; TRL 1.16), whic
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -23,9 +24,19 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from unsloth_puzzles.backprop.causal_lm import find_causal_lm, logit_transform, refuse_data_parallel, transform
+from unsloth_puzzles.backprop.causal_lm import (
+    find_causal_lm,
+    logit_transform,
+    own_autocast,
+    refuse_data_parallel,
+    routes,
+    transform,
+)
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy, token_log_probs, token_log_probs_and_entropy
+
+IGNORED = -100  # the label that counts nothing, for every function of `losses`
+_TO_METRICS = "and compute_metrics gets (predicted_ids, token_log_probs) as its predictions"
 
 
 def use_memory_efficient_loss(
@@ -40,12 +51,13 @@ def use_memory_efficient_loss(
     """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
 
     `model` is a causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself). The call
-    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers shifts
-    them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a
+    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers
+    shifts them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a
     function like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient
-    accumulation weighs every token alike. Soft cap and logit scale of the config are applied, in the logits' dtype as
-    the model does. Calls without labels (generation) are the model's own, and so is everything before the head:
-    gradient checkpointing, attention, quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
+    accumulation weighs every token alike. Labels that are `ignore_index` do not count: `loss` sees -100 there. Soft
+    cap and logit scale of the config are applied, in the logits' dtype as the model does. Calls without labels
+    (generation) are the model's own, and so is everything before the head: gradient checkpointing, attention,
+    quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
 
     Metrics: with `predictions`, outputs in eval mode also hold `predicted_ids` (batch, length), int64, the likeliest
     next token at each position, and `token_log_probs` (batch, length), float32, 0 where there is no label. They are
@@ -61,10 +73,11 @@ def use_memory_efficient_loss(
     Raises:
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
         ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
-            auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by
-            comparing with one forward of the model's own, of four tokens); a trainer that needs the logits
-            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead) or sees several GPUs in one process; a
-            model that is patched already.
+            auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by two
+            forwards of the model's own, of padded rows: see `logit_transform`); a trainer that needs the logits
+            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and
+            `compute_metrics` without `predictions`), makes its model anew (`model_init`) or sees several GPUs in one
+            process; a model that is patched already.
     """
     trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
     refuse_data_parallel(model, trainer.args.n_gpu if trainer else 1)
@@ -72,14 +85,14 @@ def use_memory_efficient_loss(
     causal_lm = find_causal_lm(model, per_token)
     between = logit_transform(causal_lm)
     options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
-    return Patch(causal_lm, loss, between, predictions, per_token, options)
+    return Patch(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
 
 
 class Patch:
     """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
 
-    def __init__(self, causal_lm, loss, between, predictions, per_token, options):
-        self.calls, self.active = 0, True
+    def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
+        self.calls, self.active, self.autocast = 0, True, autocast
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
         self._loss = loss if between is None else functools.partial(_transformed, loss, *between)
@@ -106,7 +119,10 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
+        if kind is None and not self.calls:
+            text = f"no loss was computed by it: {type(self._causal_lm).__name__} was not called with labels"
+            warnings.warn(f"use_memory_efficient_loss: {text}; is it the model that was trained?", stacklevel=2)
         self.undo()
 
     def __repr__(self) -> str:
@@ -118,14 +134,15 @@ class Patch:
             raise ValueError(
                 "fused_lm_head: a TRL trainer was made of this model after the patch; patch its SFTTrainer"
             )
-        if inputs.get("output_router_logits"):
-            raise ValueError("output_router_logits: the router's auxiliary loss is not supported")
-        if inputs.pop("logits_to_keep", 0):
+        if inputs.get("output_router_logits", routes(causal_lm)):
+            raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
+        if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
             raise ValueError("logits_to_keep: not together with labels, which need every position")
         return_dict = inputs.pop("return_dict", None)
-        ignore_index = inputs.pop("ignore_index", -100)
+        ignore_index = inputs.pop("ignore_index", IGNORED)
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = _with_usual_index(shift_labels, ignore_index)
         inputs.setdefault("use_cache", False)
         found = causal_lm.base_model(**inputs)
         head = causal_lm.get_output_embeddings()
@@ -138,12 +155,12 @@ class Patch:
             found.last_hidden_state.to(device),
             head,
             shift_labels.to(device),
-            ignore_index=ignore_index,
+            ignore_index=IGNORED,
             **self._options,
         )
         self.calls += 1
         if fused_lm_head:
-            return _per_token_output(*call(self._rows, reduction="none"), shift_labels != ignore_index, normalizer)
+            return _per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
             loss=call(self._loss, reduction="sum", normalizer=normalizer),
             past_key_values=found.get("past_key_values"),
@@ -187,9 +204,20 @@ def _make_forward(patch: Patch, of_class: Callable, previous: Callable | None) -
         given = {
             name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
         }
-        return patch.output(self, **given, **inputs)
+        with patch.autocast:
+            return patch.output(self, **given, **inputs)
 
     return forward
+
+
+def _with_usual_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """`labels` with -100, the index that losses know, where they are `ignore_index`."""
+    if ignore_index == IGNORED:
+        return labels
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    # A label of -100 counts then, and is as wrong as -101: one that the op refuses.
+    return labels.where(labels != IGNORED, IGNORED - 1).masked_fill(labels == ignore_index, IGNORED)
 
 
 def _transformed(loss, scale, cap, logits, labels):
@@ -233,7 +261,23 @@ def _check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
         ("label_smoothing_factor", trainer.label_smoother, "pass loss=partial(cross_entropy, label_smoothing=...)"),
         ("compute_loss_func", trainer.compute_loss_func, "pass it as loss, in the form of backprop.losses"),
         ("use_liger_kernel", trainer.args.use_liger_kernel, "switch it off: it exchanges the same forward"),
+        # SFTTrainer evaluates a second time, with logits, for these two.
+        (
+            "compute_metrics",
+            trainer.compute_metrics and not (predictions or is_sft),
+            f"pass predictions=True, {_TO_METRICS}",
+        ),
+        (
+            "preprocess_logits_for_metrics",
+            trainer.preprocess_logits_for_metrics and not is_sft,
+            f"take it away and pass predictions=True, {_TO_METRICS}",
+        ),
     ):
         if given:
             raise ValueError(f"{name}: needs the logits or replaces the loss; {instead}")
+    if trainer.model_init is not None:
+        raise ValueError(
+            f"model_init must be None, got {trainer.model_init!r}: train() makes another model by it, which would not "
+            "be patched; make the Trainer with model=model_init()"
+        )
     return is_sft

@@ -18,6 +18,7 @@ from unsloth_puzzles.backprop.function import (
 )
 from unsloth_puzzles.backprop.heads import Head, forgets
 from unsloth_puzzles.backprop.rng import RandomStates
+from unsloth_puzzles.backprop.sums import Gradients
 
 _EAGER_WHOLE_BYTES = 16  # per logit: a float32 copy, its softmax, and the gradients of both
 
@@ -56,8 +57,8 @@ class Work:
         device = self.x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
         self.dtype = dtype  # of the logits
-        self.vocab_size = getattr(self.head.linear, "out_features", None)
-        if not isinstance(self.vocab_size, int):
+        self.vocab_size = checks.features(self.head.linear)[1]
+        if self.vocab_size is None:
             with torch.no_grad():
                 self.vocab_size = self.head.call(None, self.x.new_zeros(1, self.x.shape[-1])).shape[-1]
         spare = 0 if self.plan.compile else EAGER_BYTES_PER_LOGIT
@@ -88,10 +89,10 @@ class Work:
         return logits, logits.detach() if forgets(logits) else logits.detach().clone()
 
     def additive(self):
-        """The loss; gradients of X, the parameters and the arguments; what multiplies the upstream gradient."""
+        """The loss; gradients of X, the parameters and the arguments; what each is to be multiplied by."""
         self._try(additive=True)
         total = None
-        gradients = _Gradients(self)
+        gradients = Gradients(self)
         for start, stop in self.spans:
             value = self._additive_chunk(start, stop, gradients)
             value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -100,7 +101,8 @@ class Work:
             total = torch.zeros((), device=self.x.device)
         count, _, rescale = self._normalizer
         loss = total if count is None else torch.where(count == 0, math.nan, total / count)
-        return loss, gradients.results(), rescale
+        found, scales = zip(*gradients.results(scaled=True), strict=True)
+        return loss, found, [rescale if scale is None else rescale / scale for scale in scales]
 
     def _additive_chunk(self, start, stop, gradients):
         cut = self.arguments.cut(slice(start, stop))
@@ -170,7 +172,7 @@ class Work:
     def rows_backward(self, upstream, states):
         leading = len(self.shape) - 1
         upstream = [None if u is None else u.reshape(-1, *u.shape[leading:]) for u in upstream]
-        gradients = _Gradients(self)
+        gradients = Gradients(self)
         if any(slope is not None for slope in upstream):
             with states.replay() as at:
                 # Kept chunks first, since they hold memory; else in order, for Inductor tunes for the first's size.
@@ -180,7 +182,7 @@ class Work:
                     at(i if kept is None else (i, "kept"))
                     slopes = tuple(None if u is None else u[start:stop] for u in upstream)
                     self._rows_backward_chunk(start, stop, slopes, gradients, kept)
-        return gradients.results()
+        return [found for found, _ in gradients.results(scaled=False)]
 
     def _rows_backward_chunk(self, start, stop, slopes, gradients, kept):
         cut = self.arguments.cut(slice(start, stop))
@@ -252,7 +254,8 @@ class Work:
             else:
                 result = self._projected(self.x[tried[start:stop]], cut, cut.all)
             if additive:
-                return (self.reduction.contribution(checks.check_scalar(result), cut.labels),)
+                found = self.reduction.contribution(checks.check_scalar(result), cut.labels)
+                return (found.to(result.dtype),)  # which says how far it may be rounded
             results = as_tuple(result)
             checks.check_rows(results, stop - start, (stop - start) * self.vocab_size)
             return results
@@ -266,49 +269,3 @@ class Work:
 
 def _drop(start, found) -> None:
     """For gradients of arguments that nobody wants."""
-
-
-class _Gradients:
-    """What the chunks' gradients are gathered in."""
-
-    def __init__(self, work: Work):
-        self.work = work
-        arguments = work.arguments
-        self.x = torch.zeros_like(work.x, memory_format=torch.contiguous_format) if work.needs_x else None
-        self.arguments = [
-            torch.zeros_like(value, memory_format=torch.contiguous_format) if want else None
-            for value, want in zip(arguments.all, arguments.wanted, strict=True)
-        ]
-
-    def of_x(self, start, stop) -> torch.Tensor | None:
-        """Where a chunk's gradient of x belongs."""
-        return None if self.x is None else self.x[start:stop]
-
-    def add(self, start, stop, x, others) -> None:
-        if self.x is not None and x is None:
-            self.x[start:stop] = 0
-        elif self.x is not None and x.data_ptr() != self.x[start:stop].data_ptr():
-            self.x[start:stop] = x
-        if others is not None:
-            self.add_arguments(start, 0, others)
-
-    def add_arguments(self, chunk, offset, found) -> None:
-        """`found`: a gradient for each argument that wants one, of the rows from `offset` of the `chunk` on."""
-        start, found = chunk + offset, iter(found)
-        for i, total in enumerate(self.arguments):
-            gradient = None if total is None else next(found)
-            if gradient is None:
-                continue
-            if i < len(self.work.arguments.row_args):
-                total[start : start + len(gradient)] = gradient
-            else:
-                total += gradient
-
-    def results(self) -> list[torch.Tensor | None]:
-        work = self.work
-        leading, rows = work.shape[:-1], len(work.arguments.row_args)
-        arguments = [
-            a if a is None or i >= rows else a.view(*leading, *a.shape[1:]) for i, a in enumerate(self.arguments)
-        ]
-        x = None if self.x is None else self.x.view(work.shape)
-        return [x, *work.head.results(list(work.parameters)), *arguments]
