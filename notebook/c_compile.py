@@ -132,6 +132,12 @@ else:
 # show: unsloth_puzzles/compiled/qlora.py
 
 # %%
+# write: unsloth_puzzles/compiled/variants.py
+
+# %%
+# write: unsloth_puzzles/compiled/hooks.py
+
+# %%
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%

@@ -1,5 +1,8 @@
 """A tiny Llama in NF4, and adapters under it that have learnt something."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -21,3 +24,18 @@ def with_adapters(model, **options) -> PeftModel:
         if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
     return model.train()
+
+
+_compile = torch.compile
+
+
+@contextmanager
+def traced_only():
+    """What is compiled is captured by Dynamo and differentiated by AOTAutograd, and run without Inductor."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", lambda function, options, **given: _compile(function, backend="aot_eager", **given)
+        )
+        yield
+    torch._dynamo.reset()

@@ -11,12 +11,10 @@ mask) makes another function of it, so that none is ever compiled again for a re
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
-from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
@@ -28,12 +26,13 @@ from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs, draws
+from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
+from unsloth_puzzles.compiled.variants import Variants, mark
 from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
-from unsloth_puzzles.own_code import own_code
 
 # Launches and the host's time are what a step can do without. Inductor's check of the sizes of all inputs and results,
 # 125 of them a layer, is a fifth of that time. Combined kernels do what does not depend on one another, such as casting
@@ -69,8 +68,9 @@ def compile_qlora(
     float32's losses: eager mode rounds the sum of a layer's output and its adapter's, in which the small outputs of
     adapters that have just begun to learn are lost in 16 bits.
 
-    Calls with a KV cache (generation) run as before, not compiled. The KV cache is switched off for other calls, with a
-    warning if it was on. Backward passes that this thread starts run in it until undo.
+    Calls with a KV cache (generation) run as before, not compiled. So does a layer with hooks inside (`adapter_names`,
+    `register_forward_hook`) for as long as they are there, with a warning. The KV cache is switched off for other
+    calls, with a warning if it was on. Backward passes that this thread starts run in it until undo.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
@@ -219,61 +219,6 @@ def _say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
     return causal_lm.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-class Variants:
-    """`forward` of a class of modules, compiled once for each answer to the questions below that a call gives.
-
-    Each has a code object of its own: Dynamo keeps compiled code by it, allows eight, and tries them in turn.
-    """
-
-    def __init__(self, forward: Callable, name: str, options: dict):
-        self.forward, self._name, self._options = forward, name, options
-        self._compiled: dict[tuple, Callable] = {}
-        self._adapted: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
-
-    def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        _mark(hidden_states)
-        key = (
-            torch.is_grad_enabled(),
-            hidden_states.requires_grad,  # the first layer's, the embeddings, are not trained
-            module.training,
-            torch.is_autocast_enabled(hidden_states.device.type),
-            _ones(hidden_states, *(kwargs.get("position_embeddings") or ())),
-            _kind(kwargs.get("attention_mask"), hidden_states.shape[1]),
-            self._adapters(module),
-        )
-        if key not in self._compiled:
-            named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
-            own = own_code(self.forward, "".join(named))  # other users of the class keep theirs
-            self._compiled[key] = torch.compile(own, fullgraph=True, options=self._options)
-        return self._compiled[key](module, hidden_states, *args, **kwargs)
-
-    def _adapters(self, module: torch.nn.Module) -> tuple:
-        """Which adapters `module` computes with, and what of them is no tensor."""
-        if module not in self._adapted:
-            self._adapted[module] = [part for part in module.modules() if isinstance(part, LoraLayer)]
-        return tuple(map(_adapter, self._adapted[module]))
-
-
-def _adapter(layer: LoraLayer) -> tuple | None:
-    if layer.disable_adapters:
-        return None
-    names = tuple(layer.active_adapters)
-    return names, tuple(layer.merged_adapters), *map(layer.r.get, names), *map(layer.scaling.get, names)
-
-
-def _ones(*tensors: torch.Tensor) -> tuple:
-    """Which batch and length are 1: a constant to the compiler. That of positions is, unless documents are packed."""
-    return tuple(size == 1 for tensor in tensors for size in tensor.shape[:2])
-
-
-def _kind(mask: Mask | None, length: int) -> tuple | None:
-    """What of a mask is no tensor, and of the length no variable."""
-    if mask is None:
-        return None
-    parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
-    return mask.backend.name, length < mask.backend.splits_at, mask.pattern, tuple(type(part) for part in parts)
-
-
 def _exchange(module: torch.nn.Module, forward: Callable) -> Callable[[], None]:
     before = vars(module).get("forward")
     module.forward = MethodType(_Forward(forward), module)
@@ -302,8 +247,12 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
         if layer.training and torch.is_grad_enabled():
             warnings.warn("past_key_values: a call with a KV cache is not compiled; pass use_cache=False", stacklevel=2)
         return variants.forward(layer, hidden_states, *args, **kwargs)
+    place, idle = search(layer)
+    if place is not None:
+        warnings.warn(f"hooks: on {place}; meanwhile {type(layer).__name__} is not compiled", stacklevel=2)
+        return variants.forward(layer, hidden_states, *args, **kwargs)
     for tensor in kwargs.get("position_embeddings") or ():
-        _mark(tensor)
+        mark(tensor)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
@@ -311,13 +260,9 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
         kwargs.pop(name, None)
-    return variants(layer, hidden_states, *args, **kwargs)
+    with hidden(idle) if idle else nullcontext():
+        return variants(layer, hidden_states, *args, **kwargs)
 
 
 def _run_norm(variants: Variants, norm, hidden_states):
-    return variants(norm, hidden_states)
-
-
-def _mark(tensor: torch.Tensor) -> None:
-    """Batch and length vary; a size of 1 stays a constant, as the compiler has it."""
-    torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+    return variants.forward(norm, hidden_states) if hooked_below(norm) else variants(norm, hidden_states)

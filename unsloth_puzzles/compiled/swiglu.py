@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import add_outside, can_be_inside, plain_adapter
 from unsloth_puzzles.compiled.siblings import insides
 from unsloth_puzzles.nf4.kernel import round_bfloat16
@@ -194,7 +195,8 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
     """Let the MLPs of `model` (`down_proj(silu(gate_proj(x)) * up_proj(x))`, each layer an NF4 one with an adapter)
-    compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones, stay as they are."""
+    compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones or for which hooks
+    wait, stay as they are."""
     found = [module for module in model.modules() if _is_swiglu(module)]
     return exchange_classes((module, _fused_class(type(module), eager_rounding)) for module in found)
 
@@ -210,7 +212,8 @@ def _fused_class(cls: type, eager_rounding: bool) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         layers = (gate, up, down)
-        if not all(can_be_inside(layer, x) for layer in layers) or len({_rank(layer) for layer in layers}) > 1:
+        fits = all(can_be_inside(layer, x) for layer in layers) and len({_rank(layer) for layer in layers}) == 1
+        if not fits or hooked_below(self):
             return cls.forward(self, x)
         (g, ig, bg), (u, iu, bu) = (
             _parts(layer, x, i) for layer, i in zip((gate, up), insides((gate, up), x), strict=True)
