@@ -138,6 +138,9 @@ else:
 # write: unsloth_puzzles/compiled/hooks.py
 
 # %%
+# write: unsloth_puzzles/compiled/checks.py
+
+# %%
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%

@@ -26,6 +26,7 @@ from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs, draws
+from unsloth_puzzles.compiled.checks import check_trainer, find_parts
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
@@ -75,27 +76,23 @@ def compile_qlora(
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: no causal LM of transformers, or one in `nn.DataParallel`.
-        ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
-            compiled, a Trainer that sees several GPUs in one process, another model that is compiled with another
-            `activation_memory_budget` or `max_autotune` (they are the process's), what `use_memory_efficient_loss` and
-            `patch_linear4bit` refuse.
+        TypeError: no causal LM of transformers, one in `nn.DataParallel`, compiled, or with a vision tower.
+        ValueError: no NF4 layers, no trainable adapters, adapters of a kind that is not known to be right when compiled
+            (`checks.KINDS`), layers with accelerate's hooks or a forward of their own, a backend that cannot be
+            compiled, a Trainer that sees several GPUs in one process, makes its model anew (`model_init`) or compiles
+            it (`torch_compile`), another model that is compiled with another `activation_memory_budget` or
+            `max_autotune` (they are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     refuse_data_parallel(found, model.args.n_gpu if isinstance(model, Trainer) else 1)
-    causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
-    if not isinstance(causal_lm, PreTrainedModel):
-        raise TypeError(f"model: got {type(found).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
-    if not any(name for name, p in found.named_parameters() if p.requires_grad and "lora" in name):
-        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+    if isinstance(model, Trainer):
+        check_trainer(model)
+    causal_lm, layers, norm = find_parts(found)
     backends = ["auto", *(name for name, backend in BACKENDS.items() if "fullgraph" in backend.features)]
     if attention not in backends:
         raise ValueError(f"attention: got {attention!r}, need one of {', '.join(map(repr, backends))}")
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
-    layers, norm = _parts(causal_lm)
-    if any("_old_forward" in vars(module) for module in (*layers, norm)):
-        raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
     if activation_memory_budget < 1 and any(draws(layer.modules()) for layer in layers):
         text = (
             f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
@@ -143,14 +140,6 @@ class CompiledQLoRA:
 
     def __exit__(self, *exception) -> None:
         self.undo()
-
-
-def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    backbone = causal_lm.base_model
-    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
-    if layers is None or norm is None:
-        raise TypeError(f"model: {type(causal_lm).__name__} has no decoder `layers` and final `norm` in its backbone")
-    return list(layers), norm
 
 
 _shared: dict = {"handles": 0}  # who uses the settings below

@@ -202,9 +202,11 @@ def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], No
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
+    from peft.tuners.lora.bnb import Linear4bit  # other kinds of adapters also have a `lora_A`, of another type
+
     layers = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    return silu and all(hasattr(layer, "lora_A") and hasattr(layer, "base_layer") for layer in layers)
+    return silu and all(isinstance(layer, Linear4bit) for layer in layers)
 
 
 @cache

@@ -1,0 +1,72 @@
+"""What `compile_qlora` assumes of a trainer, a model, its adapters and layers: checked before anything is exchanged."""
+
+import torch
+from peft import PeftType
+from torch._dynamo.eval_frame import OptimizedModule
+from transformers import PreTrainedModel, Trainer
+
+# Kinds of adapters that were compiled and are right; the others need the packed weight, draw numbers, exchange parts of
+# a layer from outside, or have not been tried.
+KINDS = (PeftType.LORA,)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise ValueError for a trainer that exchanges or compiles the model in `train()`."""
+    if trainer.model_init is not None:
+        raise ValueError(
+            "model_init must be None, got a function: train() makes a new model of it, which would not be compiled; "
+            "give the Trainer a model instead"
+        )
+    backend = trainer.accelerator.state.dynamo_plugin.backend.value
+    if trainer.args.torch_compile or backend != "NO":
+        raise ValueError(
+            f"torch_compile must be False, got {trainer.args.torch_compile} (accelerate's backend: {backend}): the "
+            "Trainer would compile the whole model around compile_qlora's layers; make the arguments without it, and "
+            "without ACCELERATE_DYNAMO_BACKEND in the environment"
+        )
+
+
+def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.Module], torch.nn.Module]:
+    """The causal LM in `model`, its decoder layers and final norm. Raises what `compile_qlora` lists."""
+    _refuse_compiled(model)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
+    _check_adapters(model)
+    name, backbone = type(causal_lm).__name__, causal_lm.base_model
+    if getattr(causal_lm.config, "vision_config", None) or getattr(causal_lm.config, "audio_config", None):
+        raise TypeError(f"model: {name} has a vision or audio tower; need a causal LM of text alone")
+    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
+    if layers is None or norm is None:
+        raise TypeError(f"model: {name} has no decoder `layers` and final `norm` in its backbone")
+    for part in (*layers, norm):
+        if "_old_forward" in vars(part):
+            raise ValueError(
+                "model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU"
+            )
+        if "forward" in vars(part):
+            raise ValueError(f"model: {type(part).__name__} has a forward of its own, which would not be called")
+    return causal_lm, list(layers), norm
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    if isinstance(model, OptimizedModule):
+        raise TypeError("model must not be compiled, got what torch.compile returns; give what torch.compile was given")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
+            raise ValueError(f"model must not be compiled, got one whose {name or 'forward'} is (by torch.compile)")
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if config.peft_type not in KINDS:
+            known = ", ".join(kind.value for kind in KINDS)
+            raise ValueError(f"peft_type must be one of {known}, got {config.peft_type.value} (adapter {name!r})")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"alora_invocation_tokens must be None, got {config.alora_invocation_tokens} (adapter {name!r}): PEFT "
+                "puts hooks on all adapters in each call, so no layer would run compiled"
+            )
+    if not any(p.requires_grad for p in model.parameters()) or not configs:
+        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
