@@ -3,14 +3,9 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import TorchDynamoPlugin
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.models.llama import modeling_llama
 
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled.checks import find_parts
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 

@@ -206,7 +206,38 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 
     layers = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    return silu and all(isinstance(layer, Linear4bit) for layer in layers)
+    return silu and all(isinstance(layer, Linear4bit) for layer in layers) and _is_formula(module)
+
+
+def _is_formula(module: torch.nn.Module) -> bool:
+    """Whether the forward of `module`, with functions of one number for its three layers, is what is fused here."""
+    stand_in = _StandIn(module)
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, device="cpu")
+    expected = stand_in.down_proj(torch.nn.functional.silu(stand_in.gate_proj(x)) * stand_in.up_proj(x))
+    try:
+        found = type(module).forward(stand_in, x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == x.shape and bool((found - expected).abs().max() < 1e-12)
+
+
+class _StandIn:
+    """A module but for its layers."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def gate_proj(self, x):
+        return 2 * x - 1
+
+    def up_proj(self, x):
+        return x.square() + 3
+
+    def down_proj(self, x):
+        return 5 * x + 2
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
 
 
 @cache
