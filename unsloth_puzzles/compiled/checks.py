@@ -5,9 +5,31 @@ from peft import PeftType
 from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel, Trainer
 
-# Kinds of adapters that were compiled and are right; the others need the packed weight, draw numbers, exchange parts of
-# a layer from outside, or have not been tried.
-KINDS = (PeftType.LORA,)
+# Kinds of adapters that have been compiled and are right. Of the others some need the packed weight (HiRA, SHiRA), some
+# branch on numbers (VB-LoRA) or draw them (PVeRA), and prefix tuning hands a KV cache to each layer, which then runs
+# uncompiled.
+KINDS = (
+    PeftType.LORA,
+    PeftType.ADALORA,
+    PeftType.ADAPTION_PROMPT,
+    PeftType.BEFT,
+    PeftType.BOFT,
+    PeftType.C3A,
+    PeftType.FOURIERFT,
+    PeftType.GRALORA,
+    PeftType.IA3,
+    PeftType.LILY,
+    PeftType.LN_TUNING,
+    PeftType.MISS,
+    PeftType.MULTITASK_PROMPT_TUNING,
+    PeftType.OFT,
+    PeftType.P_TUNING,
+    PeftType.PROMPT_TUNING,
+    PeftType.RANDLORA,
+    PeftType.ROAD,
+    PeftType.TRAINABLE_TOKENS,
+    PeftType.VERA,
+)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -59,14 +81,19 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
 
 def _check_adapters(model: torch.nn.Module) -> None:
     configs = getattr(model, "peft_config", {})
+    if not configs or not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
     for name, config in configs.items():
         if config.peft_type not in KINDS:
             known = ", ".join(kind.value for kind in KINDS)
             raise ValueError(f"peft_type must be one of {known}, got {config.peft_type.value} (adapter {name!r})")
-        if getattr(config, "alora_invocation_tokens", None):
+        if getattr(config, "layer_replication", None):
+            raise ValueError(f"layer_replication must be None, got {config.layer_replication} (adapter {name!r})")
+    for place, module in model.named_modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():  # DoRA, activated LoRA, Arrow, ...
             raise ValueError(
-                f"alora_invocation_tokens must be None, got {config.alora_invocation_tokens} (adapter {name!r}): PEFT "
-                "puts hooks on all adapters in each call, so no layer would run compiled"
+                f"lora_variant: adapter {name!r} must be LoRA alone, got {type(variant).__name__} at {place}, which is "
+                "not known to be right when compiled; train it without compile_qlora"
             )
-    if not any(p.requires_grad for p in model.parameters()) or not configs:
-        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+        if type(module).__name__ == "MultiplicativeDropoutLayer" and module.p > 0:  # OFT, BOFT
+            raise ValueError(f"module_dropout must be 0, got {module.p} at {place}: its numbers cannot be compiled")
