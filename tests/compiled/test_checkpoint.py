@@ -64,6 +64,25 @@ def test_the_same_bits_as_without(dropout, context):
     assert torch.equal(after, torch.rand(1))  # the backward has left the generator as it was
 
 
+class Noisy(Layer):
+    """What draws its numbers itself, and is no dropout."""
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.trained(torch.tanh(x) * torch.rand_like(x))
+
+
+def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
+    found = []
+    for on in (False, True):
+        layers = make(on=on)
+        for layer in layers:
+            layer.__class__ = Noisy
+        if on:
+            checkpoint_inputs(layers)
+        found.append(step(layers, torch.linspace(-1, 1, 24).view(4, 6)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_accumulated_gradients_and_an_input_that_wants_none():
     layers, plain = make(), make(on=False)
     checkpoint_inputs(layers)

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth_puzzles.compiled.hooks import hooked
@@ -158,11 +158,10 @@ def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tenso
     for name, given in getattr(run, "keywords", {}).items():
         if any(tensor.requires_grad for tensor in _tensors(given)):
             raise ValueError(f"{name}: requires gradients, which checkpointing returns for the hidden states alone")
-    modules = _modules(layer)
-    found = (parameter for module in modules for parameter in module._parameters.values())
+    found = (parameter for module in _modules(layer) for parameter in module._parameters.values())
     # A parameter that is there twice gets its gradient once.
     parameters = dict.fromkeys(parameter for parameter in found if parameter is not None and parameter.requires_grad)
-    return _Checkpoint.apply(run, layer, store, _random_state(modules, hidden_states), hidden_states, *parameters)
+    return _Checkpoint.apply(run, layer, store, hidden_states, *parameters)
 
 
 def _modules(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -179,11 +178,14 @@ def _tensors(given: object) -> list[torch.Tensor]:
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, layer, store, random_state, hidden_states, *parameters):
-        ctx.run, ctx.layer, ctx.store, ctx.random_state, ctx.parameters = run, layer, store, random_state, parameters
+    def forward(ctx, run, layer, store, hidden_states, *parameters):
+        ctx.run, ctx.layer, ctx.store, ctx.parameters = run, layer, store, parameters
         ctx.autocast = _autocast(hidden_states.device.type)
         ctx.kept = store.put(hidden_states)
+        before = _random_state(hidden_states.device)
         output = run(hidden_states)
+        drawn = not all(map(torch.equal, before, _random_state(hidden_states.device)))
+        ctx.random_state = before if drawn else ()
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"layer: returned a {type(output).__name__}, need a tensor to checkpoint it")
         return output
@@ -193,7 +195,7 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.store.closed:
             raise RuntimeError("backward: of a forward from before undo(), whose layers are no longer what they were")
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
         with torch.enable_grad(), ctx.autocast(), _restored(ctx.random_state, hidden_states.device):
             output = ctx.run(hidden_states)
@@ -207,7 +209,7 @@ class _Checkpoint(torch.autograd.Function):
             )
         gradients = torch.autograd.grad(output, reached, gradient) if reached else ()
         found = dict(zip(reached, gradients, strict=True))
-        return None, None, None, None, *map(found.get, inputs)  # None: of an adapter that is not active, for one
+        return None, None, None, *map(found.get, inputs)  # None: of an adapter that is not active, for one
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
@@ -241,24 +243,19 @@ def _autocast(kind: str) -> Callable:
     )
 
 
-def draws(modules: Iterable[torch.nn.Module]) -> bool:
-    """Whether any of `modules` draws numbers."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in modules)
-
-
-def _random_state(modules: Iterable[torch.nn.Module], tensor: torch.Tensor) -> tuple | None:
-    """The generators' states, if they are used at all."""
-    if not draws(modules):
-        return None
-    return torch.get_rng_state(), get_device_states(tensor)
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """The states of the generators that a layer on `device` may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager
-def _restored(state: tuple | None, device: torch.device):
-    if state is None:
+def _restored(states: list[torch.Tensor], device: torch.device):
+    """The generators as they were before the forward, if it has drawn any numbers."""
+    if not states:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        set_device_states(*state[1], device_type=device.type)
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, device)
         yield

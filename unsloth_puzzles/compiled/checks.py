@@ -71,6 +71,11 @@ def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.M
     return causal_lm, list(layers), norm
 
 
+def draws(layers: list[torch.nn.Module]) -> bool:
+    """Whether there is dropout in `layers`."""
+    return any(isinstance(one, torch.nn.Dropout) and one.p > 0 for layer in layers for one in layer.modules())
+
+
 def _refuse_compiled(model: torch.nn.Module) -> None:
     if isinstance(model, OptimizedModule):
         raise TypeError("model must not be compiled, got what torch.compile returns; give what torch.compile was given")

@@ -25,8 +25,8 @@ from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
-from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs, draws
-from unsloth_puzzles.compiled.checks import check_trainer, find_parts
+from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
+from unsloth_puzzles.compiled.checks import check_trainer, draws, find_parts
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
@@ -93,7 +93,7 @@ def compile_qlora(
         raise ValueError(f"attention: got {attention!r}, need one of {', '.join(map(repr, backends))}")
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
-    if activation_memory_budget < 1 and any(draws(layer.modules()) for layer in layers):
+    if activation_memory_budget < 1 and draws(layers):
         text = (
             f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
         )
