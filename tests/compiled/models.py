@@ -6,11 +6,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.bench.models import nf4_config, random_nf4_llama, tiny_llama_config
 
 
 def nf4_llama(device="cpu", dtype=torch.float32, layers=2):
     model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=layers), device, dtype)
+    model.config.use_cache = False
+    return model.train()
+
+
+def nf4_model(cls, config):
+    """A model of another class in NF4, with random weights."""
+    torch.manual_seed(0)
+    state, device = cls(config).state_dict(), {"": torch.device("cpu")}
+    quantised = {"dtype": torch.float32, "device_map": device, "quantization_config": nf4_config(torch.float32)}
+    model = cls.from_pretrained(None, config=config, state_dict=state, **quantised)
     model.config.use_cache = False
     return model.train()
 

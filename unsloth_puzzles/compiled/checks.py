@@ -1,5 +1,7 @@
 """What `compile_qlora` assumes of a trainer, a model, its adapters and layers: checked before anything is exchanged."""
 
+import inspect
+
 import torch
 from peft import PeftType
 from torch._dynamo.eval_frame import OptimizedModule
@@ -61,7 +63,17 @@ def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.M
     layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
     if layers is None or norm is None:
         raise TypeError(f"model: {name} has no decoder `layers` and final `norm` in its backbone")
+    kinds = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"model: {name} has layers of {', '.join(sorted(others))}; need full or sliding attention in each"
+        )
     for part in (*layers, norm):
+        parameters = inspect.signature(type(part).forward).parameters
+        if crossed := [one for one in parameters if one.startswith(("cross_attention", "encoder_hidden_states"))]:
+            raise ValueError(
+                f"model: {type(part).__name__} of {name} has cross attention ({crossed[0]}); need layers without"
+            )
         if "_old_forward" in vars(part):
             raise ValueError(
                 "model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU"
@@ -69,6 +81,14 @@ def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.M
         if "forward" in vars(part):
             raise ValueError(f"model: {type(part).__name__} has a forward of its own, which would not be called")
     return causal_lm, list(layers), norm
+
+
+def uses(layer: torch.nn.Module, name: str) -> bool:
+    """Whether the forward of a module inside `layer` has a variable or a key `name`: more than passing it on unseen."""
+    codes = (
+        getattr(inspect.unwrap(type(one).forward), "__code__", None) for one in layer.modules() if one is not layer
+    )
+    return any(name in (*code.co_varnames, *code.co_consts) for code in codes if code is not None)
 
 
 def draws(layers: list[torch.nn.Module]) -> bool:

@@ -26,7 +26,7 @@ from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
-from unsloth_puzzles.compiled.checks import check_trainer, draws, find_parts
+from unsloth_puzzles.compiled.checks import check_trainer, draws, find_parts, uses
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
@@ -99,6 +99,7 @@ def compile_qlora(
         )
         warnings.warn(f"activation_memory_budget: {text}", stacklevel=2)
         activation_memory_budget = 1.0
+    positions = {type(layer): uses(layer, "position_ids") for layer in layers}  # while its modules' classes are theirs
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found, eager_rounding))
@@ -116,7 +117,8 @@ def compile_qlora(
         options = {**_OPTIONS, **rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
-            undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
+            run = functools.partial(_run_layer, variants[type(layer)], positions[type(layer)])
+            undoing.callback(_exchange(layer, run))
         undoing.callback(_exchange(norm, functools.partial(_run_norm, Variants(type(norm).forward, "norm", options))))
         undoing.callback(checkpoint_inputs(layers, offload=offload_checkpoints))
         return CompiledQLoRA(undoing.pop_all(), patch, products)
@@ -231,7 +233,7 @@ class _Forward:
         return self.function(module, *args, **kwargs)
 
 
-def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
+def _run_layer(variants: Variants, positions: bool, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
         if layer.training and torch.is_grad_enabled():
             warnings.warn("past_key_values: a call with a KV cache is not compiled; pass use_cache=False", stacklevel=2)
@@ -240,15 +242,16 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
     if place is not None:
         warnings.warn(f"hooks: on {place}; meanwhile {type(layer).__name__} is not compiled", stacklevel=2)
         return variants.forward(layer, hidden_states, *args, **kwargs)
-    for tensor in kwargs.get("position_embeddings") or ():
-        mark(tensor)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
     check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
-    for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
+    for name in ("use_cache", "past_key_values", *LENGTHS, *([] if positions else ["position_ids"])):
         kwargs.pop(name, None)
+    for tensor in (*(kwargs.get("position_embeddings") or ()), kwargs.get("position_ids")):
+        if tensor is not None:
+            mark(tensor)
     with hidden(idle) if idle else nullcontext():
         return variants(layer, hidden_states, *args, **kwargs)
 
