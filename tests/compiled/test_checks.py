@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM, Trainer, TrainingArguments
 
 from tests.compiled.models import nf4_llama, nf4_model, traced_only, with_adapters
-from unsloth_puzzles.compiled.checks import uses
+from unsloth_puzzles.compiled.checks import draws, uses
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
 
@@ -114,6 +114,11 @@ def test_positions_that_layers_use_beyond_the_embeddings_reach_them():
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
     assert (expected[0] - expected[1]).norm() > 1e-3 * expected[0].norm()
+
+
+def test_every_kind_of_dropout_draws():
+    for kind in (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout):
+        assert [draws([nn.Sequential(nn.Linear(2, 2), kind(p))]) for p in (0.0, 0.1)] == [False, True]
 
 
 def test_what_a_forward_uses_of_its_arguments():

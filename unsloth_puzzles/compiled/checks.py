@@ -5,6 +5,7 @@ import inspect
 import torch
 from peft import PeftType
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel, Trainer
 
 # Kinds of adapters that have been compiled and are right. Of the others some need the packed weight (HiRA, SHiRA), some
@@ -93,7 +94,7 @@ def uses(layer: torch.nn.Module, name: str) -> bool:
 
 def draws(layers: list[torch.nn.Module]) -> bool:
     """Whether there is dropout in `layers`."""
-    return any(isinstance(one, torch.nn.Dropout) and one.p > 0 for layer in layers for one in layer.modules())
+    return any(isinstance(one, _DropoutNd) and one.p > 0 for layer in layers for one in layer.modules())
 
 
 def _refuse_compiled(model: torch.nn.Module) -> None:
