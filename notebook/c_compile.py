@@ -132,6 +132,15 @@ else:
 # show: unsloth_puzzles/compiled/qlora.py
 
 # %%
+# write: unsloth_puzzles/compiled/variants.py
+
+# %%
+# write: unsloth_puzzles/compiled/hooks.py
+
+# %%
+# write: unsloth_puzzles/compiled/checks.py
+
+# %%
 # show: unsloth_puzzles/compiled/lora.py
 
 # %%

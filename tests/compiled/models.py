@@ -1,13 +1,26 @@
 """A tiny Llama in NF4, and adapters under it that have learnt something."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.bench.models import nf4_config, random_nf4_llama, tiny_llama_config
 
 
 def nf4_llama(device="cpu", dtype=torch.float32, layers=2):
     model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=layers), device, dtype)
+    model.config.use_cache = False
+    return model.train()
+
+
+def nf4_model(cls, config):
+    """A model of another class in NF4, with random weights."""
+    torch.manual_seed(0)
+    state, device = cls(config).state_dict(), {"": torch.device("cpu")}
+    quantised = {"dtype": torch.float32, "device_map": device, "quantization_config": nf4_config(torch.float32)}
+    model = cls.from_pretrained(None, config=config, state_dict=state, **quantised)
     model.config.use_cache = False
     return model.train()
 
@@ -21,3 +34,18 @@ def with_adapters(model, **options) -> PeftModel:
         if "lora_B" in name:  # they begin as zeros, under which lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
     return model.train()
+
+
+_compile = torch.compile
+
+
+@contextmanager
+def traced_only():
+    """What is compiled is captured by Dynamo and differentiated by AOTAutograd, and run without Inductor."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", lambda function, options, **given: _compile(function, backend="aot_eager", **given)
+        )
+        yield
+    torch._dynamo.reset()

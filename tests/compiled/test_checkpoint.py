@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth_puzzles.compiled.checkpoint import Store, checkpoint_inputs
@@ -62,6 +64,25 @@ def test_the_same_bits_as_without(dropout, context):
     assert torch.equal(after, torch.rand(1))  # the backward has left the generator as it was
 
 
+class Noisy(Layer):
+    """What draws its numbers itself, and is no dropout."""
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.trained(torch.tanh(x) * torch.rand_like(x))
+
+
+def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
+    found = []
+    for on in (False, True):
+        layers = make(on=on)
+        for layer in layers:
+            layer.__class__ = Noisy
+        if on:
+            checkpoint_inputs(layers)
+        found.append(step(layers, torch.linspace(-1, 1, 24).view(4, 6)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_accumulated_gradients_and_an_input_that_wants_none():
     layers, plain = make(), make(on=False)
     checkpoint_inputs(layers)
@@ -107,6 +128,86 @@ def test_a_gradient_that_would_be_lost_is_refused():
     checkpoint_inputs(layers)
     with pytest.raises(ValueError, match=r"^scale: requires gradients, which checkpointing"):
         layers[0](torch.ones(2, 6), scale=torch.ones(6, requires_grad=True))
+
+
+def gradients(layers, hooked=()):
+    """Of the layers' output and of what hooks keep of the `hooked` ones."""
+    kept, out = [], torch.linspace(-1, 1, 12).view(2, 6)
+    handles = [layer.trained.register_forward_hook(lambda *call: kept.append(call[2])) for layer in hooked]
+    for layer in layers:
+        out = layer(out)
+    loss = torch.stack([one.square().sum() for one in (out, *kept)]).sum()
+    for handle in handles:
+        handle.remove()
+    loss.backward()
+    return [p.grad for p in layers.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("change", ["exchanged", "frozen"])
+def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change):
+    layers = make()
+    checkpoint_inputs(layers)
+    loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
+    if change == "exchanged":  # as sharding frameworks do
+        layers[0].trained.bias = nn.Parameter(torch.zeros(6))
+    else:
+        layers[0].trained.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"^gradients: of trained\.bias would be lost"):
+        loss.backward()
+
+
+def test_a_trained_tensor_from_outside_of_the_layer_is_refused():
+    layers = make()
+    checkpoint_inputs(layers)
+    shared = torch.ones(6, requires_grad=True)
+    forward = layers[0].forward
+    layers[0].forward = lambda x: forward(x) * (2 * shared)
+    with pytest.raises(RuntimeError, match=r"^gradients: of a tensor \(6,\) from outside of it would be lost"):
+        layers[0](torch.ones(2, 6)).sum().backward()
+
+
+def test_parameters_that_have_no_part_in_it_have_no_gradient():
+    layers, plain = make(), make(on=False)
+    for each in (layers, plain):
+        for layer in each:
+            layer.extra = nn.Linear(6, 6)
+    checkpoint_inputs(layers)
+    for one, other in zip(gradients(layers), gradients(plain), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    (lone,) = make(count=1)
+    checkpoint_inputs([lone])
+    lone.forward = lambda x: x * 2
+    lone(torch.ones(2, 6)).sum().backward()
+    assert lone.trained.weight.grad is None
+
+
+def test_what_hooks_keep_has_its_gradient():
+    layers, plain = make(), make(on=False)
+    expected, without = gradients(plain, hooked=plain), gradients(make(on=False))
+    checkpoint_inputs(layers)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = gradients(layers, hooked=layers)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [str(one.message)[:23] for one in said] == ["hooks: Layer has hooks;"] * 3
+    assert not any(torch.equal(one, other) for one, other in zip(found, without, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:hooks. FSDPLayer has hooks")
+@pytest.mark.parametrize("whole", [False, True])
+def test_under_fsdp2_gradients_reach_the_shards(whole):
+    expected = gradients(make(on=False))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layers = make()
+        checkpoint_inputs(layers)
+        sharded = nn.ModuleList([nn.Sequential(*layers)]) if whole else layers
+        for one in sharded:
+            fully_shard(one, mesh=init_device_mesh("cpu", (1,)))
+        found = [gradient.full_tensor() for gradient in gradients(sharded)]
+    finally:
+        distributed.destroy_process_group()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_graph_that_is_dropped_leaves_nothing_behind():

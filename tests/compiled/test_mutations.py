@@ -16,27 +16,26 @@ SAME_BITS = "test_checkpoint.py::test_the_same_bits_as_without"
 LENGTHS = "test_variants.py::test_lengths_and_modules_share_one_function"
 MUTATIONS = {
     "a forced recompilation per length": mutation(
-        "qlora.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "torch._dynamo.mark_static(tensor, (0, 1))",
+        "variants.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "torch._dynamo.mark_static(tensor, (0, 1))",
         LENGTHS,
     ),
     "lengths not marked": mutation(
-        "qlora.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "pass", LENGTHS
+        "variants.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "pass", LENGTHS
     ),
     "one function for inputs with and without gradients": mutation(
-        "qlora.py", "            hidden_states.requires_grad,  #", "            True,  #",
+        "variants.py", "            hidden_states.requires_grad,  #", "            True,  #",
         "test_variants.py::test_what_wants_gradients_has_a_function_of_its_own",
     ),
     "one function for the positions of one row and of several": mutation(
-        "qlora.py", "_ones(hidden_states, *(kwargs.get(\"position_embeddings\") or ())),", "_ones(hidden_states),",
+        "variants.py", "_ones(hidden_states, *(kwargs.get(\"position_embeddings\") or ())),", "_ones(hidden_states),",
         "test_variants.py::test_positions_of_one_row_have_a_function_of_their_own",
     ),
     "gradients of parameters dropped": mutation(
-        "checkpoint.py", "*(next(found) if need else None for need in ctx.needs_input_grad[3:])",
-        "*(next(found) * (at == 0) if need else None for at, need in enumerate(ctx.needs_input_grad[3:]))",
+        "checkpoint.py", "*map(found.get, inputs)", "*(found[one] * (one is hidden_states) for one in inputs)",
         f"{SAME_BITS}[enable_grad-0.0]",
     ),
     "random state not restored": mutation(
-        "checkpoint.py", "_restored(ctx.random_state,", "_restored(None,", f"{SAME_BITS}[enable_grad-0.4]"
+        "checkpoint.py", "_restored(ctx.random_state,", "_restored((),", f"{SAME_BITS}[enable_grad-0.4]"
     ),
     "the backward moves the generator on": mutation(
         "checkpoint.py", "with torch.random.fork_rng(devices=[device] if device.type == \"cuda\" else []):",
@@ -69,12 +68,27 @@ MUTATIONS = {
         "test_lora.py::test_the_same_loss_and_gradients[True-0.0-no power of two]",
     ),
     "adapters of several ranks taken for equal ones": mutation(
-        "swiglu.py", "len({_rank(layer) for layer in layers}) > 1", "False",
+        "swiglu.py", "len({_rank(layer) for layer in layers}) == 1", "True",
         "test_swiglu.py::test_other_adapters_stay_as_they_are[ranks]",
     ),
     "adapters by row ignored": mutation(
-        "lora.py", "if layer._forward_pre_hooks or layer._forward_hooks:", "if False:",
-        "test_swiglu.py::test_adapters_by_row_are_left_to_peft",
+        "hooks.py", "if any(_HOOKS(known)):", "if False:", "test_swiglu.py::test_adapters_by_row_are_left_to_peft"
+    ),
+    "hooks that come after the first call ignored": mutation(
+        "qlora.py", "if place is not None:", "if False:", "test_hooks.py::test_adapters_by_row"
+    ),
+    "a hook of all modules ignored": mutation(
+        "hooks.py", "if _has_any_global_hook():", "if False:", "test_hooks.py::test_where_hooks_are_found"
+    ),
+    "lost gradients not named": mutation(
+        "checkpoint.py", "if id(one) not in given", "if False",
+        "test_checkpoint.py::test_a_trained_tensor_from_outside_of_the_layer_is_refused",
+    ),
+    "layers with hooks checkpointed as others": mutation(
+        "checkpoint.py", "if hooked(layer):", "if False:", "test_checkpoint.py::test_what_hooks_keep_has_its_gradient"
+    ),
+    "an MLP of another formula fused": mutation(
+        "swiglu.py", " and _is_formula(module)", "", "test_swiglu.py::test_other_formulas_stay_as_they_are[scaled]"
     ),
     "eager mode's roundings not asked of the MLP": mutation(
         "qlora.py", "fuse_swiglu(found, eager_rounding)", "fuse_swiglu(found, False)",

@@ -122,6 +122,26 @@ def test_other_adapters_stay_as_they_are(options):
     assert torch.equal(step(model), expected)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) * 0.5,
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x) * mlp.multiplier) * mlp.up_proj(x)),
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)),
+        lambda mlp, x: mlp.down_proj(torch.nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)),
+    ],
+    ids=["scaled", "scaled inside", "gate and up exchanged", "another activation"],
+)
+def test_other_formulas_stay_as_they_are(forward):
+    model = make_model()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.multiplier = 1.25
+        layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {"forward": forward})
+    expected = step(model)
+    scale_inside(model, False), fuse_swiglu(model, False)
+    assert torch.equal(step(model), expected)
+
+
 def test_adapters_by_row_are_left_to_peft():
     model = make_model()
     model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

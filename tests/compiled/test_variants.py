@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unsloth_puzzles.compiled.count import count_compilations
-from unsloth_puzzles.compiled.qlora import Variants
+from unsloth_puzzles.compiled.variants import Variants
 
 
 class Block(nn.Module):

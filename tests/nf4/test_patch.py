@@ -314,6 +314,12 @@ def test_a_weight_that_bitsandbytes_repacked_for_the_cpu():
     "model, min_rows, error, message",
     [
         ("llama", 1, TypeError, "model: needs a torch.nn.Module, got str"),
+        (
+            torch.nn.DataParallel(torch.nn.Identity()),
+            1,
+            TypeError,
+            "model: must be one model .* got an nn.DataParallel",
+        ),
         (torch.nn.Identity(), 1.5, TypeError, "min_rows: needs an integer or None, got 1.5"),
         (torch.nn.Identity(), True, TypeError, "min_rows: needs an integer or None, got True"),
         (torch.nn.Identity(), -1, ValueError, "min_rows: needs 0.*got -1"),

@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.nf4.patch import exchange_classes
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
@@ -29,7 +30,11 @@ def checkpoint_inputs(layers: Iterable[torch.nn.Module], *, offload: bool = True
     offload: False leaves the inputs on the GPU. Returns what undoes it. The settings of transformers' own checkpointing
     have no effect until then; that it is not reentrant here is said, if it was asked to be.
 
-    A backward of the same forward for a second time (`retain_graph=True`), or after undo, raises RuntimeError.
+    A layer with hooks, on itself or inside, is checkpointed by PyTorch's function without reentrance, with a warning:
+    what hooks record has a graph there, and hooks that exchange the parameters (FSDP2's) run before these are read.
+
+    A backward of the same forward for a second time (`retain_graph=True`), or after undo, raises RuntimeError; so does
+    one that reaches a tensor which is neither the hidden states nor a parameter that the layer had in its forward.
     """
     store, chosen = Store(offload), [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
     for layer in chosen:
@@ -146,14 +151,17 @@ def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tenso
         raise ValueError(f"args: got {len(others)} beside the hidden states, need keyword arguments")
     if not torch.is_grad_enabled():
         return run(hidden_states)
+    if hooked(layer):
+        text = "has hooks; meanwhile torch.utils.checkpoint checkpoints it, and its inputs are not offloaded"
+        warnings.warn(f"hooks: {type(layer).__name__} {text}", stacklevel=2)
+        return checkpoint(run, hidden_states, use_reentrant=False)
     for name, given in getattr(run, "keywords", {}).items():
         if any(tensor.requires_grad for tensor in _tensors(given)):
             raise ValueError(f"{name}: requires gradients, which checkpointing returns for the hidden states alone")
-    modules = _modules(layer)
-    found = (parameter for module in modules for parameter in module._parameters.values())
+    found = (parameter for module in _modules(layer) for parameter in module._parameters.values())
     # A parameter that is there twice gets its gradient once.
     parameters = dict.fromkeys(parameter for parameter in found if parameter is not None and parameter.requires_grad)
-    return _Checkpoint.apply(run, store, _random_state(modules, hidden_states), hidden_states, *parameters)
+    return _Checkpoint.apply(run, layer, store, hidden_states, *parameters)
 
 
 def _modules(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -170,11 +178,14 @@ def _tensors(given: object) -> list[torch.Tensor]:
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, store, random_state, hidden_states, *parameters):
-        ctx.run, ctx.store, ctx.random_state, ctx.parameters = run, store, random_state, parameters
+    def forward(ctx, run, layer, store, hidden_states, *parameters):
+        ctx.run, ctx.layer, ctx.store, ctx.parameters = run, layer, store, parameters
         ctx.autocast = _autocast(hidden_states.device.type)
         ctx.kept = store.put(hidden_states)
+        before = _random_state(hidden_states.device)
         output = run(hidden_states)
+        drawn = not all(map(torch.equal, before, _random_state(hidden_states.device)))
+        ctx.random_state = before if drawn else ()
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"layer: returned a {type(output).__name__}, need a tensor to checkpoint it")
         return output
@@ -184,12 +195,41 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.store.closed:
             raise RuntimeError("backward: of a forward from before undo(), whose layers are no longer what they were")
-        hidden_states = ctx.store.take(ctx.kept).requires_grad_(ctx.needs_input_grad[3])
+        needs = ctx.needs_input_grad[3:]
+        hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
         with torch.enable_grad(), ctx.autocast(), _restored(ctx.random_state, hidden_states.device):
             output = ctx.run(hidden_states)
-        wanted = [tensor for tensor in (hidden_states, *ctx.parameters) if tensor.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
-        return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
+        inputs = (hidden_states, *ctx.parameters)
+        reached, given = _leaves(output), set(map(id, inputs))
+        frozen = [one for one, need in zip(inputs, needs, strict=True) if need and not one.requires_grad]
+        if lost := [*frozen, *(one for one in reached if id(one) not in given)]:
+            raise RuntimeError(
+                f"gradients: of {_named(lost, ctx.layer)} would be lost; the layer needs the parameters that it had in "
+                "its forward, the same and trained as then, and no others"
+            )
+        gradients = torch.autograd.grad(output, reached, gradient) if reached else ()
+        found = dict(zip(reached, gradients, strict=True))
+        return None, None, None, *map(found.get, inputs)  # None: of an adapter that is not active, for one
+
+
+def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves that a backward of `output` reaches."""
+    nodes, leaves = [] if output.grad_fn is None else [output.grad_fn], []
+    seen = set(nodes)  # of Python's objects for nodes, which last as long as `nodes` holds them
+    for node in nodes:
+        if isinstance(node, torch._C._functions.AccumulateGrad):
+            leaves.append(node.variable)
+            continue
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                nodes.append(below)
+    return leaves
+
+
+def _named(tensors: Iterable[torch.Tensor], layer: torch.nn.Module) -> str:
+    names = {parameter: name for name, parameter in layer.named_parameters()}
+    return ", ".join(names.get(one, f"a tensor {tuple(one.shape)} from outside of it") for one in tensors)
 
 
 def _autocast(kind: str) -> Callable:
@@ -203,24 +243,19 @@ def _autocast(kind: str) -> Callable:
     )
 
 
-def draws(modules: Iterable[torch.nn.Module]) -> bool:
-    """Whether any of `modules` draws numbers."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in modules)
-
-
-def _random_state(modules: Iterable[torch.nn.Module], tensor: torch.Tensor) -> tuple | None:
-    """The generators' states, if they are used at all."""
-    if not draws(modules):
-        return None
-    return torch.get_rng_state(), get_device_states(tensor)
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """The states of the generators that a layer on `device` may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager
-def _restored(state: tuple | None, device: torch.device):
-    if state is None:
+def _restored(states: list[torch.Tensor], device: torch.device):
+    """The generators as they were before the forward, if it has drawn any numbers."""
+    if not states:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        set_device_states(*state[1], device_type=device.type)
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, device)
         yield

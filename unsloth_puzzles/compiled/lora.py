@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from peft.tuners.lora import LoraLayer
 
+from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.nf4.patch import exchange_classes
 
 
@@ -24,7 +25,8 @@ def scale_inside(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], N
     eager_rounding: only where s is a power of two, so that each value is rounded as PEFT's is.
 
     A layer's class is exchanged for a subclass, so that equal layers still share one graph. Calls that are not plain
-    LoRA (disabled or merged adapters, adapters by row, DoRA and other variants, a bias on B) stay PEFT's.
+    LoRA (disabled or merged adapters, adapters by row, DoRA and other variants, a bias on B) or in which hooks wait
+    stay PEFT's.
     """
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -37,7 +39,7 @@ def _scaled_inside(eager_rounding: bool) -> type:
     from peft.tuners.lora.bnb import Linear4bit as cls
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if args or kwargs or not _is_plain(self):
+        if args or kwargs or not _is_plain(self) or hooked_below(self):  # a hook on B would see other numbers
             return cls.forward(self, x, *args, **kwargs)
         result, shared = self.base_layer(x), self.inside
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -67,12 +69,9 @@ def plain_adapter(layer: LoraLayer) -> str | None:
 
 
 def can_be_inside(layer, x: torch.Tensor) -> bool:
-    """Whether its adapter is a plain one that computes in the dtype of x, without dropout between x and itself, and
-    nothing waits for a call of the layer (PEFT's hooks, which hand it adapters by row)."""
+    """Whether its adapter is a plain one that computes in the dtype of x, without dropout between x and itself."""
     name = plain_adapter(layer)
     if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
-        return False
-    if layer._forward_pre_hooks or layer._forward_hooks:
         return False
     return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype
 

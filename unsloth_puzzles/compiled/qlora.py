@@ -11,12 +11,10 @@ mask) makes another function of it, so that none is ever compiled again for a re
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
-from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
@@ -27,13 +25,15 @@ from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled import autotune
-from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs, draws
+from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
+from unsloth_puzzles.compiled.checks import check_trainer, draws, find_parts, uses
+from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.lora import scale_inside
 from unsloth_puzzles.compiled.siblings import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
+from unsloth_puzzles.compiled.variants import Variants, mark
 from unsloth_puzzles.compiled.weights import without_torch_function
 from unsloth_puzzles.nf4.patch import patch_linear4bit
-from unsloth_puzzles.own_code import own_code
 
 # Launches and the host's time are what a step can do without. Inductor's check of the sizes of all inputs and results,
 # 125 of them a layer, is a fifth of that time. Combined kernels do what does not depend on one another, such as casting
@@ -69,39 +69,37 @@ def compile_qlora(
     float32's losses: eager mode rounds the sum of a layer's output and its adapter's, in which the small outputs of
     adapters that have just begun to learn are lost in 16 bits.
 
-    Calls with a KV cache (generation) run as before, not compiled. The KV cache is switched off for other calls, with a
-    warning if it was on. Backward passes that this thread starts run in it until undo.
+    Calls with a KV cache (generation) run as before, not compiled. So does a layer with hooks inside (`adapter_names`,
+    `register_forward_hook`) for as long as they are there, with a warning. The KV cache is switched off for other
+    calls, with a warning if it was on. Backward passes that this thread starts run in it until undo.
 
     Returns a handle: `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: no causal LM of transformers, or one in `nn.DataParallel`.
-        ValueError: no NF4 layers, no trainable adapters, layers with accelerate's hooks, a backend that cannot be
-            compiled, a Trainer that sees several GPUs in one process, another model that is compiled with another
-            `activation_memory_budget` or `max_autotune` (they are the process's), what `use_memory_efficient_loss` and
-            `patch_linear4bit` refuse.
+        TypeError: no causal LM of transformers, one in `nn.DataParallel`, compiled, or with a vision tower.
+        ValueError: no NF4 layers, no trainable adapters, adapters of a kind that is not known to be right when compiled
+            (`checks.KINDS`), layers with accelerate's hooks or a forward of their own, a backend that cannot be
+            compiled, a Trainer that sees several GPUs in one process, makes its model anew (`model_init`) or compiles
+            it (`torch_compile`), another model that is compiled with another `activation_memory_budget` or
+            `max_autotune` (they are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     refuse_data_parallel(found, model.args.n_gpu if isinstance(model, Trainer) else 1)
-    causal_lm = found.get_base_model() if hasattr(found, "get_base_model") else found
-    if not isinstance(causal_lm, PreTrainedModel):
-        raise TypeError(f"model: got {type(found).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
-    if not any(name for name, p in found.named_parameters() if p.requires_grad and "lora" in name):
-        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+    if isinstance(model, Trainer):
+        check_trainer(model)
+    causal_lm, layers, norm = find_parts(found)
     backends = ["auto", *(name for name, backend in BACKENDS.items() if "fullgraph" in backend.features)]
     if attention not in backends:
         raise ValueError(f"attention: got {attention!r}, need one of {', '.join(map(repr, backends))}")
     if not 0 < activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget: got {activation_memory_budget}, need a number above 0, at most 1")
-    layers, norm = _parts(causal_lm)
-    if any("_old_forward" in vars(module) for module in (*layers, norm)):
-        raise ValueError("model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU")
-    if activation_memory_budget < 1 and any(draws(layer.modules()) for layer in layers):
+    if activation_memory_budget < 1 and draws(layers):
         text = (
             f"is 1.0, not {activation_memory_budget}: below that, dropout is drawn anew, and otherwise, in the backward"
         )
         warnings.warn(f"activation_memory_budget: {text}", stacklevel=2)
         activation_memory_budget = 1.0
+    positions = {type(layer): uses(layer, "position_ids") for layer in layers}  # while its modules' classes are theirs
     with ExitStack() as undoing:
         undoing.enter_context(patch_linear4bit(found))
         undoing.callback(scale_inside(found, eager_rounding))
@@ -119,7 +117,8 @@ def compile_qlora(
         options = {**_OPTIONS, **rounding, **(autotune.OPTIONS if max_autotune else {})}
         variants = {kind: Variants(kind.forward, kind.__name__, options) for kind in map(type, layers)}
         for layer in layers:
-            undoing.callback(_exchange(layer, functools.partial(_run_layer, variants[type(layer)])))
+            run = functools.partial(_run_layer, variants[type(layer)], positions[type(layer)])
+            undoing.callback(_exchange(layer, run))
         undoing.callback(_exchange(norm, functools.partial(_run_norm, Variants(type(norm).forward, "norm", options))))
         undoing.callback(checkpoint_inputs(layers, offload=offload_checkpoints))
         return CompiledQLoRA(undoing.pop_all(), patch, products)
@@ -143,14 +142,6 @@ class CompiledQLoRA:
 
     def __exit__(self, *exception) -> None:
         self.undo()
-
-
-def _parts(causal_lm: PreTrainedModel) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    backbone = causal_lm.base_model
-    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
-    if layers is None or norm is None:
-        raise TypeError(f"model: {type(causal_lm).__name__} has no decoder `layers` and final `norm` in its backbone")
-    return list(layers), norm
 
 
 _shared: dict = {"handles": 0}  # who uses the settings below
@@ -219,61 +210,6 @@ def _say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
     return causal_lm.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-class Variants:
-    """`forward` of a class of modules, compiled once for each answer to the questions below that a call gives.
-
-    Each has a code object of its own: Dynamo keeps compiled code by it, allows eight, and tries them in turn.
-    """
-
-    def __init__(self, forward: Callable, name: str, options: dict):
-        self.forward, self._name, self._options = forward, name, options
-        self._compiled: dict[tuple, Callable] = {}
-        self._adapted: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
-
-    def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        _mark(hidden_states)
-        key = (
-            torch.is_grad_enabled(),
-            hidden_states.requires_grad,  # the first layer's, the embeddings, are not trained
-            module.training,
-            torch.is_autocast_enabled(hidden_states.device.type),
-            _ones(hidden_states, *(kwargs.get("position_embeddings") or ())),
-            _kind(kwargs.get("attention_mask"), hidden_states.shape[1]),
-            self._adapters(module),
-        )
-        if key not in self._compiled:
-            named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
-            own = own_code(self.forward, "".join(named))  # other users of the class keep theirs
-            self._compiled[key] = torch.compile(own, fullgraph=True, options=self._options)
-        return self._compiled[key](module, hidden_states, *args, **kwargs)
-
-    def _adapters(self, module: torch.nn.Module) -> tuple:
-        """Which adapters `module` computes with, and what of them is no tensor."""
-        if module not in self._adapted:
-            self._adapted[module] = [part for part in module.modules() if isinstance(part, LoraLayer)]
-        return tuple(map(_adapter, self._adapted[module]))
-
-
-def _adapter(layer: LoraLayer) -> tuple | None:
-    if layer.disable_adapters:
-        return None
-    names = tuple(layer.active_adapters)
-    return names, tuple(layer.merged_adapters), *map(layer.r.get, names), *map(layer.scaling.get, names)
-
-
-def _ones(*tensors: torch.Tensor) -> tuple:
-    """Which batch and length are 1: a constant to the compiler. That of positions is, unless documents are packed."""
-    return tuple(size == 1 for tensor in tensors for size in tensor.shape[:2])
-
-
-def _kind(mask: Mask | None, length: int) -> tuple | None:
-    """What of a mask is no tensor, and of the length no variable."""
-    if mask is None:
-        return None
-    parts = mask.data if isinstance(mask.data, tuple) else (mask.data,)
-    return mask.backend.name, length < mask.backend.splits_at, mask.pattern, tuple(type(part) for part in parts)
-
-
 def _exchange(module: torch.nn.Module, forward: Callable) -> Callable[[], None]:
     before = vars(module).get("forward")
     module.forward = MethodType(_Forward(forward), module)
@@ -297,27 +233,28 @@ class _Forward:
         return self.function(module, *args, **kwargs)
 
 
-def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
+def _run_layer(variants: Variants, positions: bool, layer, hidden_states, *args, **kwargs):
     if kwargs.get("past_key_values") is not None:
         if layer.training and torch.is_grad_enabled():
             warnings.warn("past_key_values: a call with a KV cache is not compiled; pass use_cache=False", stacklevel=2)
         return variants.forward(layer, hidden_states, *args, **kwargs)
-    for tensor in kwargs.get("position_embeddings") or ():
-        _mark(tensor)
+    place, idle = search(layer)
+    if place is not None:
+        warnings.warn(f"hooks: on {place}; meanwhile {type(layer).__name__} is not compiled", stacklevel=2)
+        return variants.forward(layer, hidden_states, *args, **kwargs)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
     check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
-    for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
+    for name in ("use_cache", "past_key_values", *LENGTHS, *([] if positions else ["position_ids"])):
         kwargs.pop(name, None)
-    return variants(layer, hidden_states, *args, **kwargs)
+    for tensor in (*(kwargs.get("position_embeddings") or ()), kwargs.get("position_ids")):
+        if tensor is not None:
+            mark(tensor)
+    with hidden(idle) if idle else nullcontext():
+        return variants(layer, hidden_states, *args, **kwargs)
 
 
 def _run_norm(variants: Variants, norm, hidden_states):
-    return variants(norm, hidden_states)
-
-
-def _mark(tensor: torch.Tensor) -> None:
-    """Batch and length vary; a size of 1 stays a constant, as the compiler has it."""
-    torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+    return variants.forward(norm, hidden_states) if hooked_below(norm) else variants(norm, hidden_states)

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
+from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import can_be_inside, plain_adapter
 from unsloth_puzzles.nf4.patch import exchange_classes
 
@@ -47,7 +48,7 @@ def share_input(model: torch.nn.Module) -> Callable[[], None]:
 def _sharing_class(cls: type) -> type:
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         layers = [getattr(self, name) for name in _NAMES]
-        if not all(can_be_inside(layer, hidden_states) for layer in layers):
+        if hooked_below(self) or not all(can_be_inside(layer, hidden_states) for layer in layers):
             return cls.forward(self, hidden_states, *args, **kwargs)
         for layer, inside in zip(layers, insides(layers, hidden_states), strict=True):
             layer.inside = hidden_states, inside

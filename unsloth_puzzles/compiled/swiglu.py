@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import add_outside, can_be_inside, plain_adapter
 from unsloth_puzzles.compiled.siblings import insides
 from unsloth_puzzles.nf4.kernel import round_bfloat16
@@ -194,15 +195,49 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
     """Let the MLPs of `model` (`down_proj(silu(gate_proj(x)) * up_proj(x))`, each layer an NF4 one with an adapter)
-    compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones, stay as they are."""
+    compute as above; returns what undoes it. Others, and calls whose adapters are not plain ones or for which hooks
+    wait, stay as they are."""
     found = [module for module in model.modules() if _is_swiglu(module)]
     return exchange_classes((module, _fused_class(type(module), eager_rounding)) for module in found)
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
+    from peft.tuners.lora.bnb import Linear4bit  # other kinds of adapters also have a `lora_A`, of another type
+
     layers = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    return silu and all(hasattr(layer, "lora_A") and hasattr(layer, "base_layer") for layer in layers)
+    return silu and all(isinstance(layer, Linear4bit) for layer in layers) and _is_formula(module)
+
+
+def _is_formula(module: torch.nn.Module) -> bool:
+    """Whether the forward of `module`, with functions of one number for its three layers, is what is fused here."""
+    stand_in = _StandIn(module)
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, device="cpu")
+    expected = stand_in.down_proj(torch.nn.functional.silu(stand_in.gate_proj(x)) * stand_in.up_proj(x))
+    try:
+        found = type(module).forward(stand_in, x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == x.shape and bool((found - expected).abs().max() < 1e-12)
+
+
+class _StandIn:
+    """A module but for its layers."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def gate_proj(self, x):
+        return 2 * x - 1
+
+    def up_proj(self, x):
+        return x.square() + 3
+
+    def down_proj(self, x):
+        return 5 * x + 2
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
 
 
 @cache
@@ -210,7 +245,8 @@ def _fused_class(cls: type, eager_rounding: bool) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         layers = (gate, up, down)
-        if not all(can_be_inside(layer, x) for layer in layers) or len({_rank(layer) for layer in layers}) > 1:
+        fits = all(can_be_inside(layer, x) for layer in layers) and len({_rank(layer) for layer in layers}) == 1
+        if not fits or hooked_below(self):
             return cls.forward(self, x)
         (g, ig, bg), (u, iu, bu) = (
             _parts(layer, x, i) for layer, i in zip((gate, up), insides((gate, up), x), strict=True)

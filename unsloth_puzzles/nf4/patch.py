@@ -62,10 +62,16 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> 
     Raises:
         ValueError: no NF4 layer in `model`, a layer that is patched already, that has a `forward` of its own, or whose
             weight bitsandbytes has re-packed for CPU inference (which rounds its absmax for good).
-        TypeError: `model` is not a module, `min_rows` not an integer.
+        TypeError: `model` is not a module or an `nn.DataParallel`, `min_rows` not an integer.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: needs a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(
+        model, torch.nn.DataParallel
+    ):  # whose replicas have their weights, and not their states, on their GPUs
+        raise TypeError(
+            "model: must be one model on one GPU, got an nn.DataParallel; start one process per GPU instead"
+        )
     if min_rows is not None and (not isinstance(min_rows, int) or isinstance(min_rows, bool)):
         raise TypeError(f"min_rows: needs an integer or None, got {min_rows!r}")
     if min_rows is not None and min_rows < 0:

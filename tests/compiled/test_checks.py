@@ -1,0 +1,142 @@
+"""Trainers, models and adapters that would not be what was compiled: each refused by name, and nothing exchanged."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import Ministral3Config, Ministral3ForCausalLM, Trainer, TrainingArguments
+
+from tests.compiled.models import nf4_llama, nf4_model, traced_only, with_adapters
+from unsloth_puzzles.compiled.checks import draws, uses
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.nf4 import patch_linear4bit
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_adapters(nf4_llama(layers=1))
+
+
+def trainer(folder, model=None, **given):
+    options = {name: given.pop(name) for name in ("torch_compile", "torch_compile_backend") if name in given}
+    return Trainer(model, TrainingArguments(str(folder), use_cpu=True, report_to=[], **options), **given)
+
+
+def test_a_model_that_the_trainer_makes_anew(tmp_path, model):
+    with pytest.raises(ValueError, match=r"^model_init must be None, got a function"):
+        compile_qlora(trainer(tmp_path, model_init=lambda: model))
+
+
+@pytest.mark.parametrize("options", [{"torch_compile": True}, {"torch_compile_backend": "eager"}], ids=str)
+def test_a_trainer_that_compiles_the_model(tmp_path, model, options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments overwrite, for good
+    with pytest.raises(ValueError, match=r"^torch_compile must be False, got True"):
+        compile_qlora(trainer(tmp_path, model, **options))
+
+
+def test_a_trainer_after_one_that_compiled(tmp_path, model, monkeypatch):
+    """Its arguments have left the backend in the environment."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(ValueError, match=r"^torch_compile must be False, got False \(accelerate's .*: INDUCTOR\)"):
+            compile_qlora(trainer(tmp_path, model))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_a_model_that_is_compiled():
+    model = with_adapters(nf4_llama(layers=1))
+    with pytest.raises(TypeError, match=r"^model must not be compiled, got what torch\.compile returns"):
+        compile_qlora(torch.compile(model))
+    base = model.get_base_model()
+    for name in ("model.layers.0", "model.layers.0.mlp", "lm_head"):
+        module = base.get_submodule(name)
+        module.compile()
+        with pytest.raises(ValueError, match=rf"^model must not be compiled, got one whose .*{name} is"):
+            compile_qlora(model)
+        module._compiled_call_impl = None
+    base.model.layers[0] = torch.compile(base.model.layers[0])
+    with pytest.raises(ValueError, match=r"^model must not be compiled, got one whose .*layers\.0 is"):
+        compile_qlora(model)
+
+
+@pytest.mark.parametrize("name", ["layers.0", "norm"])
+def test_a_forward_that_would_not_be_called(model, name):
+    part = model.get_base_model().model.get_submodule(name)
+    part.forward = lambda *args, **kwargs: args[0]
+    try:
+        with pytest.raises(ValueError, match=rf"^model: {type(part).__name__} has a forward of its own"):
+            compile_qlora(model)
+    finally:
+        del part.forward
+
+
+def test_a_vision_tower(model, monkeypatch):
+    monkeypatch.setattr(model.get_base_model().config, "vision_config", {"depth": 2}, raising=False)
+    with pytest.raises(TypeError, match=r"^model: LlamaForCausalLM has a vision or audio tower"):
+        compile_qlora(model)
+
+
+def test_layers_of_another_kind(model, monkeypatch):
+    monkeypatch.setattr(model.get_base_model().config, "layer_types", ["linear_attention"], raising=False)
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM has layers of linear_attention; need full or"):
+        compile_qlora(model)
+
+
+def test_cross_attention(model, monkeypatch):
+    def forward(self, hidden_states, cross_attention_states=None, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(type(model.get_base_model().model.layers[0]), "forward", forward)
+    with pytest.raises(
+        ValueError, match=r"^model: LlamaDecoderLayer of .* has cross attention \(cross_attention_states\)"
+    ):
+        compile_qlora(model)
+
+
+def test_positions_that_layers_use_beyond_the_embeddings_reach_them():
+    """Ministral 3 scales its queries by them."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = Ministral3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        rope_parameters={**rope, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4},
+    )  # fmt: skip
+    model = with_adapters(nf4_model(Ministral3ForCausalLM, config))
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    with torch.no_grad():
+        with patch_linear4bit(model):
+            expected = [model(ids, position_ids=positions).logits for positions in (None, packed)]
+        with traced_only(), compile_qlora(model, compile=False):
+            found = [model(ids, position_ids=positions).logits for positions in (None, packed)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    assert (expected[0] - expected[1]).norm() > 1e-3 * expected[0].norm()
+
+
+def test_every_kind_of_dropout_draws():
+    for kind in (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout):
+        assert [draws([nn.Sequential(nn.Linear(2, 2), kind(p))]) for p in (0.0, 0.1)] == [False, True]
+
+
+def test_what_a_forward_uses_of_its_arguments():
+    class Passes(nn.Module):
+        def forward(self, x, **kwargs):
+            return x
+
+    class Named(nn.Module):
+        def forward(self, x, position_ids=None):
+            return x
+
+    class Keyed(nn.Module):
+        def forward(self, x, **kwargs):
+            return x + kwargs["position_ids"]
+
+    class Layer(Named):
+        def __init__(self, below):
+            super().__init__()
+            self.below = nn.Sequential(below)
+
+    assert [uses(Layer(kind()), "position_ids") for kind in (Passes, Named, Keyed)] == [False, True, True]

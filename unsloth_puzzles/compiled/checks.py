@@ -1,0 +1,125 @@
+"""What `compile_qlora` assumes of a trainer, a model, its adapters and layers: checked before anything is exchanged."""
+
+import inspect
+
+import torch
+from peft import PeftType
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel, Trainer
+
+# Kinds of adapters that have been compiled and are right. Of the others some need the packed weight (HiRA, SHiRA), some
+# branch on numbers (VB-LoRA) or draw them (PVeRA), and prefix tuning hands a KV cache to each layer, which then runs
+# uncompiled.
+KINDS = (
+    PeftType.LORA,
+    PeftType.ADALORA,
+    PeftType.ADAPTION_PROMPT,
+    PeftType.BEFT,
+    PeftType.BOFT,
+    PeftType.C3A,
+    PeftType.FOURIERFT,
+    PeftType.GRALORA,
+    PeftType.IA3,
+    PeftType.LILY,
+    PeftType.LN_TUNING,
+    PeftType.MISS,
+    PeftType.MULTITASK_PROMPT_TUNING,
+    PeftType.OFT,
+    PeftType.P_TUNING,
+    PeftType.PROMPT_TUNING,
+    PeftType.RANDLORA,
+    PeftType.ROAD,
+    PeftType.TRAINABLE_TOKENS,
+    PeftType.VERA,
+)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise ValueError for a trainer that exchanges or compiles the model in `train()`."""
+    if trainer.model_init is not None:
+        raise ValueError(
+            "model_init must be None, got a function: train() makes a new model of it, which would not be compiled; "
+            "give the Trainer a model instead"
+        )
+    backend = trainer.accelerator.state.dynamo_plugin.backend.value
+    if trainer.args.torch_compile or backend != "NO":
+        raise ValueError(
+            f"torch_compile must be False, got {trainer.args.torch_compile} (accelerate's backend: {backend}): the "
+            "Trainer would compile the whole model around compile_qlora's layers; make the arguments without it, and "
+            "without ACCELERATE_DYNAMO_BACKEND in the environment"
+        )
+
+
+def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.Module], torch.nn.Module]:
+    """The causal LM in `model`, its decoder layers and final norm. Raises what `compile_qlora` lists."""
+    _refuse_compiled(model)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
+    _check_adapters(model)
+    name, backbone = type(causal_lm).__name__, causal_lm.base_model
+    if getattr(causal_lm.config, "vision_config", None) or getattr(causal_lm.config, "audio_config", None):
+        raise TypeError(f"model: {name} has a vision or audio tower; need a causal LM of text alone")
+    layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
+    if layers is None or norm is None:
+        raise TypeError(f"model: {name} has no decoder `layers` and final `norm` in its backbone")
+    kinds = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"model: {name} has layers of {', '.join(sorted(others))}; need full or sliding attention in each"
+        )
+    for part in (*layers, norm):
+        parameters = inspect.signature(type(part).forward).parameters
+        if crossed := [one for one in parameters if one.startswith(("cross_attention", "encoder_hidden_states"))]:
+            raise ValueError(
+                f"model: {type(part).__name__} of {name} has cross attention ({crossed[0]}); need layers without"
+            )
+        if "_old_forward" in vars(part):
+            raise ValueError(
+                "model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU"
+            )
+        if "forward" in vars(part):
+            raise ValueError(f"model: {type(part).__name__} has a forward of its own, which would not be called")
+    return causal_lm, list(layers), norm
+
+
+def uses(layer: torch.nn.Module, name: str) -> bool:
+    """Whether the forward of a module inside `layer` has a variable or a key `name`: more than passing it on unseen."""
+    codes = (
+        getattr(inspect.unwrap(type(one).forward), "__code__", None) for one in layer.modules() if one is not layer
+    )
+    return any(name in (*code.co_varnames, *code.co_consts) for code in codes if code is not None)
+
+
+def draws(layers: list[torch.nn.Module]) -> bool:
+    """Whether there is dropout in `layers`."""
+    return any(isinstance(one, _DropoutNd) and one.p > 0 for layer in layers for one in layer.modules())
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    if isinstance(model, OptimizedModule):
+        raise TypeError("model must not be compiled, got what torch.compile returns; give what torch.compile was given")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
+            raise ValueError(f"model must not be compiled, got one whose {name or 'forward'} is (by torch.compile)")
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    configs = getattr(model, "peft_config", {})
+    if not configs or not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+    for name, config in configs.items():
+        if config.peft_type not in KINDS:
+            known = ", ".join(kind.value for kind in KINDS)
+            raise ValueError(f"peft_type must be one of {known}, got {config.peft_type.value} (adapter {name!r})")
+        if getattr(config, "layer_replication", None):
+            raise ValueError(f"layer_replication must be None, got {config.layer_replication} (adapter {name!r})")
+    for place, module in model.named_modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():  # DoRA, activated LoRA, Arrow, ...
+            raise ValueError(
+                f"lora_variant: adapter {name!r} must be LoRA alone, got {type(variant).__name__} at {place}, which is "
+                "not known to be right when compiled; train it without compile_qlora"
+            )
+        if type(module).__name__ == "MultiplicativeDropoutLayer" and module.p > 0:  # OFT, BOFT
+            raise ValueError(f"module_dropout must be 0, got {module.p} at {place}: its numbers cannot be compiled")
