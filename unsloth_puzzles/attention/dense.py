@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from unsloth_puzzles.attention.backend import Backend, repeat_heads
+from unsloth_puzzles.attention.backend import FEATURES, Backend, repeat_heads
 from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
 
 
@@ -12,9 +12,7 @@ class Dense(Backend):
     """softmax(soft cap(scale Q K^T) + mask) V with all scores in memory, in float32 (float64 stays)."""
 
     name = "dense"
-    features = frozenset(
-        {"window", "documents", "soft cap", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph"}
-    )
+    features = frozenset(FEATURES)
     memory = "heads x length^2 scores, several times"
 
     def prepare(self, pattern: Pattern, batch: Batch) -> torch.Tensor | None:

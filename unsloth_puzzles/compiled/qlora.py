@@ -22,7 +22,8 @@ from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, implementation, register
+from unsloth_puzzles.attention.masks import Unpadded
+from unsloth_puzzles.attention.models import LENGTHS, check_lengths, implementation, register
 from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
