@@ -26,5 +26,5 @@ class Dense(Backend):
         if pattern.soft_cap is not None:
             scores = pattern.soft_cap * torch.tanh(scores / pattern.soft_cap)
         if data is not None:
-            scores = scores.masked_fill(~data, -math.inf)
+            scores = scores.masked_fill(~data, -math.inf) if data.dtype == torch.bool else scores + data
         return (scores.softmax(-1) @ value.to(wide)).to(query.dtype)

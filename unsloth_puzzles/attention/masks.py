@@ -50,14 +50,12 @@ def read(
     for one in ids:
         one = number_documents(one)
         documents = one if documents is None else number_documents(documents * (one.shape[1] + 1) + one)
+    if causal or documents is not None:
+        _check_ends(lengths)
     if attention_mask is not None and not isinstance(attention_mask, Unpadded):
         documents = _with_padding(attention_mask, causal, documents, lengths)
-    needs_positions = causal or documents is not None
-    if needs_positions and lengths.q_offset + lengths.q_length != lengths.kv_offset + lengths.kv_length:
-        raise Unreadable(
-            f"past_key_values: {lengths.q_length} queries from position {lengths.q_offset} on for {lengths.kv_length} "
-            f"keys from {lengths.kv_offset} on; need a cache that ends with the last query (not a static one)"
-        )
+        if documents is not None:
+            _check_ends(lengths)
     return causal, window, documents
 
 
@@ -72,6 +70,15 @@ def dense(
         use_vmap=use_vmap, device=device,
     )  # fmt: skip
     return seen | ~seen.any(-1, keepdim=True)
+
+
+def _check_ends(lengths: Lengths) -> None:
+    if lengths.q_offset + lengths.q_length != lengths.kv_offset + lengths.kv_length:
+        raise Unreadable(
+            f"past_key_values: {lengths.q_length} queries from position {lengths.q_offset} on for {lengths.kv_length} "
+            f"keys from {lengths.kv_offset} on; need queries that are the last positions (no static cache, no "
+            "padding in cross attention)"
+        )
 
 
 def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.Tensor | None, lengths: Lengths):

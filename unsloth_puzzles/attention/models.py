@@ -47,12 +47,14 @@ class ModelMask(Mask):
     rotated part. `backend` and `data` are by the config, for layers that are to be compiled, before any has been asked.
     """
 
+    ndim = 4  # what `generate` has made is handed to the model, and by that to `make_mask`
+
     def __init__(
         self, name: str, pattern: Pattern, lengths: Lengths, documents: torch.Tensor | None, config, **options
     ):
         self.pattern, self.packed = pattern, documents is not None
-        self._name, self._lengths, self._documents = name, lengths, documents
-        self._config, self._options = config, options
+        self._name, self.lengths, self._documents = name, lengths, documents
+        self._config, self._options, self._gradients = config, options, torch.is_grad_enabled()
         self._ready: dict[tuple, Mask] = {}
         self._compiled: tuple | None = None
 
@@ -64,6 +66,16 @@ class ModelMask(Mask):
     def data(self) -> object:
         return self._by_config()[1].data
 
+    def __getattr__(self, name: str):
+        raise AttributeError(f"attention_mask: the model asks for its {name}, but {NAME!r} has no tensor; need 'sdpa'")
+
+    def __getitem__(self, index):
+        raise ValueError(f"attention_mask: the model takes a part of it, but {NAME!r} has no tensor; need 'sdpa'")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise ValueError(f"attention_mask: the model computes with it, but {NAME!r} has no tensor; need 'sdpa'")
+
     def attend(self, query, key, value, scale: float | None = None) -> torch.Tensor:
         sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if torch.compiler.is_compiling():  # in it nothing is made ready, but by the config before
@@ -71,6 +83,10 @@ class ModelMask(Mask):
             if sizes != expected:
                 raise ValueError(f"attention_mask: got heads {sizes} in compiled code, but {expected} by the config")
             return mask.attend(query, key, value, scale)
+        if (query.shape[2], key.shape[2]) != (self.lengths.q_length, self.lengths.kv_length):
+            raise ValueError(
+                f"attention_mask: is for {self.lengths}, got {query.shape[2]} queries, {key.shape[2]} keys"
+            )
         return self._of(sizes, query.dtype, query.device).attend(query, key, value, scale)
 
     def _by_config(self) -> tuple[tuple, Mask]:
@@ -84,14 +100,15 @@ class ModelMask(Mask):
 
     def _of(self, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Mask:
         """The mask for `sizes`, heads and key heads and head sizes of query and of value."""
-        if (*sizes, dtype) not in self._ready:
-            lengths, (heads, kv_heads, head_size, value_size) = self._lengths, sizes
+        lengths, (heads, kv_heads, head_size, value_size) = self.lengths, sizes
+        kind = (*sizes, dtype, self._gradients or torch.is_grad_enabled())  # a checkpoint computes first without them
+        if kind not in self._ready:
             batch = Batch(
                 lengths.batch_size, lengths.q_length, lengths.kv_length, heads, kv_heads, head_size, dtype, device,
-                self._documents, torch.is_grad_enabled(), value_size,
+                self._documents, kind[-1], value_size,
             )  # fmt: skip
-            self._ready[*sizes, dtype] = prepare(self.pattern, batch, self._name, fullgraph=self._name == "auto")
-        return self._ready[*sizes, dtype]
+            self._ready[kind] = prepare(self.pattern, batch, self._name, fullgraph=self._name == "auto")
+        return self._ready[kind]
 
 
 def make_mask(
@@ -123,6 +140,10 @@ def make_mask(
     """
     device = torch.device(device)
     lengths = Lengths(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
+    if isinstance(attention_mask, ModelMask):
+        if attention_mask.lengths != lengths:
+            raise ValueError(f"attention_mask: was made for {attention_mask.lengths}, need {lengths}")
+        return attention_mask
     try:
         causal, window, documents = read(mask_function, lengths, attention_mask)
     except Unreadable as error:
@@ -225,7 +246,5 @@ def _with_tensor(backend: str, softcap: float | None, mask: torch.Tensor) -> Mas
         raise ValueError(f"attention_mask: {backend} cannot do a 4-D mask; {', '.join(_DENSE)} can")
     if backend == "sdpa" and softcap is not None:
         raise ValueError(f"softcap: sdpa cannot do a soft cap ({softcap}); dense can")
-    if backend == "dense" and mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask: got {mask.dtype}, need torch.bool with the backend dense")
     data = (False, mask, False) if backend == "sdpa" else mask
     return Mask(Pattern(False, soft_cap=softcap), BACKENDS[backend], data, True)
