@@ -83,10 +83,9 @@ class ModelMask(Mask):
             if sizes != expected:
                 raise ValueError(f"attention_mask: got heads {sizes} in compiled code, but {expected} by the config")
             return mask.attend(query, key, value, scale)
-        if (query.shape[2], key.shape[2]) != (self.lengths.q_length, self.lengths.kv_length):
-            raise ValueError(
-                f"attention_mask: is for {self.lengths}, got {query.shape[2]} queries, {key.shape[2]} keys"
-            )
+        found, need = (query.shape[2], key.shape[2]), (self.lengths.q_length, self.lengths.kv_length)
+        if found != need:
+            raise ValueError(f"attention_mask: got {found} queries and keys, need {need}, for which it was made")
         return self._of(sizes, query.dtype, query.device).attend(query, key, value, scale)
 
     def _by_config(self) -> tuple[tuple, Mask]:
