@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from unsloth_puzzles.attention.models import NAME, register
+from unsloth_puzzles.attention.models import NAME, make_mask, register
 
 register()
 LENGTH = 14
@@ -154,7 +154,9 @@ def test_what_is_refused_is_refused_by_name(name):
 def test_latent_attention_with_every_backend(name):
     """Heads of query and key have 24 numbers, those of value 16, and the config's `head_dim` is 8."""
     theirs, ours = pair(name)
+    size = {"batch_size": 1, "q_length": 4, "kv_length": 4}
     with torch.no_grad():
+        assert make_mask("flex", **size, config=ours.config, dtype=torch.float32, device="cpu").backend.name == "flex"
         expected = logits(theirs, INPUTS["padded on the left"])
         for backend in ("flex", "sdpa", "dense"):
             ours.set_attn_implementation(f"{NAME}_{backend}")

@@ -94,6 +94,8 @@ class ModelMask(Mask):
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
             size = getattr(config, "head_dim", None) or config.hidden_size // heads
             sizes = (heads, kv_heads, size, size)
+            if getattr(config, "qk_nope_head_dim", None):  # latent attention
+                sizes = (heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
             self._compiled = sizes, self._of(sizes, **self._options)
         return self._compiled
 

@@ -307,7 +307,9 @@ def _run_layer(variants: Variants, layer, hidden_states, *args, **kwargs):
         _mark(tensor)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Mask):
-        raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
+        raise ValueError(
+            f"attention_mask: got {type(mask).__name__}, need a 2-D one (padding at ends of rows) or position ids"
+        )
     check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("position_ids", "use_cache", "past_key_values", *LENGTHS):
