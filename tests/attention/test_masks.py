@@ -88,6 +88,10 @@ def compare(seeds) -> tuple[int, int]:
         real = torch.ones(ROWS, lengths.q_length, dtype=torch.bool)
         if attention_mask is not None:
             real = attention_mask[:, lengths.q_offset : lengths.q_offset + lengths.q_length]
+        # Without causality the queries may be another sequence's, as in cross attention: none of them is padding.
+        unpadded = theirs(function, lengths)
+        if not torch.equal(unpadded, unpadded.tril(lengths.q_offset - lengths.kv_offset)):
+            real = torch.ones_like(real)
         real = real & right.any(-1)  # transformers lets a query that sees nothing see everything, which nobody wants
         try:
             ours = seen(function, lengths, attention_mask)
@@ -110,6 +114,7 @@ def test_many_drawn_combinations_are_transformers_masks():
     compare(range(250, 6000))
 
 
+RIGHT = torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
 GAP = torch.tensor([[1, 0, 1, 1, 1, 1]]).bool()
 AGAIN = torch.tensor([[0, 0, 1, 1, 0, 0]])
 PACKED = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1]]))
@@ -159,6 +164,7 @@ def test_a_mask_function_over_packed_positions():
         (masking_utils.sliding_window_bidirectional_mask_function(2), None, "mask_function: sliding_window_bidirec"),
         (masking_utils.sliding_window_overlay(2), None, r"mask_function: a window \(2\) without causal_mask_function"),
         (masking_utils.packed_sequence_mask_function(AGAIN), None, "packed_sequence_mask: an id comes again"),
+        (masking_utils.bidirectional_mask_function, RIGHT, "attention_mask: has zeros and its queries see later keys"),
         (masking_utils.causal_mask_function, GAP, "attention_mask: has zeros between ones"),
         (masking_utils.causal_mask_function, torch.ones(1, 5).bool(), "attention_mask: got 5 positions, need 6"),
     ],
@@ -173,6 +179,15 @@ def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message)
         made = make_mask(backend, **lengths, **given, attention_mask=attention_mask)
         right = theirs(function, Lengths(1, 6, 6, 0, 0), attention_mask)
         assert torch.equal(made[:, 0][right.any(-1)], right[right.any(-1)])
+
+
+def test_cross_attention_with_as_many_queries_as_padded_keys():
+    """Every query sees the real keys, also a query at the position of a key that is padding."""
+    made = make_mask(
+        "auto", batch_size=1, q_length=6, kv_length=6, config=CONFIG, dtype=torch.float32, device="cpu",
+        mask_function=masking_utils.bidirectional_mask_function, attention_mask=RIGHT,
+    )  # fmt: skip
+    assert made[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0]] * 6
 
 
 def test_offsets_may_be_tensors():

@@ -103,6 +103,7 @@ def mllama_inputs():
     }  # fmt: skip
 
 
+PADDED_ENCODER = "attention_mask: has zeros and its queries see later keys"
 # (class, config, inputs, how the message begins if flex attention is asked for, or None)
 CASES = {
     "CLIP": (CLIPVisionModel, lambda: CLIPVisionConfig(**TOWER), lambda: PIXELS, None),
@@ -120,20 +121,23 @@ CASES = {
     ),
     "BART": (
         BartModel, lambda: BartConfig(**SEQ2SEQ), lambda: {**PADDED, "decoder_input_ids": IDS[:, :7]},
-        "past_key_values: 7 queries .* no padding in cross attention",
+        PADDED_ENCODER,
+    ),
+    "BART, as many queries as keys": (
+        BartModel, lambda: BartConfig(**SEQ2SEQ), lambda: {**PADDED, "decoder_input_ids": IDS}, PADDED_ENCODER,
     ),
     "BART, more queries than keys": (
         BartModel, lambda: BartConfig(**SEQ2SEQ), lambda: {"input_ids": IDS[:, :4], "decoder_input_ids": IDS},
         "backend: flex cannot do 10 queries for 4 keys",
     ),
-    "BERT": (BertModel, lambda: BertConfig(**TEXT), lambda: PADDED, None),
+    "BERT": (BertModel, lambda: BertConfig(**TEXT), lambda: PADDED, PADDED_ENCODER),
     "BERT as a decoder": (
         BertModel, lambda: BertConfig(**TEXT, is_decoder=True, add_cross_attention=True),
         lambda: {**PADDED, "encoder_hidden_states": drawn(2, 13, 64)}, None,
     ),
     "ModernBERT": (
         ModernBertModel, lambda: ModernBertConfig(**TEXT, local_attention=6), lambda: PADDED,
-        "mask_function: sliding_window_bidirectional_overlay",
+        "(attention_mask: has zeros|mask_function: sliding_window_bidirectional_overlay)",
     ),
     "Mllama": (
         MllamaForConditionalGeneration,
@@ -170,8 +174,8 @@ CASES = {
 }  # fmt: skip
 # How many modules attend, if not two.
 LAYERS = {
-    "Whisper": 6, "BART": 6, "BART, more queries than keys": 6, "BERT as a decoder": 4, "Mllama": 5, "Qwen2-VL": 4,
-    "Qwen2.5-VL": 4, "LLaVA": 4, "Gemma 3": 4,
+    "Whisper": 6, "BART": 6, "BART, as many queries as keys": 6, "BART, more queries than keys": 6,
+    "BERT as a decoder": 4, "Mllama": 5, "Qwen2-VL": 4, "Qwen2.5-VL": 4, "LLaVA": 4, "Gemma 3": 4,
 }  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def read(
     """(causal, window, documents) of a mask, documents (batch, kv_length) int32 or None.
 
     attention_mask: (batch, positions), 0 for padding, or None. Padding is a document of its own: real tokens do not see
-    it, and padding sees itself, so that no row is empty.
+    it, and padding sees itself, so that no row is empty. So what is computed at padding is not what transformers
+    computes there, whose own kinds of attention differ in it.
 
     Raises:
         Unreadable: another function of the mask, padding between real tokens, or queries that are not the last keys.
@@ -54,8 +55,6 @@ def read(
         _check_ends(lengths)
     if attention_mask is not None and not isinstance(attention_mask, Unpadded):
         documents = _with_padding(attention_mask, causal, documents, lengths)
-        if documents is not None:
-            _check_ends(lengths)
     return causal, window, documents
 
 
@@ -76,8 +75,7 @@ def _check_ends(lengths: Lengths) -> None:
     if lengths.q_offset + lengths.q_length != lengths.kv_offset + lengths.kv_length:
         raise Unreadable(
             f"past_key_values: {lengths.q_length} queries from position {lengths.q_offset} on for {lengths.kv_length} "
-            f"keys from {lengths.kv_offset} on; need queries that are the last positions (no static cache, no "
-            "padding in cross attention)"
+            f"keys from {lengths.kv_offset} on; need queries that are the last positions (no static cache)"
         )
 
 
@@ -90,6 +88,8 @@ def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.T
     hidden = real[:, 1:] <= real[:, :-1] if causal else real
     if hidden.all():
         return documents
+    if not causal:  # in cross attention, a query at a key's position is another sequence's: it sees the real keys
+        raise Unreadable("attention_mask: has zeros and its queries see later keys, as in encoders; need ones alone")
     if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
         raise Unreadable("attention_mask: has zeros between ones; need padding at the ends of a row alone")
     return number_documents(real.int() if documents is None else 2 * documents + real)
