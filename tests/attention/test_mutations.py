@@ -44,6 +44,10 @@ MUTATIONS = {
         "masks.py", "if not torch.equal(changes, kinds):", "if False:",
         "test_masks.py::test_drawn_combinations_are_transformers_masks",
     ),
+    "padded keys of cross attention": mutation(
+        "masks.py", "if not causal:  #", "if False:  #",
+        "test_masks.py::test_cross_attention_with_as_many_queries_as_padded_keys",
+    ),
     "a mask for another number of keys": mutation(
         "models.py", "if found != need:", "if False:",
         "test_arguments.py::test_tensors_of_other_lengths_than_the_mask",

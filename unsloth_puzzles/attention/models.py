@@ -5,9 +5,10 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unsloth_puzzles_flex")  # this one
 
 Causal and bidirectional masks, sliding windows (Mistral), chunks (Llama 4), soft caps (Gemma 2), padding, and packed
-batches as transformers recognises them, by position ids that start anew. Any other mask becomes a dense one, with the
-automatic choice, SDPA and the formula; the other backends refuse it by name. So does every backend what else changes
-the result. This file is for transformers (made for 5.17), which nothing else in this package needs.
+batches as transformers recognises them, by position ids that start anew. Any other mask (a padded encoder's, a static
+cache's) becomes a dense one, with the automatic choice, SDPA and the formula. The other backends refuse it by name, as
+every backend does what else changes the result. This file is for transformers (made for 5.17), which nothing else in
+this package needs.
 """
 
 from collections.abc import Callable
