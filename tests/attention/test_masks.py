@@ -187,7 +187,7 @@ def test_cross_attention_with_as_many_queries_as_padded_keys():
         "auto", batch_size=1, q_length=6, kv_length=6, config=CONFIG, dtype=torch.float32, device="cpu",
         mask_function=masking_utils.bidirectional_mask_function, attention_mask=RIGHT,
     )  # fmt: skip
-    assert made[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0]] * 6
+    assert isinstance(made, torch.Tensor) and made[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0]] * 6
 
 
 def test_offsets_may_be_tensors():
