@@ -123,6 +123,9 @@ else:
 # show: unsloth_puzzles/attention/__init__.py
 
 # %%
+# show: unsloth_puzzles/attention/masks.py
+
+# %%
 # show: unsloth_puzzles/attention/models.py
 
 # %% [markdown]

@@ -64,6 +64,30 @@ def test_no_worse_than_the_formula_in_the_same_dtype(name, backend, dtype):
             assert off <= max(allowed) + 2 * torch.finfo(dtype).eps, (what, length, off.item(), allowed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("head_size, value_size", [(24, 16), (16, 24), (192, 128), (96, 96)])
+def test_values_of_another_head_size(head_size, value_size, backend, dtype):
+    """As with latent attention; no sizes that are powers of two alone."""
+    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+        pytest.skip(f"{backend}: {reason}")
+    for asked in ({}, {"window": 50}, {"documents": draw_documents(200, 0.02).cuda()}):
+        query, key, _ = (t.cuda() for t in draw(200, head_size=head_size, dtype=dtype))
+        value = draw(200, head_size=value_size, seed=1, dtype=dtype)[2].cuda()
+        slope = draw(200, head_size=value_size, seed=5, dtype=torch.float64)[0].cuda()
+        data = (query, key, value)
+        differ = head_size != value_size
+        if backend in ("flash", "xformers") and (differ or (backend == "flash" and dtype == torch.float32)):
+            with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do"):
+                attention(*data, backend=backend, **asked)
+            return
+        exact = run([t.double() for t in data], slope, "dense", asked)
+        found, plain = run(data, slope, backend, asked), pytorchs(data, slope, asked)
+        for mine, other, right in zip(found, plain, exact, strict=True):
+            allowed = (other.double() - right).norm() + 2 * torch.finfo(dtype).eps * right.norm()
+            assert (mine.double() - right).norm() <= allowed
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_cache_is_attended_to_or_refused(backend):
     """Fewer queries than keys."""

@@ -38,7 +38,7 @@ def by_definition(query, key, value, *, causal=True, window=None, documents=None
             scores = query[b, h].double() @ k.T * (1 / math.sqrt(width) if scale is None else scale)
             scores = scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
             rows.append(scores.masked_fill(~mask[b], -math.inf).softmax(-1) @ v)
-    return torch.stack(rows).view(size, heads, q_length, width)
+    return torch.stack(rows).view(size, heads, q_length, value.shape[-1])
 
 
 def request(name, length):
@@ -76,6 +76,37 @@ def test_gradients_are_those_of_the_definition(name, backend):
         assert (one - other).norm() <= 1e-12 * other.norm()
 
 
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("name", ["causal", "window", "packed, bidirectional"])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (9, 3)])
+@pytest.mark.parametrize("head_size, value_size", [(24, 16), (16, 24), (20, 20), (96, 72)])
+def test_sizes_of_heads(head_size, value_size, heads, kv_heads, name, backend):
+    """Also no powers of two, and values of another size, as with latent attention."""
+    query, key, _ = draw(17, heads=heads, kv_heads=kv_heads, head_size=head_size)
+    value = draw(17, heads=heads, kv_heads=kv_heads, head_size=value_size, seed=1)[2]
+    asked = request(name, 17)
+    exact = by_definition(query, key, value, **asked)
+    found = attention(query, key, value, backend=backend, **asked)
+    assert found.shape == (2, heads, 17, value_size)
+    assert (found - exact).norm() <= 5e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_cross_attention(backend):
+    """More queries than keys, or fewer, if each query sees all keys."""
+    query, key, value = draw(9)
+    exact = by_definition(query, key, value, causal=False)
+    found = attention(query[:, :, :4], key, value, causal=False, backend=backend)
+    assert (found - exact[:, :, :4]).norm() <= 5e-7 * found.norm()
+    longer = torch.cat([query, query], dim=2)
+    if backend == "flex":
+        with pytest.raises(ValueError, match=r"^backend: flex cannot do 18 queries for 9 keys.*; sdpa, dense can$"):
+            attention(longer, key, value, causal=False, backend=backend)
+        return
+    found = attention(longer, key, value, causal=False, backend=backend)
+    assert (found - torch.cat([exact, exact], dim=2)).norm() <= 5e-7 * found.double().norm()
+
+
 def test_flex_on_a_cpu_has_no_gradients_and_says_so():
     query, key, value = draw(20)
     with pytest.raises(ValueError, match=r"^backend: flex cannot do gradients on a CPU; sdpa, dense can$"):
@@ -105,6 +136,7 @@ def test_the_table_says_what_each_backend_accepts():
         "documents": (Pattern(), {"documents": documents, "device": gpu}),
         "soft cap": (Pattern(soft_cap=1.0), {"device": gpu}),
         "cache": (Pattern(), {"q_length": 2, "device": gpu}),
+        "value heads": (Pattern(), {"value_head_size": 24, "device": gpu}),
         "float32": (Pattern(), {"dtype": torch.float32, "device": gpu}),
         "without a GPU": (Pattern(), {"device": cpu}),
         "gradients on a CPU": (Pattern(), {"device": cpu, "gradients": True}),
@@ -112,9 +144,9 @@ def test_the_table_says_what_each_backend_accepts():
     assert {*asks, "fullgraph"} == set(FEATURES)
     everything = set(FEATURES)
     assert {name: everything - backend.features for name, backend in BACKENDS.items()} == {
-        "flash": {"soft cap", "cache", "float32", "without a GPU", "gradients on a CPU"},
+        "flash": {"soft cap", "cache", "value heads", "float32", "without a GPU", "gradients on a CPU"},
         "flex": {"gradients on a CPU"},
-        "xformers": {"soft cap", "cache", "without a GPU", "gradients on a CPU", "fullgraph"},
+        "xformers": {"soft cap", "cache", "value heads", "without a GPU", "gradients on a CPU", "fullgraph"},
         "sdpa": {"soft cap"},
         "dense": set(),
     }

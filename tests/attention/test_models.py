@@ -14,7 +14,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    masking_utils,
 )
 
 from unsloth_puzzles.attention import BACKENDS, flex
@@ -146,34 +145,24 @@ def test_a_bidirectional_model():
     assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
 
 
-def mask(**changed):
+def mask(backend="auto", **changed):
     config = model_of("Llama").config
     given = {"batch_size": 1, "q_length": 4, "kv_length": 4, "dtype": torch.float32, "device": "cpu", "config": config}
-    return make_mask("auto", **{**given, **changed})
+    return make_mask(backend, **{**given, **changed})
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        masking_utils.chunked_causal_mask_function(2, torch.zeros(1)),
-        masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function),
-        lambda b, h, q, k: q >= k,
-    ],
-)
-def test_a_mask_that_is_not_known_is_refused_not_guessed(function):
-    with pytest.raises(ValueError, match=r"^mask_function: .*need causal, bidirectional, a sliding window, packed"):
-        mask(mask_function=function)
-
-
-def test_padding_between_tokens_is_refused():
-    """It would cut a row in two; transformers lets what follows see what came before."""
-    model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=NAME)).eval()
+@torch.no_grad()
+def test_padding_between_tokens():
+    """What follows it sees what came before."""
+    model = model_of("Llama")
     gap = torch.ones(3, LENGTH, dtype=torch.long)
     gap[1, 5:9] = 0
-    with pytest.raises(ValueError, match=r"^attention_mask: has zeros between ones"):
-        model(ids(), attention_mask=gap)
-    gap[1, :5] = 0
-    assert model(ids(), attention_mask=gap).logits.isfinite().all()  # padding on the left again
+    expected = logits(model, "sdpa", {"attention_mask": gap})
+    for backend in ("auto", "sdpa", "dense"):
+        found = logits(model, implementation(backend), {"attention_mask": gap})
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+    with pytest.raises(ValueError, match=r"^attention_mask: has zeros between ones.*; sdpa, dense can$"):
+        logits(model, implementation("flex"), {"attention_mask": gap})
 
 
 def test_documents_told_by_lengths_alone_are_refused():
@@ -201,9 +190,11 @@ def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size, dtype):
     assert flex.kernel_options(batch) == {"BACKEND": "TRITON"}
 
 
-def test_a_static_cache_is_refused():
-    with pytest.raises(ValueError, match=r"^past_key_values: 1 queries from position 5 on for 32 keys"):
-        mask(q_length=1, q_offset=5, kv_length=32)
+def test_a_static_cache_is_a_dense_mask():
+    given = {"q_length": 1, "q_offset": 5, "kv_length": 32}
+    assert mask(**given)[0, 0, 0].tolist() == [True] * 6 + [False] * 26
+    with pytest.raises(ValueError, match=r"^past_key_values: 1 queries from position 5 on for 32 keys.*dense can$"):
+        mask("flex", **given)
 
 
 @pytest.mark.parametrize("name, value", [("dropout", 0.1), ("s_aux", torch.ones(4)), ("position_bias", torch.ones(1))])
@@ -211,8 +202,8 @@ def test_what_a_layer_may_not_ask_for(name, value):
     query = torch.randn(1, 4, 4, 16)
     with pytest.raises(ValueError, match=f"^{name}: is not supported"):
         attention_forward(None, query, query, query, mask(), **{name: value})
-    with pytest.raises(ValueError, match=r"^attention_mask: got Tensor"):
-        attention_forward(None, query, query, query, torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"^attention_mask: got shape \(1, 4\), need a 2-D one for"):
+        attention_forward(None, query, query, query, torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"^softcap: the layer asks for 3\.0, the config says None"):
         attention_forward(None, query, query, query, mask(), softcap=3.0)
 

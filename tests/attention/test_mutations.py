@@ -37,8 +37,32 @@ MUTATIONS = {
     "scale dropped": mutation("sdpa.py", "scale=scale", "scale=None",
                               "test_interface.py::test_forward_is_the_definition[40-40-scale-sdpa]"),
     "padding seen": mutation(
-        "models.py", "or not (real[:, 1:] <= real[:, :-1]).all()", "or False",
+        "masks.py", "if hidden.all():", "if causal:",
         "test_models.py::test_the_logits_are_those_of_transformers[Llama-padded on the left-auto]",
+    ),
+    "the last window counts, not the least": mutation(
+        "masks.py", "min(windows, default=None)", "windows[-1] if windows else None",
+        "test_masks.py::test_masks_of_one_kind_narrow_each_other[parts2-last_row2]",
+    ),
+    "the last documents count alone": mutation(
+        "masks.py", "documents = one if documents is None else", "documents = one if True else",
+        "test_masks.py::test_a_mask_function_over_packed_positions",
+    ),
+    "an id of packed sequences that comes again": mutation(
+        "masks.py", "if not torch.equal(changes, kinds):", "if False:",
+        "test_masks.py::test_drawn_combinations_are_transformers_masks",
+    ),
+    "padded keys of cross attention": mutation(
+        "masks.py", "if not causal:  #", "if False:  #",
+        "test_masks.py::test_cross_attention_with_as_many_queries_as_padded_keys",
+    ),
+    "a mask for another number of keys": mutation(
+        "models.py", "if found != need:", "if False:",
+        "test_arguments.py::test_tensors_of_other_lengths_than_the_mask",
+    ),
+    "a module that says it is not causal": mutation(
+        "models.py", 'getattr(module, "is_causal", True) if', "True if",
+        "test_towers.py::test_outputs_are_those_with_sdpa[CLIP]",
     ),
     "a forced recompilation per length": mutation(
         "blocks.py", "torch._dynamo.maybe_mark_dynamic(table, tuple(range(2, table.dim())))",

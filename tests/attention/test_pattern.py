@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import masking_utils
 
 from tests.attention.conftest import draw_documents, make_batch, sees
+from unsloth_puzzles.attention import prepare
 from unsloth_puzzles.attention.pattern import Pattern, dense_mask, documents_of_positions, number_documents
 
 
@@ -59,8 +60,9 @@ def test_what_makes_no_sense_is_refused_by_name(options, argument):
 
 
 def test_batches_that_do_not_fit_together():
-    with pytest.raises(ValueError, match=r"^query: got 5 positions for 4 keys"):
-        make_batch(4, 5)
+    for asked, documents in ((Pattern(), None), (Pattern(causal=False), torch.zeros(2, 4, dtype=torch.int32))):
+        with pytest.raises(ValueError, match=r"^query: got 5 positions for 4 keys"):
+            prepare(asked, make_batch(4, 5, documents=documents))
     with pytest.raises(ValueError, match=r"^query: got 4 heads for 3 key heads"):
         make_batch(4, kv_heads=3)
     with pytest.raises(ValueError, match=r"^documents: got shape \(2, 3\), need"):

@@ -4,14 +4,18 @@ import torch
 
 from unsloth_puzzles.attention.pattern import Batch, Pattern
 
-FEATURES = ("window", "documents", "soft cap", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph")
+FEATURES = (
+    "window", "documents", "soft cap", "cache", "value heads", "float32", "gradients on a CPU", "without a GPU",
+    "fullgraph",
+)  # fmt: skip
 
 
 class Backend:
     """One way to compute attention.
 
     features: those of `FEATURES` that it has. All know causal and bidirectional masks, a scale and grouped queries.
-    "cache": fewer queries than keys. "fullgraph": it can be compiled into a layer without a graph break.
+    "cache": other numbers of queries than of keys. "value heads": of another size than those of query and key.
+    "fullgraph": it can be compiled into a layer without a graph break.
     memory: what it takes beside inputs and outputs, in words.
     splits_at: compiled into a layer, it is another code for queries shorter than this.
     """
@@ -32,7 +36,12 @@ class Backend:
             ("window", pattern.window is not None, f"a window ({pattern.window})"),
             ("soft cap", pattern.soft_cap is not None, f"a soft cap ({pattern.soft_cap})"),
             ("documents", batch.documents is not None, "packed documents"),
-            ("cache", batch.offset > 0, f"{batch.q_length} queries for {batch.kv_length} keys"),
+            ("cache", batch.offset != 0, f"{batch.q_length} queries for {batch.kv_length} keys"),
+            (
+                "value heads",
+                batch.value_head_size not in (None, batch.head_size),
+                f"value heads of size {batch.value_head_size} beside {batch.head_size}",
+            ),
             ("float32", batch.dtype.itemsize > 2, f"{batch.dtype}".removeprefix("torch.")),
             ("without a GPU", on_cpu, "a CPU"),
             ("gradients on a CPU", on_cpu and batch.gradients, "gradients on a CPU"),
@@ -46,7 +55,8 @@ class Backend:
         raise NotImplementedError
 
     def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
-        """query (batch, heads, q_length, head size), key, value (batch, key heads, kv_length, head size) -> as query.
+        """query (batch, heads, q_length, head size), key, value (batch, key heads, kv_length, head size) -> as query
+        with value's head size.
 
         Query head h uses key head h // (heads // key heads). `data` is what `prepare` gave. `scale` is what query @ key
         is multiplied with, None for 1 / sqrt(head size).

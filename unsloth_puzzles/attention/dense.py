@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from unsloth_puzzles.attention.backend import Backend, repeat_heads
+from unsloth_puzzles.attention.backend import FEATURES, Backend, repeat_heads
 from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
 
 
@@ -12,9 +12,7 @@ class Dense(Backend):
     """softmax(soft cap(scale Q K^T) + mask) V with all scores in memory, in float32 (float64 stays)."""
 
     name = "dense"
-    features = frozenset(
-        {"window", "documents", "soft cap", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph"}
-    )
+    features = frozenset(FEATURES)
     memory = "heads x length^2 scores, several times"
 
     def prepare(self, pattern: Pattern, batch: Batch) -> torch.Tensor | None:
@@ -28,5 +26,5 @@ class Dense(Backend):
         if pattern.soft_cap is not None:
             scores = pattern.soft_cap * torch.tanh(scores / pattern.soft_cap)
         if data is not None:
-            scores = scores.masked_fill(~data, -math.inf)
+            scores = scores.masked_fill(~data, -math.inf) if data.dtype == torch.bool else scores + data
         return (scores.softmax(-1) @ value.to(wide)).to(query.dtype)

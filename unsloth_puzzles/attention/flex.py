@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import flex_attention
 
-from unsloth_puzzles.attention.backend import Backend
+from unsloth_puzzles.attention.backend import FEATURES, Backend
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.pattern import Batch, Pattern
 from unsloth_puzzles.device import capability
@@ -26,17 +26,20 @@ class Flex(Backend):
     """
 
     name = "flex"
-    features = frozenset({"window", "documents", "soft cap", "cache", "float32", "without a GPU", "fullgraph"})
+    features = frozenset(FEATURES) - {"gradients on a CPU"}
     memory = "none"
     splits_at = 128  # Inductor asks whether its decoding kernel could be taken, also where it may not
 
     def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
         if batch.dtype == torch.float64:
             return "flex cannot do float64"
-        if batch.head_size < 16:
-            return f"flex cannot do head size {batch.head_size}, only 16 and more"
-        if 0 < capability(batch.device) < 80 and _small_tile(batch.head_size, batch.dtype) is None:
-            return f"flex cannot do head size {batch.head_size} in {batch.dtype} with a T4's shared memory"
+        if batch.offset < 0:
+            return f"flex cannot do {batch.q_length} queries for {batch.kv_length} keys, only for as many and more"
+        sizes = (batch.head_size, batch.value_head_size or batch.head_size)
+        if min(sizes) < 16:
+            return f"flex cannot do head size {min(sizes)}, only 16 and more"
+        if 0 < capability(batch.device) < 80 and _small_tile(max(sizes), batch.dtype) is None:
+            return f"flex cannot do head size {max(sizes)} in {batch.dtype} with a T4's shared memory"
         return super().refuses(pattern, batch)
 
     def prepare(self, pattern: Pattern, batch: Batch) -> Blocks:
@@ -106,7 +109,7 @@ def kernel_options(batch: Batch) -> dict | None:
         return None
     options = {"BACKEND": "TRITON"}
     if capability(batch.device) < 80:
-        rows = _small_tile(batch.head_size, batch.dtype)
+        rows = _small_tile(max(batch.head_size, batch.value_head_size or 0), batch.dtype)
         options |= {**dict.fromkeys(_TILES, rows), "num_stages": 1, "num_warps": 4}
     return options
 

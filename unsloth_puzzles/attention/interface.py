@@ -36,8 +36,9 @@ def attention(
     """softmax(soft cap(scale Q K^T) + mask) V, (batch, heads, q_length, head size) in the dtype of `query`.
 
     query: (batch, heads, q_length, head size); key, value: (batch, key heads, kv_length, head size), `heads` a multiple
-    of `key heads`. Fewer queries than keys are the last positions. documents: (batch, kv_length) integers; a query sees
-    only its own stretch of equal ones. scale: what Q K^T is multiplied with, None for 1 / sqrt(head size). The rest is
+    of `key heads`; value, and so the result, may have another head size. Fewer queries than keys are the last
+    positions; more are possible if each sees all keys. documents: (batch, kv_length) integers; a query sees only its
+    own stretch of equal ones. scale: what Q K^T is multiplied with, None for 1 / sqrt(head size). The rest is
     `Pattern`'s.
 
     backend: "flash", "flex", "xformers", "sdpa", "dense", or "auto". Whatever it is, the mask is the one asked for:
@@ -66,6 +67,8 @@ class Mask:
 
 def prepare(pattern: Pattern, batch: Batch, backend: str = "auto", *, fullgraph: bool = False) -> Mask:
     """The mask of a batch, for `Mask.attend` in each layer. `fullgraph`: it must do without a graph break."""
+    if batch.offset < 0 and (pattern.causal or batch.documents is not None):
+        raise ValueError(f"query: got {batch.q_length} positions for {batch.kv_length} keys, need at most as many")
     chosen = choose(pattern, batch, fullgraph) if backend == "auto" else _named(backend, pattern, batch, fullgraph)
     return Mask(pattern, chosen, chosen.prepare(pattern, batch), batch.documents is not None)
 
@@ -123,8 +126,8 @@ def _batch(query, key, value, documents) -> Batch:
             raise ValueError(f"{name}: got {found}, need a tensor (batch, heads, length, head size)")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, need {query.dtype} on {query.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value: got shape {tuple(value.shape)}, need {tuple(key.shape)}, as key has")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, need {(*key.shape[:3], 'head size')}, as key has")
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
         raise ValueError(f"key: got shape {tuple(key.shape)}, need batch and head size of query, {tuple(query.shape)}")
     size, heads, q_length, head_size = query.shape
@@ -135,5 +138,6 @@ def _batch(query, key, value, documents) -> Batch:
         documents = number_documents(documents.to(query.device))
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     return Batch(
-        size, q_length, key.shape[2], heads, key.shape[1], head_size, query.dtype, query.device, documents, gradients
-    )
+        size, q_length, key.shape[2], heads, key.shape[1], head_size, query.dtype, query.device, documents, gradients,
+        value.shape[3],
+    )  # fmt: skip

@@ -4,9 +4,11 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unsloth_puzzles")       # the best backend
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unsloth_puzzles_flex")  # this one
 
-Causal and bidirectional masks, sliding windows (Mistral), soft caps (Gemma 2), padding, and packed batches as
-transformers recognises them, by position ids that start anew. What else a model asks for is refused by name. This file
-is for transformers (made for 5.17), which nothing else in this package needs.
+Causal and bidirectional masks, sliding windows (Mistral), chunks (Llama 4), soft caps (Gemma 2), padding, and packed
+batches as transformers recognises them, by position ids that start anew. Any other mask (a padded encoder's, a static
+cache's) becomes a dense one, with the automatic choice, SDPA and the formula. The other backends refuse it by name, as
+every backend does what else changes the result. This file is for transformers (made for 5.17), which nothing else in
+this package needs.
 """
 
 from collections.abc import Callable
@@ -15,21 +17,20 @@ from functools import partial
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
+from unsloth_puzzles.attention.backend import Backend
 from unsloth_puzzles.attention.interface import BACKENDS, Mask, prepare
-from unsloth_puzzles.attention.pattern import Batch, Pattern, number_documents
+from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
+from unsloth_puzzles.attention.pattern import Batch, Pattern
 
 NAME = "unsloth_puzzles"
 
 
-class Unpadded(torch.Tensor):
-    """An attention mask, all ones, whose class says so: nobody has to look into it, and to wait for a GPU to do so."""
-
-
 def register() -> list[str]:
     """Make the backends known to transformers; returns the names for `attn_implementation`, the automatic one first."""
+    check()
     names = {implementation(backend): backend for backend in ("auto", *BACKENDS)}
     for name, backend in names.items():
-        AttentionInterface.register(name, attention_forward)
+        AttentionInterface.register(name, partial(attention_forward, backend=backend))
         AttentionMaskInterface.register(name, partial(make_mask, backend))
     return list(names)
 
@@ -40,45 +41,76 @@ def implementation(backend: str) -> str:
     return NAME if backend == "auto" else f"{NAME}_{'varlen' if backend == 'flash' else backend}"
 
 
-def attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Mask,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    **ignored,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer; `attention_mask` is what `make_mask` gave for the batch.
+class ModelMask(Mask):
+    """The mask of a batch, made ready for a backend when a layer asks: its own tensors say its heads and their sizes.
 
-    query (batch, heads, q_length, head size) -> (batch, q_length, heads, head size).
+    A config does not: layers of one model may differ, and with latent attention (DeepSeek) `head_dim` is that of the
+    rotated part. `backend` and `data` are by the config, for layers that are to be compiled, before any has been asked.
     """
-    if not isinstance(attention_mask, Mask):
-        raise ValueError(f"attention_mask: got {type(attention_mask).__name__}, need a 2-D one, or position ids")
-    check_lengths(attention_mask, ignored)
-    for name, given in (("dropout", dropout or None), ("s_aux", s_aux), ("position_bias", position_bias)):
-        if given is not None:
-            raise ValueError(f"{name}: is not supported by attn_implementation={NAME!r}")
-    if softcap != attention_mask.pattern.soft_cap:
-        raise ValueError(f"softcap: the layer asks for {softcap}, the config says {attention_mask.pattern.soft_cap}")
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return attention_mask.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
+    ndim = 4  # what `generate` has made is handed to the model, and by that to `make_mask`
 
-# What transformers' flash attention takes packed batches by.
-LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    def __init__(
+        self, name: str, pattern: Pattern, lengths: Lengths, documents: torch.Tensor | None, config, **options
+    ):
+        self.pattern, self.packed = pattern, documents is not None
+        self._name, self.lengths, self._documents = name, lengths, documents
+        self._config, self._options, self._gradients = config, options, torch.is_grad_enabled()
+        self._ready: dict[tuple, Mask] = {}
+        self._compiled: tuple | None = None
 
+    @property
+    def backend(self) -> Backend:
+        return self._by_config()[1].backend
 
-def check_lengths(mask: Mask, given: dict) -> None:
-    """Raise ValueError if `given`, a layer's keyword arguments, packs documents of which the mask does not know."""
-    if given.get(LENGTHS[0]) is not None and not mask.packed:
-        raise ValueError(f"{LENGTHS[0]}: a packed batch needs position_ids, and use_cache=False")
+    @property
+    def data(self) -> object:
+        return self._by_config()[1].data
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"attention_mask: the model asks for its {name}, but {NAME!r} has no tensor; need 'sdpa'")
+
+    def __getitem__(self, index):
+        raise ValueError(f"attention_mask: the model takes a part of it, but {NAME!r} has no tensor; need 'sdpa'")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise ValueError(f"attention_mask: the model computes with it, but {NAME!r} has no tensor; need 'sdpa'")
+
+    def attend(self, query, key, value, scale: float | None = None) -> torch.Tensor:
+        sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        if torch.compiler.is_compiling():  # in it nothing is made ready, but by the config before
+            expected, mask = self._by_config()
+            if sizes != expected:
+                raise ValueError(f"attention_mask: got heads {sizes} in compiled code, but {expected} by the config")
+            return mask.attend(query, key, value, scale)
+        found, need = (query.shape[2], key.shape[2]), (self.lengths.q_length, self.lengths.kv_length)
+        if found != need:
+            raise ValueError(f"attention_mask: got {found} queries and keys, need {need}, for which it was made")
+        return self._of(sizes, query.dtype, query.device).attend(query, key, value, scale)
+
+    def _by_config(self) -> tuple[tuple, Mask]:
+        if self._compiled is None:
+            config, heads = self._config, self._config.num_attention_heads
+            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            size = getattr(config, "head_dim", None) or config.hidden_size // heads
+            sizes = (heads, kv_heads, size, size)
+            if getattr(config, "qk_nope_head_dim", None):  # latent attention
+                sizes = (heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+            self._compiled = sizes, self._of(sizes, **self._options)
+        return self._compiled
+
+    def _of(self, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Mask:
+        """The mask for `sizes`, heads and key heads and head sizes of query and of value."""
+        lengths, (heads, kv_heads, head_size, value_size) = self.lengths, sizes
+        kind = (*sizes, dtype, self._gradients or torch.is_grad_enabled())  # a checkpoint computes first without them
+        if kind not in self._ready:
+            batch = Batch(
+                lengths.batch_size, lengths.q_length, lengths.kv_length, heads, kv_heads, head_size, dtype, device,
+                self._documents, kind[-1], value_size,
+            )  # fmt: skip
+            self._ready[kind] = prepare(self.pattern, batch, self._name, fullgraph=self._name == "auto")
+        return self._ready[kind]
 
 
 def make_mask(
@@ -87,76 +119,134 @@ def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
     config,
     dtype: torch.dtype,
     device: torch.device,
     **ignored,
-) -> Mask:
+) -> ModelMask | torch.Tensor:
     """What transformers calls once a batch (once for each kind of layer, if a model mixes windows with full attention).
 
-    attention_mask: (batch, positions), 0 for padding, or None. Padding is a document of its own: real tokens do not see
-    it, and padding sees itself, so that no row is empty. ValueError: there is padding between real tokens.
+    attention_mask: (batch, positions), 0 for padding, or None. Caches that are cut to another length count positions in
+    tensors without dimensions.
+
+    Returns:
+        The mask; a dense one, (batch, 1, q_length, kv_length) bool, if `Pattern` and documents do not describe it.
+
+    Raises:
+        ValueError: they do not, and `backend` knows no other masks.
     """
-    if not isinstance(q_offset, int) or q_offset + q_length != kv_offset + kv_length:
-        raise ValueError(
-            f"past_key_values: {q_length} queries from position {q_offset} on for {kv_length} keys from {kv_offset} "
-            "on; need a cache that ends with the last query (not a static one)"
-        )
-    asked = _read(mask_function)
-    documents = asked.get("documents")
-    if documents is not None:
-        documents = number_documents(documents.expand(batch_size, -1))
-    if attention_mask is not None and not isinstance(attention_mask, Unpadded):
-        real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        # Padding on the right alone is hidden by causality; like transformers, wait once a batch to know.
-        if not asked["causal"] or not (real[:, 1:] <= real[:, :-1]).all():
-            if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
-                raise ValueError("attention_mask: has zeros between ones; need padding at the ends of a row alone")
-            documents = number_documents(real.int() if documents is None else 2 * documents + real)
-    pattern = Pattern(asked["causal"], asked.get("window"), getattr(config, "attn_logit_softcapping", None))
     device = torch.device(device)
+    lengths = Lengths(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
+    if isinstance(attention_mask, ModelMask):
+        if attention_mask.lengths != lengths:
+            raise ValueError(f"attention_mask: was made for {attention_mask.lengths}, need {lengths}")
+        return attention_mask
+    try:
+        causal, window, documents = read(mask_function, lengths, attention_mask)
+    except Unreadable as error:
+        if backend not in ("auto", *_DENSE):
+            raise ValueError(f"{error}; {', '.join(_DENSE)} can") from None
+        return dense(mask_function, lengths, attention_mask, use_vmap, device)
+    pattern = Pattern(causal, window, getattr(config, "attn_logit_softcapping", None))
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    heads = config.num_attention_heads
-    batch = Batch(
-        size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=dtype,
-        device=device,
-        documents=documents,
-        gradients=torch.is_grad_enabled(),
-    )
-    return prepare(pattern, batch, backend, fullgraph=backend == "auto")
+    return ModelMask(backend, pattern, lengths, documents, config, dtype=dtype, device=device)
 
 
-def _read(mask_function: Callable) -> dict:
-    """What a mask function of transformers says: causal, and window or documents if it has them.
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Mask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    backend: str = "auto",
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer.
 
-    They are closures, known by their code. Raises ValueError for any other: a mask must never be guessed.
+    query (batch, heads, q_length, head size) -> (batch, q_length, heads, value's head size).
+
+    Args:
+        attention_mask: what `make_mask` gave for the batch; or a model's own, which is added to the scores, or False
+            where a query does not see a key, (batch, 1 or heads, q_length, kv_length); or None, as in vision towers
+            and cross attention: then `is_causal`, else the module's attribute, says whether queries see later keys.
+        others: refused by name if they would change the result (`REFUSED`).
     """
-    if mask_function is masking_utils.causal_mask_function:
-        return {"causal": True}
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return {"causal": False}
-    code = getattr(mask_function, "__code__", None)
-    free = dict(zip(getattr(code, "co_freevars", ()), getattr(mask_function, "__closure__", None) or (), strict=False))
-    if code is masking_utils.sliding_window_overlay(1).__code__:
-        return {"window": free["sliding_window"].cell_contents}
-    if code is masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__:
-        return {"documents": free["packed_sequence_mask"].cell_contents}
-    if code is masking_utils.and_masks().__code__:
-        parts = [_read(part) for part in free["mask_functions"].cell_contents]
-        return {name: value for part in parts for name, value in part.items()}
-    name = getattr(mask_function, "__qualname__", mask_function)
-    raise ValueError(
-        f"mask_function: {name} is not supported by attn_implementation={NAME!r}; "
-        "need causal, bidirectional, a sliding window, packed sequences"
-    )
+    for name, given in (("dropout", dropout or None), *((name, others.get(name)) for name in REFUSED)):
+        if given is not None and given is not False:
+            raise ValueError(f"{name}: is not supported by attn_implementation={NAME!r}")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(attention_mask, Mask):
+        mask = attention_mask
+        check_lengths(mask, others)
+        _check_pattern(mask.pattern, query.shape[2], softcap, is_causal, sliding_window)
+    elif others.get(LENGTHS[0]) is not None:
+        raise ValueError(f"{LENGTHS[0]}: a packed batch needs position_ids, and use_cache=False")
+    elif attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask = _without_mask(backend, bool(causal), softcap, query, key, value)
+    else:
+        mask = _with_tensor(backend, softcap, attention_mask)
+    return mask.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+# What transformers' flash attention takes packed batches by.
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What else changes the result: sinks, a bias, keys chosen by an indexer, weights of heads; and weights that none has.
+REFUSED = ("s_aux", "position_bias", "indices", "block_indices", "head_mask", "output_attentions")
+_DENSE = ("sdpa", "dense")  # backends that take any mask
+
+
+def check_lengths(mask: Mask, given: dict) -> None:
+    """Raise ValueError if `given`, a layer's keyword arguments, packs documents of which the mask does not know."""
+    if given.get(LENGTHS[0]) is not None and not mask.packed:
+        raise ValueError(f"{LENGTHS[0]}: a packed batch needs position_ids, and use_cache=False")
+
+
+def _check_pattern(pattern: Pattern, q_length: int, softcap, is_causal, sliding_window) -> None:
+    """Raise ValueError if a layer asks for something else than the mask that was made for it."""
+    if softcap != pattern.soft_cap:
+        raise ValueError(f"softcap: the layer asks for {softcap}, the config says {pattern.soft_cap}")
+    if is_causal is not None and is_causal != pattern.causal and q_length > 1:
+        raise ValueError(f"is_causal: the layer asks for {is_causal}, its mask says {pattern.causal}")
+    if sliding_window is not None and sliding_window != pattern.window:
+        raise ValueError(f"sliding_window: the layer asks for {sliding_window}, its mask says {pattern.window}")
+
+
+def _without_mask(backend: str, causal: bool, softcap: float | None, query, key, value) -> Mask:
+    (size, heads, q_length, head_size), kv_length = query.shape, key.shape[2]
+    if causal and q_length not in (1, kv_length):
+        raise ValueError(f"attention_mask: got None for {q_length} queries and {kv_length} keys, need one if is_causal")
+    batch = Batch(
+        size, q_length, kv_length, heads, key.shape[1], head_size, query.dtype, query.device,
+        gradients=torch.is_grad_enabled(), value_head_size=value.shape[3],
+    )  # fmt: skip
+    return prepare(Pattern(causal and q_length > 1, soft_cap=softcap), batch, backend)
+
+
+def _with_tensor(backend: str, softcap: float | None, mask: torch.Tensor) -> Mask:
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: got {found}, need a 2-D one for the model, a 4-D one for its layers, or none"
+        )
+    if backend == "auto":
+        backend = "sdpa" if softcap is None else "dense"
+    if backend not in _DENSE:
+        raise ValueError(f"attention_mask: {backend} cannot do a 4-D mask; {', '.join(_DENSE)} can")
+    if backend == "sdpa" and softcap is not None:
+        raise ValueError(f"softcap: sdpa cannot do a soft cap ({softcap}); dense can")
+    data = (False, mask, False) if backend == "sdpa" else mask
+    return Mask(Pattern(False, soft_cap=softcap), BACKENDS[backend], data, True)

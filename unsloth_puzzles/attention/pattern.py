@@ -36,7 +36,8 @@ class Batch:
     """What one batch looks like to attention; the queries are the last `q_length` of the `kv_length` positions.
 
     documents: (batch, kv_length) int32, number of the document at each position, never decreasing, or None if each
-    row is one document. gradients: whether a backward will follow.
+    row is one document. gradients: whether a backward will follow. value_head_size: None for that of query and key.
+    There may be more queries than keys if each query sees all keys, as in cross attention.
     """
 
     size: int
@@ -49,10 +50,9 @@ class Batch:
     device: torch.device
     documents: torch.Tensor | None = None
     gradients: bool = False
+    value_head_size: int | None = None
 
     def __post_init__(self):
-        if self.q_length > self.kv_length:
-            raise ValueError(f"query: got {self.q_length} positions for {self.kv_length} keys, need at most as many")
         if self.heads % self.kv_heads:
             raise ValueError(f"query: got {self.heads} heads for {self.kv_heads} key heads, need a multiple")
         if self.documents is not None and tuple(self.documents.shape) != (self.size, self.kv_length):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from unsloth_puzzles.attention.backend import Backend, repeat_heads
+from unsloth_puzzles.attention.backend import FEATURES, Backend, repeat_heads
 from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
 from unsloth_puzzles.device import capability
 
@@ -12,9 +12,7 @@ class Sdpa(Backend):
     """Its fast kernels know causal and no mask; a window, documents or a cache become a mask of length^2 bytes."""
 
     name = "sdpa"
-    features = frozenset(
-        {"window", "documents", "cache", "float32", "gradients on a CPU", "without a GPU", "fullgraph"}
-    )
+    features = frozenset(FEATURES) - {"soft cap"}
     memory = "none; with a window or documents length^2 bytes a row"
 
     def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None, bool]:
@@ -39,5 +37,10 @@ class Sdpa(Backend):
 
 
 def _groups_heads(batch: Batch) -> bool:
-    """Whether a fast kernel takes fewer key heads: on a GPU flash attention's, which wants 16 bits and sm_80."""
-    return batch.device.type != "cuda" or (batch.dtype.itemsize == 2 and capability(batch.device) >= 80)
+    """Whether a fast kernel takes fewer key heads: on a GPU flash attention's.
+
+    It wants 16 bits, sm_80, and values of the same head size."""
+    if batch.device.type != "cuda":
+        return True
+    same = batch.value_head_size in (None, batch.head_size)
+    return same and batch.dtype.itemsize == 2 and capability(batch.device) >= 80

@@ -20,7 +20,8 @@ from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask
-from unsloth_puzzles.attention.models import LENGTHS, Unpadded, check_lengths, implementation, register
+from unsloth_puzzles.attention.masks import Unpadded
+from unsloth_puzzles.attention.models import LENGTHS, check_lengths, implementation, register
 from unsloth_puzzles.backprop.causal_lm import refuse_data_parallel
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
@@ -244,7 +245,9 @@ def _run_layer(variants: Variants, positions: bool, layer, hidden_states, *args,
         return variants.forward(layer, hidden_states, *args, **kwargs)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Mask):
-        raise ValueError(f"attention_mask: got {type(mask).__name__}, need a 2-D one, or position ids")
+        raise ValueError(
+            f"attention_mask: got {type(mask).__name__}, need a 2-D one (padding at ends of rows) or position ids"
+        )
     check_lengths(mask, kwargs)
     # What the mask and the embeddings have said already would only be one more thing to compile for.
     for name in ("use_cache", "past_key_values", *LENGTHS, *([] if positions else ["position_ids"])):

@@ -1,0 +1,215 @@
+"""Masks of transformers, read or made dense: a real token sees what transformers' own dense mask lets it see."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, masking_utils
+
+from unsloth_puzzles.attention import masks
+from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
+from unsloth_puzzles.attention.models import ModelMask, make_mask, register
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+
+ROWS = 2
+CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def seen(mask_function, lengths, attention_mask=None):
+    """(batch, q_length, kv_length) as we read it."""
+    causal, window, documents = read(mask_function, lengths, attention_mask)
+    size = (lengths.batch_size, lengths.q_length, lengths.kv_length)
+    found = dense_mask(Pattern(causal, window), Batch(*size, 1, 1, 16, torch.float32, torch.device("cpu"), documents))
+    return torch.ones(size, dtype=torch.bool) if found is None else found.expand(size[0], 1, *size[1:])[:, 0]
+
+
+def theirs(mask_function, lengths, attention_mask=None):
+    """The same by transformers' eager attention, which adds 0 where a key is seen."""
+    made = masking_utils.eager_mask(
+        **vars(lengths), mask_function=mask_function, attention_mask=attention_mask, use_vmap=True
+    )
+    return made[:, 0] == 0
+
+
+def draw_function(rng: random.Random, length: int, depth: int = 0):
+    """A mask function, or two or three of them combined."""
+    kinds = ("causal", "bidirectional", "window", "sliding", "packed", "chunked", "chunked causal", "and", "and", "or")
+    kinds += ("wide", "blocks", "again", "own")
+    kind = rng.choice(kinds if depth < 2 else kinds[:7])
+    if kind == "causal":
+        return masking_utils.causal_mask_function
+    if kind == "bidirectional":
+        return masking_utils.bidirectional_mask_function
+    if kind == "window":
+        return masking_utils.sliding_window_overlay(rng.randint(1, length + 1))
+    if kind == "sliding":
+        return masking_utils.sliding_window_causal_mask_function(rng.randint(1, length + 1))
+    if kind == "wide":
+        return masking_utils.sliding_window_bidirectional_mask_function(rng.randint(1, length + 1))
+    if kind == "own":
+        return lambda b, h, q, k: (k <= q) | (k == 0)
+    if kind in ("packed", "again", "blocks"):
+        ids = torch.tensor([[rng.random() < 0.3 for _ in range(length)] for _ in range(ROWS)]).cumsum(-1)
+        if kind == "blocks":
+            return masking_utils.blockwise_overlay(ids - 1)
+        ids = ids if kind == "packed" else ids % 2
+        return masking_utils.packed_sequence_mask_function(ids)
+    if kind in ("chunked", "chunked causal"):
+        padding = torch.tensor([rng.randint(0, 3) for _ in range(ROWS)])
+        make = masking_utils.chunked_overlay if kind == "chunked" else masking_utils.chunked_causal_mask_function
+        return make(rng.randint(1, length), padding)
+    parts = [draw_function(rng, length, depth + 1) for _ in range(rng.choice((2, 3)))]
+    return (masking_utils.and_masks if kind == "and" else masking_utils.or_masks)(*parts)
+
+
+def draw_case(seed: int):
+    rng = random.Random(seed)
+    end = rng.randint(1, 12)  # positions so far
+    kv_length = end if rng.random() < 0.6 else rng.randint(1, end)
+    q_length = kv_length if rng.random() < 0.5 else rng.randint(1, kv_length)
+    offset = end - q_length if rng.random() < 0.9 else 0  # 0: a static cache, or another sequence's keys
+    lengths = Lengths(ROWS, q_length, kv_length, offset, end - kv_length)
+    attention_mask = None
+    if rng.random() < 0.5:
+        attention_mask = torch.ones(ROWS, end, dtype=torch.bool)
+        for row in attention_mask:
+            left, right = rng.randint(0, end // 2), rng.randint(0, end // 3)
+            row[:left], row[end - right :] = False, False
+            row[rng.randrange(end)] &= rng.random() < 0.8
+    return draw_function(rng, end), lengths, attention_mask
+
+
+def compare(seeds) -> tuple[int, int]:
+    """How many of the drawn masks were read, and how many were made dense."""
+    count = [0, 0]
+    for seed in seeds:
+        function, lengths, attention_mask = draw_case(seed)
+        right = theirs(function, lengths, attention_mask)
+        real = torch.ones(ROWS, lengths.q_length, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[:, lengths.q_offset : lengths.q_offset + lengths.q_length]
+        # Without causality the queries may be another sequence's, as in cross attention: none of them is padding.
+        unpadded = theirs(function, lengths)
+        if not torch.equal(unpadded, unpadded.tril(lengths.q_offset - lengths.kv_offset)):
+            real = torch.ones_like(real)
+        real = real & right.any(-1)  # transformers lets a query that sees nothing see everything, which nobody wants
+        try:
+            ours = seen(function, lengths, attention_mask)
+            count[0] += 1
+        except Unreadable:
+            ours = dense(function, lengths, attention_mask, True, torch.device("cpu"))[:, 0]
+            count[1] += 1
+        assert ours.any(-1).all(), seed
+        assert torch.equal(ours[real], right[real]), seed
+    return tuple(count)
+
+
+def test_drawn_combinations_are_transformers_masks():
+    was_read, was_dense = compare(range(250))
+    assert was_read > 50 and was_dense > 50
+
+
+@pytest.mark.slow
+def test_many_drawn_combinations_are_transformers_masks():
+    compare(range(250, 6000))
+
+
+RIGHT = torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
+GAP = torch.tensor([[1, 0, 1, 1, 1, 1]]).bool()
+AGAIN = torch.tensor([[0, 0, 1, 1, 0, 0]])
+PACKED = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1]]))
+SPLIT = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 0, 0, 1]]))
+
+
+@pytest.mark.parametrize(
+    "parts, last_row",
+    [
+        ((masking_utils.causal_mask_function, PACKED, SPLIT), [0, 0, 0, 0, 0, 1]),
+        ((masking_utils.causal_mask_function, SPLIT, PACKED), [0, 0, 0, 0, 0, 1]),
+        (tuple(map(masking_utils.sliding_window_causal_mask_function, (2, 4))), [0, 0, 0, 0, 1, 1]),
+        (tuple(map(masking_utils.sliding_window_causal_mask_function, (4, 2))), [0, 0, 0, 0, 1, 1]),
+        ((masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function, PACKED), [0, 0, 0, 1, 1, 1]),
+        (
+            (
+                masking_utils.chunked_causal_mask_function(4, torch.zeros(1)),
+                masking_utils.chunked_overlay(5, torch.ones(1)),
+            ),
+            [0, 0, 0, 0, 1, 1],
+        ),
+    ],
+)  # fmt: skip
+def test_masks_of_one_kind_narrow_each_other(parts, last_row):
+    found = seen(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0))
+    assert found[0, -1].int().tolist() == last_row
+    assert torch.equal(found, theirs(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0)))
+
+
+def test_a_mask_function_over_packed_positions():
+    """As a model makes it: transformers adds documents of the positions to those of the function."""
+    register()
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation="unsloth_puzzles_dense")
+    embeddings, positions = torch.zeros(1, 6, 64), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    found = masking_utils.create_causal_mask(config, embeddings, None, None, positions, and_mask_function=SPLIT)
+    assert found.data[0, 0, -1].int().tolist() == [0, 0, 0, 0, 0, 1]
+    assert found.data[0, 0, -2].int().tolist() == [0, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "function, attention_mask, message",
+    [
+        (masking_utils.or_masks(PACKED, SPLIT), None, "mask_function: or_masks"),
+        (masking_utils.blockwise_overlay(torch.zeros(1, 6)), None, "mask_function: blockwise_overlay"),
+        (masking_utils.padding_mask_function(torch.ones(1, 6).bool()), None, "mask_function: padding_mask_function"),
+        (masking_utils.add_offsets_to_mask_function(PACKED, 0, 0), None, "mask_function: add_offsets_to_mask_function"),
+        (masking_utils.sliding_window_bidirectional_mask_function(2), None, "mask_function: sliding_window_bidirec"),
+        (masking_utils.sliding_window_overlay(2), None, r"mask_function: a window \(2\) without causal_mask_function"),
+        (masking_utils.packed_sequence_mask_function(AGAIN), None, "packed_sequence_mask: an id comes again"),
+        (masking_utils.bidirectional_mask_function, RIGHT, "attention_mask: has zeros and its queries see later keys"),
+        (masking_utils.causal_mask_function, GAP, "attention_mask: has zeros between ones"),
+        (masking_utils.causal_mask_function, torch.ones(1, 5).bool(), "attention_mask: got 5 positions, need 6"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message):
+    lengths = {"batch_size": 1, "q_length": 6, "kv_length": 6}
+    given = {"config": CONFIG, "dtype": torch.float32, "device": "cpu", "mask_function": function}
+    for backend in ("flex", "flash", "xformers"):
+        with pytest.raises(ValueError, match=rf"^{message}.*; sdpa, dense can$"):
+            make_mask(backend, **lengths, **given, attention_mask=attention_mask)
+    for backend in ("auto", "sdpa", "dense"):
+        made = make_mask(backend, **lengths, **given, attention_mask=attention_mask)
+        right = theirs(function, Lengths(1, 6, 6, 0, 0), attention_mask)
+        assert torch.equal(made[:, 0][right.any(-1)], right[right.any(-1)])
+
+
+def test_cross_attention_with_as_many_queries_as_padded_keys():
+    """Every query sees the real keys, also a query at the position of a key that is padding."""
+    made = make_mask(
+        "auto", batch_size=1, q_length=6, kv_length=6, config=CONFIG, dtype=torch.float32, device="cpu",
+        mask_function=masking_utils.bidirectional_mask_function, attention_mask=RIGHT,
+    )  # fmt: skip
+    assert isinstance(made, torch.Tensor) and made[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0]] * 6
+
+
+def test_offsets_may_be_tensors():
+    """A cache with a window counts in tensors once it has been cut, as after a rejected proposal of tokens."""
+    made = make_mask(
+        "dense", batch_size=1, q_length=1, kv_length=5, q_offset=torch.tensor(13), kv_offset=torch.tensor(9),
+        mask_function=masking_utils.sliding_window_causal_mask_function(4), config=CONFIG, dtype=torch.float32,
+        device="cpu",
+    )  # fmt: skip
+    assert isinstance(made, ModelMask) and made.data[0, 0, 0].tolist() == [False, True, True, True, True]
+
+
+def test_functions_that_changed_are_noticed(monkeypatch):
+    check()
+
+    def sliding_window_overlay(sliding_window):
+        def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx >= q_idx - sliding_window  # one more
+
+        return inner_mask
+
+    monkeypatch.setattr(masking_utils, "sliding_window_overlay", sliding_window_overlay)
+    monkeypatch.setattr(masks, "_WINDOW", sliding_window_overlay(1).__code__)
+    with pytest.raises(RuntimeError, match=r"^transformers: masking_utils.sliding_window_overlay is not the mask"):
+        check()

@@ -1,0 +1,170 @@
+"""The masks of transformers' models in the words of `Pattern` and `Batch`: causal or not, a window, documents.
+
+transformers describes a mask by a function of batch, head, query and key. `read` takes such functions apart. What has
+no such words, transformers itself makes dense: `dense`. No mask is guessed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import masking_utils
+
+from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask, number_documents
+
+
+class Unpadded(torch.Tensor):
+    """An attention mask, all ones, whose class says so: nobody has to look into it, and to wait for a GPU to do so."""
+
+
+class Unreadable(ValueError):
+    """A mask that `Pattern` and documents do not describe."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Which positions the queries and the keys of a batch are at: the first of each, and how many."""
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+
+
+def read(
+    mask_function: Callable, lengths: Lengths, attention_mask: torch.Tensor | None
+) -> tuple[bool, int | None, torch.Tensor | None]:
+    """(causal, window, documents) of a mask, documents (batch, kv_length) int32 or None.
+
+    attention_mask: (batch, positions), 0 for padding, or None. Padding is a document of its own: real tokens do not see
+    it, and padding sees itself, so that no row is empty. So what is computed at padding is not what transformers
+    computes there, whose own kinds of attention differ in it.
+
+    Raises:
+        Unreadable: another function of the mask, padding between real tokens, or queries that are not the last keys.
+    """
+    causal, window, ids = _parts(mask_function, lengths)
+    if window is not None and not causal:
+        raise Unreadable(f"mask_function: a window ({window}) without causal_mask_function is not supported")
+    documents = None
+    for one in ids:
+        one = number_documents(one)
+        documents = one if documents is None else number_documents(documents * (one.shape[1] + 1) + one)
+    if causal or documents is not None:
+        _check_ends(lengths)
+    if attention_mask is not None and not isinstance(attention_mask, Unpadded):
+        documents = _with_padding(attention_mask, causal, documents, lengths)
+    return causal, window, documents
+
+
+def dense(
+    mask_function: Callable, lengths: Lengths, attention_mask: torch.Tensor | None, use_vmap: bool, device: torch.device
+) -> torch.Tensor:
+    """(batch, 1, q_length, kv_length) bool as transformers makes it. A query that sees nothing sees all instead: it is
+    padding, and would be NaN."""
+    seen = masking_utils.sdpa_mask(
+        **vars(lengths), mask_function=mask_function,
+        attention_mask=None if attention_mask is None else attention_mask.bool(), allow_is_causal_skip=False,
+        use_vmap=use_vmap, device=device,
+    )  # fmt: skip
+    return seen | ~seen.any(-1, keepdim=True)
+
+
+def _check_ends(lengths: Lengths) -> None:
+    if lengths.q_offset + lengths.q_length != lengths.kv_offset + lengths.kv_length:
+        raise Unreadable(
+            f"past_key_values: {lengths.q_length} queries from position {lengths.q_offset} on for {lengths.kv_length} "
+            f"keys from {lengths.kv_offset} on; need queries that are the last positions (no static cache)"
+        )
+
+
+def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.Tensor | None, lengths: Lengths):
+    end = lengths.kv_offset + lengths.kv_length
+    if attention_mask.shape[1] < end:
+        raise Unreadable(f"attention_mask: got {attention_mask.shape[1]} positions, need {end}, cached ones included")
+    real = attention_mask[:, lengths.kv_offset : end].bool()
+    # Padding on the right alone is hidden by causality; like transformers, wait once a batch to know.
+    hidden = real[:, 1:] <= real[:, :-1] if causal else real
+    if hidden.all():
+        return documents
+    if not causal:  # in cross attention, a query at a key's position is another sequence's: it sees the real keys
+        raise Unreadable("attention_mask: has zeros and its queries see later keys, as in encoders; need ones alone")
+    if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
+        raise Unreadable("attention_mask: has zeros between ones; need padding at the ends of a row alone")
+    return number_documents(real.int() if documents is None else 2 * documents + real)
+
+
+def _parts(mask_function: Callable, lengths: Lengths) -> tuple[bool, int | None, list[torch.Tensor]]:
+    """(causal, window, ids): a query sees a key where all of them let it; ids: (batch, kv_length) each.
+
+    transformers' functions are closures, known by their code. `check` knows whether they mean what is read here.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return True, None, []
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return False, None, []
+    code = getattr(mask_function, "__code__", None)
+    free = dict(zip(getattr(code, "co_freevars", ()), getattr(mask_function, "__closure__", None) or (), strict=False))
+    free = {name: cell.cell_contents for name, cell in free.items()}
+    if code is _WINDOW:
+        return False, free["sliding_window"], []
+    if code is _PACKED:
+        return False, None, [_stretches(free["packed_sequence_mask"], lengths)]
+    if code is _CHUNKED:
+        positions = torch.arange(lengths.kv_length, device=free["left_padding"].device) + lengths.kv_offset
+        return False, None, [(positions - free["left_padding"][:, None]) // free["chunk_size"]]
+    if code is _AND:
+        causal, windows, ids = zip(*(_parts(part, lengths) for part in free["mask_functions"]), strict=True)
+        windows = [window for window in windows if window is not None]
+        return any(causal), min(windows, default=None), [one for part in ids for one in part]
+    name = getattr(mask_function, "__qualname__", mask_function)
+    raise Unreadable(
+        f"mask_function: {name} is not supported; need causal, bidirectional, a sliding window, chunks or packed "
+        "sequences"
+    )
+
+
+def _stretches(ids: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+    """The keys' part of `ids`, (batch or 1, positions), if equal ones are neighbours: documents are stretches here."""
+    end = lengths.kv_offset + lengths.kv_length
+    if ids.shape[0] not in (1, lengths.batch_size) or ids.shape[1] < end:
+        raise ValueError(
+            f"packed_sequence_mask: got shape {tuple(ids.shape)}, need ({lengths.batch_size}, {end}) at least"
+        )
+    ids = ids[:, lengths.kv_offset : end]
+    changes, kinds = (t.diff(dim=-1).ne(0).sum(-1) for t in (ids, ids.sort(-1).values))
+    if not torch.equal(changes, kinds):
+        raise Unreadable("packed_sequence_mask: an id comes again after another; need each sequence in one stretch")
+    return ids.expand(lengths.batch_size, -1)
+
+
+def check() -> None:
+    """Raise RuntimeError unless transformers' mask functions say what `read` takes them to say.
+
+    Each is compared with `dense_mask`, on queries and keys that are too few to take time.
+    """
+    ids, padding = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), torch.tensor([1])
+    window = masking_utils.sliding_window_causal_mask_function(3)
+    for name, function in {
+        "causal_mask_function": masking_utils.causal_mask_function,
+        "bidirectional_mask_function": masking_utils.bidirectional_mask_function,
+        "sliding_window_overlay": window,
+        "packed_sequence_mask_function": masking_utils.packed_sequence_mask_function(ids),
+        "chunked_overlay": masking_utils.chunked_overlay(3, padding),
+        "and_masks": masking_utils.and_masks(window, masking_utils.packed_sequence_mask_function(ids)),
+    }.items():
+        lengths = Lengths(1, 6, 8, 2, 0)
+        causal, size, documents = read(function, lengths, None)
+        batch = Batch(1, 6, 8, 1, 1, 8, torch.float32, torch.device("cpu"), documents)
+        seen = dense_mask(Pattern(causal, size), batch)
+        seen = torch.ones(1, 1, 6, 8, dtype=torch.bool) if seen is None else seen
+        theirs = masking_utils.sdpa_mask(1, 6, 8, 2, 0, mask_function=function, allow_is_causal_skip=False)
+        if not torch.equal(seen.expand(1, 1, 6, 8), theirs):
+            raise RuntimeError(f"transformers: masking_utils.{name} is not the mask that it was in 5.17")
+
+
+_WINDOW = masking_utils.sliding_window_overlay(1).__code__
+_PACKED = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
+_CHUNKED = masking_utils.chunked_overlay(1, torch.empty(0)).__code__
+_AND = masking_utils.and_masks().__code__
