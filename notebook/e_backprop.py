@@ -1175,7 +1175,7 @@ else:
     }
 if SLOW:  # without TF32, and slow
     head_sizes |= {"rounds": 2, "without": (grpo.LIGER, grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
-    step_sizes |= {"rounds": 1, "sequences": 4, "without": (grpo.TRL,)}
+    step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo.TRL,)}
 grpo_measured = {}
 
 # %%

@@ -190,6 +190,19 @@ def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size, dtype):
     assert flex.kernel_options(batch) == {"BACKEND": "TRITON"}
 
 
+@pytest.mark.parametrize(("head_size", "value_size"), [(192, 128), (128, 192), (256, 256)])
+def test_tiles_of_large_float32_heads_fit_newer_gpus(monkeypatch, head_size, value_size):
+    monkeypatch.setattr(flex, "capability", lambda device: 80)
+
+    def options(dtype):
+        given = Batch(2, 8, 8, 4, 2, head_size, dtype, torch.device("cuda"), value_head_size=value_size)
+        return flex.kernel_options(given)
+
+    tiles = options(torch.float32)
+    assert {tiles[name] for name in flex._TILES} == {16} and tiles["num_stages"] == 1
+    assert options(torch.bfloat16) == {"BACKEND": "TRITON"}
+
+
 def test_a_static_cache_is_a_dense_mask():
     given = {"q_length": 1, "q_offset": 5, "kv_length": 32}
     assert mask(**given)[0, 0, 0].tolist() == [True] * 6 + [False] * 26

@@ -16,6 +16,7 @@ from unsloth_puzzles.device import capability
 from unsloth_puzzles.own_code import own_code
 
 _TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+_ROOM = 2**15  # bytes for a tile's operands: half of a T4's shared memory
 
 
 class Flex(Backend):
@@ -38,7 +39,7 @@ class Flex(Backend):
         sizes = (batch.head_size, batch.value_head_size or batch.head_size)
         if min(sizes) < 16:
             return f"flex cannot do head size {min(sizes)}, only 16 and more"
-        if 0 < capability(batch.device) < 80 and _small_tile(max(sizes), batch.dtype) is None:
+        if 0 < capability(batch.device) < 80 and _small_tile(max(sizes), batch.dtype, _ROOM) is None:
             return f"flex cannot do head size {max(sizes)} in {batch.dtype} with a T4's shared memory"
         return super().refuses(pattern, batch)
 
@@ -99,8 +100,9 @@ _numbers = itertools.count()
 
 
 def kernel_options(batch: Batch) -> dict | None:
-    """One kernel for all lengths; below sm_80 with tiles, stages and warps of our own, elsewhere with Inductor's.
+    """One kernel for all lengths; where Inductor's tiles may not fit, with tiles, stages and warps of our own.
 
+    That is below sm_80, and for float32 heads larger than 128: Inductor knows tiles for heads of 64, 128 and 256.
     Left to itself Inductor takes its decoding kernel where the first length it compiles for is below 128, and fails
     with "No choices to select" (torch 2.11, first length 77, H200). Its tiles and stages depend on the card, and those
     for newer cards take more shared memory than the 64 KiB of a T4.
@@ -108,16 +110,18 @@ def kernel_options(batch: Batch) -> dict | None:
     if batch.device.type != "cuda":
         return None
     options = {"BACKEND": "TRITON"}
-    if capability(batch.device) < 80:
-        rows = _small_tile(max(batch.head_size, batch.value_head_size or 0), batch.dtype)
-        options |= {**dict.fromkeys(_TILES, rows), "num_stages": 1, "num_warps": 4}
+    size, old = max(batch.head_size, batch.value_head_size or 0), capability(batch.device) < 80
+    if old or (batch.dtype == torch.float32 and size > 128):
+        rows = _small_tile(size, batch.dtype, _ROOM if old else 2 * _ROOM)
+        if rows is not None:
+            options |= {**dict.fromkeys(_TILES, rows), "num_stages": 1, "num_warps": 4}
     return options
 
 
-def _small_tile(head_size: int, dtype: torch.dtype) -> int | None:
-    """Rows of a tile of which the backward holds four (query, key, value, gradient of the output) in 32 KiB.
+def _small_tile(head_size: int, dtype: torch.dtype, room: int) -> int | None:
+    """Rows of a tile of which the backward holds four (query, key, value, gradient of the output) in `room` bytes.
 
     None if not even 16 rows, the fewest that flex attention takes, are so small.
     """
     size = 1 << (head_size - 1).bit_length()  # padded to a power of two
-    return next((rows for rows in (32, 16) if 4 * rows * size * dtype.itemsize <= 2**15), None)
+    return next((rows for rows in (32, 16) if 4 * rows * size * dtype.itemsize <= room), None)

@@ -108,7 +108,8 @@ def compile_qlora(
         undoing.callback(fuse_swiglu(found, eager_rounding))
         undoing.callback(without_torch_function(found))
         loss_options = {"compile": True, **loss_options}
-        patch = undoing.enter_context(use_memory_efficient_loss(model, loss, **loss_options))
+        patch = use_memory_efficient_loss(model, loss, **loss_options)
+        undoing.callback(patch.undo)  # a model may be compiled to be evaluated alone, without a loss
         undoing.callback(_set_cache(causal_lm))
         undoing.callback(_set_attention(causal_lm, attention))
         undoing.callback(_say_unpadded(causal_lm))
