@@ -375,7 +375,7 @@ if GPU:
     compiled_forward = torch.compile(forward, fullgraph=True)
     compiled_alone = torch.compile(lambda: dequantize_nf4(plain_mlp.gate), fullgraph=True)
     pairs = {
-        "MLP, 2 x 3333 tokens, 2048x8192, fp16": (lambda: forward(x), lambda: compiled_forward(x), 10),
+        "MLP, 2 x 3333 tokens, 2048x8192, fp16": (lambda: forward(x), lambda: compiled_forward(x), 2 if OLD else 10),
         "one matrix alone, 2048x8192, fp16": (lambda: dequantize_nf4(plain_mlp.gate), compiled_alone, 50),
     }
     for case, (eager, compiled_call, repeat) in pairs.items():
@@ -497,7 +497,9 @@ if GPU:
         dtype = getattr(torch, name)
         moved = bytes_per_weight(dtype) * rows * columns
         layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))]
-        found = timing.device_time({key: calls(f, layers) for key, f in CANDIDATES.items()}, bytes_per_call=moved)
+        found = timing.device_time(
+            {key: calls(f, layers) for key, f in CANDIDATES.items()}, rounds=15 if OLD else 30, bytes_per_call=moved
+        )
         device_us[rows, columns, name] = found
         case, ours = f"{rows}x{columns} {SHORT[name]}", found["ours"]
         others = {key: result.median for key, result in found.items() if key != "ours"}
