@@ -131,7 +131,7 @@ def rehearsal(path: Path) -> str:
         )
     heads = ("section", "wall time here", "predicted for a T4, aim", "points", "Triton kernels seen, failed, too large")
     where = f"{kept['hardware']['name']}, {kept['date']}"
-    states = len({section["digest"] for section in kept["sections"].values()})
+    states = len({section.get("code") for section in kept["sections"].values()})
     text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
     text = " ".join([text, *kept.get("remarks", [])])
     if states > 1:

@@ -22,10 +22,11 @@ from pathlib import Path
 import nbformat
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT, text
+from tools.build_notebook import ROOT, text, written_files
 from tools.run_notebook import FAILURES, run
 from tools.t4 import limits, prediction, sections, versions
 from tools.t4.kernels import MOST_SHARED, compile_recorded
+from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.device import REHEARSAL
 
 BUDGET = {"A": 180, "C": 360, "D": 120, "E": 480, "B": 60}  # seconds on a T4
@@ -98,6 +99,7 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
     found = {"section": section, **sections.outcome(section, node, folder, client.cell_seconds)}
     found |= {"installed_by_the_notebook": changed}
     found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": sections.digest(node)}
+    found |= {"code": code_digest(written_files(node))}
     found |= {"gpu_peak_gib": watcher.gpu_gib, "ram_peak_gb": watcher.ram_gb}
     found |= {"longest_silence_seconds": client.silence, "silent_cell": client.silent_cell}
     (out / f"{section}-ran.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

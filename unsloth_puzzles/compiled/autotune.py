@@ -21,6 +21,10 @@ OPTIONS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON
 _WIDE = 256  # rows, columns and inner size of a product that fills tiles of 128 x 128
 _TALL = 64  # rows of a tile for the others
 _FEW = 2  # tiles for a narrow product below sm_80: a T4 often has two slow cores beside it to compile them
+_PRINTS = (
+    "PRINT_AUTOTUNE",
+    "_log_autotune_choices_stats",
+)  # a line a product on the standard error
 _SHARED = 48 * 2**10  # bytes of shared memory for the operands of such a tile
 
 
@@ -57,14 +61,16 @@ def triton_competes() -> Iterator[list[Product]]:
             products.append(Product(*_sizes(best), best.name, found[best], cublas, _shown(best)))
 
     before, inductor_utils.is_big_gpu = inductor_utils.is_big_gpu, lambda *_: True
-    printed, select_algorithm.PRINT_AUTOTUNE = select_algorithm.PRINT_AUTOTUNE, False
+    printed = {name: getattr(select_algorithm, name) for name in _PRINTS}
+    select_algorithm.PRINT_AUTOTUNE, select_algorithm._log_autotune_choices_stats = False, lambda *_: None
     selector.add_feedback_saver(keep)
     selector.add_preprocessing_fn(suited)
     try:
         yield products
     finally:
         inductor_utils.is_big_gpu = before
-        select_algorithm.PRINT_AUTOTUNE = printed
+        for name, value in printed.items():
+            setattr(select_algorithm, name, value)
         selector.feedback_saver_fns.remove(keep)
         selector.preprocessing_fns.remove(suited)
 
