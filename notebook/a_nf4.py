@@ -845,8 +845,9 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 # - It was not run on a T4. The kernels are compiled for it, and its time is predicted above from bytes and
 #   instructions; no speed shown here was measured on one.
 # - Triton does not officially support sm_75; kernels without a matrix product, such as this one, work there.
-# - Against an Unsloth whose kernel is fused as well, the advantage is the smaller one shown beside "the real Unsloth":
-#   on large matrices both are near the memory's speed; small ones and the host's share make most of the difference.
+# - Against an Unsloth whose kernel is fused as well, the advantage is smaller (see "the real Unsloth", where it is
+#   installed): on large matrices both are near the memory's speed; small ones and the host's share make most of the
+#   difference.
 # - A patched model does not generate faster. One row a step stays with bitsandbytes' kernel before and after; what
 #   differs is a little work on the host around it, and the spread of so short a measurement is wide.
 # - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), as exact but slower.
@@ -858,8 +859,7 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 # ### Aimed at, and reached
 #
 # The figures that this section set out to reach on an H200, and what this run measured. How long the host takes to
-# enqueue a call depends on what else the host does, so it was measured twice within this notebook, here and in the
-# process beside Unsloth. On a busier host all of them take longer, ours and the others.
+# enqueue a call depends on what else the host does: on a busier one all candidates take longer.
 
 # %%
 AIMS = [  # metric, case, at least (positive) or at most (negative)

@@ -65,7 +65,7 @@ from unsloth_puzzles.device import capability
 
 section.start("E. Memory-efficient backprop")
 GPU = hardware.device == "cuda"
-SLOW = GPU and capability() < 80  # a T4: less is timed there, and nothing less is checked
+SLOW = GPU and capability() < 80  # a T4: less is timed there, and less is compiled
 if hardware.matmul_flops:
     rate = hardware.matmul_flops["bfloat16" if hardware.bf16 else "float16"]
     for what, products in (("head trained", 3), ("head frozen", 2)):
@@ -470,6 +470,8 @@ if GPU and not SLOW:  # a T4's host would compile it for half a minute
     compiled = memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean, compile=True)
     eager = memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean)
     checks["compiled"] = far(differentiated(compiled, *parameters), differentiated(eager, *parameters)) <= EXACT
+else:
+    print("SKIPPED: compiled: a CPU, and a T4's host, would compile it for half a minute")
 judge(results, "other functions", checks)
 
 # %% [markdown]
@@ -524,6 +526,8 @@ MINE = {  # beside which floor, and which of Liger's
 }
 IN_FLOAT32 = (linear_losses.OURS_FLOAT32, baselines.LIGER_FLOAT32, baselines.FLOOR_FLOAT32)
 measured = {}
+for name in WITHOUT:
+    print(f"SKIPPED: {name}: {'16 bits and compilers are left out on a CPU' if not GPU else 'left to larger GPUs'}")
 
 
 def measure_head(head_case, train_head):
@@ -744,7 +748,7 @@ plt.close(figure)
 #
 # Two trainings of 60 steps that differ in the loss alone: micro-batches with different numbers of labels that count,
 # two of two sequences a step in full fine-tuning, one of four under QLoRA; real text, chunks of 256 rows (a micro-batch
-# has 384 or 768: "auto" would take them at once).
+# has 384 or 768: "auto" would take them at once). On a T4 a sequence has 128 tokens, not 192, and a chunk 128 rows.
 # The steps go four times over the same 15 batches, so that learning shows as a fall from pass to pass, whatever the
 # weights are. Two modes:
 #
@@ -908,6 +912,8 @@ for mode in compared:
     apart[mode] = llama_curve.differences(standard, ours)
     norms_apart[mode] = llama_curve.norm_differences(standard, ours)
     means, theirs = llama_curve.pass_means(ours), llama_curve.pass_means(standard)
+    if mode == "full":
+        learns[f"{name}: every gradient norm is finite"] = all(map(math.isfinite, norms_apart[mode]))
     learns[f"{name}: every loss is finite"] = all(map(math.isfinite, standard["losses"] + ours["losses"]))
     learns[f"{name}: the last pass lies at least {LEAST_FALL} below the first"] = means[0] - means[-1] >= LEAST_FALL
     learns[f"{name}: our loss made every loss"] = ours["loss_calls"] == ours["steps"] * ours["accumulation"]
@@ -935,9 +941,6 @@ for fault in FAULTS:
         print(f"planted fault, {fault}: the loss differs by up to {max(faults[fault]):.1e}, {seen}")
 if compared == list(CURVES):
     judge(results, f"{LLAMA} learns", learns)
-    if not is_tiny:
-        results.add("loss_curve_max_abs_difference", LLAMA, max(map(max, apart.values())), "loss")
-        results.add("loss_curve_gradient_norm_difference", LLAMA, max(norms_apart["full"]), "relative")
 else:
     print("SKIPPED: the comparison needs both losses in both modes")
 if is_tiny:
@@ -1174,6 +1177,7 @@ else:
         "rounds": 1,
     }
 if SLOW:  # without TF32, and slow
+    print("SKIPPED: GRPO's Liger, float32 dW, and TRL's whole step: left to larger GPUs")
     head_sizes |= {"rounds": 2, "without": (grpo.LIGER, grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
     step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo.TRL,)}
 grpo_measured = {}
@@ -1290,7 +1294,8 @@ AIMS = [  # metric, case, at most
     ("gradient_error_over_eager", "head trained, dX", 1.05),
     ("gradient_error_over_eager", "head trained, float32 dW", 1.00),
     ("loss_curve_max_abs_difference", "Llama 1B, full fine-tuning", 2e-4),
-    ("loss_curve_gradient_norm_difference", "Llama 1B", 1e-4),
+    ("loss_curve_gradient_norm_difference", "Llama 1B, full fine-tuning", 1e-4),
+    ("loss_curve_max_abs_difference", "Llama 1B, QLoRA", 1e-3),
     ("grpo_peak_over_full_logits", "head only", 0.35),
     ("grpo_peak_over_trl", "head only", 1.10),
     ("grpo_time_over_trl", "head only", 1.00),

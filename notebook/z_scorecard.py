@@ -1,8 +1,9 @@
 # %% [markdown]
 # ## Time and memory of the run
 #
-# The T4 column is a prediction from the bytes that each section moves and the FLOPs it does, on a GPU with a T4's
-# bandwidth and rates. It was not measured on one, and it is not part of the score.
+# The T4 column is a lower bound, not a prediction of the section's time: bytes and FLOPs that the section counts, at
+# this run's sizes, over a T4's bandwidth and rates, without the host. It is not part of the score. What a T4 should
+# take is predicted by the rehearsal, under the limits in README.
 
 # %% tags=["report"]
 display(Markdown(section.summary()))

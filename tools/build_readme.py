@@ -117,12 +117,14 @@ def rehearsal(path: Path) -> str:
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for name, section in kept["sections"].items():
-        predicted = section.get("predicted_t4_seconds")
+        predicted, aim = section.get("predicted_t4_seconds"), kept["budget_seconds"][name]
         rows.append(
             (
                 name,
                 f"{section['wall_seconds']:.0f} s",
-                "not known" if predicted is None else f"{predicted:.0f} s, {kept['budget_seconds'][name]} s",
+                "not known"
+                if predicted is None
+                else f"{predicted:.0f} s, {aim} s{' (not reached)' * (predicted > aim)}",
                 f"{section['points']} of {section['possible']}",
                 f"{section['kernels_seen']}, {section['kernels_failed']}, {section['kernels_over_shared_memory']}",
                 f"{section['gpu_peak_gib']:.1f} GiB",
@@ -131,12 +133,23 @@ def rehearsal(path: Path) -> str:
         )
     heads = ("section", "wall time here", "predicted for a T4, aim", "points", "Triton kernels seen, failed, too large")
     where = f"{kept['hardware']['name']}, {kept['date']}"
-    states = len({section.get("code") for section in kept["sections"].values()})
+    of_release = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]["digest"]
+    others = [name for name, section in kept["sections"].items() if section.get("code") != of_release]
+    predicted = [section.get("predicted_t4_seconds") or 0 for section in kept["sections"].values()]
     text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
-    text = " ".join([text, *kept.get("remarks", [])])
-    if states > 1:
-        text += f" The sections were run at {states} states of the code."
+    text += f" Together {sum(predicted):.0f} s, without installation and downloads."
+    text += f" Not run with the code of the committed notebook: {', '.join(others) or 'none'}."
+    against = [section.get("against_colab", {}) for section in kept["sections"].values()]
+    differ = sorted({name for versions in against for name, one in versions.items() if not one["same"]})
+    text += f" Packages in other versions than Colab's: {', '.join(differ) or 'none'}."
+    curves = kept["sections"].get("E", {}).get("figures", {})
+    if curves:
+        text += f" E's curves there: {'; '.join(f'{name}: {value:.1e}' for name, value in curves.items())}."
     return f"{text}\n\n{table((*heads, 'GPU memory', 'RAM'), rows)}"
+
+
+def _beside_aim(predicted: float, aim: float) -> str:
+    return f"{predicted:.0f} s, {aim} s" + (" (not reached)" if predicted > aim else "")
 
 
 def score(measurements: Path) -> str:

@@ -105,8 +105,8 @@ def test_versions_name_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(hardware.metadata, "version", version)
     found = versions()
-    packages = {"torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy"}
-    assert set(found) == {"python", "cuda", "driver"} | packages
+    packages = {"torch", "triton", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets", "xformers"}
+    assert set(found) == {"python", "cuda", "driver", "liger-kernel", "cut-cross-entropy"} | packages
     assert (found["triton"], found["peft"], found["torch"]) == ("triton 1.0", None, torch.__version__)
 
 

@@ -1,5 +1,6 @@
 """Max-autotune: which candidates compete, what is kept of their times, and that Inductor is left as it was."""
 
+import logging
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -115,7 +116,8 @@ def test_what_is_no_product_of_two_matrices_is_left_alone():
 def registered():
     selector = select_algorithm.get_algorithm_selector_cache()
     kept = [*selector.feedback_saver_fns], [*selector.preprocessing_fns]
-    return inductor_utils.is_big_gpu, *kept, [getattr(select_algorithm, name) for name in autotune._PRINTS]
+    printed = [getattr(select_algorithm, name) for name in autotune._PRINTS]
+    return inductor_utils.is_big_gpu, *kept, [*printed, select_algorithm.log.level]
 
 
 def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
@@ -124,7 +126,7 @@ def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
     with autotune.triton_competes():
         assert inductor_utils.is_big_gpu() is True and inductor_utils.is_big_gpu(torch.device("cuda", 0)) is True
         _, savers, preprocessing, printed = registered()
-        assert printed[0] is False and printed[1] is not before[-1][1]
+        assert printed[0] is False and printed[1] is not before[-1][1] and printed[2] == logging.CRITICAL
         assert len(savers) == len(before[1]) + 1 and preprocessing == [*before[2], autotune.suited]
     assert registered() == before
     with pytest.raises(ZeroDivisionError), autotune.triton_competes():

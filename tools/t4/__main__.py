@@ -36,6 +36,8 @@ NOTES = (
     "A rehearsal is evidence, not proof: no T4 was there.",
     "Inductor writes its kernels for the GPU that is there, so kernels that build for sm_75 need not be those of a T4.",
     "Times on a T4 are predicted from this GPU's, by class of kernel; the host is taken to be half as fast.",
+    "Triton's products in 16 bits are assumed to reach 100 TFLOP/s here, in the tiles made for a T4.",
+    "Of A's kernels up to 32 were compiled to be read, not launched.",
     "Each section has the digest of the code that it ran with; sections may have been run at different commits.",
     "Speed-ups are those of this GPU: challenge A's five points for speed would have to be earned again on a T4.",
 )

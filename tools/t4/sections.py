@@ -14,6 +14,7 @@ from tools.build_notebook import WRITEFILE, build, written_files
 from tools.run_notebook import failures, output_text
 from unsloth_puzzles import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest
+from unsloth_puzzles.rubric import FILES
 
 SECTIONS = {"A": "a_nf4", "E": "e_backprop", "C": "c_compile", "D": "d_issues", "B": "b_fsdp2"}
 FIRST_CELL = "import sitecustomize\n\nsitecustomize.watch_cells()"
@@ -78,6 +79,7 @@ def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str
         "points": sum(row.points for row in rows),
         "possible": sum(row.possible for row in rows),
         "lost": lost,
+        "figures": _figures(folder / "resources/measurements" / FILES[section]),
         "criteria": {row.criterion: f"{row.points} of {row.possible}: {row.measured}" for row in rows},
         "slowest_cells": {
             f"{_first_line(node, cell)} [{cell[-10:]}]": round(took, 1)
@@ -100,6 +102,13 @@ def versions_of(folder: Path) -> dict[str, str | None]:
     for path in sorted((folder / "resources/measurements").glob("*.json")):
         return json.loads(path.read_text(encoding="utf-8"))["versions"]
     return {}
+
+
+def _figures(path: Path) -> dict[str, float]:
+    """What the curves of a run came to, by metric and case."""
+    records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    kept = [one for one in records if one["metric"].startswith(("loss_curve", "planted_fault", "loss_difference"))]
+    return {f"{one['metric']}, {one['case']}": one["value"] for one in kept}
 
 
 def _first_line(node: NotebookNode, cell_id: str) -> str:

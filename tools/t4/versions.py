@@ -10,14 +10,21 @@ from tools.build_notebook import ROOT
 COLAB = ROOT / "notebook" / "colab.txt"
 _LIST = """
 import importlib.metadata, json
-print(json.dumps({d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}))
+found = {}
+for one in importlib.metadata.distributions():
+    if one.metadata["Name"]:
+        found.setdefault(one.metadata["Name"], one.version)  # the first on the path is the one that is imported
+print(json.dumps(found))
 """
 
 
 def installed(python: str) -> dict[str, str]:
     """Versions of all packages of the interpreter, by normalised name, by their metadata; nothing is imported."""
     done = subprocess.run([python, "-c", _LIST], capture_output=True, text=True, check=True)
-    return {normal(name): version for name, version in json.loads(done.stdout.splitlines()[-1]).items()}
+    found: dict[str, str] = {}
+    for name, version in json.loads(done.stdout.splitlines()[-1]).items():
+        found.setdefault(normal(name), version)
+    return found
 
 
 def colab(file: Path = COLAB) -> dict[str, str]:

@@ -120,7 +120,7 @@ def versions() -> dict[str, str | None]:
     """Versions of the main packages that a figure depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     measured = ("torch", "triton", "bitsandbytes", "transformers", "peft", "trl")
-    for package in (*measured, "liger-kernel", "cut-cross-entropy"):
+    for package in (*measured, "accelerate", "datasets", "xformers", "liger-kernel", "cut-cross-entropy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ LoRA's narrow ones (rank r on one side) the tall tiles. Below sm_80, where Trito
 no tiles, and narrow ones two that fit the 64 KiB of shared memory of a T4.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,12 +64,15 @@ def triton_competes() -> Iterator[list[Product]]:
     before, inductor_utils.is_big_gpu = inductor_utils.is_big_gpu, lambda *_: True
     printed = {name: getattr(select_algorithm, name) for name in _PRINTS}
     select_algorithm.PRINT_AUTOTUNE, select_algorithm._log_autotune_choices_stats = False, lambda *_: None
+    level = select_algorithm.log.level
+    select_algorithm.log.setLevel(logging.CRITICAL)  # a tile that does not fit is left out, with an error message each
     selector.add_feedback_saver(keep)
     selector.add_preprocessing_fn(suited)
     try:
         yield products
     finally:
         inductor_utils.is_big_gpu = before
+        select_algorithm.log.setLevel(level)
         for name, value in printed.items():
             setattr(select_algorithm, name, value)
         selector.feedback_saver_fns.remove(keep)

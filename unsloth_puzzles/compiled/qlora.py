@@ -250,8 +250,10 @@ def _run_layer(variants: Variants, positions: bool, layer, hidden_states, *args,
             f"attention_mask: got {type(mask).__name__}, need a 2-D one (padding at ends of rows) or position ids"
         )
     check_lengths(mask, kwargs)
-    # What the mask and the embeddings have said already would only be one more thing to compile for.
-    for name in ("use_cache", "past_key_values", *LENGTHS, *([] if positions else ["position_ids"])):
+    # What the mask and the embeddings have said already, and what is collected around a layer, would only be one more
+    # thing to compile for.
+    unused = ["use_cache", "past_key_values", "output_hidden_states", *LENGTHS] + ["position_ids"] * (not positions)
+    for name in unused:
         kwargs.pop(name, None)
     for tensor in (*(kwargs.get("position_embeddings") or ()), kwargs.get("position_ids")):
         if tensor is not None:
