@@ -152,7 +152,7 @@ def test_float16_gradients_of_a_mean_do_not_underflow(name, autocast):
 
 
 @pytest.mark.parametrize("name", ["mean", "sum", "projects itself"])
-@pytest.mark.parametrize("chunk_size", [64, 4096, 16384])
+@pytest.mark.parametrize("chunk_size", [pytest.param(64, marks=pytest.mark.slow), 4096, 16384])
 @pytest.mark.parametrize("accumulate_dtype", [None, torch.float32], ids=["None", "float32"])
 def test_float16_sums_of_many_rows_do_not_overflow(name, chunk_size, accumulate_dtype):
     """The sum of 16384 rows is 65536, which float16 cannot hold; their mean is 4."""

@@ -133,8 +133,15 @@ def pairs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["full-logits-float64", "trl-float32"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("level", "dtype"),
+    [
+        pytest.param("token", torch.float64, id="token-full-logits-float64"),
+        pytest.param("sequence", torch.float32, id="sequence-trl-float32"),
+        pytest.param("token", torch.float32, id="token-trl-float32", marks=pytest.mark.slow),
+        pytest.param("sequence", torch.float64, id="sequence-full-logits-float64", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_gradients_and_metrics(pairs, loss_type, level, dtype):
     inputs = batch(dtype)

@@ -11,6 +11,7 @@ from unsloth_puzzles.comparisons.linear_loss_sweeps import HEADS, load_or_measur
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="peaks are the CPU's here")
+@pytest.mark.slow
 def test_measured_once_and_then_read(tmp_path, monkeypatch):
     path = tmp_path / "some_sweeps.json"
     options = {"sizes": (64, 250), "vocabularies": (256, 1024), "compile": False, "without": (COMPILED,), "rounds": 1}

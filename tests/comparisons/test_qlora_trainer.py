@@ -6,6 +6,7 @@ from unsloth_puzzles.comparisons.qlora_sweeps import TRAINER, run, summary
 from unsloth_puzzles.comparisons.qlora_trainer import AFTERWARDS, Batches, measure
 
 
+@pytest.mark.slow
 def test_the_uncompiled_run_in_a_process_of_its_own():
     (found,) = run([{**TRAINER["trainer, eager"], "steps": 3, "longest": 30, "tiny": True}])
     assert len(set(found["lengths"])) == 3 and len(found["losses"]) == 3 + AFTERWARDS + 1
