@@ -232,6 +232,16 @@ def test_a_function_that_writes_to_the_logits_is_refused(form):
         call(halving, **form)
 
 
+@pytest.mark.parametrize("form", [SUM, ROWS])
+def test_inference_mode_gives_the_value(form):
+    def function(logits, labels):  # a new one, which has to be tried first
+        return sum_loss(logits, labels) if form is SUM else token_losses(logits, labels)
+
+    with torch.inference_mode():
+        found = call(function, **form)
+    assert torch.equal(found, call(function, **form))
+
+
 @pytest.mark.parametrize("dtype, constant", [(torch.float64, 1e-5), (torch.float32, 1.0), (torch.bfloat16, 20.0)])
 def test_a_constant_beside_the_sum_is_not_additive(dtype, constant):
     given = {"hidden_states": draw(2, 32, HIDDEN).to(dtype), "linear": make_linear().to(dtype)}

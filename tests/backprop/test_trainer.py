@@ -408,6 +408,21 @@ def test_sft_trainer_needs_the_trainer_itself(tmp_path, tokenizer):
         use_memory_efficient_loss(trainer, predictions=True)
 
 
+def test_settings_of_the_loss_that_change_after_the_patch_are_refused():
+    model, given = llama(), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4).long()}
+    with use_memory_efficient_loss(model):
+        before = model(**given).loss
+        model.config.final_logit_softcapping = 2.0
+        with pytest.raises(ValueError, match=r"^final_logit_softcapping: must be as when the model was patched"):
+            model(**given)
+        model.config.final_logit_softcapping = None
+        own, model.loss_function = model.loss_function, partial(F.cross_entropy, reduction="sum")
+        with pytest.raises(ValueError, match=r"^loss_function: must be as when the model was patched"):
+            model(**given)
+        model.loss_function = own
+        assert torch.equal(model(**given).loss, before)
+
+
 def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
     small = {k: v for k, v in SMALL.items() if k != "head_dim"}
     with pytest.raises(TypeError, match="needs a PreTrainedModel, a PEFT model or a Trainer, got Linear"):

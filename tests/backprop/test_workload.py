@@ -70,7 +70,7 @@ def test_predictions_at_the_puzzles_shape():
 def test_many_shapes_lifts_dynamos_limit_for_a_while():
     import torch._dynamo.config as config
 
-    before = config.recompile_limit
-    with many_shapes():
-        assert config.recompile_limit > before
-    assert config.recompile_limit == before
+    with config.patch(recompile_limit=8):  # Dynamo's own; some models of transformers change it when imported
+        with many_shapes():
+            assert config.recompile_limit == 64
+        assert config.recompile_limit == 8

@@ -156,6 +156,20 @@ def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change
         loss.backward()
 
 
+@pytest.mark.parametrize("change", ["mode", "value"])
+def test_a_layer_that_would_compute_something_else_in_the_backward_is_refused(change):
+    layers = make()
+    checkpoint_inputs(layers)
+    loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
+    if change == "mode":
+        layers[0].eval()
+    else:
+        with torch.no_grad():
+            layers[0].trained.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^backward: .* was switched between train\(\) and eval\(\)"):
+        loss.backward()
+
+
 def test_a_trained_tensor_from_outside_of_the_layer_is_refused():
     layers = make()
     checkpoint_inputs(layers)

@@ -139,6 +139,12 @@ def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
     return torch.autocast(device, dtype) if enabled and not torch.is_autocast_enabled(device) else nullcontext()
 
 
+def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
+    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales."""
+    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    return {"loss_function": causal_lm.loss_function, "final_logit_softcapping": cap, **_multipliers(causal_lm)}
+
+
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
     """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
     logits = logits if scale == 1 else logits * scale

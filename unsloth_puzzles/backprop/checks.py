@@ -94,7 +94,7 @@ def check_scalar(value: object) -> torch.Tensor:
 
 def check_unchanged(logits: torch.Tensor) -> None:
     """Raise ValueError if the function has written to the fresh `logits` that it was given."""
-    if logits._version:
+    if not logits.is_inference() and logits._version:  # inference tensors have no version, and no graph either
         raise ValueError(
             "forward_function: changes the logits in place, but they are a leaf of its graph and the op's own buffer; "
             "write z = z / 2, not z.div_(2)"

@@ -30,6 +30,7 @@ from unsloth_puzzles.backprop.causal_lm import (
     own_autocast,
     refuse_data_parallel,
     routes,
+    settings,
     transform,
 )
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
@@ -51,13 +52,14 @@ def use_memory_efficient_loss(
     """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
 
     `model` is a causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself). The call
-    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers
-    shifts them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a
-    function like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient
-    accumulation weighs every token alike. Labels that are `ignore_index` do not count: `loss` sees -100 there. Soft
-    cap and logit scale of the config are applied, in the logits' dtype as the model does. Calls without labels
-    (generation) are the model's own, and so is everything before the head: gradient checkpointing, attention,
-    quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
+    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers shifts
+    them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a function
+    like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient accumulation
+    weighs every token alike. Such a call has no KV cache (`use_cache` is False unless it is given), so that position
+    ids which begin anew are packed documents to transformers. Labels that are `ignore_index` do not count: `loss` sees
+    -100 there. Soft cap and logit scale of the config are applied, in the logits' dtype as the model does. Calls
+    without labels (generation) are the model's own, and so is everything before the head: gradient checkpointing,
+    attention, quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
 
     Metrics: with `predictions`, outputs in eval mode also hold `predicted_ids` (batch, length), int64, the likeliest
     next token at each position, and `token_log_probs` (batch, length), float32, 0 where there is no label. They are
@@ -93,6 +95,7 @@ class Patch:
 
     def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
         self.calls, self.active, self.autocast = 0, True, autocast
+        self._settings = settings(causal_lm)
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
         self._loss = loss if between is None else functools.partial(_transformed, loss, *between)
@@ -138,6 +141,9 @@ class Patch:
             raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
         if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
             raise ValueError("logits_to_keep: not together with labels, which need every position")
+        if (now := settings(causal_lm)) != self._settings:
+            changed = ", ".join(name for name in now | self._settings if now.get(name) != self._settings.get(name))
+            raise ValueError(f"{changed}: must be as when the model was patched; undo, set it, and patch again")
         return_dict = inputs.pop("return_dict", None)
         ignore_index = inputs.pop("ignore_index", IGNORED)
         if shift_labels is None:

@@ -181,6 +181,7 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx, run, layer, store, hidden_states, *parameters):
         ctx.run, ctx.layer, ctx.store, ctx.parameters = run, layer, store, parameters
         ctx.autocast = _autocast(hidden_states.device.type)
+        ctx.state = _state(layer, parameters)
         ctx.kept = store.put(hidden_states)
         before = _random_state(hidden_states.device)
         output = run(hidden_states)
@@ -195,6 +196,11 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.store.closed:
             raise RuntimeError("backward: of a forward from before undo(), whose layers are no longer what they were")
+        if _state(ctx.layer, ctx.parameters) != ctx.state:
+            raise RuntimeError(
+                f"backward: {type(ctx.layer).__name__} was switched between train() and eval(), or its parameters were "
+                "changed in place, since its forward, which is run again here"
+            )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
         with torch.enable_grad(), ctx.autocast(), _restored(ctx.random_state, hidden_states.device):
@@ -210,6 +216,11 @@ class _Checkpoint(torch.autograd.Function):
         gradients = torch.autograd.grad(output, reached, gradient) if reached else ()
         found = dict(zip(reached, gradients, strict=True))
         return None, None, None, *map(found.get, inputs)  # None: of an adapter that is not active, for one
+
+
+def _state(layer: torch.nn.Module, parameters: tuple[torch.nn.Parameter, ...]) -> tuple:
+    """What would make another run of the layer compute something else, though nobody says so."""
+    return layer.training, *(parameter._version for parameter in parameters)
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:

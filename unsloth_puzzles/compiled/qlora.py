@@ -55,6 +55,9 @@ def compile_qlora(
 ) -> "CompiledQLoRA":
     """Compile `model`, a causal LM of transformers in NF4 with adapters of PEFT, or the `Trainer` of one.
 
+    Rows that are padded on the left: the label of the first real token is predicted from padding, where SDPA, eager
+    attention and ours all differ; give it -100, and they agree.
+
     attention: a backend of `unsloth_puzzles.attention`, or "auto". loss: what `use_memory_efficient_loss` takes;
     `loss_options` go to it as well. activation_memory_budget: how much of what Inductor's partitioner would keep for
     the backward is kept; at 0.9 it makes again what costs no matrix product (the activation, the normed inputs), below
