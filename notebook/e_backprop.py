@@ -761,7 +761,7 @@ plt.close(figure)
 # large, and a mean per chunk in place of one mean over the batch. Each must differ from the standard loss by more than
 # the limit of 1e-3 within the 20 steps that it is run for.
 #
-# Each mode runs in a process of its own, one run after the other; on a large GPU the two processes run side by side.
+# One process makes all runs, one after the other; on a large GPU each mode has a process, and the two run side by side.
 # With so few rows the logits are a small part of the peak memory; weights and gradients are most of it. The model is
 # patched in one line:
 #
@@ -886,8 +886,8 @@ curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
 if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
 elif SLOW:  # float32 without tensor cores: what 60 steps take is the tokens of a step
-    curve_settings["full"] |= {"length": 128, "chunk_size": 128}
-    curve_settings["qlora"] |= {"length": 128, "chunk_size": 128}
+    for given in curve_settings.values():
+        given |= {"length": 128, "chunk_size": 128}
 curves = {}  # by (mode, run)
 ROOMY = GPU and not SLOW and hardware.memory_gib >= 60  # for the processes of both modes side by side
 LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding

@@ -122,9 +122,7 @@ def rehearsal(path: Path) -> str:
             (
                 name,
                 f"{section['wall_seconds']:.0f} s",
-                "not known"
-                if predicted is None
-                else f"{predicted:.0f} s, {aim} s{' (not reached)' * (predicted > aim)}",
+                "not known" if predicted is None else _beside_aim(predicted, aim),
                 f"{section['points']} of {section['possible']}",
                 f"{section['kernels_seen']}, {section['kernels_failed']}, {section['kernels_over_shared_memory']}",
                 f"{section['gpu_peak_gib']:.1f} GiB",

@@ -93,7 +93,7 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
             "loaded anew for each chunk; keep them (and tied input embeddings) on a device in device_map"
         )
     inputs, labels = _probe_inputs(causal_lm)
-    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    cap = _soft_cap(causal_lm)
     with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
         output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
         if len(seen) != 1:
@@ -141,7 +141,7 @@ def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
 
 def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
     """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales."""
-    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    cap = _soft_cap(causal_lm)
     return {"loss_function": causal_lm.loss_function, "final_logit_softcapping": cap, **_multipliers(causal_lm)}
 
 
@@ -149,6 +149,10 @@ def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Te
     """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
     logits = logits if scale == 1 else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _soft_cap(causal_lm: PreTrainedModel) -> float | None:
+    return getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def _multipliers(causal_lm: PreTrainedModel) -> dict[str, float]:
@@ -162,7 +166,7 @@ def _between(
     """The first (scale, cap) of those that the config names which makes `logits` of the head's `given`."""
     named = _multipliers(causal_lm)
     scales = [1.0, *named.values(), *(1 / named[name] for name in _DIVISORS if named.get(name))]
-    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    cap = _soft_cap(causal_lm)
     for candidate in ((scale, cap) for cap in ([None, cap] if cap else [None]) for scale in scales):
         if _same(transform(given, *candidate), logits):
             return candidate
