@@ -58,8 +58,8 @@ publish: build
 	$(RUN) -m tools.build_readme
 
 sweeps: $(READY)
-	$(RUN) -m unsloth_puzzles.comparisons.linear_loss_sweeps $(MEASURED)/e_backprop_sweeps.json
-	$(RUN) -m unsloth_puzzles.comparisons.qlora_sweeps $(MEASURED)/c_compile_sweeps.json
+	$(RUN) -m benchmarks.backprop.sweeps $(MEASURED)/e_backprop_sweeps.json
+	$(RUN) -m benchmarks.compiled.sweeps $(MEASURED)/c_compile_sweeps.json
 
 gpu-test: $(READY)
 	$(RUN) -m tools.gpu_tests

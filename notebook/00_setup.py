@@ -180,7 +180,7 @@ print("unsloth_puzzles is the copy that this notebook wrote")
 
 # %%
 from unsloth_puzzles.bench import experiments
-from unsloth_puzzles.rubric import FILES
+from unsloth_puzzles.bench.rubric import FILES
 
 experiments.watch()
 for name in FILES.values():

@@ -111,31 +111,31 @@ for rows, columns, dtype in SHAPES:
 # The baselines and the puzzle's own harness:
 
 # %%
-# show: unsloth_puzzles/nf4/baselines.py
+# show: benchmarks/nf4/baselines.py
 
 # %%
-# show: unsloth_puzzles/nf4/harness.py
+# show: benchmarks/nf4/harness.py
 
 # %%
-# write: unsloth_puzzles/nf4/workload.py
+# write: benchmarks/nf4/workload.py
 
 # %%
-# write: unsloth_puzzles/nf4/variants.py
+# write: benchmarks/nf4/variants.py
 
 # %%
-# write: unsloth_puzzles/comparisons/__init__.py
+# write: benchmarks/__init__.py
 
 # %%
-# write: unsloth_puzzles/comparisons/decoding.py
+# write: benchmarks/nf4/decoding.py
 
 # %%
-# write: unsloth_puzzles/comparisons/launches.py
+# write: benchmarks/nf4/launches.py
 
 # %%
-# write: unsloth_puzzles/comparisons/sanitize.py
+# write: benchmarks/nf4/sanitize.py
 
 # %%
-# write: unsloth_puzzles/comparisons/unsloth_peer.py
+# write: benchmarks/nf4/unsloth_peer.py
 
 # %%
 import math
@@ -147,16 +147,17 @@ import bitsandbytes as bnb
 import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
+from benchmarks.nf4 import harness
+from benchmarks.nf4.baselines import THREE_LAUNCHES, baselines, bitsandbytes_dequantize, three_launches
+from benchmarks.nf4.launches import count_launches
+from benchmarks.nf4.workload import bytes_per_weight, calls, make_layer
 from unsloth_puzzles.bench import timing
 from unsloth_puzzles.bench.cross_compile import cross_compile_in_subprocess
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.comparisons.launches import count_launches
 from unsloth_puzzles.device import capability
-from unsloth_puzzles.nf4 import dequantize_nf4, harness
-from unsloth_puzzles.nf4.baselines import THREE_LAUNCHES, baselines, bitsandbytes_dequantize, three_launches
+from unsloth_puzzles.nf4 import dequantize_nf4
 from unsloth_puzzles.nf4.launch import DEFAULT, PLAIN, Config, launch
-from unsloth_puzzles.nf4.workload import bytes_per_weight, calls, make_layer
 
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -170,7 +171,7 @@ t4_reports, CANDIDATES = [], {"ours": dequantize_nf4, **baselines("cuda")} if GP
 # Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
 background = ThreadPoolExecutor(3)  # one each: an interrupt leaves none that has not begun
 compiling = {
-    name: background.submit(cross_compile_in_subprocess, f"unsloth_puzzles.nf4.variants:{name}")
+    name: background.submit(cross_compile_in_subprocess, f"benchmarks.nf4.variants:{name}")
     for name in ("contraction_jobs", "t4_jobs")
 }
 counting = background.submit(count_launches) if GPU else None
@@ -405,7 +406,7 @@ else:
 # come from those binaries.
 
 # %%
-from unsloth_puzzles.comparisons.sanitize import sanitizer_errors
+from benchmarks.nf4.sanitize import sanitizer_errors
 
 SANITIZED = GPU and hardware.sm >= 80 and not hardware.rehearsal
 sanitizing = background.submit(sanitizer_errors) if SANITIZED else None
@@ -543,7 +544,7 @@ else:
 # three launches of the puzzle: the cell says what it found, and times both paths.
 
 # %%
-from unsloth_puzzles.comparisons.unsloth_peer import measure_unsloth
+from benchmarks.nf4.unsloth_peer import measure_unsloth
 
 SWEEP = [(2**10 * 2**k, 2**10 * 2**k, "float16") for k in range(6)]  # 1 M to 1 G weights
 SWEEP = [shape for shape in SWEEP if GPU and shape[0] * shape[1] * 40 < 0.7 * hardware.memory_gib * 2**30]
@@ -788,7 +789,7 @@ judge(results, "errors of the linear layer", no_worse)
 # two cross is measured here, and so is generation before and after. Peak memory is bitsandbytes' own: neither keeps W.
 
 # %%
-from unsloth_puzzles.comparisons import decoding
+from benchmarks.nf4 import decoding
 from unsloth_puzzles.nf4.patch import default_min_rows
 
 for record in decoding.measure(hardware, quick=True):
@@ -895,7 +896,7 @@ print(
 # ### Score of this section
 
 # %%
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 
 results.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "A"]

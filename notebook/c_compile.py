@@ -53,8 +53,8 @@
 # The weights are frozen: a linear layer costs one product in the forward and one in the backward (dX), the head too.
 
 # %%
+from benchmarks.models import llama_1b_config
 from unsloth_puzzles.bench import section
-from unsloth_puzzles.bench.models import llama_1b_config
 
 section.start("C. torch.compile without graph breaks")
 GPU = hardware.device == "cuda"
@@ -168,7 +168,7 @@ else:
 # write: unsloth_puzzles/compiled/__init__.py
 
 # %%
-# write: unsloth_puzzles/comparisons/qlora_steps.py
+# write: benchmarks/compiled/steps.py
 
 # %%
 import json
@@ -179,10 +179,10 @@ from collections import Counter
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
+from benchmarks.compiled import steps as qlora_steps
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.comparisons import qlora_steps
 from unsloth_puzzles.compiled.count import Capture, Counts, count_compilations
 from unsloth_puzzles.device import capability
 
@@ -210,10 +210,10 @@ display(Markdown(backend_table(DEVICE)))
 # guard. Then `fail_on_recompile` forbids any more, for lengths never seen.
 
 # %%
-# write: unsloth_puzzles/comparisons/attention_checks.py
+# write: benchmarks/attention/checks.py
 
 # %%
-from unsloth_puzzles.comparisons.attention_checks import check_flex
+from benchmarks.attention.checks import check_flex
 
 flex = check_flex(DEVICE, SIXTEEN if GPU else torch.float32)
 print(f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}: {flex.counts.graphs} graphs")
@@ -238,10 +238,10 @@ free_memory()
 # SFTTrainer are not run here but by the tests of `tests/compiled`.
 
 # %%
-# write: unsloth_puzzles/comparisons/qlora_trainer.py
+# write: benchmarks/compiled/trainer.py
 
 # %%
-from unsloth_puzzles.comparisons import qlora_trainer
+from benchmarks.compiled import trainer as qlora_trainer
 
 STEPS, LENGTHS = (50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
@@ -518,7 +518,7 @@ free_memory()
 # from that file where it is there, says on what hardware and when it was made, and is no part of the score.
 
 # %%
-# write: unsloth_puzzles/comparisons/qlora_sweeps.py
+# write: benchmarks/compiled/sweeps.py
 
 # %%
 from unsloth_puzzles.comparisons import qlora_sweeps
@@ -757,7 +757,7 @@ else:
 # ### Score of this section
 
 # %%
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 
 results.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "C"]

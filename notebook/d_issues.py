@@ -12,11 +12,11 @@
 # that has two graphs at most for all lengths, windows and packings is its `flex.py` and `blocks.py`.
 
 # %%
+from benchmarks.attention.checks import Inputs, check_backends, check_flex
 from unsloth_puzzles.attention import BACKENDS, attention
 from unsloth_puzzles.bench import section
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.comparisons.attention_checks import Inputs, check_backends, check_flex
 
 section.start("D. Unsloth's open issues")
 GPU = hardware.device == "cuda"
@@ -131,7 +131,7 @@ judge(issues, "attention under transformers' models", checks)
 # The other four have no code here: they count as not measured.
 
 # %%
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 
 issues.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "D"]

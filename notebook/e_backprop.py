@@ -157,16 +157,16 @@ else:
 # The baselines, and how everything is measured:
 
 # %%
-# show: unsloth_puzzles/backprop/baselines.py
+# show: benchmarks/backprop/baselines.py
 
 # %%
-# write: unsloth_puzzles/backprop/workload.py
+# write: benchmarks/backprop/workload.py
 
 # %%
-# write: unsloth_puzzles/backprop/errors.py
+# write: benchmarks/backprop/errors.py
 
 # %%
-# write: unsloth_puzzles/comparisons/linear_losses.py
+# write: benchmarks/backprop/linear_losses.py
 
 # %%
 import logging
@@ -181,11 +181,11 @@ import torch.nn.functional as F
 from IPython.display import Markdown, display
 from torch import nn
 
-from unsloth_puzzles.backprop import MemoryEfficientLinear, baselines, errors, losses, memory_efficient_linear
-from unsloth_puzzles.backprop.workload import REFERENCE, TINY, Shape, make_case, release
+from benchmarks.backprop import baselines, errors, linear_losses
+from benchmarks.backprop.workload import REFERENCE, TINY, Shape, make_case, release
+from unsloth_puzzles.backprop import MemoryEfficientLinear, losses, memory_efficient_linear
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.comparisons import linear_losses
 
 DEVICE = hardware.device
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
@@ -653,7 +653,7 @@ if baselines.EAGER in wrong:
 # Nothing of them is part of the score.
 
 # %%
-# write: unsloth_puzzles/comparisons/linear_loss_sweeps.py
+# write: benchmarks/backprop/sweeps.py
 
 # %%
 from unsloth_puzzles.comparisons import linear_loss_sweeps
@@ -773,8 +773,8 @@ plt.close(figure)
 # First that hook by itself, on a tiny Llama: loss and gradients of a step, and what the model is after `undo()`.
 
 # %%
+from benchmarks.models import random_llama, tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
-from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
 
 model = random_llama(tiny_llama_config(), DEVICE)
 ids = torch.randint(256, (3, 40), device=DEVICE, generator=generator)
@@ -869,17 +869,17 @@ judge(results, "use_memory_efficient_loss, under trainers", checks)
 # Now the curves: settings and batches, one training, and the process that makes all of them.
 
 # %%
-# write: unsloth_puzzles/comparisons/curve_data.py
+# write: benchmarks/backprop/curve_data.py
 
 # %%
-# write: unsloth_puzzles/comparisons/curve_training.py
+# write: benchmarks/backprop/curve_training.py
 
 # %%
-# write: unsloth_puzzles/comparisons/llama_curve.py
+# write: benchmarks/backprop/llama_curve.py
 
 # %%
-from unsloth_puzzles.comparisons import llama_curve
-from unsloth_puzzles.comparisons.curve_data import FAULTS, OURS, STANDARD
+from benchmarks.backprop import llama_curve
+from benchmarks.backprop.curve_data import FAULTS, OURS, STANDARD
 
 CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
@@ -989,13 +989,13 @@ plt.close(figure)
 # trainer (1e-10), in float32 against TRL's fused head (1e-5): loss, every gradient, every metric.
 
 # %%
-# write: unsloth_puzzles/comparisons/grpo.py
+# write: benchmarks/backprop/grpo.py
 
 # %%
 from trl import GRPOTrainer
 
+from benchmarks.backprop import grpo
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
-from unsloth_puzzles.comparisons import grpo
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 PAIRS = ((None, 0.0, 2), (1.4, 0.04, 1))  # delta, beta, accumulation
@@ -1325,7 +1325,7 @@ else:
 # ### Score of this section
 
 # %%
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 
 results.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "E"]

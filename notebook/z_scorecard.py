@@ -23,7 +23,7 @@ display(Markdown(experiments.report()))
 # criterion that this machine could not measure, or whose challenge has no section yet, earns nothing and says so.
 
 # %% tags=["report"]
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 
 rows = scorecard.score("resources/measurements")
 display(Markdown(scorecard.table(rows)))

@@ -77,7 +77,7 @@ def assert_caught(runs: Mapping[str, Run], name: str) -> None:
 
 
 def _copy_with(folder: Path, package: str, edits: tuple[tuple[str, str, str], ...]) -> None:
-    for name in ("unsloth_puzzles", f"tests/{package}"):
+    for name in ("unsloth_puzzles", "benchmarks", f"tests/{package}"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)  # with it pytest puts the copy before every other package
     for file, old, new in edits:

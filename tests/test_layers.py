@@ -1,6 +1,7 @@
-"""Who may import whom: a solution stands on its own but for `device` and `own_code`, and `bench` on no solution."""
+"""Who may import whom: solutions share only `device` and `code_object`, and nothing imports `benchmarks`."""
 
 import ast
+import re
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def test_imports_nothing_else_of_the_package(folder):
 
 
 @pytest.mark.parametrize("folder", ["backprop", "attention"])
-def test_what_is_compiled_has_its_own_code(folder):
-    assert imported(folder) == {folder, "device", "own_code"}
+def test_what_is_compiled_has_its_code_object(folder):
+    assert imported(folder) == {folder, "device", "code_object"}
 
 
-@pytest.mark.parametrize("leaf", ["own_code.py", "device.py"])
+@pytest.mark.parametrize("leaf", ["code_object.py", "device.py"])
 def test_a_leaf_stands_alone(leaf):
     assert imported(leaf) == set()
 
@@ -47,9 +48,11 @@ def test_no_module_but_device_asks_pytorch_for_the_capability():
 
 
 def test_compiled_stands_on_the_solutions_that_it_compiles():
-    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "own_code"}
+    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "code_object"}
 
 
-def test_comparisons_stand_on_all_of_them():
-    solutions = {"nf4", "attention", "backprop", "compiled"}
-    assert imported("comparisons") == {"bench", "device", "comparisons", *solutions}
+def test_the_package_imports_no_benchmark():
+    importing = [
+        path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.M)
+    ]
+    assert importing == []

@@ -79,15 +79,15 @@ def test_it_reports_every_challenge(executed: tuple[nbformat.NotebookNode, Path]
 
 
 SABOTAGED = {  # what measures, by module: each of these raises an error
-    "unsloth_puzzles.nf4.harness": ("measure",),
-    "unsloth_puzzles.nf4.workload": ("make_layer",),
+    "benchmarks.nf4.harness": ("measure",),
+    "benchmarks.nf4.workload": ("make_layer",),
     "unsloth_puzzles.bench.cross_compile": ("cross_compile_in_subprocess",),
-    "unsloth_puzzles.comparisons.decoding": ("measure",),
-    "unsloth_puzzles.comparisons.attention_checks": ("check_flex", "check_backends"),
-    "unsloth_puzzles.comparisons.qlora_steps": ("qlora_model",),
-    "unsloth_puzzles.comparisons.linear_losses": ("measure", "losses"),
-    "unsloth_puzzles.comparisons.llama_curve": ("run_modes",),
-    "unsloth_puzzles.comparisons.grpo": ("train", "head_only", "whole_step", "make_trainer"),
+    "benchmarks.nf4.decoding": ("measure",),
+    "benchmarks.attention.checks": ("check_flex", "check_backends"),
+    "benchmarks.compiled.steps": ("qlora_model",),
+    "benchmarks.backprop.linear_losses": ("measure", "losses"),
+    "benchmarks.backprop.llama_curve": ("run_modes",),
+    "benchmarks.backprop.grpo": ("train", "head_only", "whole_step", "make_trainer"),
     "unsloth_puzzles.backprop.trainer": ("use_memory_efficient_loss",),
     "unsloth_puzzles.backprop.linear": ("memory_efficient_linear",),
     "unsloth_puzzles.backprop": ("memory_efficient_linear",),

@@ -14,9 +14,9 @@ import nbformat
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.release import STAMP
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
-from unsloth_puzzles.rubric import FILES, TITLES
+from unsloth_puzzles.bench.rubric import FILES, TITLES
 
 # Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
 TABLES = {

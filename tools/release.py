@@ -20,7 +20,7 @@ from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT, build, text, written_files
 from tools.run_notebook import lines_with, problems
 from unsloth_puzzles.bench.code_digest import code_digest
-from unsloth_puzzles.rubric import FILES
+from unsloth_puzzles.bench.rubric import FILES
 
 STAMP = "release"
 KEYS = ("commit", "date", "digest", "hardware")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
-from unsloth_puzzles.bench.models import tiny_llama_config
 
 VOCABULARY = 64
 # Options beside the head as the target; adapters whose fresh weights do nothing are drawn at random.

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop.causal_lm import logit_transform
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
-from unsloth_puzzles.bench.models import tiny_llama_config
 
 VOCABULARY = 64
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": VOCABULARY}

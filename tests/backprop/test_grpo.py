@@ -9,10 +9,7 @@ import transformers
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, Qwen3MoeConfig
 from trl import GRPOTrainer
 
-from unsloth_puzzles.backprop import grpo
-from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes
-from unsloth_puzzles.bench.models import tiny_llama_config
-from unsloth_puzzles.comparisons.grpo import (
+from benchmarks.backprop.grpo import (
     FullLogitsGRPOTrainer,
     head_only,
     make_trainer,
@@ -21,6 +18,9 @@ from unsloth_puzzles.comparisons.grpo import (
     vowel_share,
     whole_step,
 )
+from benchmarks.models import tiny_llama_config
+from unsloth_puzzles.backprop import grpo
+from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes
 
 VOCAB, PROMPT, COMPLETION, SEQUENCES = 131, 5, 7, 8
 CHUNK = 6  # rows: many chunks, the last one ragged

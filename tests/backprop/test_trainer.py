@@ -28,11 +28,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop import trainer as hook
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy, z_loss
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
-from unsloth_puzzles.bench.models import tiny_llama_config
 
 VOCABULARY = 256
 SMALL = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from unsloth_puzzles.bench.models import nf4_config, random_nf4_llama, tiny_llama_config
+from benchmarks.models import nf4_config, random_nf4_llama, tiny_llama_config
 
 
 def nf4_llama(device="cpu", dtype=torch.float32, layers=2):

@@ -12,8 +12,8 @@ from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 from transformers import masking_utils
 
+from benchmarks.models import random_llama, tiny_llama_config
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.bench.models import random_llama, tiny_llama_config
 from unsloth_puzzles.compiled import qlora, variants
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
@@ -304,7 +304,7 @@ def test_peft_knows_packed_weights_meanwhile():
 
 def test_each_adapter_has_a_function_of_its_own(monkeypatch):
     """Dynamo allows eight versions of one; a ninth would be an error."""
-    monkeypatch.setattr(variants, "own_code", lambda forward, name: made.append(name) or forward)
+    monkeypatch.setattr(variants, "with_own_code", lambda forward, name: made.append(name) or forward)
     made, model = [], with_adapters(nf4_llama(layers=3), rank_pattern={"layers.1.self_attn.q_proj": 7})
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), compile_qlora(model):

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from benchmarks.nf4.variants import CONFIGS
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, CompileReport, cross_compile_in_subprocess
-from unsloth_puzzles.nf4.variants import CONFIGS
 
 SHARED_LIMIT = 65536  # bytes, a T4's
 REGISTERS = 65536  # of an SM
@@ -17,12 +17,12 @@ WHOLE = ("whole", "plain absmax")  # no mask anywhere
 
 @pytest.fixture(scope="module")
 def reports() -> list[CompileReport]:
-    return cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:every_job")
+    return cross_compile_in_subprocess("benchmarks.nf4.variants:every_job")
 
 
 @pytest.fixture(scope="module")
 def contraction() -> dict[str, CompileReport]:
-    reports = cross_compile_in_subprocess("unsloth_puzzles.nf4.variants:contraction_jobs")
+    reports = cross_compile_in_subprocess("benchmarks.nf4.variants:contraction_jobs")
     return {report.name: report for report in reports}
 
 

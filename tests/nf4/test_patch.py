@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unsloth_puzzles.bench.models import random_nf4_llama, tiny_llama_config
+from benchmarks.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

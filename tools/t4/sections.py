@@ -12,9 +12,9 @@ from nbformat import NotebookNode
 
 from tools.build_notebook import WRITEFILE, build, written_files
 from tools.run_notebook import failures, output_text
-from unsloth_puzzles import scorecard
+from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest
-from unsloth_puzzles.rubric import FILES
+from unsloth_puzzles.bench.rubric import FILES
 
 SECTIONS = {"A": "a_nf4", "E": "e_backprop", "C": "c_compile", "D": "d_issues", "B": "b_fsdp2"}
 FIRST_CELL = "import sitecustomize\n\nsitecustomize.watch_cells()"

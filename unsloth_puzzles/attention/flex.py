@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from unsloth_puzzles.attention.backend import FEATURES, Backend
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.code_object import with_own_code
 from unsloth_puzzles.device import capability
-from unsloth_puzzles.own_code import own_code
 
 _TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 _ROOM = 2**15  # bytes for a tile's operands: half of a T4's shared memory
@@ -93,7 +93,7 @@ def _compiled(configuration: tuple, *constants: object) -> Callable:
     """`_flex` for one configuration: Dynamo allows a function eight, and would make variables of scale and soft cap,
     which flex attention does not take."""
     backend = "aot_eager" if configuration[0] == "cpu" else "inductor"
-    return torch.compile(own_code(_flex, f"flex_{next(_numbers)}"), fullgraph=True, backend=backend)
+    return torch.compile(with_own_code(_flex, f"flex_{next(_numbers)}"), fullgraph=True, backend=backend)
 
 
 _numbers = itertools.count()

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from unsloth_puzzles.backprop import checks
-from unsloth_puzzles.own_code import own_code
+from unsloth_puzzles.code_object import with_own_code
 
 _EAGER_PIECES = 8  # an eager function runs on eighths of a chunk: its float32 temporaries are eighths, too
 # Inductor tries block sizes: with rows so long its first guess reads them all from memory again in the second pass.
@@ -178,7 +178,7 @@ class CompiledFunction(EagerFunction):
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             # By a name of its own, too: another function's vocabulary would make this one's a variable.
             self._compiled[key] = torch.compile(
-                own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options
+                with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options
             )
         return self._compiled[key]
 

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from unsloth_puzzles.attention.interface import Mask
-from unsloth_puzzles.own_code import own_code
+from unsloth_puzzles.code_object import with_own_code
 
 
 class Variants:
@@ -34,7 +34,7 @@ class Variants:
         )
         if key not in self._compiled:
             named = (self._name, "" if key[0] else "_no_grad", "_first" if key[0] and not key[1] else "")
-            own = own_code(self.forward, "".join(named))  # other users of the class keep theirs
+            own = with_own_code(self.forward, "".join(named))  # other users of the class keep theirs
             self._compiled[key] = torch.compile(own, fullgraph=True, options=self._options)
         return self._compiled[key](module, hidden_states, *args, **kwargs)
 

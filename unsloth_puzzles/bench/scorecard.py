@@ -1,0 +1,111 @@
+"""What each criterion of the rubric was measured to be, and the points it gets.
+
+Every criterion names the metric and case, in a file of `resources/measurements/`, that decide it. A verdict comes from
+those files alone; what is in none of them is "not measured here" and gets no point.
+"""
+
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unsloth_puzzles.bench.record import Measurements
+from unsloth_puzzles.bench.rubric import FILES, RUBRIC, TITLES, Condition, Criterion
+
+MET, PARTLY_MET, NOT_MET, NOT_MEASURED = "met", "partly met", "not met", "not measured here"
+
+_COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "==": operator.eq}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A criterion judged: `points` of `possible`, the measured values as text, and the machine they come from."""
+
+    challenge: str
+    criterion: str
+    possible: int
+    measured: str
+    verdict: str
+    points: int
+    hardware: str
+
+
+def score(directory: str | os.PathLike = "resources/measurements") -> list[Row]:
+    """Judge every criterion of the rubric by the measurement files in `directory`; files may be missing.
+
+    Raises ValueError for a file that is not of the form of `bench.record`.
+    """
+    rows = []
+    for challenge, file in FILES.items():
+        path = Path(directory, file)
+        measurements = Measurements.load(path) if path.exists() else None
+        criteria = [criterion for criterion in RUBRIC if criterion.challenge == challenge]
+        judged = [_judge(criterion, measurements) for criterion in criteria]
+        gates = [row for row, criterion in zip(judged, criteria, strict=True) if criterion.gate and row.verdict != MET]
+        if gates:  # an unmeasured gate is not a passed one; penalties stand
+            judged = [replace(row, points=min(row.points, 0)) for row in judged]
+        rows += judged
+    return rows
+
+
+def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
+    """Points won and possible per challenge among `rows`, and, if they hold all challenges, under "all"."""
+    rows = list(rows)
+    selections = {challenge: [row for row in rows if row.challenge == challenge] for challenge in FILES}
+    selections = {challenge: chosen for challenge, chosen in selections.items() if chosen}
+    if len(selections) == len(FILES):
+        selections["all"] = rows
+    return {
+        name: (sum(row.points for row in chosen), sum(row.possible for row in chosen))
+        for name, chosen in selections.items()
+    }
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The judged criteria as a Markdown table, with the sum of each challenge."""
+    rows = list(rows)
+    lines = ["| challenge | criterion | points | measured | verdict | hardware |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        measured = f"{row.measured} | {row.verdict} | {row.hardware}"
+        lines.append(f"| {row.challenge} | {row.criterion} | {row.points} of {row.possible} | {measured} |")
+    for name, (points, possible) in totals(rows).items():
+        title = f"{name}. {TITLES[name]}" if name in TITLES else "all challenges"
+        lines.append(f"| **{name}** | **{title}** | **{points} of {possible}** | | | |")
+    return "\n".join(lines)
+
+
+def _judge(criterion: Criterion, measurements: Measurements | None) -> Row:
+    possible = max(points for points, _ in criterion.levels)
+    conditions = [condition for _, level in criterion.levels for condition in level]
+    outcomes = [_all_hold(level, measurements) for _, level in criterion.levels]
+    verdict, points = NOT_MEASURED, 0
+    if True in outcomes:
+        points = criterion.levels[outcomes.index(True)][0]
+        verdict = MET if points == possible else PARTLY_MET if points > 0 else NOT_MET
+    elif None not in outcomes:
+        verdict, points = NOT_MET, criterion.otherwise
+    texts = dict.fromkeys(_measured(condition, measurements) for condition in conditions)
+    measured = "; ".join(texts) if any(_holds(condition, measurements) is not None for condition in conditions) else ""
+    hardware = ""
+    if measurements and verdict != NOT_MEASURED:
+        held = measurements.hardware.get("rehearsal")
+        hardware = measurements.hardware["name"] + (" held to a T4's limits" if held else "")
+    return Row(criterion.challenge, criterion.text, possible, measured, verdict, points, hardware)
+
+
+def _all_hold(conditions: Iterable[Condition], measurements: Measurements | None) -> bool | None:
+    """True if all hold, False if one does not, None if that cannot be said from what was measured."""
+    outcomes = [_holds(condition, measurements) for condition in conditions]
+    return False if False in outcomes else None if None in outcomes else True
+
+
+def _holds(condition: Condition, measurements: Measurements | None) -> bool | None:
+    found = measurements.find(condition.metric, condition.case) if measurements else []
+    return _COMPARISONS[condition.comparison](found[0]["value"], condition.bound) if found else None
+
+
+def _measured(condition: Condition, measurements: Measurements | None) -> str:
+    found = measurements.find(condition.metric, condition.case) if measurements else []
+    value = f"{found[0]['value']:.5g} {found[0]['unit']}" if found else "not measured"
+    return f"{condition.metric} ({condition.case}): {value}"
