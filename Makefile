@@ -58,6 +58,7 @@ publish: build
 	$(RUN) -m tools.build_readme
 
 sweeps: $(READY)
+	$(RUN) -m benchmarks.nf4.sweeps $(MEASURED)/a_nf4_sweeps.json
 	$(RUN) -m benchmarks.backprop.sweeps $(MEASURED)/e_backprop_sweeps.json
 	$(RUN) -m benchmarks.compiled.sweeps $(MEASURED)/c_compile_sweeps.json
 

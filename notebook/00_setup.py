@@ -4,8 +4,8 @@
 # <!-- badges -->
 #
 # Five open challenges on making the fine-tuning of large language models cheaper on small GPUs, one section each. Every
-# solution stands here in full: a cell that begins with `%%writefile` is a file of the package `unsloth_puzzles`, word
-# for word, and the cells after it import that file, check it and only then time it.
+# solution stands here in full: a cell that begins with `%%writefile` holds a file of the package `unsloth_puzzles`,
+# word for word; the cells of the set-up write the others. The cells after it import that file, check it and time it.
 #
 # **How to run it.** *Runtime → Run all*: on Colab (T4), on Kaggle (T4 x 2), on any CUDA machine, or without a GPU,
 # where the kernels run in Triton's interpreter on small shapes. Nothing has to be cloned or uploaded. What cannot run
@@ -147,18 +147,29 @@ torch.manual_seed(SEED)
 print("seed", SEED)
 
 # %% [markdown]
-# The files that the sections share, collapsed: the hardware probe, timing, peak memory, cross-compilation, records and
-# the marking rubric. The solutions themselves are shown open in their sections.
+# The package `unsloth_puzzles` and the benchmarks that the cells below use, word for word, in collapsed cells, a folder
+# each. With them every section runs alone. The files that a section explains stand open in it once more.
 
 # %%
-# folders
-Path("resources/measurements").mkdir(parents=True, exist_ok=True)
+from IPython.core.magic import register_cell_magic
+
+
+@register_cell_magic
+def writefiles(line, cell):
+    """Write the files of the cell; a line `# file: PATH` begins each."""
+    begin = "# file: "
+    files = ("\n" + cell).split("\n" + begin)[1:]
+    for name, content in (file.split("\n", 1) for file in files):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+    print(len(files), "files written")
+
 
 # %%
-# write: unsloth_puzzles/*.py
+# package
 
 # %%
-# write: unsloth_puzzles/bench/*.py
+# benchmarks
 
 # %% [markdown]
 # The package must be the copy that the cells above wrote, not one that happens to be installed.
@@ -183,6 +194,7 @@ from unsloth_puzzles.bench import experiments
 from unsloth_puzzles.bench.rubric import FILES
 
 experiments.watch()
+Path("resources/measurements").mkdir(parents=True, exist_ok=True)
 for name in FILES.values():
     Path("resources/measurements", name).unlink(missing_ok=True)
 

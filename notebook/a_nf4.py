@@ -101,41 +101,8 @@ for rows, columns, dtype in SHAPES:
 # %%
 # show: unsloth_puzzles/nf4/linear.py
 
-# %%
-# show: unsloth_puzzles/nf4/patch.py
-
-# %%
-# show: unsloth_puzzles/nf4/__init__.py
-
 # %% [markdown]
-# The baselines and the puzzle's own harness:
-
-# %%
-# show: benchmarks/nf4/baselines.py
-
-# %%
-# show: benchmarks/nf4/harness.py
-
-# %%
-# write: benchmarks/nf4/workload.py
-
-# %%
-# write: benchmarks/nf4/variants.py
-
-# %%
-# write: benchmarks/__init__.py
-
-# %%
-# write: benchmarks/nf4/decoding.py
-
-# %%
-# write: benchmarks/nf4/launches.py
-
-# %%
-# write: benchmarks/nf4/sanitize.py
-
-# %%
-# write: benchmarks/nf4/unsloth_peer.py
+# The baselines and the puzzle's own harness are in `benchmarks/nf4/`.
 
 # %%
 import math
@@ -165,7 +132,7 @@ PATHS = {"asm": Config(), "plain": PLAIN} if GPU else {"plain": PLAIN}
 OLD = 0 < capability() < 80  # a T4, often with two slow cores beside it
 results = Measurements("resources/measurements/a_nf4.json", hardware)
 
-contracted_figure = sanitizing = peer = None  # of experiments that may fail
+contracted_figure = None  # of experiments that may fail
 t4_reports, CANDIDATES = [], {"ours": dequantize_nf4, **baselines("cuda")} if GPU else {}
 
 # Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
@@ -244,7 +211,8 @@ for path, config in PATHS.items():
                         public = [dequantize_nf4(packed, state) for _ in range(2)]
                         results_here += [found.t() if packed.shape[0] == 1 else found for found in public]
                     mismatched += sum(differing(mine, exact) for mine in results_here for exact in references)
-                    usual = results_here[0] if scale == 1 else usual
+                    if scale == 1:
+                        usual = results_here[0]
                     flushed += ((results_here[0] == 0) & (usual != 0)).sum().item()
                     weights, cases = weights + weight.numel(), cases + 1
         short = SHORT[str(dtype).removeprefix("torch.")]
@@ -399,17 +367,13 @@ else:
 # model, where one set of guards stands before many layers, not a single call.
 
 # %% [markdown]
-# ### Check 5: the T4's compiler and NVIDIA's sanitizer
+# ### Check 5: the T4's compiler
 #
 # The kernels are compiled for the T4 (sm_75) whatever GPU is here, in every form: whole, ragged, unaligned, with a
 # plain absmax, and with the other table look-ups. Registers, spills, shared memory (64 KB at most) and instructions
 # come from those binaries.
 
 # %%
-from benchmarks.nf4.sanitize import sanitizer_errors
-
-SANITIZED = GPU and hardware.sm >= 80 and not hardware.rehearsal
-sanitizing = background.submit(sanitizer_errors) if SANITIZED else None
 t4_reports = compiling["t4_jobs"].result()
 fits = {}
 for report in t4_reports:
@@ -424,18 +388,6 @@ for report in t4_reports:
 worst = [max(getattr(report, what) for report in t4_reports) for what in ("registers", "shared")]
 print(f"{len(t4_reports)} builds: at most {worst[0]} registers and {worst[1]} bytes shared")
 judge(results, "built for a T4: no spills, at most 64 KiB shared", fits)
-
-# %%
-if sanitizing:
-    errors = sanitizing.result()
-    if isinstance(errors, str):
-        print("SKIPPED:", errors)
-    else:
-        for tool, count in errors.items():
-            results.add("sanitizer_errors", tool, count, "errors")
-        print("compute-sanitizer over odd shapes:", errors)
-else:
-    print("SKIPPED: compute-sanitizer is left out without a GPU, on one as slow as a T4, and in a rehearsal")
 
 # %% [markdown]
 # ### The puzzle's harness
@@ -537,47 +489,11 @@ else:
     print("SKIPPED: the host's share of a launch is measured on a GPU")
 
 # %% [markdown]
-# ### The real Unsloth
-#
-# Importing Unsloth patches torch, transformers and bitsandbytes, so it runs in a process of its own, with ours beside
-# it there and the same allocator settings for both. Its newer releases have a fused Triton kernel too, no longer the
-# three launches of the puzzle: the cell says what it found, and times both paths.
-
-# %%
-from benchmarks.nf4.unsloth_peer import measure_unsloth
-
-SWEEP = [(2**10 * 2**k, 2**10 * 2**k, "float16") for k in range(6)]  # 1 M to 1 G weights
-SWEEP = [shape for shape in SWEEP if GPU and shape[0] * shape[1] * 40 < 0.7 * hardware.memory_gib * 2**30]
-peer = (
-    measure_unsloth(SHAPES + SWEEP, 1000)
-    if GPU and not hardware.rehearsal
-    else "not part of a rehearsal, and needs a GPU"
-)
-if not isinstance(peer, dict):
-    print("SKIPPED:", peer)
-else:
-    print(f"Unsloth {peer['version']}, its own kernel in use: {peer['fused']}")
-    for case, found in peer["device_us"].items():
-        ours, theirs = found.pop("ours"), {f"Unsloth {peer['version']}": found.pop("unsloth")[0]}
-        theirs |= {f"Unsloth {peer['version']}, three launches": us[0] for us in found.values()}
-        results.add("device_us_beside_unsloth", case, *ours[:1], "us", *ours[1:], theirs)
-        print(f"{case:20} ours {ours[0]:7.1f} us,", ", ".join(f"{name} {us:.1f} us" for name, us in theirs.items()))
-    for case, found in peer["enqueue_us"].items():
-        if case == "1024x4096 float16":
-            theirs = {f"Unsloth {peer['version']}": found["unsloth"][0]}
-            results.add("host_enqueue_us_beside_unsloth", case, found["ours"][0], "us", *found["ours"][1:], theirs)
-            print("enqueue:", {name: f"{us[0]:.1f} us" for name, us in found.items()})
-    for name, totals in peer["harness_s"].items():
-        if name != "ours":
-            ratio = middle([b / a for a, b in zip(peer["harness_s"]["ours"], totals, strict=True)])
-            case = f"all, against {name.replace('unsloth', 'Unsloth ' + peer['version'])}"
-            results.add("harness_speedup_beside_unsloth", case, ratio[0], "x", *ratio[1:])
-            print(f"the harness, {case}: {ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})")
-
-# %% [markdown]
 # ### Figures: how close to the machine's limit
 
 # %%
+SWEEP = [(2**10 * 2**k, 2**10 * 2**k, "float16") for k in range(6)]  # 1 M to 1 G weights
+SWEEP = [shape for shape in SWEEP if GPU and shape[0] * shape[1] * 40 < 0.7 * hardware.memory_gib * 2**30]
 sweep_us = {}
 if GPU:
     for rows, columns, _ in SWEEP:
@@ -599,20 +515,6 @@ if GPU:
     for name, style in styles.items():
         of = {size: 100 * hardware.copy_fraction(BYTES * size, us[name]) for size, us in sweep_us.items() if name in us}
         axes.plot(list(of), list(of.values()), style, label=name)
-    if isinstance(peer, dict):
-        beside = {r * c: results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SWEEP}
-        beside = {size: found[0] for size, found in beside.items() if found}
-        name = f"Unsloth {peer['version']}"
-        for label, style, us in (
-            (
-                f"{name}, its fused kernel, in its process",
-                "d-.",
-                {n: at["baselines"][name] for n, at in beside.items()},
-            ),
-            (f"ours, in the process of {name}", "o:", {n: at["value"] for n, at in beside.items()}),
-        ):
-            of = {size: 100 * hardware.copy_fraction(BYTES * size, time) for size, time in us.items()}
-            axes.plot(list(of), list(of.values()), style, label=label, alpha=0.8)
     axes.axhline(100, color="gray", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="weights", ylabel="2.516 bytes a weight / time,\n% of copy bandwidth", ylim=(0, None))
@@ -632,16 +534,6 @@ if GPU:
     }
     ours[TOTAL] = results.find("official_harness_speedup", "all")
     against = {f"over {THREE_LAUNCHES}": {label: found[0] for label, found in ours.items() if found}}
-    if isinstance(peer, dict):
-        name = f"Unsloth {peer['version']}"
-        found = {f"{r}x{c}\n{SHORT[n]}": results.find("device_us_beside_unsloth", f"{r}x{c} {n}") for r, c, n in SHAPES}
-        fused = {
-            label: {"value": f["baselines"][name] / f["value"], "low": f["baselines"][name] / f["high"],
-                    "high": f["baselines"][name] / f["low"]} for label, of in found.items() for f in of[:1]
-        }  # fmt: skip
-        for total in results.find("harness_speedup_beside_unsloth", f"all, against {name}"):
-            fused[TOTAL] = total
-        against[f"over the fused kernel of {name}"] = fused
     labels = [label for label in ours if any(label in values for values in against.values())]
     width = 0.8 / len(against)
     for i, (name, by_label) in enumerate(against.items()):
@@ -786,38 +678,38 @@ judge(results, "errors of the linear layer", no_worse)
 # %% [markdown]
 # `patch_linear4bit(model)` puts it under every 4-bit layer of a transformers or PEFT model. Without gradients and for
 # few rows, which is decoding, bitsandbytes' fused 4-bit GEMM stays in use: it never writes the 16-bit matrix. Where the
-# two cross is measured here, and so is generation before and after. Peak memory is bitsandbytes' own: neither keeps W.
+# two cross, and how fast a model generates before and after, a script measures (`make sweeps`), which also times the
+# real Unsloth beside ours. What follows is from its file, says on what hardware and when, and is no part of the score.
 
 # %%
-from benchmarks.nf4 import decoding
-from unsloth_puzzles.nf4.patch import default_min_rows
-
-for record in decoding.measure(hardware, quick=True):
-    results.add(**record)
-if GPU:
-    block = [found for found in results.find("linear_us") if "block" in found["case"]]
+SWEEPS = Path("resources/measurements/a_nf4_sweeps.json")
+if SWEEPS.exists():
+    sweeps = Measurements.load(SWEEPS)
+    SWEPT = f"{sweeps.hardware['name']}, {sweeps.date}"
+    print(f"measured on {SWEPT}, random weights")
+    block = [found for found in sweeps.find("linear_us") if "block" in found["case"]]
     rows = [int(found["case"].split(", ")[-1].split()[0]) for found in block]
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     axes.plot(rows, [found["value"] for found in block], "o-", label="nf4_linear")
     axes.plot(rows, [found["baselines"]["bitsandbytes"] for found in block], "s--", label="bitsandbytes")
-    threshold = default_min_rows(torch.device("cuda"))
-    axes.axvline(threshold, color="gray", linewidth=1, label=f"threshold here: {threshold} rows")
     axes.set(xlabel="rows (tokens)", ylabel="device time, us", xscale="log", yscale="log")
-    axes.set_title(f"Linear layers of a Llama 3.2 1B block, no gradients\n(random weights, {HARDWARE})")
+    axes.set_title(f"Linear layers of a Llama 3.2 1B block, no gradients\n(random weights, {SWEPT})")
     axes.legend()
     figure.savefig("resources/a_nf4_linear.png", dpi=110)
     plt.show()
-for metric in (
-    "linear_forward_backward_us",
-    "linear_forward_backward_mib",
-    "prefill_tokens_per_s",
-    "generation_tokens_per_s",
-):
-    for found in results.find(metric) if GPU else ():
-        theirs = found["baselines"]["bitsandbytes"]
-        print(f"{metric}, {found['case']}: ours {found['value']:.1f}, bitsandbytes {theirs:.1f} {found['unit']}")
-if not GPU:
-    print("SKIPPED: the code ran on a tiny model; its times in the interpreter mean nothing and are not shown")
+    for metric in (
+        "linear_forward_backward_us", "linear_forward_backward_mib", "prefill_tokens_per_s",
+        "generation_tokens_per_s", "device_us_beside_unsloth", "host_enqueue_us_beside_unsloth",
+    ):  # fmt: skip
+        for found in sweeps.find(metric):
+            theirs = ", ".join(f"{name} {value:.1f}" for name, value in found["baselines"].items())
+            print(f"{metric}, {found['case']}: ours {found['value']:.1f}, {theirs} {found['unit']}")
+    for found in sweeps.find("sanitizer_errors"):
+        print(f"compute-sanitizer, {found['case']}, over odd shapes: {found['value']} errors")
+    for found in sweeps.find("harness_speedup_beside_unsloth"):
+        print(f"the harness, {found['case']}: {found['value']:.2f}x ({found['low']:.2f} to {found['high']:.2f})")
+else:
+    print(f"SKIPPED: {SWEEPS.name} is not here")
 
 # %% [markdown]
 # ### What a T4 should do
@@ -871,7 +763,7 @@ AIMS = [  # metric, case, at least (positive) or at most (negative)
     ("official_harness_speedup", "all", 1.80),
     ("host_enqueue_us", "one call, 1024x4096", -12.0),
 ]
-AIMS += [(metric, found["case"], -0.0) for metric in ("mismatched_weights", "sanitizer_errors", "sm75_spills")
+AIMS += [(metric, found["case"], -0.0) for metric in ("mismatched_weights", "sm75_spills")
          for found in results.find(metric)]  # fmt: skip
 AIMS += [("sm75_shared_bytes", found["case"], -65536.0) for found in results.find("sm75_shared_bytes")]
 lines, reached = ["| metric | case | aim | measured | |", "|---|---|---|---|---|"], 0
@@ -880,7 +772,7 @@ for metric, case, aim in AIMS:
     at_least = math.copysign(1, aim) > 0
     good = bool(found) and (found[0]["value"] >= aim if at_least else found[0]["value"] <= -aim)
     reached += good
-    if found and (good and metric in ("mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes")):
+    if found and (good and metric in ("mismatched_weights", "sm75_spills", "sm75_shared_bytes")):
         continue  # a row for each would be long: only what fails is listed
     measured = f"{found[0]['value']:.3g} {found[0]['unit']}" if found else "SKIPPED: not measured here"
     verdict = "reached" if good else "missed" if found else ""
@@ -888,9 +780,7 @@ for metric, case, aim in AIMS:
         f"| {metric} | {case} | {'at least' if at_least else 'at most'} {abs(aim):g} | {measured} | {verdict} |"
     )
 display(Markdown("\n".join(lines)))
-print(
-    f"{reached} of {len(AIMS)} reached on {HARDWARE}; mismatches, sanitizer errors and T4 builds are listed only if bad"
-)
+print(f"{reached} of {len(AIMS)} reached on {HARDWARE}; mismatches and T4 builds are listed only if bad")
 
 # %% [markdown]
 # ### Score of this section

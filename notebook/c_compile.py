@@ -86,17 +86,8 @@ else:
 # show: unsloth_puzzles/attention/pattern.py
 
 # %% [markdown]
-# What each way to compute it says of itself, and five of them: PyTorch's flash attention for sequences laid end to end,
-# flex attention, xformers, SDPA, and the formula.
-
-# %%
-# show: unsloth_puzzles/attention/backend.py
-
-# %%
-# show: unsloth_puzzles/attention/flash.py
-
-# %% [markdown]
-# Flex attention's blocks in closed form, and flex attention:
+# Five backends compute it: PyTorch's flash attention for sequences laid end to end, flex attention, xformers, SDPA, and
+# the formula. Flex attention's blocks in closed form, and flex attention:
 
 # %%
 # show: unsloth_puzzles/attention/blocks.py
@@ -104,29 +95,11 @@ else:
 # %%
 # show: unsloth_puzzles/attention/flex.py
 
-# %%
-# show: unsloth_puzzles/attention/xformers.py
-
-# %%
-# show: unsloth_puzzles/attention/sdpa.py
-
-# %%
-# show: unsloth_puzzles/attention/dense.py
-
 # %% [markdown]
 # One function over them, and the same under transformers' models:
 
 # %%
 # show: unsloth_puzzles/attention/interface.py
-
-# %%
-# show: unsloth_puzzles/attention/__init__.py
-
-# %%
-# show: unsloth_puzzles/attention/masks.py
-
-# %%
-# show: unsloth_puzzles/attention/models.py
 
 # %% [markdown]
 # ### The code: what is compiled, and how that is counted
@@ -135,40 +108,7 @@ else:
 # show: unsloth_puzzles/compiled/qlora.py
 
 # %%
-# write: unsloth_puzzles/compiled/variants.py
-
-# %%
-# write: unsloth_puzzles/compiled/hooks.py
-
-# %%
-# write: unsloth_puzzles/compiled/checks.py
-
-# %%
 # show: unsloth_puzzles/compiled/lora.py
-
-# %%
-# show: unsloth_puzzles/compiled/siblings.py
-
-# %%
-# show: unsloth_puzzles/compiled/swiglu.py
-
-# %%
-# show: unsloth_puzzles/compiled/weights.py
-
-# %%
-# show: unsloth_puzzles/compiled/autotune.py
-
-# %%
-# show: unsloth_puzzles/compiled/checkpoint.py
-
-# %%
-# show: unsloth_puzzles/compiled/count.py
-
-# %%
-# write: unsloth_puzzles/compiled/__init__.py
-
-# %%
-# write: benchmarks/compiled/steps.py
 
 # %%
 import json
@@ -210,9 +150,6 @@ display(Markdown(backend_table(DEVICE)))
 # guard. Then `fail_on_recompile` forbids any more, for lengths never seen.
 
 # %%
-# write: benchmarks/attention/checks.py
-
-# %%
 from benchmarks.attention.checks import check_flex
 
 flex = check_flex(DEVICE, SIXTEEN if GPU else torch.float32)
@@ -236,9 +173,6 @@ free_memory()
 # into a row and an evaluation (no gradients). To Dynamo a new function is no recompilation and has no reason; its
 # compilations count here like all others. Gradient accumulation, saved and loaded adapters, undoing, and TRL's
 # SFTTrainer are not run here but by the tests of `tests/compiled`.
-
-# %%
-# write: benchmarks/compiled/trainer.py
 
 # %%
 from benchmarks.compiled import trainer as qlora_trainer
@@ -518,11 +452,6 @@ free_memory()
 # from that file where it is there, says on what hardware and when it was made, and is no part of the score.
 
 # %%
-# write: benchmarks/compiled/sweeps.py
-
-# %%
-from unsloth_puzzles.comparisons import qlora_sweeps
-
 SWEEPS = Path("resources/measurements/c_compile_sweeps.json")
 swept = json.loads(SWEEPS.read_text()) if SWEEPS.exists() else {"runs": {}}
 SWEPT = f"{swept['hardware']['name']}, {swept['date']}, random weights" if SWEEPS.exists() else ""
@@ -569,7 +498,9 @@ else:
 # %%
 OTHERS = ("parity", "rehearsal", "lengths")  # at other sizes
 points = {name: run for name, run in runs.items() if run["peak_gib"] and not name.startswith(OTHERS)}
-FRONTIER = ("without checkpointing", *(f"budget {kept}" for kept in qlora_sweeps.BUDGETS), "with checkpointing")
+CHECKPOINTING = ("without checkpointing", "with checkpointing")
+BUDGETS = [name.removeprefix("compiled, ") for name in points if name.startswith("compiled, budget")]
+FRONTIER = (CHECKPOINTING[0], *BUDGETS, CHECKPOINTING[1])
 if points:
     figure, (axes, paid) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2), layout="constrained")
     kept = [points[f"compiled, {name}"] for name in FRONTIER if f"compiled, {name}" in points]
@@ -586,7 +517,7 @@ if points:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_title("a line ends at the time in which the GPU works, the mark is the step's", fontsize=9)
-    for number, case in enumerate(qlora_sweeps.CHECKPOINTING):
+    for number, case in enumerate(CHECKPOINTING):
         pair = [points.get(f"{candidate}, {case}") for candidate in ("eager", "compiled")]
         if not all(pair):
             continue
@@ -629,7 +560,7 @@ else:
 
 
 # %%
-for kind, count in (("parity", len(qlora_sweeps.KERNELS)), ("rehearsal", 2)):
+for kind, count in (("parity", 3), ("rehearsal", 2)):  # that many uncompiled runs
     of = {name.removeprefix(f"{kind}, "): run for name, run in runs.items() if name.startswith(kind)}
     eager = [run for name, run in of.items() if name.startswith("eager")]
     mine, once = of.get("compiled"), of.get("compiled, rounding once")

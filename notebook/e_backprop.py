@@ -112,61 +112,15 @@ else:
 # show: unsloth_puzzles/backprop/sums.py
 
 # %% [markdown]
-# How large a chunk is. "auto" asks the machine how many FLOPs it does while it moves a byte.
-
-# %%
-# show: unsloth_puzzles/backprop/chunks.py
-
-# %% [markdown]
-# Options, refusals, random numbers, and arithmetic in place.
-
-# %%
-# show: unsloth_puzzles/backprop/plan.py
-
-# %%
-# show: unsloth_puzzles/backprop/checks.py
-
-# %%
-# show: unsloth_puzzles/backprop/rng.py
-
-# %%
-# show: unsloth_puzzles/backprop/scale.py
-
-# %%
-# show: unsloth_puzzles/backprop/__init__.py
-
-# %% [markdown]
 # The losses: plain functions of one chunk's logits, a few lines each. No derivative stands anywhere.
 
 # %%
 # show: unsloth_puzzles/backprop/losses.py
 
 # %% [markdown]
-# Under transformers' and TRL's trainers, and GRPO:
-
-# %%
-# show: unsloth_puzzles/backprop/causal_lm.py
-
-# %%
-# show: unsloth_puzzles/backprop/trainer.py
-
-# %%
-# show: unsloth_puzzles/backprop/grpo.py
-
-# %% [markdown]
-# The baselines, and how everything is measured:
-
-# %%
-# show: benchmarks/backprop/baselines.py
-
-# %%
-# write: benchmarks/backprop/workload.py
-
-# %%
-# write: benchmarks/backprop/errors.py
-
-# %%
-# write: benchmarks/backprop/linear_losses.py
+# The rest of `unsloth_puzzles/backprop/` is in the set-up: the size of a chunk (`chunks.py`; "auto" asks the machine
+# how many FLOPs it does while it moves a byte), refusals, random numbers, arithmetic in place, the loss under
+# transformers' and TRL's trainers, and GRPO. The baselines are in `benchmarks/backprop/`.
 
 # %%
 import logging
@@ -648,18 +602,11 @@ if baselines.EAGER in wrong:
 #
 # The frontier: every point of ours is one chunk size, and beside it the bare matrix products in chunks of that size.
 # Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
-# Every size is compiled anew, which takes minutes: in a checkout a script has done it before (`make sweeps`), and the
-# figures say on what hardware and when. Where that file is missing the sweeps are measured here, but not on a slow GPU.
-# Nothing of them is part of the score.
+# Every size is compiled anew, which takes minutes, so a script measures them (`make sweeps`), and the figures say on
+# what hardware and when. Nothing of them is part of the score.
 
 # %%
-# write: benchmarks/backprop/sweeps.py
-
-# %%
-from unsloth_puzzles.comparisons import linear_loss_sweeps
-
 SWEEPS_FILE = Path("resources/measurements/e_backprop_sweeps.json")
-SMALL = {} if GPU else {"sizes": (128, 512), "vocabularies": (512, 2048), "rounds": 1}
 sweeps = None
 STYLES = {
     linear_losses.OURS: ("tab:blue", "o-"), baselines.FLOOR: ("gray", "--"), baselines.EAGER: ("tab:red", "s"),
@@ -691,16 +638,14 @@ def plain_log(axis, steps):
 
 
 # %%
-if SWEEPS_FILE.exists() or not SLOW:
-    sweeps = linear_loss_sweeps.load_or_measure(
-        SWEEPS_FILE, SHAPE, DEVICE, hardware=hardware, compile=GPU, without=WITHOUT, **SMALL
-    )
+if SWEEPS_FILE.exists():
+    sweeps = Measurements.load(SWEEPS_FILE)
     (swept,) = sweeps.find("rows")
     (vocabulary,) = sweeps.find("frontier_vocabulary")
     SWEPT = f"{swept['value']} rows, {swept['case']}, random weights\n{sweeps.hardware['name']}, {sweeps.date}"
     print(f"measured on {sweeps.hardware['name']}, {sweeps.date}")
 else:
-    print("SKIPPED: the sweeps compile every size anew, which takes too long here; they are not part of the score")
+    print(f"SKIPPED: {SWEEPS_FILE.name} is not here")
 
 # %%
 figure, panes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -869,15 +814,6 @@ judge(results, "use_memory_efficient_loss, under trainers", checks)
 # Now the curves: settings and batches, one training, and the process that makes all of them.
 
 # %%
-# write: benchmarks/backprop/curve_data.py
-
-# %%
-# write: benchmarks/backprop/curve_training.py
-
-# %%
-# write: benchmarks/backprop/llama_curve.py
-
-# %%
 from benchmarks.backprop import llama_curve
 from benchmarks.backprop.curve_data import FAULTS, OURS, STANDARD
 
@@ -987,9 +923,6 @@ plt.close(figure)
 # level x two-sided clipping (delta) x KL (beta) x gradient accumulation, on the same inputs; of the last three two
 # combinations are tried here, and the package's tests go through all of them. In float64 against a plain full-logits
 # trainer (1e-10), in float32 against TRL's fused head (1e-5): loss, every gradient, every metric.
-
-# %%
-# write: benchmarks/backprop/grpo.py
 
 # %%
 from trl import GRPOTrainer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.build_notebook import COLLAPSED, build, text, written_files
+from tools.build_notebook import COLLAPSED, ROOT, build, package_of, text, written_files
 
 SETUP = """# %% [markdown]
 # # Title
@@ -12,54 +12,98 @@ SETUP = """# %% [markdown]
 # <!-- contents -->
 
 # %%
-from pathlib import Path
-# folders
+# package
 
 # %%
-# write: pack/sub/*.py
+# benchmarks
 """
 SECTION = """# %% [markdown]
 # ## A. First, of two
 # Prose.
 
 # %%
-# show: pack/solution.py
+# show: unsloth_puzzles/solution.py
+
+# %%
+from benchmarks.sub import timed
+%matplotlib inline
+run("benchmarks.child:main")
 
 # %% tags=["report"]
 print(1)
 """
+SOLUTION = 'x = "$HOME {x}"  # × %\n\n\ny = 2\n'
+SOURCES = {
+    "notebook/00_setup.py": SETUP,
+    "notebook/a_nf4.py": SECTION,
+    "unsloth_puzzles/solution.py": SOLUTION,
+    "unsloth_puzzles/sub/b.py": "b = 1\n",
+    "unsloth_puzzles/sub/a.py": "a = 1\n",
+    "benchmarks/__init__.py": '"""All."""\n',
+    "benchmarks/child.py": "import benchmarks.by_child\n",
+    "benchmarks/by_child.py": "c = 1\n",
+    "benchmarks/sub/timed.py": "def main():\n    from benchmarks.sub.lazy import x\n",
+    "benchmarks/sub/lazy.py": "x = 1\n",
+    "benchmarks/sub/unused.py": "x = 1\n",
+}
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    _write(tmp_path / "notebook" / "00_setup.py", SETUP)
-    _write(tmp_path / "notebook" / "a_nf4.py", SECTION)
-    _write(tmp_path / "pack" / "solution.py", 'x = "$HOME {x}"  # × %\n\n\ny = 2\n')
-    _write(tmp_path / "pack" / "sub" / "b.py", "b = 1\n")
-    _write(tmp_path / "pack" / "sub" / "a.py", "a = 1\n")
+    for name, content in SOURCES.items():
+        _write(tmp_path / name, content)
     return tmp_path
 
 
-def test_a_named_file_becomes_a_cell_word_for_word(tree: Path) -> None:
-    notebook = build(tree)
-    assert list(written_files(notebook)) == ["pack/sub/a.py", "pack/sub/b.py", "pack/solution.py"]
-    for name, content in written_files(notebook).items():
-        assert content == (tree / name).read_text()
+def _source(notebook, start: str) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.source.startswith(start)]
 
 
-def test_write_is_collapsed_and_show_is_open(tree: Path) -> None:
+def test_written_files_are_the_sources_word_for_word(tree: Path) -> None:
+    written = written_files(build(tree))
+    assert written == {
+        name: content
+        for name, content in SOURCES.items()
+        if not name.startswith("notebook") and name != "benchmarks/sub/unused.py"
+    }
+    assert set(package_of(build(tree))) == {name for name in written if name.startswith("unsloth_puzzles")}
+
+
+def test_folders_are_collapsed_cells_and_a_shown_file_is_open(tree: Path) -> None:
     by_id = {cell.id: cell for cell in build(tree).cells}
-    assert by_id["file-pack-sub-a-py"].metadata == COLLAPSED
-    assert by_id["file-pack-solution-py"].metadata == {}
+    assert by_id["00_setup-file-unsloth_puzzles-sub-a-py"].metadata == COLLAPSED
+    assert by_id["a_nf4-file-unsloth_puzzles-solution-py"].metadata == {}
+    titles = [source.splitlines()[1] for source in _source(build(tree), "%%writefiles")]
+    assert titles == [
+        "#@title unsloth_puzzles/: solution.py",
+        "#@title unsloth_puzzles/sub/: a.py, b.py",
+        "#@title benchmarks/: __init__.py, by_child.py, child.py",
+        "#@title benchmarks/sub/: lazy.py, timed.py",
+    ]
 
 
-def test_folders_are_made_for_every_file_that_is_written(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (cell.source for cell in build(tree).cells if cell.source.startswith("from pathlib"))
+def test_the_magic_of_the_set_up_writes_the_same_bytes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (ROOT / "notebook" / "00_setup.py").read_text()
+    magic = source[source.index("def writefiles") : source.index("# %%\n# package")]
+    names = {"Path": Path}
+    exec(magic, names)
     elsewhere = tree / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    exec(code, {})
-    assert (elsewhere / "pack" / "sub").is_dir()
+    for cell in _source(build(tree), "%%writefiles"):
+        names["writefiles"]("", cell.split("\n", 1)[1] + "\n")
+    written = {path.relative_to(elsewhere).as_posix() for path in elsewhere.rglob("*.py")}
+    assert written == set(written_files(build(tree)))
+    for name in written:
+        assert (elsewhere / name).read_bytes() == (tree / name).read_bytes()
+
+
+def test_two_contents_for_one_file_are_refused(tree: Path) -> None:
+    notebook = build(tree)
+    (shown,) = (cell for cell in notebook.cells if cell.source.startswith("%%writefile unsloth_puzzles/solution.py"))
+    shown.source += "\nz = 3"
+    with pytest.raises(ValueError, match=r"solution\.py must have one content"):
+        written_files(notebook)
 
 
 def test_contents_point_at_anchors(tree: Path) -> None:
@@ -98,16 +142,12 @@ def test_equal_cells_get_ids_of_their_own(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("notebook/a_nf4.py", "# %%\n# show: pack/none.py\n", "pack/none.py"),
-        (
-            "notebook/a_nf4.py",
-            "# %%\n# show: pack/solution.py\n\n# %%\n# write: pack/solution.py\n",
-            "more than one cell",
-        ),
+        ("notebook/a_nf4.py", "# %%\n# show: unsloth_puzzles/none.py\n", "unsloth_puzzles/none.py"),
+        ("unsloth_puzzles/solution.py", "x = 1\n# file: y.py\n", "begins with '# file: '"),
         ("notebook/extra.py", "# %%\n1\n", "extra"),
-        ("pack/solution.py", "", "with text in it"),
-        ("pack/solution.py", "x = 1", "end with one newline"),
-        ("pack/solution.py", "x = 1\n\n", "end with one newline"),
+        ("unsloth_puzzles/solution.py", "", "with text in it"),
+        ("unsloth_puzzles/solution.py", "x = 1", "end with one newline"),
+        ("unsloth_puzzles/solution.py", "x = 1\n\n", "end with one newline"),
     ],
 )
 def test_what_the_builder_refuses(tree: Path, path: str, content: str, message: str) -> None:

@@ -1,14 +1,18 @@
 """The notebook that the sources make: it runs top to bottom alone in an empty folder, whatever fails in it."""
 
+import ast
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from tools.address import NOTEBOOK, REPOSITORY
-from tools.build_notebook import ROOT, build, text, written_files
+from tools.build_notebook import ROOT, SECTIONS, build, package_of, text, written_files
 from tools.run_notebook import failures, output_text, problems, report, run
 
 PACKAGE = ROOT / "unsloth_puzzles"
@@ -33,9 +37,46 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nbformat.Noteboo
     return run(source, folder, measured=measured), folder
 
 
-def test_every_file_of_the_package_is_written_once_by_a_cell(built: nbformat.NotebookNode) -> None:
+def test_every_file_of_the_package_is_written(built: nbformat.NotebookNode) -> None:
     files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert set(written_files(built)) == files
+    assert set(package_of(built)) == files
+
+
+def test_benchmarks_that_are_written_are_those_that_the_cells_need(
+    built: nbformat.NotebookNode, tmp_path: Path
+) -> None:
+    """In a folder with these files alone, all imports of the cells and of what they start succeed and use each file."""
+    files = written_files(built)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    cells = [cell.source for cell in built.cells if cell.cell_type == "code" and not cell.source.startswith("%%")]
+    imports = [ast.unparse(node) for source in cells for node in ast.walk(ast.parse(source)) if _imports_ours(node)]
+    benchmarks = {name: content for name, content in files.items() if name.startswith("benchmarks/")}
+    started = sorted(set(re.findall(r"""["'](benchmarks(?:\.\w+)+)[:"']""", "\n".join([*cells, *benchmarks.values()]))))
+    lines = ["import importlib, sys", *imports, *(f"importlib.import_module({name!r})" for name in started)]
+    lines += ["loaded = [getattr(m, '__file__', None) for n, m in sys.modules.items() if n.startswith('benchmarks')]"]
+    lines += ["print(*filter(None, loaded), sep='\\n')"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    used = {Path(line).relative_to(tmp_path).as_posix() for line in done.stdout.splitlines() if line.endswith(".py")}
+    assert used == set(benchmarks)
+
+
+def _imports_ours(node: ast.AST) -> bool:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+    return any(name.split(".")[0] in ("benchmarks", "unsloth_puzzles") for name in names)
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if (ROOT / "notebook" / f"{name}.py").exists()])
+def test_a_section_uses_no_name_of_another_section(section: str) -> None:
+    sources = [(ROOT / "notebook" / f"{name}.py").read_text() for name in dict.fromkeys(("00_setup", section))]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821", "-"]
+    done = subprocess.run(command, input="\n".join(sources), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_links_lead_to_anchors(built: nbformat.NotebookNode) -> None:
@@ -82,7 +123,6 @@ SABOTAGED = {  # what measures, by module: each of these raises an error
     "benchmarks.nf4.harness": ("measure",),
     "benchmarks.nf4.workload": ("make_layer",),
     "unsloth_puzzles.bench.cross_compile": ("cross_compile_in_subprocess",),
-    "benchmarks.nf4.decoding": ("measure",),
     "benchmarks.attention.checks": ("check_flex", "check_backends"),
     "benchmarks.compiled.steps": ("qlora_model",),
     "benchmarks.backprop.linear_losses": ("measure", "losses"),
@@ -100,16 +140,7 @@ def test_it_reaches_the_scorecard_whatever_fails(tmp_path: Path) -> None:
     lines = ["import importlib", "def sabotaged(*args, **kwargs):", "    raise RuntimeError('sabotaged')"]
     for module, names in SABOTAGED.items():
         lines += [f"module = importlib.import_module({module!r})", *(f"module.{name} = sabotaged" for name in names)]
-    # After all files are written, before the first experiment.
-    files = [cell for cell in notebook.cells if cell.source.startswith("%%writefile")]
-    others = [cell for cell in notebook.cells[watch + 1 :] if not cell.source.startswith("%%writefile")]
-    notebook.cells = [
-        *(cell for cell in notebook.cells[: watch + 1] if not cell.source.startswith("%%writefile")),
-        nbformat.v4.new_code_cell("\n".join(lines)),
-        *others,
-    ]
-    before = next(n for n, cell in enumerate(notebook.cells) if "sys.path.insert" in cell.source)
-    notebook.cells[before:before] = files
+    notebook.cells.insert(watch + 1, nbformat.v4.new_code_cell("\n".join(lines)))
     source = tmp_path / NOTEBOOK
     source.write_text(text(notebook), encoding="utf-8")
     node = run(source, tmp_path / "alone")

@@ -20,15 +20,15 @@ def test_the_committed_notebook_is_a_complete_release() -> None:
 
 
 def test_what_is_wrong_with_a_release_is_named() -> None:
-    node = executed("%%writefile pack/a.py\nx = 1", "print(1)")
+    node = executed("%%writefile unsloth_puzzles/a.py\nx = 1", "print(1)")
     assert "metadata must hold 'release'" in inconsistencies(node)[0]
     stamp(node, commit="c0ffee", date="2026-11-28", hardware="NVIDIA Test")
     assert inconsistencies(node) == [] and node.metadata[STAMP]["hardware"] == "NVIDIA Test"
     node.cells[0].source += "  # the number"
     assert inconsistencies(node) == []
-    node.cells[0].source = "%%writefile pack/a.py\nx = 2"
+    node.cells[0].source = "%%writefile unsloth_puzzles/a.py\nx = 2"
     assert inconsistencies(node) == ["the files that it writes are not those of its stamp"]
-    node.cells[0].source = "%%writefile pack/a.py\nx = 1"
+    node.cells[0].source = "%%writefile unsloth_puzzles/a.py\nx = 1"
     node.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="FAILED: C: out of memory\n")]
     assert any("an experiment failed" in line for line in inconsistencies(node))
     node.cells[1].execution_count = None

@@ -1,11 +1,11 @@
-"""notebook/*.py + the package files they name -> Rohit_Unsloth_Puzzles.ipynb.
+"""notebook/*.py + the package -> Rohit_Unsloth_Puzzles.ipynb.
 
     python -m tools.build_notebook [--output PATH]   write it, without outputs (default: under build/)
 
 The sections are jupytext percent scripts. A code cell that holds one of these lines and nothing else is replaced:
-    # show: PATH     by `%%writefile PATH` and the file word for word
-    # write: PATH    by the same, collapsed; PATH may be a pattern (one cell a file)
-    # folders        by code that makes the folders of all the files written
+    # package        by collapsed cells that write every file of unsloth_puzzles/, a cell a folder
+    # benchmarks     by the same for the files of benchmarks/ that the cells and what they start import
+    # show: PATH     by `%%writefile PATH` and the file word for word, open: the files that a section explains
 In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import jupytext
@@ -20,12 +21,16 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK, badges
+from tools.closure import closure
 
 ROOT = Path(__file__).resolve().parent.parent
-# In the order in which they need one another: C compiles the loss of E.
-SECTIONS = ("00_setup", "a_nf4", "e_backprop", "c_compile", "d_issues", "b_fsdp2", "z_scorecard")
-DIRECTIVE = re.compile(r"# (show|write): (\S+)")
+PACKAGE, BENCHMARKS = "unsloth_puzzles", "benchmarks"
+SECTIONS = ("00_setup", "a_nf4", "b_fsdp2", "c_compile", "d_issues", "e_backprop", "z_scorecard")
+SHOW = re.compile(r"# show: (\S+)")
+FILES = {"# package": PACKAGE, "# benchmarks": BENCHMARKS}
 WRITEFILE = re.compile(r"%%writefile (\S+)\n")
+WRITEFILES = "%%writefiles\n"  # the magic that the set-up defines
+BEGIN = "# file: "  # one file of such a cell
 COLLAPSED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
 METADATA = {
     "accelerator": "GPU",
@@ -37,18 +42,21 @@ METADATA = {
 
 
 def build(root: Path = ROOT) -> NotebookNode:
-    """The notebook without outputs, made from the sections that exist under ``root/notebook``.
+    """Make the notebook, without outputs, from the sections that exist under `root/notebook`.
 
-    Raises ValueError for an unknown section file, for a directive whose file is missing or has no text, and for a file
-    that two cells write.
+    Raises:
+        ValueError: For an unknown section file, and for a file to be written that is missing, has no text, does not
+            end with one newline, or holds a line that begins with `BEGIN`.
     """
+    scripts = [root / "notebook" / f"{section}.py" for section in _sections(root)]
+    parsed = [jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent").cells for script in scripts]
+    code = "\n".join(cell.source for cells in parsed for cell in cells if cell.cell_type == "code")
     cells = []
-    for section in _sections(root):
-        script = root / "notebook" / f"{section}.py"
-        for cell in jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent").cells:
-            cells += _expand(cell, section, root)
-    _refuse_twice_written(cells)
-    _fill_folders(cells)
+    for script, found in zip(scripts, parsed, strict=True):
+        for cell in found:
+            for made in _expand(cell, root, code):
+                made.metadata["section"] = script.stem
+                cells.append(made)
     _fill_markdown(cells)
     _name_cells(cells)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=nbformat.from_dict(METADATA))
@@ -79,55 +87,67 @@ def _sections(root: Path) -> list[str]:
     return [section for section in SECTIONS if section in present]
 
 
-def _expand(cell: NotebookNode, section: str, root: Path) -> list[NotebookNode]:
-    """The cells that ``cell`` stands for, each with ``section`` noted for its id."""
-    cell.metadata["section"] = section
-    directive = DIRECTIVE.fullmatch(cell.source) if cell.cell_type == "code" else None
-    if directive is None:
+def _expand(cell: NotebookNode, root: Path, code: str) -> list[NotebookNode]:
+    """The cells that `cell` stands for; `code` is all code of the notebook."""
+    if cell.cell_type != "code":
         return [cell]
-    kind, pattern = directive.groups()
-    paths = sorted(root.glob(pattern)) if "*" in pattern else [root / pattern]
-    cells = []
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        if not path.is_file() or not path.read_text(encoding="utf-8").strip():
-            raise ValueError(f"notebook/{section}.py names {name}: it must be a file with text in it")
-        body = path.read_text(encoding="utf-8")
-        if not body.endswith("\n") or body.endswith("\n\n"):
-            raise ValueError(f"{name} must end with one newline: that is what %%writefile writes")
-        written = nbformat.v4.new_code_cell(f"%%writefile {name}\n{body[:-1]}")
-        written.metadata.update(COLLAPSED if kind == "write" else {}, section=section)
-        cells.append(written)
-    return cells
+    if show := SHOW.fullmatch(cell.source):
+        return [nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")]
+    folder = FILES.get(cell.source)
+    if folder is None:
+        return [cell]
+    paths = closure(code, root, folder) if folder == BENCHMARKS else (root / folder).rglob("*.py")
+    names = sorted((path.relative_to(root) for path in paths), key=lambda name: (name.parent, name))
+    return [_writing(str(parent), [*group], root) for parent, group in groupby(names, key=lambda name: name.parent)]
+
+
+def _writing(folder: str, names: list[Path], root: Path) -> NotebookNode:
+    """A collapsed cell that writes the files `names` of `folder`."""
+    title = f"#@title {folder}/: {', '.join(name.name for name in names)}\n"
+    files = "".join(f"{BEGIN}{name.as_posix()}\n{_content(root, name.as_posix())}" for name in names)
+    cell = nbformat.v4.new_code_cell((WRITEFILES + title + files)[:-1])
+    cell.metadata.update(COLLAPSED)
+    return cell
+
+
+def _content(root: Path, name: str) -> str:
+    path = root / name
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{name} must be a file with text in it, got none")
+    body = path.read_text(encoding="utf-8")
+    if not body.endswith("\n") or body.endswith("\n\n"):
+        raise ValueError(f"{name} must end with one newline: that is what %%writefile writes")
+    if f"\n{BEGIN}" in f"\n{body}":
+        raise ValueError(f"{name} must hold no line that begins with {BEGIN!r}: such a line separates files")
+    return body
 
 
 def written_files(notebook: NotebookNode) -> dict[str, str]:
-    """Path -> content of every file that the notebook writes with ``%%writefile``."""
-    matches = ((WRITEFILE.match(cell.source), cell.source) for cell in _code(notebook))
-    return {match[1]: source[match.end() :] + "\n" for match, source in matches if match}
+    """Path -> content of every file that the notebook writes.
+
+    Raises:
+        ValueError: If two cells write different contents into one file.
+    """
+    files: dict[str, str] = {}
+    for cell in notebook.cells:
+        for name, content in _files_of(cell) if cell.cell_type == "code" else ():
+            if files.setdefault(name, content) != content:
+                raise ValueError(f"{name} must have one content, got two")
+    return files
 
 
-def _code(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+def package_of(notebook: NotebookNode) -> dict[str, str]:
+    """Those of `written_files` that belong to the package: what the digest of a release is taken from."""
+    return {name: content for name, content in written_files(notebook).items() if name.startswith(f"{PACKAGE}/")}
 
 
-def _written_names(cells: list[NotebookNode]) -> list[str]:
-    return [match[1] for cell in cells if cell.cell_type == "code" and (match := WRITEFILE.match(cell.source))]
-
-
-def _refuse_twice_written(cells: list[NotebookNode]) -> None:
-    names = _written_names(cells)
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"written by more than one cell: {twice}")
-
-
-def _fill_folders(cells: list[NotebookNode]) -> None:
-    folders = sorted({str(Path(name).parent) for name in _written_names(cells)})
-    lines = ["for folder in (", *(f'    "{folder}",' for folder in folders), "):"]
-    code = "\n".join([*lines, "    Path(folder).mkdir(parents=True, exist_ok=True)"])
-    for cell in cells:
-        if cell.cell_type == "code" and "# folders" in cell.source.splitlines():
-            cell.source = "\n".join(code if line == "# folders" else line for line in cell.source.splitlines())
+def _files_of(cell: NotebookNode) -> list[tuple[str, str]]:
+    if match := WRITEFILE.match(cell.source):
+        return [(match[1], cell.source[match.end() :] + "\n")]
+    if not cell.source.startswith(WRITEFILES):
+        return []
+    parts = re.split(rf"^{BEGIN}", cell.source + "\n", flags=re.MULTILINE)[1:]
+    return [tuple(part.split("\n", 1)) for part in parts]
 
 
 def _fill_markdown(cells: list[NotebookNode]) -> None:
@@ -149,9 +169,10 @@ def _name_cells(cells: list[NotebookNode]) -> None:
     taken: dict[str, int] = {}
     for cell in cells:
         section = cell.metadata.pop("section")
-        match = WRITEFILE.match(cell.source) if cell.cell_type == "code" else None
+        written = _files_of(cell) if cell.cell_type == "code" else []
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:10]
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", f"file-{match[1]}" if match else f"{section}-{digest}")[:58]
+        own = f"{section}-file-{written[0][0]}" if written else f"{section}-{digest}"
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", own)[:58]
         taken[name] = taken.get(name, 0) + 1
         cell.id = name if taken[name] == 1 else f"{name}-{taken[name]}"
 

@@ -17,7 +17,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT, build, text, written_files
+from tools.build_notebook import ROOT, build, package_of, text
 from tools.run_notebook import lines_with, problems
 from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.bench.rubric import FILES
@@ -28,7 +28,7 @@ KEYS = ("commit", "date", "digest", "hardware")
 
 def stamp(node: NotebookNode, *, commit: str, date: str, hardware: str) -> None:
     """Write into the metadata of an executed notebook what it is a release of."""
-    values = {"commit": commit, "date": date, "digest": code_digest(written_files(node)), "hardware": hardware}
+    values = {"commit": commit, "date": date, "digest": code_digest(package_of(node)), "hardware": hardware}
     node.metadata[STAMP] = values
 
 
@@ -39,7 +39,7 @@ def inconsistencies(node: NotebookNode) -> list[str]:
         return [f"metadata must hold {STAMP!r} with {', '.join(KEYS)}, got {found!r}"]
     lines = problems(node)
     lines += [f"an experiment failed: {line}" for line in lines_with("FAILED:", node)]
-    if found["digest"] != code_digest(written_files(node)):
+    if found["digest"] != code_digest(package_of(node)):
         lines.append("the files that it writes are not those of its stamp")
     return lines
 
@@ -65,7 +65,7 @@ def describe(root: Path = ROOT) -> str:
         return "\n".join(["The committed notebook is no release:", *found])
     of = node.metadata[STAMP]
     head = f"The committed notebook was executed on {of['date']} on {of['hardware']} at commit {of['commit'][:10]}."
-    same = code_digest(written_files(build(root))) == of["digest"]
+    same = code_digest(package_of(build(root))) == of["digest"]
     count = _git(root, "rev-list", "--count", f"{of['commit']}..HEAD") or "an unknown number of"
     return f"{head} The code is {'the same' if same else 'another'} now, {count} commits later."
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.backprop.sweeps resources/measurements/e_backprop_sweeps.json
 
-The file says on what hardware and when; `load_or_measure` reads it, or measures where there is none.
+The file says on what hardware and when.
 """
 
 import argparse
@@ -29,11 +29,6 @@ from unsloth_puzzles.bench.record import Measurements
 
 HEADS = {"head trained": True, "head frozen": False}
 ONE_DTYPE = (OURS_FLOAT32, LIGER_FLOAT32, FLOOR_FLOAT32)  # left out: the sweeps are about dW in the weight's dtype
-
-
-def load_or_measure(path: str | os.PathLike, shape: Shape, device: str, **options: object) -> Measurements:
-    """What is in the file at `path`, of whatever hardware it says; if there is none, `measure`d here and kept there."""
-    return Measurements.load(path) if Path(path).exists() else measure(path, shape, device, **options)
 
 
 def measure(

@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from tools.build_notebook import WRITEFILE, build, written_files
+from tools.build_notebook import build, written_files
 from tools.run_notebook import failures, output_text
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest
@@ -21,18 +21,16 @@ FIRST_CELL = "import sitecustomize\n\nsitecustomize.watch_cells()"
 
 
 def notebook_of(section: str) -> NotebookNode:
-    """Set-up, every file of the package, the cells of one section and the scorecard. Raises KeyError for no section."""
+    """Set-up, the cells of one section and the scorecard. Raises KeyError for no section."""
     node, own = build(), ("00_setup", "z_scorecard", SECTIONS[section])
-    files = [cell for cell in node.cells if WRITEFILE.match(cell.source)]
-    others = [cell for cell in node.cells if cell.id.startswith(own) and cell not in files]
-    (at,) = (n for n, cell in enumerate(others) if "sys.path.insert" in cell.source)
-    node.cells = [nbformat.v4.new_code_cell(FIRST_CELL), *others[:at], *files, *others[at:]]
+    cells = [cell for cell in node.cells if cell.id.startswith(own)]
+    node.cells = [nbformat.v4.new_code_cell(FIRST_CELL), *cells]
     return node
 
 
 def digest(node: NotebookNode) -> str:
     """Of a section's code: the files that it writes, and its own cells, in which experiments change as well."""
-    cells = [cell.source for cell in node.cells if cell.cell_type == "code" and not WRITEFILE.match(cell.source)]
+    cells = [cell.source for cell in node.cells if cell.cell_type == "code" and not cell.source.startswith("%%")]
     return code_digest(written_files(node) | {f"cell {n}": source + "\n" for n, source in enumerate(cells)})
 
 

@@ -1,21 +1,20 @@
-"""The sweeps as a file: measured once, read afterwards, with every candidate at every size."""
+"""The sweeps as a file: every candidate at every size."""
 
 import pytest
 import torch
 
-from benchmarks.backprop import sweeps
 from benchmarks.backprop.baselines import COMPILED, EAGER, FLOOR
-from benchmarks.backprop.sweeps import HEADS, load_or_measure
+from benchmarks.backprop.sweeps import HEADS, measure
 from benchmarks.backprop.workload import TINY
 from unsloth_puzzles.bench.record import Measurements
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="peaks are the CPU's here")
 @pytest.mark.slow
-def test_measured_once_and_then_read(tmp_path, monkeypatch):
+def test_every_candidate_at_every_size_is_in_the_file(tmp_path):
     path = tmp_path / "some_sweeps.json"
     options = {"sizes": (64, 250), "vocabularies": (256, 1024), "compile": False, "without": (COMPILED,), "rounds": 1}
-    measured = load_or_measure(path, TINY, "cpu", **options)
+    measured = measure(path, TINY, "cpu", **options)
     for metric, cases in (
         ("frontier", [f"{head}, {size} rows" for head in HEADS for size in (64, 250)]),
         ("vocabulary", ["vocabulary 256", "vocabulary 1024"]),
@@ -27,6 +26,4 @@ def test_measured_once_and_then_read(tmp_path, monkeypatch):
     small, large = (one["value"] for one in measured.find("vocabulary_peak_gib"))
     assert small < large
     assert [(one["value"], one["case"]) for one in measured.find("rows")] == [(1000, "hidden size 64, float32")]
-
-    monkeypatch.setattr(sweeps, "measure", None)  # so that only reading is left
-    assert load_or_measure(path, TINY, "cpu").records == measured.records == Measurements.load(path).records
+    assert Measurements.load(path).records == measured.records
