@@ -120,6 +120,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
 from benchmarks.compiled import steps as qlora_steps
+from benchmarks.compiled.model import qlora_model
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
@@ -182,7 +183,7 @@ trainings, model = {}, None
 held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections have left behind
 
 # %%
-model = qlora_steps.qlora_model(DEVICE, torch.float32, not GPU, SIXTEEN if GPU else torch.float32)
+model = qlora_model(DEVICE, torch.float32, not GPU, SIXTEEN if GPU else torch.float32)
 print(f"{sum(parameter.numel() for parameter in model.parameters()):,} stored numbers, random weights, seed {SEED}")
 
 # %%

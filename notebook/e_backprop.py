@@ -927,7 +927,7 @@ plt.close(figure)
 # %%
 from trl import GRPOTrainer
 
-from benchmarks.backprop import grpo
+from benchmarks.backprop import grpo, grpo_head
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -1111,12 +1111,15 @@ else:
     }
 if SLOW:  # without TF32, and slow
     print("SKIPPED: GRPO's Liger, float32 dW, and TRL's whole step: left to larger GPUs")
-    head_sizes |= {"rounds": 2, "without": (grpo.LIGER, grpo.LIGER_TF32, grpo.OURS_FLOAT32)}
-    step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo.TRL,)}
+    head_sizes |= {"rounds": 2, "without": (grpo_head.LIGER, grpo_head.LIGER_TF32, grpo_head.OURS_FLOAT32)}
+    step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo_head.TRL,)}
 grpo_measured = {}
 
 # %%
-for what, measure, sizes in (("head only", grpo.head_only, head_sizes), ("whole step", grpo.whole_step, step_sizes)):
+for what, measure, sizes in (
+    ("head only", grpo_head.head_only, head_sizes),
+    ("whole step", grpo.whole_step, step_sizes),
+):
     free_memory()
     try:
         grpo_measured[what] = measure(device=DEVICE, **sizes)
@@ -1135,16 +1138,16 @@ for what, found in grpo_measured.items():
 lines += [f"| {what} | not measured | | | | | |" for what in ("head only", "whole step") if what not in grpo_measured]
 display(Markdown("\n".join(lines)))
 for what, found in grpo_measured.items() if GPU else ():
-    if grpo.OURS not in found:
+    if grpo_head.OURS not in found:
         continue
-    ours = found[grpo.OURS]
-    others = {name: one for name, one in found.items() if name != grpo.OURS}
+    ours = found[grpo_head.OURS]
+    others = {name: one for name, one in found.items() if name != grpo_head.OURS}
     peaks = {name: one["peak_gib"] for name, one in others.items()}
     times = {name: one["time"].median / 1e3 for name, one in others.items()}
     took = ours["time"]
     results.add("grpo_peak_gib", what, ours["peak_gib"], "GiB", baselines=peaks)
     results.add("grpo_ms", what, took.median / 1e3, "ms", took.low / 1e3, took.high / 1e3, times)
-    for name, short_name in ((grpo.FULL, "full_logits"), (grpo.TRL, "trl"), (grpo.LIGER, "liger")):
+    for name, short_name in ((grpo_head.FULL, "full_logits"), (grpo_head.TRL, "trl"), (grpo_head.LIGER, "liger")):
         if name in others:
             results.add(f"grpo_peak_over_{short_name}", what, ours["peak_gib"] / peaks[name], "x")
             results.add(f"grpo_time_over_{short_name}", what, took.median / 1e3 / times[name], "x")
@@ -1158,8 +1161,8 @@ if not GPU:
 # %%
 figure, panes = plt.subplots(1, max(1, len(grpo_measured)), figsize=(11, 3.6), squeeze=False, layout="constrained")
 BARS = {
-    grpo.OURS: "tab:blue", grpo.OURS_FLOAT32: "tab:cyan", grpo.TRL: "tab:orange",
-    grpo.LIGER: "tab:green", grpo.LIGER_TF32: "olive",
+    grpo_head.OURS: "tab:blue", grpo_head.OURS_FLOAT32: "tab:cyan", grpo_head.TRL: "tab:orange",
+    grpo_head.LIGER: "tab:green", grpo_head.LIGER_TF32: "olive",
 }  # fmt: skip
 shown_cases = {what: found for what, found in grpo_measured.items() if found}
 for axes, (what, found) in zip(panes[0], shown_cases.items(), strict=False):

@@ -11,23 +11,18 @@ each byte a token.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.models import SEED, llama_1b_config, random_nf4_llama, tiny_llama_config
-from benchmarks.text import paragraphs
+from benchmarks.compiled.clock import free_pinned, kernels_of, milliseconds, now, pinned_gib
+from benchmarks.compiled.model import qlora_model, renew, text_batch
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -39,14 +34,6 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
-}
-KINDS = {  # of what runs on a GPU, by what its name contains; the first that fits
-    "copies to and from the host": ("memcpy htod", "memcpy dtoh"),
-    "attention": ("flash", "fmha", "sdpa", "flex"),
-    "Triton's products": ("triton_tem",),  # made from Inductor's templates
-    "cuBLAS's products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
-    "de-quantisation": ("dequant",),
-    "all else": ("",),
 }
 
 
@@ -112,26 +99,26 @@ def measure(
         for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":
-                    _free_pinned()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
+                    free_pinned()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            start = _now(device)
+            start = now(device)
             losses.append(_step(model, optimizer, scaler, inputs, dtype))
-            times.append((start, _now(device)))
+            times.append((start, now(device)))
             if device == "cuda":
                 peaks.append((torch.cuda.max_memory_allocated() - held_bytes) / 2**30)
         kernels = {}
         if profile and device == "cuda":
-            kernels = _kernels(lambda: _step(model, optimizer, scaler, inputs, dtype))
+            kernels = kernels_of(lambda: _step(model, optimizer, scaler, inputs, dtype))
     return {
         **settings,
         "lengths": list(lengths),
         "losses": [loss.item() for loss in losses],
-        "step_ms": [_ms(start, end) for start, end in times],
+        "step_ms": [milliseconds(start, end) for start, end in times],
         "step_peak_gib": peaks,
         "peak_gib": max(peaks, default=None),
-        "pinned_gib": _pinned_gib() if device == "cuda" else None,
+        "pinned_gib": pinned_gib() if device == "cuda" else None,
         "compilations": counts.compilations,
         "captures": [dataclasses.asdict(one) for one in counts.captures],
         "products": [dataclasses.asdict(one) for one in compiled.products] if compiled else [],
@@ -173,56 +160,6 @@ def largest_difference(one: dict, other: dict) -> float:
     return max(abs(a - b) for a, b in pairs)
 
 
-def qlora_model(device: str, dtype: torch.dtype, tiny: bool, drawn: torch.dtype | None = None):
-    """Llama 3.2 1B (or a tiny one) in NF4 from fixed-seed weights, with adapters of rank 16 under all linear layers.
-
-    dtype: what it computes in. drawn: what the weights are drawn in, `dtype` if None.
-    """
-    config = tiny_llama_config() if tiny else llama_1b_config()
-    model = random_nf4_llama(config, device, drawn or dtype)
-    model.config.use_cache = False
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.enable_input_require_grads()  # as `prepare_model_for_kbit_training` does: no layer differs from the others
-    return renew(model, dtype)
-
-
-def renew(model: torch.nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> torch.nn.Module:
-    """The model as before its first step, to compute in `dtype`: adapters drawn anew, packed weights as they are.
-
-    The adapters stay in float32. The other weights must have been drawn in a dtype whose values `dtype` holds.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name:
-            parameter.data = parameter.data.to(dtype)
-    torch.manual_seed(SEED)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.reset_lora_parameters("default", True)
-    for parameter in model.parameters():
-        parameter.grad = None
-    base = model.get_base_model()
-    if checkpointing and not base.is_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif base.is_gradient_checkpointing and not checkpointing:
-        base.gradient_checkpointing_disable()
-    return model.train()
-
-
-def text_batch(size: int, length: int, number: int, device: str) -> dict[str, torch.Tensor]:
-    """Batch `number`: `size` stretches of the text, each byte a token and its own label."""
-    starts = torch.randint(len(_text()) - length, (size,), generator=torch.Generator().manual_seed(SEED + number))
-    ids = torch.stack([_text()[start : start + length] for start in starts.tolist()]).to(device)
-    return {"input_ids": ids, "labels": ids}
-
-
-@functools.cache
-def _text() -> torch.Tensor:
-    return torch.tensor(list("\n".join(paragraphs()).encode()))
-
-
 def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     with torch.autocast(inputs["input_ids"].device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         loss = model(**inputs).loss
@@ -231,48 +168,6 @@ def _step(model, optimizer, scaler, inputs: dict, dtype: str) -> torch.Tensor:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
-
-
-def _now(device: str) -> float | torch.cuda.Event:
-    """A point in time; on a GPU, when it has done what it has been given until now."""
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _ms(start, end) -> float:
-    if isinstance(end, float):
-        return 1e3 * (end - start)
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def _kernels(step: Callable) -> dict[str, dict]:
-    """{kind: {"ms", "launches"}} of one step, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    found = {kind: {"ms": 0.0, "launches": 0} for kind in KINDS}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:  # not the host's calls that start them
-            kind = next(kind for kind, signs in KINDS.items() if any(sign in event.name.lower() for sign in signs))
-            found[kind]["ms"] += event.self_device_time_total / 1e3
-            found[kind]["launches"] += 1
-    return found
-
-
-def _free_pinned() -> None:
-    """Give back the pinned memory that is kept for reuse."""
-    torch.cuda.synchronize()
-    torch._C._host_emptyCache()
-
-
-def _pinned_gib() -> float | None:
-    """What is pinned of the host's memory, in use or kept for reuse; None if this PyTorch does not tell."""
-    found = getattr(torch.cuda, "host_memory_stats", dict)().get("allocated_bytes.current")
-    return None if found is None else found / 2**30
 
 
 def main() -> None:

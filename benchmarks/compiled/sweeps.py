@@ -105,7 +105,7 @@ def sources() -> str:
     """A digest of the files that a run executes: other code would be another measurement."""
     parts = ("attention", "backprop", "compiled", "nf4")
     of_parts = (path for part in parts for path in (PACKAGE / part).glob("*.py"))
-    measuring = (Path(__file__).with_name(name) for name in ("steps.py", "trainer.py"))
+    measuring = (Path(__file__).with_name(name) for name in ("clock.py", "model.py", "steps.py", "trainer.py"))
     return code_digest(package_files([*of_parts, *measuring, PACKAGE / "code_object.py"]))
 
 

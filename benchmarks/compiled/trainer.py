@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.compiled.steps import CANDIDATES, qlora_model, renew, run, text_batch
+from benchmarks.compiled.model import qlora_model, renew, text_batch
+from benchmarks.compiled.steps import CANDIDATES, run
 from benchmarks.models import SEED
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora

@@ -2,8 +2,7 @@
 
     records = measure(probe(), quick=True)  # {"metric", "case", "value", "unit", "low", "high", "baselines"} each
 
-Every `value` is ours; "bitsandbytes" among the baselines is its own forward in the same run. A script, which no part of
-the package imports: it stands on `bench`, on bitsandbytes and, for the models, on transformers.
+Every `value` is ours; "bitsandbytes" among the baselines is its own forward in the same run.
 """
 
 import copy
@@ -211,12 +210,5 @@ def _rate(metric: str, case: str, timings: dict[str, Timing], tokens: int) -> di
 
 
 def _plain(metric, case, value, unit, baselines=None, low=None, high=None) -> dict:
-    return {
-        "metric": metric,
-        "case": case,
-        "value": value,
-        "unit": unit,
-        "low": low,
-        "high": high,
-        "baselines": baselines or {},
-    }
+    names = ("metric", "case", "value", "unit", "low", "high", "baselines")
+    return dict(zip(names, (metric, case, value, unit, low, high, baselines or {}), strict=True))

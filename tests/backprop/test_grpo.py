@@ -11,13 +11,13 @@ from trl import GRPOTrainer
 
 from benchmarks.backprop.grpo import (
     FullLogitsGRPOTrainer,
-    head_only,
     make_trainer,
     tiny_tokenizer,
     train,
     vowel_share,
     whole_step,
 )
+from benchmarks.backprop.grpo_head import head_only
 from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop import grpo
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes

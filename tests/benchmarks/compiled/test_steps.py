@@ -5,7 +5,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from benchmarks.compiled import steps
-from benchmarks.compiled.steps import largest_difference, measure, qlora_model
+from benchmarks.compiled.model import qlora_model
+from benchmarks.compiled.steps import largest_difference, measure
 
 
 def test_weights_drawn_in_another_dtype_are_the_same():
