@@ -94,5 +94,5 @@ def test_a_state_on_another_device_is_refused():
 
 def test_a_packed_weight_left_on_the_cpu_is_refused():
     packed, state = WEIGHT.make("cpu")
-    with pytest.raises(ValueError, match=r"weight: needs a CUDA tensor, got cpu"):
+    with pytest.raises(ValueError, match=r"weight must be a CUDA tensor, got cpu"):
         dequantize_nf4(packed, state)

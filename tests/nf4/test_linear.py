@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.nf4.reference import STORAGE, Weight, reference, tensors
+from tests.nf4.reference import STORAGE, Weight, reference
 from unsloth_puzzles.nf4.linear import nf4_linear
+from unsloth_puzzles.nf4.state import nf4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUT, IN = 48, 80
@@ -240,7 +241,7 @@ def test_compiles_with_a_module_and_autocast():
 
 def test_opcheck_of_the_backward_op():
     packed, state, *_ = weight()
-    arguments = (random(3, OUT), packed, *tensors(state), state.shape, torch.float32)
+    arguments = (random(3, OUT), *nf4_weight(packed, state, torch.float32))
     result = torch.library.opcheck(torch.ops.unsloth_puzzles.dequantize_nf4_again, arguments)
     assert set(result.values()) == {"SUCCESS"}, result
 
@@ -251,14 +252,14 @@ def test_opcheck_of_the_backward_op():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"x": torch.zeros(3, IN, dtype=torch.float64)}, TypeError, "x: needs float16.*got torch.float64"),
-        ({"x": torch.zeros(3, IN, dtype=torch.int64)}, TypeError, "x: needs float16.*got torch.int64"),
-        ({"x": torch.zeros(3, IN + 1)}, ValueError, r"x: needs a last dimension of 80 .*got shape \(3, 81\)"),
-        ({"x": torch.zeros(())}, ValueError, r"x: needs a last dimension of 80 .*got shape \(\)"),
-        ({"x": torch.zeros(3, IN, device="meta")}, ValueError, "x: needs the weight's device.*got meta"),
-        ({"bias": torch.zeros(IN)}, ValueError, r"bias: needs shape \(48,\), got \(80,\)"),
-        ({"x": [1.0]}, TypeError, "x: needs a tensor, got list"),
-        ({"quant_state": None}, ValueError, "quant_state: Tensor carries none"),
+        ({"x": torch.zeros(3, IN, dtype=torch.float64)}, TypeError, "x must be float16.*got torch.float64"),
+        ({"x": torch.zeros(3, IN, dtype=torch.int64)}, TypeError, "x must be float16.*got torch.int64"),
+        ({"x": torch.zeros(3, IN + 1)}, ValueError, r"x must have a last dimension of 80 .*got shape \(3, 81\)"),
+        ({"x": torch.zeros(())}, ValueError, r"x must have a last dimension of 80 .*got shape \(\)"),
+        ({"x": torch.zeros(3, IN, device="meta")}, ValueError, "x must be on the weight's device.*got meta"),
+        ({"bias": torch.zeros(IN)}, ValueError, r"bias must have shape \(48,\), got \(80,\)"),
+        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"quant_state": None}, ValueError, "quant_state must be a bitsandbytes QuantState, got none with Tensor"),
     ],
 )
 def test_bad_input_is_named(change, error, message):
@@ -271,7 +272,7 @@ def test_bad_input_is_named(change, error, message):
 
 def test_the_state_must_be_a_matrix():
     packed, state = Weight(shape=(300,)).make(DEVICE)
-    with pytest.raises(ValueError, match=r"quant_state.shape: needs \(out_features, in_features\), got \(300,\)"):
+    with pytest.raises(ValueError, match=r"quant_state.shape must be \(out_features, in_features\), got \(300,\)"):
         nf4_linear(torch.zeros(3, 300, device=DEVICE), packed, state)
 
 
@@ -313,13 +314,13 @@ def test_an_adapter_is_not_left_out():
 
     model = torch.nn.Sequential(bnb.nn.Linear4bit(IN, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(TypeError, match="weight: needs a Linear4bit, got a PEFT layer"):
+    with pytest.raises(TypeError, match="weight must be a Linear4bit, got a PEFT layer"):
         nf4_linear(random(3, IN), adapted.base_model.model[0])
 
 
 def test_a_bias_that_is_none_of_its_kind():
     packed, state, _, _ = weight()
-    with pytest.raises(TypeError, match="bias: needs a tensor, got str"):
+    with pytest.raises(TypeError, match="bias must be a tensor, got str"):
         nf4_linear(random(3, IN), packed, state, "bias")
-    with pytest.raises(ValueError, match="bias: needs x's device"):
+    with pytest.raises(ValueError, match="bias must be on x's device"):
         nf4_linear(random(3, IN), packed, state, torch.empty(state.shape[0], device="meta"))

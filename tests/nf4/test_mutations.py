@@ -28,12 +28,12 @@ MUTATIONS = {
         "kernel.py", "mask = byte * 2 < numel", "mask = byte * 2 < numel + 2", WHOLE_AND_TAIL
     ),
     "tail taken for a whole program": mutation(
-        "launch.py", "full = aligned and not out.numel() %", "full = aligned and not 0 %", WHOLE_AND_TAIL
+        "launch.py", "full = aligned and not numel %", "full = aligned and not 0 %", WHOLE_AND_TAIL
     ),
     "alignment assumed": mutation(
         "launch.py",
-        "out.data_ptr()) & 15",
-        "out.data_ptr()) & 0",
+        "(addresses[0] | address) & 15",
+        "(addresses[0] | address) & 0",
         "test_dequantize.py::test_alignment_of_every_pointer_is_seen",
     ),
     "flush dropped": mutation(
@@ -47,7 +47,7 @@ MUTATIONS = {
         "asm.py", '"and.b32 n, n, 1;"', '"mov.b32 n, 1;"', "test_asm.py::test_software_bfloat16_rounds_ties_to_even"
     ),
     "contraction on": mutation(
-        "launch.py",
+        "build.py",
         '"enable_fp_fusion": config.fp_fusion',
         '"enable_fp_fusion": True',
         "test_cross_compile.py::test_contraction_is_the_compilers_to_forbid",

@@ -8,8 +8,9 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.nf4.reference import Weight, assert_same_bits, reference, tensors
+from tests.nf4.reference import Weight, assert_same_bits, reference
 from unsloth_puzzles.nf4 import dequantize_nf4
+from unsloth_puzzles.nf4.state import nf4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.unsloth_puzzles.dequantize_nf4
@@ -27,9 +28,9 @@ def fresh_dynamo():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_opcheck(nested, dtype):
     packed, state = Weight(shape=(33, 17), nested=nested, dtype=dtype).make(DEVICE)
-    result = torch.library.opcheck(OP, (packed, *tensors(state), state.shape, dtype))
+    result = torch.library.opcheck(OP, nf4_weight(packed, state))
     assert set(result.values()) == {"SUCCESS"}, result
-    assert_same_bits(OP(packed, *tensors(state), state.shape, dtype), reference(packed, state))
+    assert_same_bits(OP(*nf4_weight(packed, state)), reference(packed, state))
 
 
 @pytest.mark.parametrize("row", [False, True])
