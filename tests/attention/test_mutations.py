@@ -57,7 +57,7 @@ MUTATIONS = {
         "test_masks.py::test_cross_attention_with_as_many_queries_as_padded_keys",
     ),
     "a mask for another number of keys": mutation(
-        "models.py", "if found != need:", "if False:",
+        "model_mask.py", "if found != need:", "if False:",
         "test_arguments.py::test_tensors_of_other_lengths_than_the_mask",
     ),
     "a module that says it is not causal": mutation(
