@@ -54,7 +54,7 @@ MODELS = {
 SAMPLE = list(MODELS)[:10]
 # What is refused, always, and how the message begins.
 REFUSED = {
-    "gpt_oss": (EXPERTS, "s_aux must "), "granite_swa": (EXPERTS, "s_aux must "), "mimo_v2_flash": (EXPERTS, "s_aux must "),
+    **dict.fromkeys(("gpt_oss", "granite_swa", "mimo_v2_flash"), (EXPERTS, "s_aux must be left out")),
     "deepseek_v32": (LATENT, "attention_mask must be a tensor for a model that takes a part of it"),
     "doge": ({}, "attention_mask must be a tensor for a model that reads its dtype"),
 }  # fmt: skip
@@ -130,19 +130,19 @@ def check(name, calls):
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_attention_is_that_of_sdpa(name, calls):
+def test_attention_equals_sdpa(name, calls):
     check(name, calls)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in SAMPLE])
-def test_attention_is_that_of_sdpa_elsewhere(name, calls):
+def test_attention_equals_sdpa_in_other_architectures(name, calls):
     check(name, calls)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @torch.no_grad()
-def test_what_is_refused_is_refused_by_name(name):
+def test_unsupported_architectures_are_refused_by_name(name):
     theirs, ours = pair(name)
     for inputs in INPUTS.values():
         assert logits(theirs, inputs).isfinite().all()

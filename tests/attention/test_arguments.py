@@ -47,7 +47,7 @@ def near(found, exact):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_honoured(backend):
+def test_scaling_causality_and_window_of_a_layer_are_honoured(backend):
     data = draw(LENGTH)
 
     def call(mask, module=None, **given):
@@ -98,7 +98,7 @@ def test_soft_caps(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_a_mask_of_the_models_own(heads, dtype, backend):
+def test_4d_mask_of_a_model_is_applied_or_refused(heads, dtype, backend):
     data = draw(LENGTH, 5)
     mask = torch.rand(2, heads, 5, LENGTH, generator=torch.Generator().manual_seed(2))
     mask = mask > 0.4 if dtype == torch.bool else 5 * mask
@@ -114,7 +114,7 @@ def test_a_mask_of_the_models_own(heads, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["a mask", "no mask", "a tensor"])
-def test_what_is_refused(kind, backend):
+def test_unsupported_arguments_of_a_layer_are_refused(kind, backend):
     data = draw(LENGTH)
     mask = {"a mask": mask_of(backend), "no mask": None, "a tensor": torch.ones(1, 1, LENGTH, LENGTH).bool()}[kind]
     for name in ("dropout", *REFUSED):
@@ -129,7 +129,7 @@ def test_what_is_refused(kind, backend):
             attention_forward(None, *data, wrong, backend=backend)
 
 
-def test_tensors_of_other_lengths_than_the_mask():
+def test_lengths_that_differ_from_the_mask_are_refused():
     """As from a cache that was cut, or that holds more than it says."""
     query, key, value = draw(LENGTH)
     with pytest.raises(
@@ -140,7 +140,7 @@ def test_tensors_of_other_lengths_than_the_mask():
         attention_forward(None, query[:, :, :5], key, value, None)
 
 
-def test_layers_of_one_model_may_differ():
+def test_one_mask_serves_layers_with_different_heads():
     """In heads and their sizes, and in whether a checkpoint computes without gradients first."""
     mask = mask_of("auto")
     for heads, kv_heads, size in ((4, 2, 16), (3, 3, 20), (9, 3, 8)):
@@ -155,7 +155,7 @@ def test_layers_of_one_model_may_differ():
     assert all(near(one, other) for one, other in zip(found, exact, strict=True))
 
 
-def test_weights_of_attention_are_refused_not_left_out():
+def test_output_attentions_is_refused():
     register()
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -166,7 +166,7 @@ def test_weights_of_attention_are_refused_not_left_out():
 
 
 @pytest.mark.slow
-def test_no_keyword_of_a_layer_is_unknown():
+def test_every_keyword_of_a_transformers_layer_is_known():
     """Every name that a model of this transformers hands to its attention function."""
     known = {*HONOURED, *WITHOUT_EFFECT, *REFUSED, *LENGTHS}
     found = {}

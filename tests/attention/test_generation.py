@@ -78,7 +78,7 @@ def generate(model, implementation, mode, padded):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SAMPLED)
-def test_tokens_are_those_of_sdpa(name, mode, padded):
+def test_generated_tokens_equal_those_of_sdpa(name, mode, padded):
     model = model_of(name)
     expected = generate(model, "sdpa", mode, padded)
     assert expected.shape[1] == 27
@@ -95,7 +95,7 @@ def test_tokens_are_those_of_sdpa(name, mode, padded):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generation_goes_on_with_a_cache(name):
+def test_generation_continues_from_a_cache(name):
     """A turn, then another, with the cache of the first."""
     model, found = model_of(name), []
     for implementation in ("sdpa", NAME, f"{NAME}_flex"):
@@ -109,7 +109,7 @@ def test_generation_goes_on_with_a_cache(name):
 
 
 @torch.no_grad()
-def test_a_mask_without_the_cached_positions():
+def test_mask_without_the_cached_positions_is_refused():
     """transformers takes the positions that the mask lacks for padding: not what a user means, but the same here."""
     model, found = model_of("Llama"), []
     for implementation in ("sdpa", NAME):

@@ -105,13 +105,13 @@ def compare(seeds) -> tuple[int, int]:
     return tuple(count)
 
 
-def test_drawn_combinations_are_transformers_masks():
+def test_random_combinations_equal_transformers_masks():
     was_read, was_dense = compare(range(250))
     assert was_read > 50 and was_dense > 50
 
 
 @pytest.mark.slow
-def test_many_drawn_combinations_are_transformers_masks():
+def test_many_random_combinations_equal_transformers_masks():
     compare(range(250, 6000))
 
 
@@ -139,13 +139,13 @@ SPLIT = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 0, 0
         ),
     ],
 )  # fmt: skip
-def test_masks_of_one_kind_narrow_each_other(parts, last_row):
+def test_combined_masks_of_one_kind_narrow_each_other(parts, last_row):
     found = seen(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0))
     assert found[0, -1].int().tolist() == last_row
     assert torch.equal(found, theirs(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0)))
 
 
-def test_a_mask_function_over_packed_positions():
+def test_mask_function_is_combined_with_packed_positions():
     """As a model makes it: transformers adds documents of the positions to those of the function."""
     register()
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation="unsloth_puzzles_dense")
@@ -170,7 +170,7 @@ def test_a_mask_function_over_packed_positions():
         (masking_utils.causal_mask_function, torch.ones(1, 5).bool(), "attention_mask must have 6 .*got 5"),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message):
+def test_unreadable_masks_are_dense_or_refused(function, attention_mask, message):
     lengths = {"batch_size": 1, "q_length": 6, "kv_length": 6}
     given = {"config": CONFIG, "dtype": torch.float32, "device": "cpu", "mask_function": function}
     for backend in ("flex", "flash", "xformers"):
@@ -182,7 +182,7 @@ def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message)
         assert torch.equal(made[:, 0][right.any(-1)], right[right.any(-1)])
 
 
-def test_cross_attention_with_as_many_queries_as_padded_keys():
+def test_cross_attention_with_as_many_queries_as_padded_keys_is_dense():
     """Every query sees the real keys, also a query at the position of a key that is padding."""
     made = make_mask(
         "auto", batch_size=1, q_length=6, kv_length=6, config=CONFIG, dtype=torch.float32, device="cpu",
@@ -201,7 +201,7 @@ def test_offsets_may_be_tensors():
     assert isinstance(made, ModelMask) and made.data[0, 0, 0].tolist() == [False, True, True, True, True]
 
 
-def test_functions_that_changed_are_noticed(monkeypatch):
+def test_check_notices_changed_mask_functions(monkeypatch):
     check()
 
     def sliding_window_overlay(sliding_window):

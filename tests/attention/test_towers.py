@@ -194,7 +194,7 @@ def outcome(model, inputs):
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_outputs_are_those_with_sdpa(name, monkeypatch):
+def test_outputs_equal_those_with_sdpa(name, monkeypatch):
     kind, config, inputs, refusal = CASES[name]
     inputs, calls, ours = inputs(), [], AttentionInterface._global_mapping[NAME]
     monkeypatch.setitem(
@@ -217,7 +217,7 @@ def test_outputs_are_those_with_sdpa(name, monkeypatch):
         assert (outcome(flex, inputs) - expected).norm() <= 5e-6 * expected.norm()
 
 
-def test_a_bias_by_positions_is_refused():
+def test_position_bias_is_refused():
     config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
     config._attn_implementation = NAME
     with pytest.raises(ValueError, match=r"^position_bias must be left out"):

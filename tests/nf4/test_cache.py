@@ -166,7 +166,7 @@ def test_recall_refuses_another_packed_tensor_and_another_dtype():
     assert recall(packed, state, torch.bfloat16) is None
 
 
-def test_recall_keeps_the_dtype_of_the_result_apart_from_the_state_s():
+def test_recall_separates_result_dtype_from_state_dtype():
     packed, state, launch = remembered_stub(torch.bfloat16)
     assert recall(packed, state) is None and recall(packed, state, torch.bfloat16) is launch
     state.dtype = torch.float32

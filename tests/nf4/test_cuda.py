@@ -127,7 +127,7 @@ def test_contraction_changes_weights():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", STORAGE)
-def test_weights_that_bitsandbytes_quantised(dtype, nested, storage):
+def test_bits_equal_bitsandbytes_for_its_own_weights(dtype, nested, storage):
     weight = torch.randn(1024, 512, device="cuda", dtype=dtype)
     packed, state = quantize_4bit(weight, compress_statistics=nested, quant_type="nf4", quant_storage=storage)
     expected = dequantize_4bit(packed, state)

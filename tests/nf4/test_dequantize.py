@@ -53,7 +53,7 @@ def test_pointers_off_alignment(out_shift, packed_shift):
 
 
 @pytest.mark.parametrize("shifted", ["packed", "absmax", "code", "code2", "absmax2", "offset", "out"])
-def test_alignment_of_every_pointer_is_seen(shifted, monkeypatch):
+def test_kernel_is_built_for_the_alignment_of_every_pointer(shifted, monkeypatch):
     """The interpreter reads whole words anywhere, a GPU does not: the kernel must be built without that assumption."""
     seen, constexprs = [], launching.constexprs
     monkeypatch.setattr(launching, "constexprs", lambda *a, **w: seen.append(w["ALIGNED"]) or constexprs(*a, **w))
@@ -102,7 +102,7 @@ def test_subnormal_second_level(offset):
     check(Weight(shape=(FULL_PROGRAM + 9,), blocksize=32, scale=1e-40, offset=offset, dtype=torch.float32))
 
 
-def test_absmax_that_is_not_finite():
+def test_infinite_and_nan_absmax():
     packed, state = Weight(shape=(4 * 64,), nested=False, dtype=torch.bfloat16).make()
     state.absmax[:3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     assert_same_bits(guarded_launch(packed, state), reference(packed, state))
@@ -159,7 +159,7 @@ def test_bitsandbytes_modules_and_parameters(nested, storage):
     assert_same_bits(dequantize_nf4(layer, state), expected)
 
 
-def test_state_kept_on_the_module_alone():
+def test_state_on_the_module_alone_is_found():
     """FSDP replaces the Params4bit; bitsandbytes then leaves the state on the module."""
     layer = bnb.nn.Linear4bit(32, 16, quant_type="nf4").to("cpu")
     expected = dequantize_nf4(layer)

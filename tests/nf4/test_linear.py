@@ -118,7 +118,7 @@ def test_second_derivatives_and_torch_func():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_neither_the_weight_nor_x_is_kept(with_bias):
+def test_backward_keeps_neither_the_weight_nor_x(with_bias):
     packed, state, _, rounded = weight()
     x, bias = random(3, IN, grad=True), random(OUT, grad=True) if with_bias else None
     (only,) = kept(lambda: nf4_linear(x, packed, state, bias))
@@ -137,7 +137,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("of_x, of_bias", [(True, False), (False, True), (True, True)])
-def test_no_gradient_is_computed_that_nobody_needs(of_x, of_bias, dequantisations):
+def test_only_needed_gradients_are_computed(of_x, of_bias, dequantisations):
     packed, state, *_ = weight()
     x, bias = random(3, IN, grad=of_x), random(OUT, grad=of_bias)
     y = nf4_linear(x, packed, state, bias)
@@ -149,14 +149,14 @@ def test_no_gradient_is_computed_that_nobody_needs(of_x, of_bias, dequantisation
     assert (x.grad is not None, bias.grad is not None) == (of_x, of_bias)
 
 
-def test_without_gradients_nothing_is_recorded():
+def test_no_graph_is_recorded_without_gradients():
     packed, state, *_ = weight()
     assert nf4_linear(random(3, IN), packed, state).grad_fn is None
     with torch.no_grad():
         assert nf4_linear(random(3, IN, grad=True), packed, state).grad_fn is None
 
 
-def test_checkpointing_recomputes(dequantisations):
+def test_checkpointing_dequantizes_again(dequantisations):
     packed, state, *_ = weight()
     x = random(3, IN, grad=True)
 
@@ -262,7 +262,7 @@ def test_opcheck_of_the_backward_op():
         ({"quant_state": None}, ValueError, "quant_state must be a bitsandbytes QuantState, got none with Tensor"),
     ],
 )
-def test_bad_input_is_named(change, error, message):
+def test_bad_input_is_refused_by_name(change, error, message):
     packed, state, *_ = weight()
     moved = {k: v.to(DEVICE) for k, v in change.items() if isinstance(v, torch.Tensor) and v.device.type != "meta"}
     given = {"x": random(3, IN), "weight": packed, "quant_state": state} | change | moved
@@ -270,7 +270,7 @@ def test_bad_input_is_named(change, error, message):
         nf4_linear(**given)
 
 
-def test_the_state_must_be_a_matrix():
+def test_weight_that_is_no_matrix_is_refused():
     packed, state = Weight(shape=(300,)).make(DEVICE)
     with pytest.raises(ValueError, match=r"quant_state.shape must be \(out_features, in_features\), got \(300,\)"):
         nf4_linear(torch.zeros(3, 300, device=DEVICE), packed, state)
@@ -282,7 +282,7 @@ def test_the_state_must_be_a_matrix():
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errs_no_more_than_bitsandbytes_on_the_gpu(dtype, rows):
+def test_error_on_the_gpu_is_at_most_that_of_bitsandbytes(dtype, rows):
     full = random(1024, 2048, dtype=dtype) * 0.02
     packed, state = bnb.functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32
@@ -298,7 +298,7 @@ def test_errs_no_more_than_bitsandbytes_on_the_gpu(dtype, rows):
 
 
 @pytest.mark.gpu
-def test_the_forward_leaves_only_its_result_on_the_gpu():
+def test_forward_leaves_only_its_result_on_the_gpu():
     full = random(4096, 4096, dtype=torch.float16)
     packed, state = bnb.functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
     x = random(16, 4096, dtype=torch.float16, grad=True)
@@ -309,7 +309,7 @@ def test_the_forward_leaves_only_its_result_on_the_gpu():
     assert torch.cuda.memory_allocated() - before == y.numel() * y.element_size()
 
 
-def test_an_adapter_is_not_left_out():
+def test_peft_layer_is_refused():
     import peft
 
     model = torch.nn.Sequential(bnb.nn.Linear4bit(IN, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE))
@@ -318,7 +318,7 @@ def test_an_adapter_is_not_left_out():
         nf4_linear(random(3, IN), adapted.base_model.model[0])
 
 
-def test_a_bias_that_is_none_of_its_kind():
+def test_bias_of_wrong_type_or_device_is_refused():
     packed, state, _, _ = weight()
     with pytest.raises(TypeError, match="bias must be a tensor, got str"):
         nf4_linear(random(3, IN), packed, state, "bias")

@@ -17,7 +17,10 @@ MUTATIONS = {
     "nibbles swapped": mutation("kernel.py", "4 * (1 - j % 2)", "4 * (j % 2)", WHOLE_AND_TAIL),
     "nibbles swapped in the tail": mutation("kernel.py", "_look_up(pair >> 4,", "_look_up(pair & 15,", WHOLE_AND_TAIL),
     "nibbles swapped in the assembly": mutation(
-        "asm.py", "(0 if weight % 2 else 4)", "(4 if weight % 2 else 0)", "test_asm.py::test_same_bits_as_the_formula"
+        "asm.py",
+        "(0 if weight % 2 else 4)",
+        "(4 if weight % 2 else 0)",
+        "test_asm.py::test_assembly_gives_the_bits_of_the_formula",
     ),
     "offset dropped": mutation("kernel.py", "tl.load(offset_ptr) if NESTED else 0.0", "0.0", WHOLE_AND_TAIL),
     "nested block off by one": mutation(
@@ -34,7 +37,7 @@ MUTATIONS = {
         "launch.py",
         "(addresses[0] | address) & 15",
         "(addresses[0] | address) & 0",
-        "test_dequantize.py::test_alignment_of_every_pointer_is_seen",
+        "test_dequantize.py::test_kernel_is_built_for_the_alignment_of_every_pointer",
     ),
     "flush dropped": mutation(
         "kernel.py",
@@ -50,7 +53,7 @@ MUTATIONS = {
         "build.py",
         '"enable_fp_fusion": config.fp_fusion',
         '"enable_fp_fusion": True',
-        "test_cross_compile.py::test_contraction_is_the_compilers_to_forbid",
+        "test_cross_compile.py::test_contraction_follows_the_compile_option",
     ),
 }
 

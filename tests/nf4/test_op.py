@@ -44,7 +44,7 @@ def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(row):
     assert fake.device == real.device
 
 
-def test_a_dispatch_mode_sees_the_op():
+def test_dispatch_mode_sees_the_op():
     """Under a mode the output may be fake or traced: a launch past the dispatcher would write to no memory at all."""
     packed, state = Weight(shape=(6, 10)).make("cpu")
     if DEVICE == "cuda":
@@ -119,7 +119,7 @@ def test_gradients_stop_at_the_op():
         assert not any(weight.requires_grad for weight in function(up))
 
 
-def test_a_backward_notices_that_its_weight_was_overwritten():
+def test_backward_notices_an_overwritten_weight():
     packed, state = Weight(shape=(32, 64), dtype=torch.float32).make(DEVICE)
     buffer = torch.empty(32, 64, device=DEVICE)
     x = torch.randn(4, 64, device=DEVICE, requires_grad=True)
@@ -129,7 +129,7 @@ def test_a_backward_notices_that_its_weight_was_overwritten():
         y.sum().backward()
 
 
-def test_a_fake_tensor_outside_its_mode_is_never_launched_on():
+def test_fake_tensor_outside_its_mode_is_never_launched_on():
     packed, state = Weight(shape=(32, 64)).make(DEVICE)
     mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     fake = mode.from_tensor(packed)

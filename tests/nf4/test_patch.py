@@ -239,7 +239,7 @@ def test_rows_decide_without_gradients_only(dequantisations):
             assert (len(dequantisations), fused.calls) == (ours, 1 - ours), (shape, grad)
 
 
-def test_no_rows():
+def test_input_without_rows():
     layer = linear4bit()
     with patch_linear4bit(layer):
         assert layer(torch.zeros(0, 64, device=DEVICE)).shape == (0, 96)
@@ -247,7 +247,7 @@ def test_no_rows():
             assert layer(torch.zeros(2, 0, 64, device=DEVICE)).shape == (2, 0, 96)
 
 
-def test_a_parameter_that_lost_its_state_gets_the_module_s():
+def test_parameter_without_state_gets_that_of_the_module():
     layer, x = linear4bit(), torch.randn(3, 64, device=DEVICE)
     expected = layer(x)
     layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)  # as FSDP leaves it
@@ -270,7 +270,7 @@ class Count(ModelHook):
 
 
 @pytest.mark.parametrize("patch_first", [True, False])
-def test_hooks_of_accelerate_stay_and_so_does_the_patch_under_them(patch_first, dequantisations):
+def test_accelerate_hooks_and_the_patch_keep_each_other(patch_first, dequantisations):
     layer, hook, x = linear4bit(), Count(), torch.randn(3, 64, device=DEVICE)
     expected = layer(x)
     patch = patch_linear4bit(layer) if patch_first else None
@@ -286,7 +286,7 @@ def test_hooks_of_accelerate_stay_and_so_does_the_patch_under_them(patch_first, 
     assert len(dequantisations) == 3
 
 
-def test_undo_once_is_enough_and_twice_does_no_harm():
+def test_second_undo_does_nothing():
     layer = linear4bit()
     patch = patch_linear4bit(layer)
     assert isinstance(layer, bnb.nn.Linear4bit) and type(layer) is not bnb.nn.Linear4bit
@@ -299,7 +299,7 @@ def test_undo_once_is_enough_and_twice_does_no_harm():
     assert type(layer) is bnb.nn.Linear4bit
 
 
-def test_undo_refuses_a_layer_whose_class_somebody_else_exchanged():
+def test_undo_refuses_a_layer_of_another_class():
     layer = linear4bit()
     patch = patch_linear4bit(layer)
     layer.__class__ = type("FSDPLinear4bit", (type(layer),), {})
@@ -312,20 +312,20 @@ def test_undo_refuses_a_layer_whose_class_somebody_else_exchanged():
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_patching_twice():
+def test_patching_twice_is_refused():
     model = torch.nn.Sequential(linear4bit())
     with patch_linear4bit(model), pytest.raises(ValueError, match="model must not be patched yet, got 0"):
         patch_linear4bit(model)
 
 
-def test_models_without_nf4_layers():
+def test_models_without_nf4_layers_are_refused():
     with pytest.raises(ValueError, match=r"model must have bitsandbytes Linear4bit layers.*got no Linear4bit"):
         patch_linear4bit(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"model must have bitsandbytes Linear4bit layers.*got 1 fp4"):
         patch_linear4bit(torch.nn.Sequential(linear4bit("fp4")))
 
 
-def test_fp4_layers_are_left_alone_aloud():
+def test_fp4_layers_are_left_with_a_warning():
     model = torch.nn.Sequential(linear4bit("fp4"), linear4bit())
     with pytest.warns(UserWarning, match="left to bitsandbytes.*1 fp4") as caught:
         patch = patch_linear4bit(model)
@@ -336,7 +336,7 @@ def test_fp4_layers_are_left_alone_aloud():
         patch_linear4bit(torch.nn.Sequential(linear4bit()))
 
 
-def test_a_layer_with_a_forward_of_its_own():
+def test_layer_with_its_own_forward_is_refused():
     layer = linear4bit()
     layer.forward = lambda x: x
     with pytest.raises(ValueError, match="got 1 with a forward of its own"):
@@ -349,7 +349,7 @@ def test_a_layer_with_a_forward_of_its_own():
     assert type(model[0]) is bnb.nn.Linear4bit  # all or nothing
 
 
-def test_a_weight_that_bitsandbytes_repacked_for_the_cpu():
+def test_weight_repacked_for_the_cpu_is_refused():
     layer = linear4bit()
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="whose weight was re-packed"):
@@ -371,7 +371,7 @@ def test_a_weight_that_bitsandbytes_repacked_for_the_cpu():
         (torch.nn.Identity(), -1, ValueError, "min_rows must be 0.*got -1"),
     ],
 )
-def test_bad_arguments(model, min_rows, error, message):
+def test_bad_arguments_are_refused_by_name(model, min_rows, error, message):
     with pytest.raises(error, match=message):
         patch_linear4bit(model, min_rows=min_rows)
 
