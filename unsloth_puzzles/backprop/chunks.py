@@ -16,6 +16,25 @@ _STRETCH = 1.05  # "auto" chunks may be this much larger, if that saves one
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def chunk_spans(
+    chunk_size: int | str, x: torch.Tensor, vocab_size: int, dtype: torch.dtype, bytes_per_logit: float, divisor: int
+) -> list[tuple[int, int]]:
+    """(start, stop) of each chunk of the rows of x.
+
+    Args:
+        chunk_size: See `chunk_rows`.
+        x: [rows, hidden].
+        vocab_size: Columns of the logits.
+        dtype: Of the logits.
+        bytes_per_logit: Of a chunk's logits and temporaries.
+        divisor: By which "auto" is divided, where a function needs more room.
+    """
+    rows = chunk_rows(chunk_size, vocab_size, dtype, x.device, bytes_per_logit, x.shape[-1])
+    if chunk_size == "auto":
+        rows = even_rows(max(1, rows // divisor), len(x))
+    return [(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
 def chunk_rows(
     chunk_size: int | str,
     vocab_size: int,

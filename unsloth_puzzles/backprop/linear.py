@@ -1,15 +1,17 @@
 """A loss of `linear(hidden_states)` that never holds the logits: chunk by chunk, for any function of them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from unsloth_puzzles.backprop import checks
-from unsloth_puzzles.backprop.plan import Plan
+from unsloth_puzzles.backprop.additive import additive_loss
+from unsloth_puzzles.backprop.call import Operands, check_all_labels, prepare
+from unsloth_puzzles.backprop.checks import check_inputs
+from unsloth_puzzles.backprop.options import Options
+from unsloth_puzzles.backprop.rowwise import row_by_row
 from unsloth_puzzles.backprop.scale import scale_in_place
-from unsloth_puzzles.backprop.work import Work
+from unsloth_puzzles.backprop.trial import try_function
 
 
 def memory_efficient_linear(
@@ -65,18 +67,17 @@ def memory_efficient_linear(
     fails an assertion on the device on a GPU. `torch.func` transforms raise RuntimeError, and so do create_graph=True
     in the backward, and a second backward unless the graph was retained.
     """
-    checks.check_inputs(hidden_states, linear, labels, forward_function, row_args, shared_args)
-    plan = Plan(
-        reduction, function_takes, len(row_args), normalizer, ignore_index, chunk_size, accumulate_dtype, compile,
-        check_additive, keep_logits,
+    options = Options(
+        reduction, function_takes, normalizer, ignore_index, chunk_size, accumulate_dtype, compile, check_additive,
+        keep_logits,
     )  # fmt: skip
-    return MemoryEfficientLinear.apply(hidden_states, linear, labels, forward_function, plan, *row_args, *shared_args)
+    return MemoryEfficientLinear.apply(hidden_states, linear, labels, forward_function, options, row_args, shared_args)
 
 
 class MemoryEfficientLinear(torch.autograd.Function):
     """The puzzle's skeleton: `MemoryEfficientLinear.apply(X, linear, labels, forward_function)`.
 
-    X: (batch, length, hidden), labels: (batch, length), forward_function(batch, linear, labels): the mean loss of a
+    X: [batch, length, hidden], labels: [batch, length], forward_function(batch, linear, labels): the mean loss of a
     piece, which it projects itself. Use `memory_efficient_linear` for everything else. A module cannot be an input of
     an autograd function, so `apply` hands its trainable parameters over as tensors, and their gradients are returned
     like any input's.
@@ -84,68 +85,46 @@ class MemoryEfficientLinear(torch.autograd.Function):
 
     @classmethod
     @torch.compiler.disable(reason="it loops over chunks and calls autograd; its function is compiled by compile=True")
-    def apply(cls, X, linear, labels, forward_function, plan=None, *arguments):
+    def apply(cls, X, linear, labels, forward_function, options=None, row_args=(), shared_args=()):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("memory_efficient_linear: torch.func transforms (grad, vmap, jvp) are not supported")
-        plan = plan or Plan()
-        checks.check_inputs(X, linear, labels, forward_function, (), ())
-        if labels is None and (plan.reduction == "mean" or isinstance(plan.normalizer, str)):
+        options = options or Options()
+        check_inputs(X, linear, labels, forward_function, row_args, shared_args)
+        if labels is None and options.counts_labels:
             raise ValueError("labels: got None, need labels to count (or reduction='sum' without normalizer='labels')")
-        parameters = {name: value for name, value in linear.named_parameters() if value.requires_grad}
-        plan = replace(plan, names=tuple(parameters), differentiate=torch.is_grad_enabled())
-        result = super().apply(X, linear, labels, forward_function, plan, *parameters.values(), *arguments)
-        return result[0] if plan.reduction == "none" and len(result) == 1 else result
+        trained = {name: value for name, value in linear.named_parameters() if value.requires_grad}
+        operands = Operands(tuple(trained), len(row_args))
+        tensors = (*trained.values(), *row_args, *shared_args)
+        differentiate = torch.is_grad_enabled()
+        wanted = tuple(differentiate and getattr(tensor, "requires_grad", False) for tensor in (X, *tensors))
+        call = prepare(X, linear, labels, forward_function, options, operands, tensors, wanted)
+        check_all_labels(call)
+        try_function(call)
+        if options.reduction == "none":
+            return row_by_row(call, X, linear, labels, operands, tensors, wanted)
+        return super().apply(call, X, *tensors)
 
     @staticmethod
-    def forward(ctx, X, linear, labels, forward_function, plan, *tensors):
+    def forward(ctx, call, X, *tensors):
         ctx.set_materialize_grads(False)
-        work = Work(X, linear, labels, forward_function, plan, tensors, ctx.needs_input_grad)
-        ctx.plan = plan
-        if plan.reduction == "none":
-            results = work.rows()
-            ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
-            # What the backward needs to do the forward again.
-            ctx.linear, ctx.function, ctx.states = linear, forward_function, work.states
-            ctx.kept = (work.head, work.kept) if work.kept else None  # and what it need not do again
-            ctx.autocast = _autocast_state(X.device.type)
-            ctx.other = tuple(None if isinstance(t, torch.Tensor) else t for t in tensors)
-            # The frozen parameters only so that autograd notices if they change before the backward.
-            frozen = [value for value in linear.parameters() if not value.requires_grad]
-            ctx.save_for_backward(X, labels, *(t if isinstance(t, torch.Tensor) else None for t in tensors), *frozen)
-            return results
-        loss, gradients, ctx.rescale = work.additive()
-        ctx.save_for_backward(*gradients)
+        loss, gradients, missing = additive_loss(call)
+        (of_x, scale), of_arguments = gradients.results(X.shape[:-1], call.arguments, scaled=True)
+        of_parameters = call.head.results(tensors[: len(call.head.leaves)], scaled=True)
+        found = [(of_x, scale), *of_parameters, *of_arguments]
+        ctx.save_for_backward(*(gradient for gradient, _ in found))
+        ctx.factors = [missing if scale is None else missing / scale for _, scale in found]
         return loss
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx, upstream):
         if torch.is_grad_enabled():  # once_differentiable lets a gradient pass as a constant if the upstream one is
             raise RuntimeError("memory_efficient_linear: its gradient has no derivative (create_graph=True)")
-        # A graph that is kept may be walked again: then what was saved has to stay what it is.
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        if ctx.plan.reduction == "none":
-            X, labels, *tensors = ctx.saved_tensors
-            # zip ends with `other`: what was saved behind are the frozen parameters
-            tensors = [other if given is None else given for given, other in zip(tensors, ctx.other, strict=False)]
-            with torch.autocast(**ctx.autocast):
-                work = Work(X, ctx.linear, labels, ctx.function, ctx.plan, tuple(tensors), ctx.needs_input_grad, True)
-                if ctx.kept and not again:
-                    (work.head, work.kept), ctx.kept = ctx.kept, None
-                gradients = work.rows_backward(upstream, ctx.states)
-        elif upstream[0] is None:
+        if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        else:
-            gradients = ctx.saved_tensors
-            gradients = [
-                g if g is None else scale_in_place(g.clone() if again else g, upstream[0] * rescale)
-                for g, rescale in zip(gradients, ctx.rescale, strict=True)
-            ]
-        return gradients[0], None, None, None, None, *gradients[1:]
-
-
-def _autocast_state(device_type: str) -> dict:
-    return {
-        "device_type": device_type,
-        "dtype": torch.get_autocast_dtype(device_type),
-        "enabled": torch.is_autocast_enabled(device_type),
-    }
+        # A graph that is kept may be walked again: then what was saved has to stay what it is.
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        gradients = [
+            g if g is None else scale_in_place(g.clone() if retained else g, upstream * factor)
+            for g, factor in zip(ctx.saved_tensors, ctx.factors, strict=True)
+        ]
+        return None, *gradients

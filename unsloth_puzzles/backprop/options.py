@@ -1,4 +1,4 @@
-"""What a call of `memory_efficient_linear` asks for, checked."""
+"""The options of a call of `memory_efficient_linear`, checked."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,11 @@ from unsloth_puzzles.backprop.chunks import kept_bytes
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """The options of `memory_efficient_linear`; the defaults are those of the puzzle's skeleton."""
 
     reduction: str = "mean"
     function_takes: str = "linear"
-    row_count: int = 0
     normalizer: object = None
     ignore_index: int | None = -100
     chunk_size: int | str = "auto"
@@ -21,8 +20,6 @@ class Plan:
     compile: bool = False
     check_additive: bool = True
     keep_logits: int | str = 0
-    names: tuple[str, ...] = ()  # the head's trainable parameters
-    differentiate: bool = True
 
     def __post_init__(self):
         for name, allowed in (("reduction", ("mean", "sum", "none")), ("function_takes", ("logits", "linear"))):
@@ -39,8 +36,7 @@ class Plan:
             self.normalizer.numel() != 1 or self.normalizer.requires_grad
         ):
             raise ValueError("normalizer: got a tensor of several values or one that requires grad, need a constant")
-        counts = self.reduction == "mean" or isinstance(self.normalizer, str)
-        if counts and self.ignore_index is None:
+        if self.counts_labels and self.ignore_index is None:
             raise ValueError("ignore_index: got None, need an index: the labels that are not equal to it are counted")
         if kept_bytes(self.keep_logits) and (self.reduction != "none" or self.function_takes == "linear"):
             raise ValueError(
@@ -51,3 +47,8 @@ class Plan:
             raise ValueError("compile: got True with function_takes='linear', need 'logits': only that is compiled")
         if self.accumulate_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"accumulate_dtype: got {self.accumulate_dtype}, need None, torch.float32 or float64")
+
+    @property
+    def counts_labels(self) -> bool:
+        """Whether the loss is divided by the number of labels that are not `ignore_index`."""
+        return self.reduction == "mean" or isinstance(self.normalizer, str)
