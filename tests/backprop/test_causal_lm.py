@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from benchmarks.models import tiny_llama_config
-from unsloth_puzzles.backprop.causal_lm import logit_transform
+from unsloth_puzzles.backprop.probe import logit_transform
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 VOCABULARY = 64

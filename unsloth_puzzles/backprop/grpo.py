@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
-from unsloth_puzzles.backprop.causal_lm import logit_transform
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.probe import logit_transform
 
 TRL = (1, 16)
 
