@@ -10,31 +10,33 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     # PEFT's wrapper passes a call on to the causal LM inside it, whose forward is the one to exchange.
     found = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(found, PreTrainedModel):
-        raise TypeError(f"model: needs a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
+        raise TypeError(f"model must be a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
     for adapter, settings in (getattr(model, "peft_config", None) or {}).items():
         if getattr(settings, "peft_type", None) == "CPT":
             raise ValueError(
-                f"model: its adapter {adapter!r} is PEFT's CPT, whose loss is another and needs the logits"
+                f"model must have adapters without a loss of their own, got PEFT's CPT, which needs logits ({adapter!r})"
             )
     if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
         raise ValueError(
-            f"model: {type(tuner).__name__} calls the forward that it found when it was made; patch before"
+            f"model must be patched before it is wrapped, got a {type(tuner).__name__} that keeps the forward it found"
         )
     name, config = type(found).__name__, found.config
     if getattr(found, "_memory_efficient_loss", None) is not None:
-        raise ValueError(f"model: {name} is patched already; undo that patch first")
+        raise ValueError(f"model must not be patched, got a {name} that is; undo that patch first")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model: {name} is an encoder-decoder; only causal LMs are supported")
+        raise ValueError(f"model must be a causal LM, got an encoder-decoder, {name}")
     if found.get_output_embeddings() is None or found.base_model is found:
-        raise TypeError(f"model: needs a causal LM with a head on its backbone, got {name}")
+        raise TypeError(f"model must be a causal LM with a head on its backbone, got {name}")
     if found.loss_function is not ForCausalLMLoss:
         used = getattr(found.loss_function, "__name__", found.loss_function)
-        raise ValueError(f"model: the loss_function of {name} is {used}, which would be ignored; needs ForCausalLMLoss")
+        raise ValueError(f"model.loss_function must be ForCausalLMLoss, got {used} of {name}, which would be ignored")
     if routes(found):
-        raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
+        raise ValueError("output_router_logits must be False, got True: the router's auxiliary loss is not supported")
     own = getattr(vars(found).get("forward"), "__func__", None)
     if not per_token and own is not None and "fused_lm_head" in own.__code__.co_varnames:
-        raise ValueError(f"model: {name} has the fused head of a TRL trainer; pass that trainer")
+        raise ValueError(
+            f"model must be without the fused head of a TRL trainer, got {name} with it; pass that trainer"
+        )
     return found
 
 

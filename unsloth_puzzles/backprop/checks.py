@@ -8,37 +8,41 @@ def check_inputs(hidden_states, linear, labels, forward_function, row_args, shar
     """Raise TypeError or ValueError, naming the argument, unless the shapes and types fit together."""
     if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
         kind = getattr(hidden_states, "dtype", type(hidden_states).__name__)
-        raise TypeError(f"hidden_states: got {kind}, need a tensor of a floating dtype")
+        raise TypeError(f"hidden_states must be a tensor of a floating dtype, got {kind}")
     if hidden_states.dim() < 2:
-        raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}, need (..., rows, hidden)")
+        raise ValueError(f"hidden_states must have shape (..., rows, hidden), got {tuple(hidden_states.shape)}")
     if not isinstance(linear, nn.Module):
-        raise TypeError(f"linear: got {type(linear).__name__}, need a torch.nn.Module")
+        raise TypeError(f"linear must be a torch.nn.Module, got {type(linear).__name__}")
     if not callable(forward_function):
-        raise TypeError(f"forward_function: got {type(forward_function).__name__}, need a function")
+        raise TypeError(f"forward_function must be a function, got {type(forward_function).__name__}")
     for name, values in (("row_args", row_args), ("shared_args", shared_args)):
         if not isinstance(values, tuple | list):
-            raise TypeError(f"{name}: got {type(values).__name__}, need a tuple")
+            raise TypeError(f"{name} must be a tuple, got {type(values).__name__}")
     leading = hidden_states.shape[:-1]
     for name, value in (("labels", labels), *((f"row_args[{i}]", value) for i, value in enumerate(row_args))):
         if name == "labels" and value is None:
             continue
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, need a tensor")
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.shape[: len(leading)] != leading:
-            need = f"{tuple(leading)} first, as hidden_states {tuple(hidden_states.shape)} has"
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, need {need}")
+            need = f"{tuple(leading)}, as that of hidden_states {tuple(hidden_states.shape)} does"
+            raise ValueError(f"{name} must have a shape that begins with {need}, got {tuple(value.shape)}")
         if value.device != hidden_states.device:
-            raise ValueError(f"{name}: got device {value.device}, need {hidden_states.device}, as hidden_states has")
+            raise ValueError(f"{name} must be on {hidden_states.device} with hidden_states, got {value.device}")
     if labels is not None and labels.requires_grad:
-        raise ValueError("labels: got a tensor that requires grad; pass differentiable targets in row_args")
+        raise ValueError(
+            "labels must not require grad, got a tensor that does; pass differentiable targets in row_args"
+        )
     width = features(linear)[0]
     if width is not None and width != hidden_states.shape[-1]:
-        raise ValueError(f"hidden_states: got hidden size {hidden_states.shape[-1]}, need {width}, as linear has")
+        raise ValueError(f"hidden_states must have the hidden size of linear, {width}, got {hidden_states.shape[-1]}")
     weight = getattr(linear, "weight", None)
     plain = isinstance(linear, nn.Linear) and type(weight) in (torch.Tensor, nn.Parameter)
     autocast = torch.is_autocast_enabled(hidden_states.device.type)
     if plain and not autocast and weight.is_floating_point() and weight.dtype != hidden_states.dtype:
-        raise ValueError(f"hidden_states: got {hidden_states.dtype}, need {weight.dtype}, as linear.weight has")
+        raise ValueError(
+            f"hidden_states must have the dtype of linear.weight, {weight.dtype}, got {hidden_states.dtype}"
+        )
 
 
 def features(linear: nn.Module) -> tuple[int | None, int | None]:
@@ -64,7 +68,7 @@ def check_labels(labels: torch.Tensor | None, vocab_size: int, ignore_index: int
     fit = (((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)).all()
     need = f"0 to {vocab_size - 1}, or ignore_index ({ignore_index})"
     if labels.is_cuda:
-        torch._assert_async(fit, f"labels: need {need}")
+        torch._assert_async(fit, f"labels must be {need}")
     elif not fit:
         outside = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
-        raise ValueError(f"labels: got {outside.flatten()[0].item()}, need {need}")
+        raise ValueError(f"labels must be {need}, got {outside.flatten()[0].item()}")

@@ -32,7 +32,9 @@ def compiled_function(function: Callable, reduction: Reduction) -> "CompiledFunc
         known = _known.setdefault(owner, {})
     except TypeError as error:
         kind = type(owner).__name__
-        raise TypeError(f"forward_function: {kind} cannot be kept as a key ({error}); pass a function") from error
+        raise TypeError(
+            f"forward_function must be one that can be a key, got a {kind} ({error}); pass a function"
+        ) from error
     if key not in known:
         known[key] = CompiledFunction(_Weak(function), reduction)
     return known[key]

@@ -53,7 +53,7 @@ class Head:
         logits = self.call(None, x, record=record)
         if logits.shape != (len(x), vocab_size):
             need = (len(x), vocab_size)
-            raise ValueError(f"linear: maps {tuple(x.shape)} to {tuple(logits.shape)}, need {need}")
+            raise ValueError(f"linear must map {tuple(x.shape)} to {need}, got {tuple(logits.shape)}")
         return logits, logits.detach() if _forgets(logits) else logits.detach().clone()
 
     def backward(self, outputs, gradients, x, others, into=None, live=None) -> list[torch.Tensor | None]:

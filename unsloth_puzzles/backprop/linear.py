@@ -91,7 +91,9 @@ class MemoryEfficientLinear(torch.autograd.Function):
         options = options or Options()
         check_inputs(X, linear, labels, forward_function, row_args, shared_args)
         if labels is None and options.counts_labels:
-            raise ValueError("labels: got None, need labels to count (or reduction='sum' without normalizer='labels')")
+            raise ValueError(
+                "labels must be a tensor, got None: they are counted (reduction='sum' with a number needs none)"
+            )
         trained = {name: value for name, value in linear.named_parameters() if value.requires_grad}
         operands = Operands(tuple(trained), len(row_args))
         tensors = (*trained.values(), *row_args, *shared_args)
@@ -105,6 +107,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
         return super().apply(call, X, *tensors)
 
     @staticmethod
+    @torch.compiler.disable  # Dynamo calls the forward of an autograd function itself, past `apply`
     def forward(ctx, call, X, *tensors):
         ctx.set_materialize_grads(False)
         loss, gradients, missing = additive_loss(call)

@@ -46,13 +46,15 @@ def cross_entropy(
     not by their number: for that pass `normalizer=class_weight[labels[labels != ignore_index]].sum()`.
     """
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: needs a number from 0 to 1, got {label_smoothing}")
+        raise ValueError(f"label_smoothing must be a number from 0 to 1, got {label_smoothing}")
     z, valid = upcast(logits), labels != ignore_index
     lse = log_sum_exp(z)
     loss = lse - target_logits(z, labels)
     if class_weight is not None:
         if class_weight.shape != z.shape[-1:]:
-            raise ValueError(f"class_weight: needs ({z.shape[-1]},), one a class, got {tuple(class_weight.shape)}")
+            raise ValueError(
+                f"class_weight must have shape ({z.shape[-1]},), one a class, got {tuple(class_weight.shape)}"
+            )
         loss = loss * class_weight[torch.where(valid, labels, 0)]
     if label_smoothing > 0:
         of_all = lse[..., None] - z  # -log p of each class; every class shares label_smoothing evenly
@@ -76,7 +78,7 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float = 2.0, ign
     """Sum of (1 - p)^gamma * -log(p), p the label's probability, over the rows, 0-dim: what is learnt already weighs
     less (Lin et al., arXiv 1708.02002). Without its class weights alpha; gamma 0 is cross entropy."""
     if gamma < 0:
-        raise ValueError(f"gamma: needs 0 or more, got {gamma}")
+        raise ValueError(f"gamma must be 0 or more, got {gamma}")
     z = upcast(logits)
     loss = log_sum_exp(z) - target_logits(z, labels)
     # At p = 1 rounding can leave less than 0, which has no power, or 0, whose power has an infinite slope at gamma < 1.
@@ -104,7 +106,7 @@ def _kl_to_teacher(teacher_head, temperature, ignore_index, logits, labels, teac
         teacher_logits = teacher_head(teacher_hidden_states)
     if teacher_logits.shape != logits.shape:
         raise ValueError(
-            f"teacher_head: needs to give logits of the student's shape {tuple(logits.shape)}, "
+            f"teacher_head must give logits of the student's shape {tuple(logits.shape)}, "
             f"got {tuple(teacher_logits.shape)}"
         )
     teacher, student = (log_softmax(x, temperature) for x in (teacher_logits, logits))
@@ -153,10 +155,12 @@ def dpo_loss(
     Raises ValueError if the two differ in shape or are not of that shape.
     """
     if policy_logps.ndim != 1 or len(policy_logps) % 2 or not len(policy_logps):
-        raise ValueError(f"policy_logps: needs (2 * pairs,), chosen then rejected, got {tuple(policy_logps.shape)}")
+        raise ValueError(
+            f"policy_logps must have shape (2 * pairs,), chosen then rejected, got {tuple(policy_logps.shape)}"
+        )
     if reference_logps.shape != policy_logps.shape:
         got = tuple(reference_logps.shape)
-        raise ValueError(f"reference_logps: needs policy_logps' shape {tuple(policy_logps.shape)}, got {got}")
+        raise ValueError(f"reference_logps must have policy_logps' shape {tuple(policy_logps.shape)}, got {got}")
     chosen, rejected = (policy_logps - reference_logps).chunk(2)
     margin = beta * (chosen - rejected)
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).mean()
@@ -165,7 +169,7 @@ def dpo_loss(
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(logits / cap), in float32 (float64 stays): logits within (-cap, cap), as in Gemma 2."""
     if cap <= 0:
-        raise ValueError(f"cap: needs a number above 0, got {cap}")
+        raise ValueError(f"cap must be a number above 0, got {cap}")
     return cap * torch.tanh(upcast(logits) / cap)
 
 

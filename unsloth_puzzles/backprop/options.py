@@ -24,29 +24,35 @@ class Options:
     def __post_init__(self):
         for name, allowed in (("reduction", ("mean", "sum", "none")), ("function_takes", ("logits", "linear"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, need one of {', '.join(map(repr, allowed))}")
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if self.normalizer is not None and self.reduction != "sum":
-            raise ValueError(f"normalizer: got {self.normalizer!r} with reduction={self.reduction!r}, need 'sum'")
+            raise ValueError(f"reduction must be 'sum' with a normalizer ({self.normalizer!r}), got {self.reduction!r}")
         if isinstance(self.normalizer, str) and self.normalizer != "labels":
-            raise ValueError(f"normalizer: got {self.normalizer!r}, need a number, a 0-dim tensor or 'labels'")
+            raise ValueError(f"normalizer must be a number, a 0-dim tensor or 'labels', got {self.normalizer!r}")
         if not isinstance(self.normalizer, int | float | str | torch.Tensor | None):
             kind = type(self.normalizer).__name__
-            raise TypeError(f"normalizer: got {kind}, need a number, a 0-dim tensor or 'labels'")
+            raise TypeError(f"normalizer must be a number, a 0-dim tensor or 'labels', got {kind}")
         if isinstance(self.normalizer, torch.Tensor) and (
             self.normalizer.numel() != 1 or self.normalizer.requires_grad
         ):
-            raise ValueError("normalizer: got a tensor of several values or one that requires grad, need a constant")
+            raise ValueError(
+                "normalizer must be one constant, got a tensor of several values or one that requires grad"
+            )
         if self.counts_labels and self.ignore_index is None:
-            raise ValueError("ignore_index: got None, need an index: the labels that are not equal to it are counted")
+            raise ValueError("ignore_index must be an index, got None: the labels that are not equal to it are counted")
         if kept_bytes(self.keep_logits) and (self.reduction != "none" or self.function_takes == "linear"):
             raise ValueError(
-                f"keep_logits: got {self.keep_logits!r} with reduction={self.reduction!r}, "
-                f"function_takes={self.function_takes!r}; need 'none' and 'logits': only those are computed again"
+                f"keep_logits must be 0 but for reduction='none' and function_takes='logits', got {self.keep_logits!r} "
+                f"with {self.reduction!r} and {self.function_takes!r}: only those logits are computed again"
             )
         if self.compile and self.function_takes == "linear":
-            raise ValueError("compile: got True with function_takes='linear', need 'logits': only that is compiled")
+            raise ValueError(
+                "compile must be False with function_takes='linear', got True: only functions of logits are compiled"
+            )
         if self.accumulate_dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f"accumulate_dtype: got {self.accumulate_dtype}, need None, torch.float32 or float64")
+            raise ValueError(
+                f"accumulate_dtype must be None, torch.float32 or torch.float64, got {self.accumulate_dtype}"
+            )
 
     @property
     def counts_labels(self) -> bool:

@@ -32,8 +32,8 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
     """
     if any(parameter.is_meta for parameter in causal_lm.get_output_embeddings().parameters()):
         raise ValueError(
-            f"model: the output embeddings of {type(causal_lm).__name__} are offloaded by accelerate, and would be "
-            "loaded anew for each chunk; keep them (and tied input embeddings) on a device in device_map"
+            f"model must keep its output embeddings on a device, got {type(causal_lm).__name__} with offloaded ones, "
+            "which would be loaded for each chunk; keep them (and tied input embeddings) on a device in device_map"
         )
     inputs, labels = _probe_inputs(causal_lm)
     cap = _soft_cap(causal_lm)
@@ -41,7 +41,9 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
         output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
         if len(seen) != 1:
             name = type(causal_lm).__name__
-            raise ValueError(f"model: {name} calls its output embeddings {len(seen)} times in a forward, need once")
+            raise ValueError(
+                f"model must call its output embeddings once in a forward, got {len(seen)} times in {name}"
+            )
         if not states or "forward" not in vars(causal_lm):  # else a wrapper may have set autocast for its own call
             run(causal_lm.base_model, **inputs)
         entering, given = seen[0]
@@ -119,8 +121,8 @@ def _between(
 def _unknown(causal_lm: PreTrainedModel) -> str:
     names = ", ".join([*_multipliers(causal_lm), "final_logit_softcapping"])
     return (
-        f"model: {type(causal_lm).__name__} does more between backbone, head and loss than a soft cap and a scale of "
-        f"the logits ({names}), so its loss would not be the same"
+        f"model must do no more between backbone, head and loss than a soft cap and a scale of the logits ({names}), "
+        f"got {type(causal_lm).__name__}, whose loss would not be the same"
     )
 
 
@@ -136,8 +138,8 @@ def _check_loss(causal_lm: PreTrainedModel, output: ModelOutput, labels: torch.T
     if not _same(output.loss, expected):
         given = f" and {', '.join(options)}" if options else ""
         raise ValueError(
-            f"model: the loss of {type(causal_lm).__name__} must be the cross entropy of its logits and next labels "
-            f"alone, got {output.loss.item()} for padded rows{given}, need {expected.item()}"
+            f"model must have the cross entropy of its logits and next labels as its loss, {expected.item()} for "
+            f"padded rows{given}, got {output.loss.item()} from {type(causal_lm).__name__}"
         )
 
 
@@ -175,7 +177,7 @@ def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
                 return module(**inputs)
             except Exception as error:
                 names = ", ".join(inputs)
-                raise ValueError(f"model: {type(causal_lm).__name__} cannot be tried with {names}: {error}") from error
+                raise ValueError(f"model must run with {names}, got {type(causal_lm).__name__}: {error}") from error
 
     modes = {module: module.training for module in causal_lm.modules()}
     try:

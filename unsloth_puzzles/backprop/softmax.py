@@ -36,7 +36,7 @@ def upcast(logits: torch.Tensor) -> torch.Tensor:
 
 def check_temperature(temperature: float) -> None:
     if temperature <= 0:
-        raise ValueError(f"temperature: needs a number above 0, got {temperature}")
+        raise ValueError(f"temperature must be a number above 0, got {temperature}")
 
 
 def cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:

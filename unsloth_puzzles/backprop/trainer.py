@@ -136,15 +136,20 @@ class PatchedLoss:
         """The output of a call with labels."""
         if fused_lm_head and not self._per_token:
             raise ValueError(
-                "fused_lm_head: a TRL trainer was made of this model after the patch; patch its SFTTrainer"
+                "fused_lm_head must be None, got one: a TRL trainer was made of this model after the patch; "
+                "patch its SFTTrainer"
             )
         if inputs.get("output_router_logits", routes(causal_lm)):
-            raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
+            raise ValueError(
+                "output_router_logits must be False, got True: the router's auxiliary loss is not supported"
+            )
         if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
-            raise ValueError("logits_to_keep: not together with labels, which need every position")
+            raise ValueError(f"logits_to_keep must be 0 with labels, which need every position, got {keep!r}")
         if (now := settings(causal_lm)) != self._settings:
             changed = ", ".join(name for name in now | self._settings if now.get(name) != self._settings.get(name))
-            raise ValueError(f"{changed}: must be as when the model was patched; undo, set it, and patch again")
+            raise ValueError(
+                f"{changed} must be as when the model was patched, got another; undo, set it, and patch again"
+            )
         return_dict = inputs.pop("return_dict", None)
         ignore_index = inputs.pop("ignore_index", IGNORED)
         if shift_labels is None:

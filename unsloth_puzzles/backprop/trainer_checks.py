@@ -14,14 +14,16 @@ def check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
     from_trl = [kind for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
     is_sft = any(kind.__name__ == "SFTTrainer" for kind in from_trl)
     if from_trl and not is_sft:
-        raise ValueError(f"model: of TRL's trainers only SFTTrainer is supported, got a {type(trainer).__name__}")
+        raise ValueError(f"model must be SFTTrainer of TRL's trainers, got a {type(trainer).__name__}")
     if is_sft and loss is not cross_entropy:
         raise ValueError(
-            "loss: SFTTrainer makes its own of the log-probabilities; choose its loss_type ('nll' or 'dft')"
+            "loss must be cross_entropy with SFTTrainer, got another: it makes its own of the log-probabilities; "
+            "choose its loss_type ('nll' or 'dft')"
         )
     if is_sft and predictions:
         raise ValueError(
-            "predictions: SFTTrainer has its own metrics, and evaluates with the logits if others are given"
+            "predictions must be False with SFTTrainer, got True: it has its own metrics, and evaluates with "
+            "the logits if others are given"
         )
     for name, given, instead in (
         ("label_smoothing_factor", trainer.label_smoother, "pass loss=partial(cross_entropy, label_smoothing=...)"),
@@ -40,7 +42,9 @@ def check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
         ),
     ):
         if given:
-            raise ValueError(f"{name}: needs the logits or replaces the loss; {instead}")
+            raise ValueError(
+                f"{name} must not be set, got {given!r}, which needs the logits or replaces the loss; {instead}"
+            )
     if trainer.model_init is not None:
         raise ValueError(
             f"model_init must be None, got {trainer.model_init!r}: train() makes another model by it, which would not "

@@ -92,8 +92,8 @@ def _halves_agree(
         elif off > tolerance * size:
             found = f"{off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, of size {size.item():.3g}"
             raise ValueError(
-                f"forward_function: a chunk of {rows} rows gives a result {found}: it is not "
-                f"{'additive over rows' if additive else 'computed row by row'} (or draws random numbers: then pass "
-                "check_additive=False). A mean needs reduction='mean' or a sum with a normalizer"
+                f"forward_function must be {'additive over rows' if additive else 'computed row by row'}, got a result "
+                f"of {rows} rows {found}. A mean needs reduction='mean' or a sum with a normalizer; "
+                "a function that draws random numbers needs check_additive=False"
             )
     return telling
