@@ -117,7 +117,7 @@ def test_two_calls_of_the_head_are_refused():
         self.lm_head(self.lm_head.weight)
         return LlamaForCausalLM.forward(self, *arguments, **kwargs)
 
-    with pytest.raises(ValueError, match="calls its output embeddings 2 times in a forward, need once"):
+    with pytest.raises(ValueError, match="must call its output embeddings once in a forward, got 2 times"):
         logit_transform(llama_that(forward=forward))
 
 
@@ -125,7 +125,7 @@ def test_a_model_that_needs_more_than_tokens_is_refused_with_the_reason():
     def forward(self, input_ids=None, **kwargs):
         raise TypeError("pixel_values are required")
 
-    with pytest.raises(ValueError, match=r"cannot be tried with input_ids, .*: pixel_values are required"):
+    with pytest.raises(ValueError, match=r"must run with input_ids, .*: pixel_values are required"):
         logit_transform(llama_that(forward=forward))
 
 

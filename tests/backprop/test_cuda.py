@@ -278,4 +278,4 @@ def test_labels_out_of_range_fail_an_assertion_on_the_device():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
-    assert "labels: need 0 to 15, or ignore_index (-100)" in done.stdout + done.stderr
+    assert "labels must be 0 to 15, or ignore_index (-100)" in done.stdout + done.stderr

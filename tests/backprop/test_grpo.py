@@ -310,7 +310,7 @@ def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
             trainer_of(Ours, llama(), folder)
     monkeypatch.setattr(grpo.trl, "__version__", "1.17.0")
-    with pytest.raises(RuntimeError, match=r"trl: got 1\.17\.0, need 1\.16"):
+    with pytest.raises(RuntimeError, match=r"trl must be 1\.16, got 1\.17\.0"):
         trainer_of(Ours, llama(), folder)
 
 

@@ -14,7 +14,7 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     for adapter, settings in (getattr(model, "peft_config", None) or {}).items():
         if getattr(settings, "peft_type", None) == "CPT":
             raise ValueError(
-                f"model must have adapters without a loss of their own, got PEFT's CPT, which needs logits ({adapter!r})"
+                f"model must have no adapter with a loss of its own, got PEFT's CPT ({adapter!r}), which needs logits"
             )
     if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
         raise ValueError(

@@ -34,38 +34,49 @@ def memory_efficient_linear(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """`forward_function` of `linear(hidden_states)`, with gradients, in the memory of one chunk of logits.
 
-    hidden_states: (..., hidden), a floating dtype. labels: (...), not shifted here; or None. linear: any module that
-    maps (rows, hidden) to (rows, vocabulary): `nn.Linear` with or without bias, tied, frozen, LoRA, 4-bit.
-    row_args: tensors (..., *) that are cut into the same rows; shared_args: passed whole. Floating tensors among them
-    get gradients if they require them.
+    Args:
+        hidden_states: [..., hidden], a floating dtype.
+        linear: Any module that maps [rows, hidden] to [rows, vocab]: `nn.Linear` with or without bias, tied, frozen,
+            LoRA, 4-bit.
+        labels: [...], not shifted here; or None.
+        forward_function: `forward_function(logits, labels, *row_args, *shared_args)` sees the logits [rows, vocab] of
+            a chunk, in the dtype in which they were projected; the upcast to float32 is its own. Its derivative comes
+            from autograd.
+        reduction: What `forward_function` returns.
+            "mean": the mean over its rows whose label is not `ignore_index`. Chunks are weighted by the number of
+            those. "sum": a sum over its rows, which is divided by `normalizer` once all are added up. "none": a tensor
+            [rows, *] or a tuple of them, row by row.
+        function_takes: "logits", or "linear" for `forward_function(batch, linear, labels, *row_args, *shared_args)`,
+            which projects its [rows, hidden] itself.
+        row_args: Tensors [..., *] that are cut into the same rows. Floating ones get gradients if they require them.
+        shared_args: Passed whole. Floating tensors among them get gradients if they require them.
+        normalizer: With "sum" a number, a 0-dim tensor (say `num_items_in_batch`), or "labels", the number of labels
+            that are not `ignore_index`.
+        ignore_index: The label that does not count.
+        chunk_size: Rows, bytes of logits ("256MiB") or "auto" (see `chunk_rows`).
+        accumulate_dtype: In which the weight's gradient is summed over the chunks; None is the weight's own.
+        compile: Let Inductor fuse the function and its gradient into one or two passes over the logits. Pass the same
+            function object each time.
+        check_additive: On the first call of a function, compare a few rows with their two halves.
+        keep_logits: With "none", this many bytes of logits ("1GiB") are kept for the backward instead of being
+            computed again.
 
-    forward_function(logits, labels, *row_args, *shared_args) sees 2-D logits (rows, vocabulary) of a chunk, in the
-    dtype in which they were projected; the upcast to float32 is its own. With function_takes="linear" it is
-    forward_function(batch, linear, labels, *row_args, *shared_args), and projects its (rows, hidden) itself. Its
-    derivative comes from autograd. What it returns depends on `reduction`:
+    Returns:
+        "mean" and "sum": a 0-dim tensor, float32 or wider. The gradients are made in the forward (three matrix
+        products, two if the head is frozen) and multiplied by the upstream gradient in the backward. "none": what the
+        function returns, as [..., *]. The logits are computed again in the backward (one more product), which is exact
+        for any upstream gradients.
 
-    - "mean": the mean over its rows whose label is not `ignore_index`. Chunks are weighted by their number of those.
-    - "sum": a sum over its rows, divided by `normalizer` once all are added up: a number, a 0-dim tensor (say
-      `num_items_in_batch`), or "labels", the number of labels that are not `ignore_index`.
-    - "none": a tensor (rows, ...) or a tuple of them, row by row. They are returned as (..., ...).
-
-    "mean" and "sum" return a 0-dim tensor, float32 or wider; the gradients are made in the forward (three matrix
-    products, two if the head is frozen) and multiplied by the upstream gradient in the backward. "none" computes the
-    logits again in the backward (one more product), and is exact for any upstream gradients.
-
-    In float16 the gradients of "mean" and "sum" wait for the backward times the power of two next to the divisor, so
-    that small ones do not vanish: a function whose slope by a logit passes 2^15 overflows, though its mean would not.
-
-    chunk_size: rows, bytes of logits ("256MiB") or "auto" (see `chunk_rows`). accumulate_dtype: in which the weight's
-    gradient is summed over the chunks; None is the weight's own. compile: Inductor fuses the function and its gradient
-    into one or two passes over the logits (pass the same function object each time). check_additive: on the first
-    call of a function, compare a few rows with their two halves. keep_logits: with "none", this many bytes of logits
-    ("1GiB") are kept for the backward instead of being computed again.
+    Raises:
+        TypeError, ValueError: Naming the argument. A label out of range raises ValueError on the CPU and fails an
+            assertion on the device on a GPU.
+        RuntimeError: Under `torch.func` transforms, for create_graph=True in the backward, and for a second backward
+            unless the graph was retained.
 
     Autocast, dropout in the function or in the head, and gradient checkpointing around the call behave as in eager
-    mode. Raises TypeError or ValueError, naming the argument. A label out of range raises ValueError on the CPU and
-    fails an assertion on the device on a GPU. `torch.func` transforms raise RuntimeError, and so do create_graph=True
-    in the backward, and a second backward unless the graph was retained.
+    mode. In float16 the gradients of "mean" and "sum" wait for the backward times the power of two next to the divisor,
+    so that small ones do not vanish: a function whose slope by a logit passes 2^15 overflows, though its mean would
+    not.
     """
     options = Options(
         reduction, function_takes, normalizer, ignore_index, chunk_size, accumulate_dtype, compile, check_additive,

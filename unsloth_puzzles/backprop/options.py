@@ -26,7 +26,7 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if self.normalizer is not None and self.reduction != "sum":
-            raise ValueError(f"reduction must be 'sum' with a normalizer ({self.normalizer!r}), got {self.reduction!r}")
+            raise ValueError(f"normalizer must be None with reduction={self.reduction!r}, got {self.normalizer!r}")
         if isinstance(self.normalizer, str) and self.normalizer != "labels":
             raise ValueError(f"normalizer must be a number, a 0-dim tensor or 'labels', got {self.normalizer!r}")
         if not isinstance(self.normalizer, int | float | str | torch.Tensor | None):

@@ -49,30 +49,32 @@ def use_memory_efficient_loss(
 ) -> "PatchedLoss":
     """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
 
-    `model` is a causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself). The call
-    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers shifts
-    them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a function
-    like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient accumulation
-    weighs every token alike. Such a call has no KV cache (`use_cache` is False unless it is given), so that position
-    ids which begin anew are packed documents to transformers. Labels that are `ignore_index` do not count: `loss` sees
-    -100 there. Soft cap and logit scale of the config are applied, in the logits' dtype as the model does. Calls
-    without labels (generation) are the model's own, and so is everything before the head: gradient checkpointing,
-    attention, quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
+    The call returns CausalLMOutputWithPast(loss=..., logits=None). Labels [batch, length] are shifted as transformers
+    shifts them (`shift_labels` are taken as they are). The sum of `loss` over the chunks is divided by
+    `num_items_in_batch`, or by the number of labels without one, so gradient accumulation weighs every token alike.
+    Labels that are `ignore_index` do not count: `loss` sees -100 there. Soft cap and logit scale of the config are
+    applied in the logits' dtype, as the model does. Such a call has no KV cache (`use_cache` is False unless it is
+    given), so that position ids which begin anew are packed documents to transformers. Calls without labels
+    (generation) are the model's own, and so is everything before the head: gradient checkpointing, attention,
+    quantised layers. `SFTTrainer` (loss types "nll" and "dft") asks for log-probabilities and for its metrics in the
+    same call: they come from the op's per-row mode, which projects once more in the backward.
 
-    Metrics: with `predictions`, outputs in eval mode also hold `predicted_ids` (batch, length), int64, the likeliest
-    next token at each position, and `token_log_probs` (batch, length), float32, 0 where there is no label. They are
-    what `compute_metrics` then gets as predictions, instead of logits.
-
-    `SFTTrainer` (loss types "nll" and "dft") asks for per-token log-probabilities and takes its metrics
-    `mean_token_accuracy` and `entropy` from the same call: they come from the op's per-row mode, which projects once
-    more in the backward (4 matrix products instead of 3). One process per GPU: `nn.DataParallel` is not supported.
+    Args:
+        model: A causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself).
+        loss: `loss(logits, labels)`, one of `losses` or a function like them: a sum over rows.
+        predictions: Outputs in eval mode also hold `predicted_ids` [batch, length] int64, the likeliest next token at
+            each position, and `token_log_probs` [batch, length] float32, 0 where there is no label. They are what
+            `compute_metrics` then gets as predictions, instead of logits.
+        chunk_size: See `memory_efficient_linear`, as for the next two.
+        accumulate_dtype: In which the weight's gradient is summed.
+        compile: Let Inductor fuse the loss and its gradient.
 
     Returns:
         A handle: `.calls`, the losses computed so far, `.undo()`; as a context manager it undoes at the end.
 
     Raises:
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
-        ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
+        ValueError: What its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
             auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by two
             forwards of the model's own, of padded rows: see `probe.logit_transform`); a trainer that needs the logits
             (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and
