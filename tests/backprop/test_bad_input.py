@@ -181,7 +181,7 @@ def test_the_skeleton_refuses_too():
     x, labels = draw(2, 7, HIDDEN), draw_labels(2, 7)
     with pytest.raises(ValueError, match=r"^labels must "):
         MemoryEfficientLinear.apply(x, make_linear(), labels[:, 1:], transformation)
-    with pytest.raises(TypeError, match=r"^linear: "):
+    with pytest.raises(TypeError, match=r"^linear must "):
         MemoryEfficientLinear.apply(x, make_linear().weight, labels, transformation)
     with pytest.raises(ValueError, match=r"^labels must "):
         MemoryEfficientLinear.apply(x, make_linear(), None, transformation)

@@ -303,7 +303,7 @@ def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):
             output.logits = 1.1 * output.logits
             return output
 
-    with pytest.raises(ValueError, match="Scaled does more between backbone, head and loss than"):
+    with pytest.raises(ValueError, match="must do no more between backbone, head and loss than"):
         trainer_of(Ours, Scaled(tiny_llama_config(VOCAB)), folder)
     with monkeypatch.context() as patched:
         patched.setattr(transformers.TrainingArguments, "n_gpu", 2)

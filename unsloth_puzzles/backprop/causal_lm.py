@@ -18,7 +18,7 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
             )
     if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
         raise ValueError(
-            f"model must be patched before it is wrapped, got a {type(tuner).__name__} that keeps the forward it found"
+            f"model must be patched before it is wrapped, got an adapter {type(tuner).__name__} with the old forward"
         )
     name, config = type(found).__name__, found.config
     if getattr(found, "_memory_efficient_loss", None) is not None:
