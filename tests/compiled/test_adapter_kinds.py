@@ -158,7 +158,8 @@ def assert_compiled_is_the_same(name, checkpointing, how, options):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_compiled_is_refused_by_its_name(name):
     argument = {
-        "LORA, DoRA": "lora_variant: .*DoraLinearVariant", "LORA, activated": "lora_variant: .*ALoraLinearVariant",
+        "LORA, DoRA": "lora_variant must be .* got DoraLinearVariant",
+        "LORA, activated": "lora_variant must be .* got ALoraLinearVariant",
         "LORA, layers used twice": "layer_replication",
         "OFT, dropout": "module_dropout", "BOFT, dropout": "module_dropout",
     }  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.lora import scale_low_rank
 
 
 def make_model(dropout=0.0, **options):
@@ -34,7 +34,7 @@ def largest(found, expected):
 def test_the_same_loss_and_gradients(alpha, dropout, eager_rounding):
     model = make_model(dropout, lora_alpha=alpha)
     expected = step(model)
-    undo = scale_inside(model, eager_rounding)
+    undo = scale_low_rank(model, eager_rounding)
     found = step(model)
     undo()
     assert largest(found, expected) <= (0 if alpha != 6 or eager_rounding else 2e-6)
@@ -48,7 +48,7 @@ def test_two_adapters_at_once():
     model.base_model.set_adapter(["default", "other"])
     expected = step(model)
     assert any("other" in name for name in expected[1])
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     assert largest(step(model), expected) == 0
 
 
@@ -56,7 +56,7 @@ def test_two_adapters_at_once():
 def test_other_kinds_of_lora_are_left_to_peft(options):
     model = make_model(lora_alpha=6, **options)
     expected = step(model)
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     assert largest(step(model), expected) == 0
 
 
@@ -65,7 +65,7 @@ def test_disabled_adapters():
     with model.disable_adapter():
         expected = step(model)[0]
     different = step(model)[0]
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     with model.disable_adapter():
         assert torch.equal(step(model)[0], expected)
     assert torch.equal(step(model)[0], different) and not torch.equal(expected, different)
@@ -86,6 +86,6 @@ def test_no_gradient_as_large_as_an_output_is_multiplied():
         widths = seen[name] = []
         with Multiplications():
             step(model)
-        scale_inside(model, False)
+        scale_low_rank(model, False)
     assert max(seen["PEFT"]) == model.config.intermediate_size
     assert seen["ours"] and set(seen["ours"]) == {4}

@@ -23,7 +23,7 @@ MUTATIONS = {
         "variants.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "pass", LENGTHS
     ),
     "one function for inputs with and without gradients": mutation(
-        "variants.py", "            hidden_states.requires_grad,  #", "            True,  #",
+        "variants.py", "input_requires_grad=hidden_states.requires_grad", "input_requires_grad=True",
         "test_variants.py::test_what_wants_gradients_has_a_function_of_its_own",
     ),
     "one function for the positions of one row and of several": mutation(
@@ -50,17 +50,16 @@ MUTATIONS = {
     "DoRA taken for plain LoRA": mutation(
         "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
     ),
-    "insides exchanged between query, key and value": mutation(
-        "siblings.py", "zip(layers, insides(layers, hidden_states), strict=True)",
-        "zip(layers, insides(layers, hidden_states)[::-1], strict=True)",
-        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    "low-rank activations exchanged between query, key and value": mutation(
+        "shared_input.py", "zip(layers, products, strict=True)", "zip(layers, products[::-1], strict=True)",
+        "test_shared_input.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
     ),
     "an input that is not shared": mutation(
-        "siblings.py", "layer.inside = hidden_states, inside", "layer.inside = hidden_states + 0, inside",
-        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+        "shared_input.py", "partial(_call, *each, hidden_states)", "partial(_call, *each, hidden_states + 0)",
+        "test_shared_input.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
     ),
     "eager mode's roundings left out": mutation(
-        "swiglu.py", "if EAGER_ROUNDING else value", "if False else value",
+        "swiglu_kernels.py", "if EAGER_ROUNDING else value", "if False else value",
         "test_swiglu.py::test_with_eager_rounding_it_is_the_formula_in_16_bits[torch.bfloat16-cpu]",
     ),
     "a scaling that is no power of two moved all the same": mutation(
@@ -75,7 +74,7 @@ MUTATIONS = {
         "hooks.py", "if any(_HOOKS(known)):", "if False:", "test_swiglu.py::test_adapters_by_row_are_left_to_peft"
     ),
     "hooks that come after the first call ignored": mutation(
-        "qlora.py", "if place is not None:", "if False:", "test_hooks.py::test_adapters_by_row"
+        "layers.py", "if place is not None:", "if False:", "test_hooks.py::test_adapters_by_row"
     ),
     "a hook of all modules ignored": mutation(
         "hooks.py", "if _has_any_global_hook():", "if False:", "test_hooks.py::test_where_hooks_are_found"
@@ -102,8 +101,8 @@ MUTATIONS = {
         "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_a_graph_break_is_counted"
     ),
     "weights stay plain": mutation(
-        "weights.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
-        "test_weights.py::test_types_meanwhile_and_afterwards",
+        "plain_params4bit.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
+        "test_plain_params4bit.py::test_types_meanwhile_and_afterwards",
     ),
     "small GPUs refused": mutation(
         "autotune.py", "lambda *_: True", "inductor_utils.is_big_gpu",

@@ -1,5 +1,6 @@
 """A tiny model that bitsandbytes has quantised, compiled: few graphs, the same losses and gradients, and all undone."""
 
+import json
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import masking_utils
 
 from benchmarks.models import random_llama, tiny_llama_config
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled import qlora, variants
+from unsloth_puzzles.compiled import layers, qlora, variants
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -60,6 +61,7 @@ def run():
         found["plain text"] = model.generate(**prompt)
         model.train()
     found["keys"] = list(get_peft_model_state_dict(model))
+    found["classes"] = [type(module) for module in model.modules()]
     found["before"] = model.get_base_model().config._attn_implementation
     with count_compilations() as found["counts"]:
         compiled = compile_qlora(model)
@@ -114,7 +116,8 @@ def test_all_is_undone(run):
     base = model.get_base_model()
     assert base.config._attn_implementation == found["before"]
     assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
-    assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
+    assert [type(module) for module in model.modules()] == found["classes"]
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
     assert {type(p) for p in model.parameters() if hasattr(p, "quant_state")} == {Params4bit}
     assert {type(module) for module in model.modules() if hasattr(module, "lora_A")} == {Linear4bit}
@@ -141,39 +144,49 @@ def test_reentrant_checkpointing_is_replaced_aloud():
 
 
 def test_what_cannot_be_compiled_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"^model: got Linear, need a PreTrainedModel"):
+    with pytest.raises(TypeError, match=r"^model must be a PreTrainedModel, .* got a Linear"):
         compile_qlora(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^model: no adapters that are trained"):
+    with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none"):
         compile_qlora(nf4_llama())
     with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
         compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
     model = make_model()
     for budget in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
+        with pytest.raises(ValueError, match=r"^activation_memory_budget must be a number above 0, at most 1, got"):
             compile_qlora(model, activation_memory_budget=budget)
     hooked = make_model()
     add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
-    with pytest.raises(ValueError, match=r"^model: its layers carry accelerate's hooks"):
+    with pytest.raises(ValueError, match=r"^model must be on one GPU, got layers with accelerate's hooks"):
         compile_qlora(hooked)
     with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
         compile_qlora(torch.nn.DataParallel(model))
-    before = model.get_base_model().config._attn_implementation
+    before, classes = model.get_base_model().config._attn_implementation, [type(module) for module in model.modules()]
     for backend in ("fast", "xformers"):
-        with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):
+        with pytest.raises(ValueError, match=rf"^attention must be one of 'auto', 'flash', 'flex'.* got '{backend}'"):
             compile_qlora(model, attention=backend)
     assert model.get_base_model().config._attn_implementation == before
-    assert not any("forward" in vars(layer) for layer in model.get_base_model().model.layers)
+    assert [type(module) for module in model.modules()] == classes
 
 
-def test_the_cache_is_switched_off_aloud_and_on_again():
-    model = make_model()
+def test_the_cache_is_switched_off_aloud_and_on_again(tmp_path):
+    """For calls that do not say whether they want one. The config, which may be saved meanwhile, keeps its value."""
+    model, ids = make_model(), batch(7)["input_ids"]
     config = model.get_base_model().config
+
+    @torch.compiler.set_stance("force_eager")
+    @torch.no_grad()
+    def has_cache():
+        calls = (model(ids), model(ids, use_cache=False), model(ids, use_cache=True))
+        return [call.past_key_values is not None for call in calls]
+
     config.use_cache = True
-    with pytest.warns(UserWarning, match=r"^use_cache: was True, is False until undo"):
+    with pytest.warns(UserWarning, match=r"^use_cache: False until undo"):
         compiled = compile_qlora(model)
-    assert config.use_cache is False
+    assert has_cache() == [False, False, True]
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is config.use_cache is True
     compiled.undo()
-    assert config.use_cache is True
+    assert has_cache() == [True, False, True]
     config.use_cache = False
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -183,16 +196,62 @@ def test_the_cache_is_switched_off_aloud_and_on_again():
 def test_eager_rounding_reaches_all_that_rounds(monkeypatch):
     model, asked = make_model(), []
     undo = lambda: None  # noqa: E731
-    monkeypatch.setattr(qlora, "scale_inside", lambda model, rounding: asked.append(rounding) or undo)
+    monkeypatch.setattr(qlora, "scale_low_rank", lambda model, rounding: asked.append(rounding) or undo)
     monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
     made = lambda forward, name, options: asked.extend(  # noqa: E731
         [options["emulate_precision_casts"], not options["epilogue_fusion"]]
     )
-    monkeypatch.setattr(qlora, "Variants", made)
+    monkeypatch.setattr(layers, "Variants", made)
     for options, expected in (({}, True), ({"eager_rounding": False}, False)):
         compile_qlora(model, **options).undo()
         assert len(asked) >= 4 and set(asked) == {expected}
         asked.clear()
+
+
+def test_steps_are_named_in_order_and_undone_in_reverse_order(monkeypatch):
+    model, undone = make_model(), []
+    monkeypatch.setattr(qlora, "scale_low_rank", lambda *_: lambda: undone.append("LoRA layers"))
+    monkeypatch.setattr(qlora, "fuse_swiglu", lambda *_: lambda: undone.append("gated MLPs"))
+    compiled = compile_qlora(model)
+    assert [name.partition(":")[0] for name in compiled.steps] == [
+        "NF4 linears", "LoRA layers", "attentions", "gated MLPs", "NF4 weights", "causal LM", "backbone", "backbone",
+        "backbone", "process", "decoder layers", "final norm", "decoder layers",
+    ]  # fmt: skip
+    compiled.undo()
+    compiled.undo()
+    assert undone == ["gated MLPs", "LoRA layers"]
+
+
+def test_steps_before_one_that_fails_are_undone(monkeypatch):
+    model = make_model()
+    before = [type(one) for one in (*model.modules(), *model.parameters())]
+    budget, config = functorch_config.activation_memory_budget, model.get_base_model().config
+    attention = config._attn_implementation
+    monkeypatch.setattr(qlora, "checkpoint_inputs", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compile_qlora(model, activation_memory_budget=0.7)
+    assert [type(one) for one in (*model.modules(), *model.parameters())] == before
+    assert (functorch_config.activation_memory_budget, config._attn_implementation) == (budget, attention)
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def test_exchanged_classes_are_those_of_the_table():
+    model = make_model()
+    parts = [*model.modules(), *model.parameters()]
+    before = [type(part) for part in parts]
+    with compile_qlora(model):
+        exchanged = {
+            (old, type(part).__name__) for old, part in zip(before, parts, strict=True) if type(part) is not old
+        }
+    assert {(old.__module__.partition(".")[0], old.__name__, new) for old, new in exchanged} == {
+        ("bitsandbytes", "Linear4bit", "Linear4bit"),
+        ("peft", "Linear4bit", "LowRankScaledLora"),
+        ("transformers", "LlamaAttention", "SharedInputLlamaAttention"),
+        ("transformers", "LlamaMLP", "FusedLlamaMLP"),
+        ("bitsandbytes", "Params4bit", "Params4bit"),
+        ("transformers", "LlamaDecoderLayer", "LlamaDecoderLayer"),
+        ("transformers", "LlamaRMSNorm", "CompiledLlamaRMSNorm"),
+    }
 
 
 def test_attributes_that_come_and_go_compile_nothing_anew():
@@ -324,7 +383,7 @@ def test_settings_of_the_process_are_given_back_in_any_order():
 
     before, models = settings(), [make_model() for _ in range(3)]
     first, second = (compile_qlora(model, activation_memory_budget=0.5) for model in models[:2])
-    with pytest.raises(ValueError, match=r"^activation_memory_budget: is 0\.5 for a model that is compiled already"):
+    with pytest.raises(ValueError, match=r"^activation_memory_budget must be 0\.5, that of a model .* got 0\.9"):
         compile_qlora(models[2])
     assert type(models[2].get_base_model().model.layers[0].mlp).__name__ == "LlamaMLP"
     first.undo()
@@ -337,5 +396,5 @@ def test_settings_of_the_process_are_given_back_in_any_order():
 
 def test_a_mask_of_four_dimensions_is_refused_by_name():
     model = make_model()
-    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask: got Tensor, need a 2-D one"):
+    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask must be 2-D .* got a Tensor"):
         model(**batch(9), attention_mask=torch.zeros(2, 1, 9, 9))

@@ -9,8 +9,8 @@ from torch.nn.functional import silu
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, cross_compile_in_subprocess
-from unsloth_puzzles.compiled.lora import scale_inside
-from unsloth_puzzles.compiled.siblings import share_input
+from unsloth_puzzles.compiled.lora import scale_low_rank
+from unsloth_puzzles.compiled.shared_input import share_input
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU, fuse_swiglu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -95,7 +95,7 @@ def test_in_a_model_and_undone(monkeypatch):
     expected = step(model)
     apply = LoraSwiGLU.apply
     monkeypatch.setattr(LoraSwiGLU, "apply", lambda *given: calls.append(1) or apply(*given))
-    inside, undo = scale_inside(model, False), fuse_swiglu(model, False)
+    inside, undo = scale_low_rank(model, False), fuse_swiglu(model, False)
     found = step(model)
     assert len(calls) == 2  # one a layer
     assert (found - expected).norm() <= 5e-6 * expected.norm()
@@ -138,7 +138,7 @@ def test_other_formulas_stay_as_they_are(forward):
         layer.mlp.multiplier = 1.25
         layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {"forward": forward})
     expected = step(model)
-    scale_inside(model, False), fuse_swiglu(model, False)
+    scale_low_rank(model, False), fuse_swiglu(model, False)
     assert torch.equal(step(model), expected)
 
 
@@ -148,7 +148,7 @@ def test_adapters_by_row_are_left_to_peft():
     given = {"input_ids": torch.arange(24).view(3, 8), "adapter_names": ["default", "other", "__base__"]}
     with torch.no_grad():
         expected = model.eval()(**given).logits
-        scale_inside(model, False), share_input(model), fuse_swiglu(model, False)
+        scale_low_rank(model, False), share_input(model), fuse_swiglu(model, False)
         assert torch.equal(model(**given).logits, expected)
 
 

@@ -74,7 +74,7 @@ def count_compilations() -> Iterator[Counts]:
     """
     if torch._dynamo.config.suppress_errors:
         raise RuntimeError(
-            "torch._dynamo.config.suppress_errors: got True, need False: failures would be eager, unseen"
+            "torch._dynamo.config.suppress_errors must be False, got True: failures would run eagerly, unseen"
         )
     set_compilation_metrics_limit(_LIMIT)
     known = len(get_compilation_metrics())

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from unsloth_puzzles.compiled.weights import PlainParams4bit, without_torch_function
+from unsloth_puzzles.compiled.plain_params4bit import PlainParams4bit, plain_params4bit
 from unsloth_puzzles.nf4.dequantize import dequantize_nf4
 
 
@@ -29,7 +29,7 @@ def plain_kinds(model):
 def test_types_meanwhile_and_afterwards(model):
     before, expected, weights = kinds(model), plain_kinds(model), [*model.parameters()]
     assert before.count(Params4bit) == 2 and before.count(nn.Parameter) == 4
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     assert kinds(model) == expected
     assert all(isinstance(model[at].weight, Params4bit) for at in (0, 2))
     undo()
@@ -48,7 +48,7 @@ def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
     weight = model[0].weight
     torch.sum(weight)
     assert len(calls) == 1
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     total = torch.sum(weight)
     assert len(calls) == 1 and type(total) is torch.Tensor
     undo()
@@ -58,7 +58,7 @@ def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
 
 def test_copies_and_state_dicts_meanwhile(model):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     twin, state = copy.deepcopy(model), model.state_dict()
     assert kinds(twin) == kinds(model)
     assert {name for name in expected if "quant_state" in name}
@@ -76,7 +76,7 @@ def test_copies_and_state_dicts_meanwhile(model):
 def test_dequantisation_gives_the_same_bits(model):
     x = torch.randn(3, 64)
     expected = dequantize_nf4(model[0].weight), model(x).detach()
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     found = dequantize_nf4(model[0].weight), model(x).detach()
     undo()
     for one, other in zip(found, expected, strict=True):
