@@ -50,7 +50,7 @@ def autocast():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("context", [torch.enable_grad, autocast])
-def test_the_same_bits_as_without(dropout, context):
+def test_checkpointed_gradients_are_bit_identical(dropout, context):
     x = torch.randn(4, 6)
     expected = step(make(dropout, on=False), x, context)
     layers = make(dropout)
@@ -71,7 +71,7 @@ class Noisy(Layer):
         return x + scale * self.trained(torch.tanh(x) * torch.rand_like(x))
 
 
-def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
+def test_random_numbers_of_a_layer_are_replayed_in_the_backward():
     found = []
     for on in (False, True):
         layers = make(on=on)
@@ -83,7 +83,7 @@ def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_accumulated_gradients_and_an_input_that_wants_none():
+def test_gradients_accumulate_for_an_input_without_gradient():
     layers, plain = make(), make(on=False)
     checkpoint_inputs(layers)
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_accumulated_gradients_and_an_input_that_wants_none():
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
 
 
-def test_without_gradients_and_in_evaluation_a_layer_runs_once():
+def test_layer_runs_once_without_gradients_or_in_eval_mode():
     layers = make()
     checkpoint_inputs(layers)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_without_gradients_and_in_evaluation_a_layer_runs_once():
     assert [layer.calls for layer in layers] == [1, 1, 0]
 
 
-def test_a_second_backward_is_refused():
+def test_second_backward_is_refused():
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6)).sum()
@@ -114,7 +114,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_a_backward_after_undo_is_refused():
+def test_backward_after_undo_is_refused():
     layers = make()
     undo = checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6)).sum()
@@ -123,7 +123,7 @@ def test_a_backward_after_undo_is_refused():
         loss.backward()
 
 
-def test_a_gradient_that_would_be_lost_is_refused():
+def test_keyword_that_requires_gradients_is_refused():
     layers = make()
     checkpoint_inputs(layers)
     with pytest.raises(ValueError, match=r"^scale must not require gradients, got one that does"):
@@ -144,7 +144,7 @@ def gradients(layers, hooked=()):
 
 
 @pytest.mark.parametrize("change", ["exchanged", "frozen"])
-def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change):
+def test_parameter_exchanged_or_frozen_before_backward_is_refused(change):
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
@@ -160,7 +160,7 @@ def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change
 
 
 @pytest.mark.parametrize("change", ["mode", "value"])
-def test_a_layer_that_would_compute_something_else_in_the_backward_is_refused(change):
+def test_layer_changed_before_backward_is_refused(change):
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
@@ -173,7 +173,7 @@ def test_a_layer_that_would_compute_something_else_in_the_backward_is_refused(ch
         loss.backward()
 
 
-def test_a_trained_tensor_from_outside_of_the_layer_is_refused():
+def test_trained_tensor_from_outside_the_layer_is_refused():
     layers = make()
     checkpoint_inputs(layers)
     shared = torch.ones(6, requires_grad=True)
@@ -183,7 +183,7 @@ def test_a_trained_tensor_from_outside_of_the_layer_is_refused():
         layers[0](torch.ones(2, 6)).sum().backward()
 
 
-def test_parameters_that_have_no_part_in_it_have_no_gradient():
+def test_unused_parameters_have_no_gradient():
     layers, plain = make(), make(on=False)
     for each in (layers, plain):
         for layer in each:
@@ -198,7 +198,7 @@ def test_parameters_that_have_no_part_in_it_have_no_gradient():
     assert lone.trained.weight.grad is None
 
 
-def test_what_hooks_keep_has_its_gradient():
+def test_gradients_flow_through_tensors_that_hooks_keep():
     layers, plain = make(), make(on=False)
     expected, without = gradients(plain, hooked=plain), gradients(make(on=False))
     checkpoint_inputs(layers)
@@ -227,7 +227,7 @@ def test_under_fsdp2_gradients_reach_the_shards(whole):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_a_graph_that_is_dropped_leaves_nothing_behind():
+def test_dropped_graph_releases_its_inputs():
     store = Store(offload=True)
     first, second = store.put(torch.ones(3)), store.put(torch.ones(3))
     del second
@@ -238,7 +238,7 @@ def test_a_graph_that_is_dropped_leaves_nothing_behind():
     assert len(store._waiting) == 1
 
 
-def test_transformers_settings_come_back_and_reentrant_is_said():
+def test_checkpointing_settings_are_restored_and_reentrant_warns():
     layers = make()
     theirs = layers[0]._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
     with warnings.catch_warnings():
@@ -257,7 +257,7 @@ def test_transformers_settings_come_back_and_reentrant_is_said():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [True, False])
-def test_on_a_gpu_the_same_bits_and_of_the_inputs_only_the_last_stays(offload):
+def test_offloaded_inputs_are_bit_identical_and_leave_the_gpu(offload):
     x = torch.randn(4096, 6, device="cuda")
     expected = step(make(0.3, on=False).cuda(), x)
     layers = make(0.3).cuda()

@@ -31,7 +31,7 @@ def largest(found, expected):
 @pytest.mark.parametrize("alpha", [2, 8, 6], ids=["1/2", "2", "no power of two"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("eager_rounding", [False, True])
-def test_the_same_loss_and_gradients(alpha, dropout, eager_rounding):
+def test_loss_and_gradients_match_peft(alpha, dropout, eager_rounding):
     model = make_model(dropout, lora_alpha=alpha)
     expected = step(model)
     undo = scale_low_rank(model, eager_rounding)
@@ -41,7 +41,7 @@ def test_the_same_loss_and_gradients(alpha, dropout, eager_rounding):
     assert largest(step(model), expected) == 0
 
 
-def test_two_adapters_at_once():
+def test_two_active_adapters():
     model = make_model(lora_alpha=8)
     torch.manual_seed(2)
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))
@@ -53,7 +53,7 @@ def test_two_adapters_at_once():
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "a bias on B"])
-def test_other_kinds_of_lora_are_left_to_peft(options):
+def test_lora_variants_are_left_to_peft(options):
     model = make_model(lora_alpha=6, **options)
     expected = step(model)
     scale_low_rank(model, False)
@@ -71,7 +71,7 @@ def test_disabled_adapters():
     assert torch.equal(step(model)[0], different) and not torch.equal(expected, different)
 
 
-def test_no_gradient_as_large_as_an_output_is_multiplied():
+def test_scaling_multiplies_only_low_rank_gradients():
     """What it is for: between the gradient of a layer's output and the products that read it there is no s any more."""
 
     class Multiplications(torch.utils._python_dispatch.TorchDispatchMode):

@@ -26,7 +26,7 @@ def plain_kinds(model):
     return [PlainParams4bit if kind is Params4bit else kind for kind in kinds(model)]
 
 
-def test_types_meanwhile_and_afterwards(model):
+def test_types_are_exchanged_and_restored(model):
     before, expected, weights = kinds(model), plain_kinds(model), [*model.parameters()]
     assert before.count(Params4bit) == 2 and before.count(nn.Parameter) == 4
     undo = plain_params4bit(model)
@@ -37,7 +37,7 @@ def test_types_meanwhile_and_afterwards(model):
     assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
 
 
-def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
+def test_operators_bypass_torch_function(model, monkeypatch):
     calls = []
 
     def counted(cls, func, types, args=(), kwargs=None):
@@ -56,7 +56,7 @@ def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
     assert len(calls) == 2
 
 
-def test_copies_and_state_dicts_meanwhile(model):
+def test_copies_and_state_dicts_are_unchanged(model):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     undo = plain_params4bit(model)
     twin, state = copy.deepcopy(model), model.state_dict()
@@ -73,7 +73,7 @@ def test_copies_and_state_dicts_meanwhile(model):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_dequantisation_gives_the_same_bits(model):
+def test_dequantization_is_bit_identical(model):
     x = torch.randn(3, 64)
     expected = dequantize_nf4(model[0].weight), model(x).detach()
     undo = plain_params4bit(model)

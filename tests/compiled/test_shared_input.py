@@ -53,7 +53,7 @@ def attributes(model):
 
 
 @pytest.mark.parametrize("alpha", [9, 3], ids=["1.5", "1/2"])
-def test_the_same_loss_and_gradients_by_fewer_products(alpha):
+def test_fewer_products_give_the_same_loss_and_gradients(alpha):
     model = make_model(lora_alpha=alpha)
     expected = step(model)
     scale_low_rank(model, False)
@@ -71,7 +71,7 @@ def test_the_same_loss_and_gradients_by_fewer_products(alpha):
     assert attributes(model) == before
 
 
-def test_in_bfloat16_as_near_to_float32():
+def test_bfloat16_error_is_no_larger():
     model = make_model()
     scale_low_rank(model, False)
     exact, apart = step(model), step(model, autocast=True)
@@ -85,7 +85,7 @@ def test_in_bfloat16_as_near_to_float32():
     [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["q_proj", "v_proj"]}],
     ids=["dropout", "DoRA", "no adapter on one of the three"],
 )
-def test_other_adapters_stay_as_they_are(options):
+def test_unsupported_adapters_are_unchanged(options):
     model = make_model(**options)
     scale_low_rank(model, False)
     expected = step(model)
@@ -93,7 +93,7 @@ def test_other_adapters_stay_as_they_are(options):
     assert torch.equal(step(model), expected)
 
 
-def test_two_adapters_at_once_stay_as_they_are():
+def test_two_active_adapters_are_unchanged():
     model = make_model()
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
@@ -115,14 +115,14 @@ def test_disabled_adapters_are_left_out():
         assert not torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_adapters_of_several_ranks():
+def test_adapters_of_different_ranks():
     model = make_model(rank_pattern={"k_proj": 3, "v_proj": 7})
     expected = step(model)
     scale_low_rank(model, False), share_input(model)
     assert (step(model) - expected).norm() <= 5e-6 * expected.norm()
 
 
-def test_nothing_is_kept_after_an_error(monkeypatch):
+def test_error_leaves_no_state_on_modules(monkeypatch):
     model = make_model()
     scale_low_rank(model, False), share_input(model)
     attention = model.get_base_model().model.layers[0].self_attn

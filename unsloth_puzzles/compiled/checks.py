@@ -1,4 +1,4 @@
-"""What `compile_qlora` assumes of a trainer, a model, its adapters and layers: checked before anything is exchanged."""
+"""Check what `compile_qlora` assumes of a trainer, a model, its adapters and layers, before it changes anything."""
 
 import inspect
 
@@ -38,7 +38,11 @@ KINDS = (
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise ValueError for a trainer that exchanges or compiles the model in `train()`."""
+    """Refuse a trainer whose `train()` exchanges or compiles the model.
+
+    Raises:
+        ValueError: it has a `model_init`, or compiles the model itself.
+    """
     if trainer.model_init is not None:
         raise ValueError(
             "model_init must be None, got a function: train() makes a new model of it, which would not be compiled; "
@@ -54,7 +58,18 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.Module], torch.nn.Module]:
-    """The causal LM in `model`, its decoder layers and final norm. Raises what `compile_qlora` lists."""
+    """Find the parts of a model that are compiled.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model of one.
+
+    Returns:
+        The causal LM, its decoder layers and its final norm.
+
+    Raises:
+        TypeError: `model` is not such a model.
+        ValueError: it cannot be compiled, for a reason that `compile_qlora` lists.
+    """
     _refuse_compiled(model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(causal_lm, PreTrainedModel):

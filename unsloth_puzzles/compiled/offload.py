@@ -6,12 +6,18 @@ import torch
 
 
 class Store:
-    """Tensors that wait, taken back last in first out. The last stays on the GPU; what is next is fetched ahead."""
+    """Tensors that wait, taken back last in first out. The last stays on the GPU; the next one is fetched ahead.
+
+    Attributes:
+        offload: False leaves all of them on the GPU.
+        closed: True once the layers are restored, so that no backward may use the tensors any more.
+    """
 
     def __init__(self, offload: bool):
         self.offload, self.closed, self._waiting = offload, False, []
 
     def put(self, tensor: torch.Tensor) -> "Kept":
+        """Keep `tensor`; the one that was put before it starts its way to the CPU."""
         while self._waiting and self._waiting[-1]() is None:
             self._waiting.pop()
         if self._waiting and self.offload:
@@ -50,6 +56,7 @@ class Kept:
             self._arrived = _copy(self._tensor, self._pinned)
 
     def take(self) -> torch.Tensor:
+        """The tensor on its device, once; RuntimeError after that."""
         self.fetch()
         if self._tensor is None:
             raise RuntimeError("backward must run once for each forward of a checkpointed layer, got a second one")
