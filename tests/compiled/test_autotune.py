@@ -1,4 +1,4 @@
-"""Max-autotune: which candidates compete, what is kept of their times, and that Inductor is left as it was."""
+"""Max-autotune: which candidates compete, which times are recorded, and that Inductor is restored."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Checkpointed inputs: the gradients of the layer itself, whatever draws, casts or is dropped meanwhile."""
+"""Checkpointed inputs: gradients are those of the layer without checkpointing, with dropout, autocast and hooks."""
 
 import gc
 import warnings
@@ -65,7 +65,7 @@ def test_checkpointed_gradients_are_bit_identical(dropout, context):
 
 
 class Noisy(Layer):
-    """What draws its numbers itself, and is no dropout."""
+    """Draws random numbers itself, not by dropout."""
 
     def forward(self, x, scale=1.0):
         return x + scale * self.trained(torch.tanh(x) * torch.rand_like(x))
@@ -131,7 +131,7 @@ def test_keyword_that_requires_gradients_is_refused():
 
 
 def gradients(layers, hooked=()):
-    """Of the layers' output and of what hooks keep of the `hooked` ones."""
+    """Gradients of a loss of the layers' output and of tensors that hooks on the `hooked` ones keep."""
     kept, out = [], torch.linspace(-1, 1, 12).view(2, 6)
     handles = [layer.trained.register_forward_hook(lambda *call: kept.append(call[2])) for layer in hooked]
     for layer in layers:

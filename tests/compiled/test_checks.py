@@ -1,4 +1,4 @@
-"""Trainers, models and adapters that would not be what was compiled: each refused by name, and nothing exchanged."""
+"""Trainers, models and adapters that cannot be compiled are refused by name, before anything changes."""
 
 import pytest
 import torch

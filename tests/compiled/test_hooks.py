@@ -1,4 +1,4 @@
-"""Hooks inside a compiled layer that come and go after its first call: the uncompiled model's values."""
+"""Hooks inside a layer, registered and removed after its first compiled call, have their uncompiled effect."""
 
 import warnings
 
@@ -23,7 +23,7 @@ INSIDE = (
 
 
 def make_model():
-    """Scaled by 2, so that what B gives differs if the scale is inside."""
+    """Scaled by 2, so that the output of B differs if the scale comes before B."""
     model = with_adapters(nf4_llama(layers=1), lora_alpha=8)
     torch.manual_seed(3)
     model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

@@ -72,7 +72,7 @@ def test_disabled_adapters():
 
 
 def test_scaling_multiplies_only_low_rank_gradients():
-    """What it is for: between the gradient of a layer's output and the products that read it there is no s any more."""
+    """The gradient of a layer's output is read by matrix products as it is, not after a product with s."""
 
     class Multiplications(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""Packed weights as plain tensors: their type changes and comes back, and nothing else."""
+"""Packed weights as plain tensors: their type is exchanged and restored, and nothing else changes."""
 
 import copy
 

@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused_by_name():
 
 
 def test_kv_cache_is_off_by_default_and_config_is_unchanged(tmp_path):
-    """For calls that do not say whether they want one. The config, which may be saved meanwhile, keeps its value."""
+    """Calls that do not pass `use_cache` have no cache. The config can be saved while the model is compiled."""
     model, ids = make_model(), batch(7)["input_ids"]
     config = model.get_base_model().config
 
@@ -277,7 +277,7 @@ def test_training_call_with_kv_cache_warns_and_is_not_compiled():
 
 
 def test_only_given_position_ids_are_searched_for_documents(monkeypatch):
-    """transformers searches those that it has made, too, and on a GPU waits for what it finds."""
+    """transformers also searches the ones that it made itself, and on a GPU waits for the result."""
     searched, search = [], masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: searched.append(ids) or search(ids))
     model, given = make_model(), batch(16)

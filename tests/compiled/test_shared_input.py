@@ -1,4 +1,4 @@
-"""Adapters that read the same input, their first products as one: PEFT's results, fewer products, nothing kept."""
+"""One product for adapters that read the same input: PEFT's results, fewer products, no state on modules."""
 
 import pytest
 import torch

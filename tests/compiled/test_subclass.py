@@ -1,4 +1,4 @@
-"""Exchanged classes: what a model is pickled and copied as meanwhile."""
+"""Exchanged classes: how a model is pickled and copied while its classes are exchanged."""
 
 import copy
 import io

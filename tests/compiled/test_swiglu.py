@@ -1,4 +1,4 @@
-"""The MLP with its adapters inside the activation: against the formula in float64, in a model, and left out."""
+"""The MLP with its adapters inside the activation: against the formula in float64, in a model, and not applied."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Compiled functions of a module: one for all lengths, another for what is no number."""
+"""Compiled functions of a module: one for all lengths, and one for each compile key."""
 
 from types import SimpleNamespace
 
