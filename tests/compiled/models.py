@@ -1,4 +1,4 @@
-"""A tiny Llama in NF4, and adapters under it that have learnt something."""
+"""A tiny Llama in NF4, and adapters whose B is not zero."""
 
 from contextlib import contextmanager
 
@@ -41,7 +41,7 @@ _compile = torch.compile
 
 @contextmanager
 def traced_only():
-    """What is compiled is captured by Dynamo and differentiated by AOTAutograd, and run without Inductor."""
+    """Compile with Dynamo and AOTAutograd, without Inductor."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -103,7 +103,7 @@ def run(tmp_path_factory):
     torch._dynamo.reset()
 
 
-def test_losses_are_those_of_the_uncompiled_model(run):
+def test_losses_match_uncompiled_model(run):
     """In float32 sums in another order change a loss by a few 1e-7 of it; Adam divides gradients by their own size and
     so hands a small one's rounding on to the next step, a few 1e-6 of the gradients' norm."""
     (steps, evaluated, on), (plain, plain_evaluated, plain_on) = run[1]["compiled"], run[1]["plain"]
@@ -114,7 +114,7 @@ def test_losses_are_those_of_the_uncompiled_model(run):
     assert evaluated == pytest.approx(plain_evaluated, rel=1e-6, abs=0)
 
 
-def test_each_kind_of_batch_is_compiled_for_once(run):
+def test_each_kind_of_batch_compiles_once(run):
     """Six lengths, three of them packed: the layer is compiled for one document and for several; without gradients,
     layer, norm and loss once more, for three lengths; afterwards nothing."""
     found = run[1]
@@ -136,7 +136,7 @@ def test_each_kind_of_batch_is_compiled_for_once(run):
     assert compilations == {"training": 7, "evaluation": 3, "mixed precision": 5, "afterwards": 0}
 
 
-def test_adapters_saved_while_compiled_are_loaded_elsewhere(run):
+def test_adapters_saved_while_compiled_can_be_loaded(run):
     folder, found = run
     stored = load_peft_weights(str(folder / "adapters"), device="cpu")
     assert stored.keys() == found["saved"].keys() and len(stored) == 14
@@ -149,7 +149,7 @@ def test_adapters_saved_while_compiled_are_loaded_elsewhere(run):
     assert (untrained - found["loss"]).abs() > 1e-4 * found["loss"]  # so it is the training that has been loaded
 
 
-def test_mixed_precision_is_as_close_to_float32_as_uncompiled(run):
+def test_mixed_precision_error_is_no_larger_than_uncompiled(run):
     """At most 1.3 times as far: fused operations round to bfloat16 less often, other sums come out in another order."""
     (loss, gradient), (plain_loss, plain_gradient), (exact_loss, exact) = (
         run[1][name] for name in ("compiled gradients", "plain gradients", "float32 gradients")
@@ -161,7 +161,7 @@ def test_mixed_precision_is_as_close_to_float32_as_uncompiled(run):
     assert (loss - exact_loss).abs() <= allowed
 
 
-def test_sft_trainer_has_the_same_losses_and_metrics(tmp_path):
+def test_sft_trainer_losses_and_metrics_match_uncompiled(tmp_path):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
