@@ -22,6 +22,7 @@ MEASURED = {
     "hardware": {"name": "NVIDIA Test"},
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
     "date": "2026-11-22",
+    "digest": None,
     "records": [
         _record("official_harness_speedup", "all", 1.9, "x", low=1.85, high=1.95, baselines={"PEFT": 0.5}),
         _record("mismatched_weights", "asm fp16", 0, "weights"),
@@ -104,7 +105,7 @@ def test_many_baselines_are_rows_and_a_figure_may_lie_elsewhere(tmp_path: Path) 
 
 
 def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     skips = [{"test": "t::a", "reason": "needs two GPUs"}, {"test": "t::b", "reason": "needs two GPUs"}]
     path = tmp_path / "gpu_tests.json"
     path.write_text(json.dumps(kept | {"passed": 40, "failed": 0, "skipped": 2, "failures": [], "skips": skips}))
@@ -113,17 +114,17 @@ def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
 
 
 def test_tests_of_another_package_say_so(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     path = tmp_path / "gpu_tests.json"
     same = code_digest(package_files())
-    for package, ending in ((same, ""), ("another", " The package has changed since.")):
+    for digest, ending in ((same, ""), ("another", " The package has changed since.")):
         counts = {"passed": 4, "failed": 0, "skipped": 0, "failures": [], "skips": []}
-        path.write_text(json.dumps(kept | counts | {"package": package}))
+        path.write_text(json.dumps(kept | counts | {"digest": digest}))
         assert gpu_tests(path).endswith(f"bitsandbytes {MEASURED['versions']['bitsandbytes']}.{ending}")
 
 
 def test_a_failure_on_the_gpu_is_named(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     path = tmp_path / "gpu_tests.json"
     path.write_text(json.dumps(kept | {"passed": 4, "failed": 1, "skipped": 0, "failures": ["t::a[x]"], "skips": []}))
     assert gpu_tests(path).endswith("\n\n- failed: `t::a[x]`")

@@ -132,7 +132,7 @@ def rehearsal(path: Path) -> str:
     heads = ("section", "wall time here", "predicted for a T4, aim", "points", "Triton kernels seen, failed, too large")
     where = f"{kept['hardware']['name']}, {kept['date']}"
     of_release = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]["digest"]
-    others = [name for name, section in kept["sections"].items() if section.get("code") != of_release]
+    others = [name for name, section in kept["sections"].items() if section.get("digest") != of_release]
     predicted = [section.get("predicted_t4_seconds") or 0 for section in kept["sections"].values()]
     text = f"A T4 was rehearsed on an {where}: predictions, no measurements of a T4."
     text += f" Together {sum(predicted):.0f} s, without installation and downloads."
@@ -192,7 +192,7 @@ def gpu_tests(path: Path) -> str:
     counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
     said = [f"- failed: `{name}`" for name in kept["failures"]]
     said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
-    since = "" if kept.get("package") == code_digest(package_files()) else " The package has changed since."
+    since = "" if kept["digest"] == code_digest(package_files()) else " The package has changed since."
     return "\n".join([f"{counts}. {_provenance(kept)}{since}", *(["", *said] if said else [])])
 
 

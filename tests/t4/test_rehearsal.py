@@ -187,7 +187,7 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
             "errors": ["bad"] if section == "C" else [],
             "hardware": "NVIDIA Test",
             "date": "2026-11-28",
-            "digest": "now",
+            "section_digest": "now",
         }
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
@@ -196,7 +196,7 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
     assert rehearsal.main(["--sections", "A,D", *options]) == 0
     assert rehearsal.main(["--sections", "A,C,D", "--resume", *options]) == 1
     assert made == ["A", "D", "C"]
-    older = json.loads((tmp_path / "A.json").read_text()) | {"digest": "before"}
+    older = json.loads((tmp_path / "A.json").read_text()) | {"section_digest": "before"}
     (tmp_path / "A.json").write_text(json.dumps(older))
     rehearsal.main(["--sections", "A,D", "--resume", *options])
     assert made == ["A", "D", "C", "A"]  # of other code, so once more

@@ -22,7 +22,7 @@ from pathlib import Path
 import nbformat
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT, text, written_files
+from tools.build_notebook import ROOT, package_of, text
 from tools.run_notebook import FAILURES, run
 from tools.t4 import limits, prediction, sections, versions
 from tools.t4.kernels import MOST_SHARED, compile_recorded
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for section in options.sections.split(","):
         result = options.out / f"{section}.json"
-        if options.resume and result.exists() and json.loads(result.read_text())["digest"] == today(section):
+        if options.resume and result.exists() and json.loads(result.read_text())["section_digest"] == today(section):
             print(f"{section}: there already")
             continue
         found = rehearse(section, options.out, options.seconds, options.gpu)
@@ -100,8 +100,8 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
     (client,) = clients
     found = {"section": section, **sections.outcome(section, node, folder, client.cell_seconds)}
     found |= {"installed_by_the_notebook": changed}
-    found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "digest": sections.digest(node)}
-    found |= {"code": code_digest(written_files(node))}
+    found |= {"elapsed_seconds": elapsed, "stopped": watcher.killed, "section_digest": sections.digest(node)}
+    found |= {"digest": code_digest(package_of(node))}
     found |= {"gpu_peak_gib": watcher.gpu_gib, "ram_peak_gb": watcher.ram_gb}
     found |= {"longest_silence_seconds": client.silence, "silent_cell": client.silent_cell}
     (out / f"{section}-ran.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from tools.build_notebook import build, written_files
-from tools.run_notebook import failures, output_text
+from tools.outputs import failures, output_text
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.bench.rubric import FILES
