@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from unsloth_puzzles.bench import memory, t4
+from unsloth_puzzles.bench.markdown import table
 
 
 @dataclass
@@ -72,5 +73,7 @@ def finish() -> Section:
 
 def summary() -> str:
     """All finished sections as a Markdown table."""
-    lines = [f"| section | time | GPU peak | work counted, {t4.LABEL} |", "|---|---|---|---|"]
-    return "\n".join(lines + ["| " + " | ".join(done.cells()) + " |" for done in _finished.values()])
+    import pandas  # here: every process that measures imports this module
+
+    columns = ["section", "time", "GPU peak", f"work counted, {t4.LABEL}"]
+    return table(pandas.DataFrame([done.cells() for done in _finished.values()], columns=columns))
