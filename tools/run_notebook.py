@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -35,7 +36,7 @@ def run(
     python: str = sys.executable,
     timeout: int = 1800,
     measured: Path | None = None,
-    client_class: type[NotebookClient] = NotebookClient,
+    client_class: Callable[..., NotebookClient] = NotebookClient,
 ) -> NotebookNode:
     """Copy `notebook` into `folder`, execute the copy there and return it. It is written even after an error.
 
@@ -45,7 +46,7 @@ def run(
         python: The interpreter that the kernel runs in.
         timeout: Seconds, a cell.
         measured: A folder of measurements. Of those the notebook is given the sweeps, which are too long for it.
-        client_class: Executes the cells.
+        client_class: Makes the client that executes the cells.
 
     Raises:
         ValueError: `folder` is not empty.

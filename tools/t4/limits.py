@@ -1,6 +1,7 @@
-"""What a process tree uses of GPU memory and RAM while it runs, and its end when its time is up."""
+"""What a process tree may use of memory, cores and time, and the variables that make it a rehearsal."""
 
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import psutil
 
+from unsloth_puzzles.device import REHEARSAL
+
 GPU_GIB = 14.5  # of all processes with their contexts
 RAM_GB = 12.0
 SECONDS = 600.0
 SILENCE = 30.0
+HOOK = Path(__file__).parent / "hook"
 
 
 class Watcher:
@@ -47,6 +51,42 @@ class Watcher:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                 return
+
+
+@contextlib.contextmanager
+def environment(record: Path, caches: Path, gpu: int):
+    """The variables of the kernel and of all that it starts."""
+    before = dict(os.environ)
+    config = record / "kineto.conf"
+    config.write_text("ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=2048\n")
+    os.environ |= {
+        REHEARSAL: "T4",
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "T4_RECORD": str(record.resolve()),
+        "PYTHONPATH": os.pathsep.join([str(HOOK), *filter(None, [before.get("PYTHONPATH")])]),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",
+        "OMP_NUM_THREADS": "2",
+        "KINETO_CONFIG": str(config),
+        "KINETO_LOG_LEVEL": "5",
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def two_cores():
+    """The main thread, and processes that it starts, on two cores; threads that run already keep theirs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:2])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def ram_bytes(process: psutil.Process) -> int:
