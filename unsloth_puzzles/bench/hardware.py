@@ -42,15 +42,25 @@ class Hardware:
     rehearsal: bool = False
 
     def copy_fraction(self, bytes_moved: float, microseconds: float) -> float | None:
-        """Share of the measured copy bandwidth that `bytes_moved` in `microseconds` amounts to; None if unmeasured.
+        """Share of the measured copy bandwidth.
 
-        Warns with `MeasuringError` above 1: nothing that goes to DRAM is faster than a copy, so the buffers were in the
-        L2 cache (see `timing.rotations`) or the bytes were miscounted.
+        A share above 1 gives a `MeasuringError` warning: nothing that goes to DRAM is faster than a copy, so the
+        buffers were in the L2 cache (see `timing.rotations`) or the bytes were miscounted.
+
+        Args:
+            bytes_moved: Bytes read and written.
+            microseconds: In this time.
+
+        Returns:
+            The share; None where the copy bandwidth was not measured.
+
+        Raises:
+            ValueError: `microseconds` is not positive.
         """
         if self.copy_bandwidth is None:
             return None
         if microseconds <= 0:
-            raise ValueError(f"microseconds: got {microseconds!r}, need a positive time")
+            raise ValueError(f"microseconds must be a positive time, got {microseconds!r}")
         fraction = bytes_moved / (microseconds * 1e-6) / self.copy_bandwidth
         if fraction > 1:
             message = (
@@ -70,10 +80,16 @@ class Hardware:
 
 
 def probe(measure: bool = True) -> Hardware:
-    """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (a few seconds).
+    """Look at the machine.
 
     In a rehearsal (`device.rehearsing`) the process is held to what a T4 offers: the memory that PyTorch's allocator
-    can have there, one GPU, no native bf16, sm_75. Raises ValueError as `device.rehearsing` does.
+    can have there, one GPU, no native bf16, sm_75.
+
+    Args:
+        measure: On a GPU, measure its copy bandwidth and matrix rates too, which takes a few seconds.
+
+    Raises:
+        ValueError: As `device.rehearsing` does.
     """
     rehearsal = rehearsing()
     interpreter = bool(triton.knobs.runtime.interpret)
@@ -132,9 +148,16 @@ def versions() -> dict[str, str | None]:
 
 
 def measure_copy_bandwidth(nbytes: int = 2**30, rounds: int = 20) -> float:
-    """Bytes/s, read + written, of the faster of `Tensor.copy_` and a Triton copy kernel, over `nbytes` of random data.
+    """The faster of `Tensor.copy_` and a Triton copy kernel.
 
     Not in a CUDA graph, where a copy node runs on a copy engine at 65 % of the rate; not of zeros, which are faster.
+
+    Args:
+        nbytes: Bytes to copy, of random data.
+        rounds: Samples of each.
+
+    Returns:
+        Bytes/s, read and written.
     """
     source = torch.empty(nbytes // 4, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
@@ -147,7 +170,16 @@ def measure_copy_bandwidth(nbytes: int = 2**30, rounds: int = 20) -> float:
 
 
 def measure_matmul_flops(bf16: bool, size: int = 8192, rounds: int = 8) -> dict[str, float]:
-    """FLOP/s of `size` x `size` matmuls (torch, hence cuBLAS) of normal random data, by name of the dtype."""
+    """Rates of torch's (cuBLAS's) products of `size` x `size` matrices of normal random data.
+
+    Args:
+        bf16: Measure bfloat16, beside float32 and float16.
+        size: Rows and columns.
+        rounds: Samples of each.
+
+    Returns:
+        FLOP/s by name of the dtype.
+    """
     rates = {}
     for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * bf16:
         a, b, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
