@@ -9,7 +9,8 @@ import torch
 
 from unsloth_puzzles import device
 from unsloth_puzzles.bench import hardware
-from unsloth_puzzles.bench.hardware import Hardware, MeasuringError, copy_kernel, probe, versions
+from unsloth_puzzles.bench.ceilings import copy_kernel
+from unsloth_puzzles.bench.hardware import Hardware, MeasuringError, probe, versions
 
 
 def machine(**changes) -> Hardware:

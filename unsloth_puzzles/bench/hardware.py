@@ -1,4 +1,4 @@
-"""What machine is this, and how fast can it possibly go? One probe decides sizes and what can run."""
+"""What machine is this? One probe decides sizes and what can run."""
 
 import os
 import platform
@@ -10,9 +10,9 @@ from importlib import metadata
 
 import torch
 import triton
-import triton.language as tl
 
-from unsloth_puzzles.bench import t4, timing
+from unsloth_puzzles.bench import t4
+from unsloth_puzzles.bench.ceilings import measure_copy_bandwidth, measure_matmul_flops
 from unsloth_puzzles.device import capability, rehearsing
 
 
@@ -145,55 +145,6 @@ def versions() -> dict[str, str | None]:
     found["cuda"] = torch.version.cuda
     found["driver"] = _driver_version()
     return found
-
-
-def measure_copy_bandwidth(nbytes: int = 2**30, rounds: int = 20) -> float:
-    """The faster of `Tensor.copy_` and a Triton copy kernel.
-
-    Not in a CUDA graph, where a copy node runs on a copy engine at 65 % of the rate; not of zeros, which are faster.
-
-    Args:
-        nbytes: Bytes to copy, of random data.
-        rounds: Samples of each.
-
-    Returns:
-        Bytes/s, read and written.
-    """
-    source = torch.empty(nbytes // 4, dtype=torch.int32, device="cuda").random_()
-    target = torch.empty_like(source)
-    grid = (triton.cdiv(source.numel(), 2048),)
-    candidates = {"memcpy": lambda: target.copy_(source)}
-    if not triton.knobs.runtime.interpret:
-        candidates["triton"] = lambda: copy_kernel[grid](source, target, source.numel(), BLOCK=2048, num_warps=8)
-    timings = timing.event_time(candidates, rounds=rounds, calls=4)
-    return max(found.per_second(2 * nbytes) for found in timings.values())
-
-
-def measure_matmul_flops(bf16: bool, size: int = 8192, rounds: int = 8) -> dict[str, float]:
-    """Rates of torch's (cuBLAS's) products of `size` x `size` matrices of normal random data.
-
-    Args:
-        bf16: Measure bfloat16, beside float32 and float16.
-        size: Rows and columns.
-        rounds: Samples of each.
-
-    Returns:
-        FLOP/s by name of the dtype.
-    """
-    rates = {}
-    for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * bf16:
-        a, b, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
-        name = str(dtype).removeprefix("torch.")
-        candidate = {name: lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}
-        rates[name] = timing.event_time(candidate, rounds=rounds, calls=2)[name].per_second(2 * size**3)
-    return rates
-
-
-@triton.jit
-def copy_kernel(source_ptr, target_ptr, numel, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < numel
-    tl.store(target_ptr + index, tl.load(source_ptr + index, mask=mask), mask=mask)
 
 
 def _driver_version() -> str | None:
