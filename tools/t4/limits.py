@@ -19,9 +19,17 @@ HOOK = Path(__file__).parent / "hook"
 
 
 class Watcher:
-    """Samples the children of this process every second in a thread, and kills them after `seconds`.
+    """Samples the children of this process in a thread, and kills them when their time is up.
 
-    gpu_gib, ram_gb: the peaks so far (GPU memory beyond what was in use before). killed: whether the time was up.
+    Args:
+        seconds: Their time.
+        gpu: Which GPU, as nvidia-smi numbers them.
+        interval: Seconds between samples.
+
+    Attributes:
+        gpu_gib: Peak of the GPU's memory beyond what was in use before, GiB.
+        ram_gb: Peak of the RAM of all children, GB.
+        killed: Whether the time was up.
     """
 
     def __init__(self, seconds: float = SECONDS, gpu: int = 0, interval: float = 1.0):
@@ -55,7 +63,13 @@ class Watcher:
 
 @contextlib.contextmanager
 def environment(record: Path, caches: Path, gpu: int):
-    """The variables of the kernel and of all that it starts."""
+    """Set the variables of the kernel and of all that it starts, and restore them at the end.
+
+    Args:
+        record: An existing folder, to which the hook in every Python process writes.
+        caches: A folder for what Triton and Inductor compile.
+        gpu: The only GPU that can be seen.
+    """
     before = dict(os.environ)
     config = record / "kineto.conf"
     config.write_text("ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=2048\n")
