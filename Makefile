@@ -52,7 +52,7 @@ test-slow: TIER := -p tools.record_tests
 test test-slow: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile $(TIER)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TIER)
 
 publish: build
 	@test -n "$(UNTESTED)" || $(RUN) -m tools.release tested || $(MAKE) test-slow

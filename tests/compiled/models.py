@@ -10,7 +10,10 @@ from benchmarks.models import nf4_config, random_nf4_llama, tiny_llama_config
 
 
 def nf4_llama(device="cpu", dtype=torch.float32, layers=2):
-    model = random_nf4_llama(tiny_llama_config(vocab_size=64, layers=layers), device, dtype)
+    """A narrow MLP: the kernel's interpreter takes a tenth of a second for 2048 weights."""
+    config = tiny_llama_config(vocab_size=64, layers=layers)
+    config.intermediate_size = 64
+    model = random_nf4_llama(config, device, dtype)
     model.config.use_cache = False
     return model.train()
 
@@ -36,6 +39,7 @@ def with_adapters(model, **options) -> PeftModel:
     return model.train()
 
 
+BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 _compile = torch.compile
 
 
@@ -48,4 +52,16 @@ def traced_only():
             torch, "compile", lambda function, options, **given: _compile(function, backend="aot_eager", **given)
         )
         yield
+    torch._dynamo.reset()
+
+
+@contextmanager
+def compiled_by(backend):
+    """What `compile_qlora` is to be given for this backend: functions of losses are kept, so none is of `aot_eager`."""
+    if backend == "aot_eager":
+        with traced_only():
+            yield {"compile": False}
+        return
+    torch._dynamo.reset()
+    yield {}
     torch._dynamo.reset()

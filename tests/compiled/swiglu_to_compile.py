@@ -30,3 +30,7 @@ def jobs(tile: dict = TILE, architectures=ARCHITECTURES) -> list[dict]:
                 }
             )
     return found
+
+
+def jobs_for_t4_and_h100() -> list[dict]:
+    return jobs(architectures=(75, 90))

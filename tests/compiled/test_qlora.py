@@ -14,7 +14,7 @@ from torch.fx.experimental import _config as fx_config
 from transformers import masking_utils
 
 from benchmarks.models import random_llama, tiny_llama_config
-from tests.compiled.models import nf4_llama, with_adapters
+from tests.compiled.models import BACKENDS, compiled_by, nf4_llama, with_adapters
 from unsloth_puzzles.compiled import layers, qlora, variants
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
@@ -124,13 +124,13 @@ def test_undo_restores_the_model(run):
     assert model(**batch(12)).logits.shape == (2, 12, 64)
 
 
-def test_gradient_checkpointing_matches_uncompiled_model():
-    torch._dynamo.reset()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_checkpointing_matches_uncompiled_model(backend):
     model = make_model(use_reentrant=False)
     kind = type(model.get_base_model().model.layers[0])
     with patch_linear4bit(model):
         expected = [step(model, length) for length in LENGTHS[:2]]
-    with count_compilations() as counts, compile_qlora(model):
+    with compiled_by(backend) as options, count_compilations() as counts, compile_qlora(model, **options):
         for length, plain in zip(LENGTHS[:2], expected, strict=True):
             assert_same(step(model, length), plain)
     assert counts.graph_breaks == {} and counts.compilations <= 6, counts.table()
@@ -254,11 +254,16 @@ def test_exchanged_classes_are_those_of_the_table():
     }
 
 
-def test_switching_autocast_recompiles_nothing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_switching_autocast_recompiles_nothing(backend):
     """Adapters are not shared without autocast, where they compute in float32 under a model in bfloat16."""
     model, given = with_adapters(nf4_llama(dtype=torch.bfloat16)), batch(16)
-    torch._dynamo.reset()
-    with compile_qlora(model), count_compilations() as counts, torch.no_grad():
+    with (
+        compiled_by(backend) as options,
+        compile_qlora(model, **options),
+        count_compilations() as counts,
+        torch.no_grad(),
+    ):
         for autocast in (False, True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 model(**given)
@@ -331,7 +336,8 @@ def test_document_lengths_are_checked_and_dropped():
             model(**given, **lengths)
 
 
-def test_float32_norms_and_residuals_under_autocast():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_norms_and_residuals_under_autocast(backend):
     """As PEFT prepares 4-bit models: a product of an adapter is in autocast's dtype there, the activation is not."""
     model = with_adapters(prepare_model_for_kbit_training(nf4_llama(), use_gradient_checkpointing=False))
     assert next(model.get_base_model().model.norm.parameters()).dtype == torch.float32
@@ -342,8 +348,7 @@ def test_float32_norms_and_residuals_under_autocast():
 
     with patch_linear4bit(model):
         exact, plain = step(model, 24), mixed()
-    torch._dynamo.reset()
-    with compile_qlora(model):
+    with compiled_by(backend) as options, compile_qlora(model, **options):
         found = mixed()
     assert (found[1] - exact[1]).norm() <= 1.2 * (plain[1] - exact[1]).norm()
     assert abs(found[0] - exact[0]) <= torch.finfo(torch.bfloat16).eps / 2 * exact[0]
