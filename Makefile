@@ -1,7 +1,8 @@
 # make notebook      build the notebook, execute it for the hardware found, print the scorecard (writes build/ only)
 # make test          lint, format, and the tests that are quick
-# make test-slow     lint, format, and all tests: before a release
-# make publish       on a GPU: the same run, kept as the committed notebook, resources/ and README
+# make test-slow     lint, format, and all tests, kept in resources/measurements/tests.json: before a release
+# make publish       on a GPU: test-slow unless it passed with this code; then the run, kept as notebook, resources/, README
+# make publish UNTESTED=1    the same without test-slow, which the release then says
 # make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
@@ -47,14 +48,16 @@ notebook: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED)
 
 test: TIER := -m "not slow"
+test-slow: TIER := -p tools.record_tests
 test test-slow: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile $(TIER)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TIER)
 
 publish: build
+	@test -n "$(UNTESTED)" || $(RUN) -m tools.release tested || $(MAKE) test-slow
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED) --need-gpu
-	$(RUN) -m tools.release publish build/run
+	$(RUN) -m tools.release publish build/run $(if $(UNTESTED),--untested)
 	$(RUN) -m tools.build_readme
 
 sweeps: $(READY)

@@ -450,7 +450,8 @@ if GPU:
     for rows, columns, name in SHAPES:
         dtype = getattr(torch, name)
         moved = bytes_per_weight(dtype) * rows * columns
-        layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))]
+        sets = max(2, timing.rotations(moved, hardware.l2_bytes))
+        layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(sets)]
         found = timing.device_time(
             {key: calls(f, layers) for key, f in CANDIDATES.items()}, rounds=15 if OLD else 30, bytes_per_call=moved
         )
@@ -499,9 +500,8 @@ sweep_us = {}
 if GPU:
     for rows, columns, _ in SWEEP:
         moved = BYTES * rows * columns
-        layers = [
-            make_layer(rows, columns, torch.float16, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))
-        ]
+        sets = max(2, timing.rotations(moved, hardware.l2_bytes))
+        layers = [make_layer(rows, columns, torch.float16, "cuda") for _ in range(sets)]
         found = timing.device_time(
             {key: calls(f, layers) for key, f in CANDIDATES.items()}, rounds=15, bytes_per_call=moved
         )
@@ -586,7 +586,8 @@ if GPU:
     table, same = {}, {}
     for shape, (rows, columns, dtype) in shapes.items():
         moved = BYTES * rows * columns
-        layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware)))]
+        sets = max(2, timing.rotations(moved, hardware.l2_bytes))
+        layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(sets)]
 
         def with_config(layer, config):
             packed, state = layer.weight.data, layer.weight.quant_state

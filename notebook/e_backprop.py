@@ -79,22 +79,24 @@ else:
 # %% [markdown]
 # ### The code
 #
-# What users call, and the puzzle's class. The class is short because its work is in the two files after it.
+# What users call, and the puzzle's class. All checks run in `apply`; the forward is one call of the loop below.
 
 # %%
 # show: unsloth_puzzles/backprop/linear.py
 
 # %% [markdown]
-# The loop over the chunks, for both modes.
+# The loop over the chunks, for losses that are sums over rows. Results row by row have a loop of their own beside it,
+# `rowwise.py`, which computes the logits again in the backward.
 
 # %%
-# show: unsloth_puzzles/backprop/work.py
+# show: unsloth_puzzles/backprop/additive.py
 
 # %% [markdown]
-# The user's function on one chunk, and autograd through it; eager or compiled. Its gradient overwrites the logits.
+# The user's function on one chunk, and autograd through it. Its gradient overwrites the logits. `compiled.py` has the
+# same interface with Inductor behind it.
 
 # %%
-# show: unsloth_puzzles/backprop/function.py
+# show: unsloth_puzzles/backprop/eager.py
 
 # %% [markdown]
 # The head may be any module (tied, frozen, LoRA, 4-bit): its trainable tensors are replaced by leaves, and whatever

@@ -1,20 +1,37 @@
 """Without a GPU the kernels run in Triton's interpreter, and the gpu-marked tests are skipped with a reason."""
 
+import gc
 import os
 import sys
 
 import pytest
 import torch
 
+# Inductor compiles and loads test programs to see whether the compiler knows the vector instructions of the CPU, which
+# takes up to 70 s a process. It does; the environment passes that on to subprocesses.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton.language" not in sys.modules, "TRITON_INTERPRET must be set before triton is imported"
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Files of few tests, each of many seconds.
+LONG = ("test_mutations.py", "test_notebook.py", "test_cross_compile.py", "test_qlora.py", "test_trainer.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the files that take longest, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if GPU:
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> None:
+    """Leave imports and what earlier modules keep out of garbage collections, which take seconds otherwise."""
+    gc.collect()
+    gc.freeze()

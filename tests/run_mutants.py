@@ -11,11 +11,14 @@ import os
 import sys
 
 os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # as in conftest.py
 
 import bitsandbytes  # noqa: F401
 import hypothesis  # noqa: F401
+import peft  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 import triton.language  # noqa: F401
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from tools.address import NOTEBOOK, REPOSITORY
 from tools.build_notebook import ROOT, SECTIONS, build, package_of, text, written_files
-from tools.run_notebook import failures, output_text, problems, report, run
+from tools.outputs import failures, output_text, problems, report
+from tools.run_notebook import run
 
 PACKAGE = ROOT / "unsloth_puzzles"
 

@@ -9,7 +9,9 @@ import pytest
 
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import FIGURES, RATIOS, TABLES, TURNED, WORST, amount, gpu_tests, readme, results
+from tools.build_readme import readme, release, results
+from tools.measured_tables import RATIOS, amount, gpu_tests
+from tools.readme_contents import FIGURES, TABLES, TURNED, WORST
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 
 
@@ -22,6 +24,7 @@ MEASURED = {
     "hardware": {"name": "NVIDIA Test"},
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
     "date": "2026-11-22",
+    "digest": None,
     "records": [
         _record("official_harness_speedup", "all", 1.9, "x", low=1.85, high=1.95, baselines={"PEFT": 0.5}),
         _record("mismatched_weights", "asm fp16", 0, "weights"),
@@ -31,11 +34,11 @@ MEASURED = {
 }
 
 
-def test_the_committed_readme_is_what_the_measurements_give() -> None:
+def test_committed_readme_is_what_the_measurements_give() -> None:
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme()
 
 
-def test_every_measured_headline_stands_in_the_committed_readme() -> None:
+def test_committed_readme_has_every_measured_value() -> None:
     """Read back from the page, not through the generator's own layout."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, tables in TABLES.items():
@@ -55,7 +58,7 @@ def test_every_measured_headline_stands_in_the_committed_readme() -> None:
                 assert cells[record["case"]] == amount(record["value"], unit)
 
 
-def test_a_value_shows_with_its_spread_and_its_baselines(tmp_path: Path) -> None:
+def test_table_shows_spread_and_baselines(tmp_path: Path) -> None:
     page = results(_resources(tmp_path))
     assert "| case | ours | PEFT |" in page
     assert "| all | 1.90x (1.85x to 1.95x) | 0.50x |" in page
@@ -64,19 +67,19 @@ def test_a_value_shows_with_its_spread_and_its_baselines(tmp_path: Path) -> None
     assert "NVIDIA Test, 2026-11-22, torch 2.11.0" in page
 
 
-def test_a_metric_and_a_challenge_without_measurement_say_so(tmp_path: Path) -> None:
+def test_missing_measurements_are_named(tmp_path: Path) -> None:
     page = results(_resources(tmp_path))
     assert "Host time to enqueue one call**: not measured." in page
     assert page.split("### B.")[1].split("###")[0].strip().endswith("Not measured yet.")
 
 
-def test_nothing_measured_at_all_is_no_error(tmp_path: Path) -> None:
+def test_page_without_any_measurement_holds_no_figure(tmp_path: Path) -> None:
     page = readme(tmp_path)
     assert "Not measured yet." in page and "<!--" not in page
     assert not re.search(r"\d\.\d\dx", page)
 
 
-def test_figures_stand_with_their_challenge(tmp_path: Path) -> None:
+def test_figures_are_in_the_section_of_their_challenge(tmp_path: Path) -> None:
     resources = _resources(tmp_path)
     for name in ("a_nf4_bandwidth.png", "a_nf4_new_one.png"):
         (resources / name).write_bytes(b"")
@@ -85,7 +88,7 @@ def test_figures_stand_with_their_challenge(tmp_path: Path) -> None:
     assert f"![{FIGURES['a_nf4_bandwidth']}]({resources.name}/a_nf4_bandwidth.png)" in section
 
 
-def test_many_baselines_are_rows_and_a_figure_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_turned_table_has_a_row_per_candidate_and_figures_may_lie_elsewhere(tmp_path: Path) -> None:
     resources = _resources(tmp_path)
     beside = {"eager": 23.5, "Liger FLCE": 1.23, "Apple CCE": 1.11}
     records = [
@@ -103,8 +106,8 @@ def test_many_baselines_are_rows_and_a_figure_may_lie_elsewhere(tmp_path: Path) 
     assert page.count("q5/llama32_1b_loss_curve.png") == section.count("q5/llama32_1b_loss_curve.png") == 1
 
 
-def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+def test_gpu_tests_list_each_reason_of_a_skip_once(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     skips = [{"test": "t::a", "reason": "needs two GPUs"}, {"test": "t::b", "reason": "needs two GPUs"}]
     path = tmp_path / "gpu_tests.json"
     path.write_text(json.dumps(kept | {"passed": 40, "failed": 0, "skipped": 2, "failures": [], "skips": skips}))
@@ -112,24 +115,31 @@ def test_skips_on_the_gpu_come_with_their_reasons(tmp_path: Path) -> None:
     assert gpu_tests(path).count("- skipped: needs two GPUs") == 1
 
 
-def test_tests_of_another_package_say_so(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+def test_gpu_tests_of_other_code_say_so(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     path = tmp_path / "gpu_tests.json"
     same = code_digest(package_files())
-    for package, ending in ((same, ""), ("another", " The package has changed since.")):
+    for digest, ending in ((same, ""), ("another", " The package has changed since.")):
         counts = {"passed": 4, "failed": 0, "skipped": 0, "failures": [], "skips": []}
-        path.write_text(json.dumps(kept | counts | {"package": package}))
+        path.write_text(json.dumps(kept | counts | {"digest": digest}))
         assert gpu_tests(path).endswith(f"bitsandbytes {MEASURED['versions']['bitsandbytes']}.{ending}")
 
 
-def test_a_failure_on_the_gpu_is_named(tmp_path: Path) -> None:
-    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date")}
+def test_gpu_tests_name_failures(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
     path = tmp_path / "gpu_tests.json"
     path.write_text(json.dumps(kept | {"passed": 4, "failed": 1, "skipped": 0, "failures": ["t::a[x]"], "skips": []}))
     assert gpu_tests(path).endswith("\n\n- failed: `t::a[x]`")
 
 
-def test_check_sees_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_says_what_it_is_of_and_whether_the_tests_passed() -> None:
+    of = {"date": "2026-11-28", "hardware": "NVIDIA Test", "commit": "c0ffee" * 6, "digest": "d"}
+    assert "on 2026-11-28 on an NVIDIA Test, at commit `c0ffeec0ff`." in release(of)
+    assert "make test-slow" not in release(of)
+    assert "`make test-slow` was not run with its code." in release({**of, "tests": "not run"})
+
+
+def test_check_finds_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = readme()
     monkeypatch.setattr(build_readme, "ROOT", tmp_path)
     monkeypatch.setattr(build_readme, "readme", lambda: made)
@@ -140,12 +150,12 @@ def test_check_sees_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.Monk
     assert build_readme.main(["--check"]) == 1
 
 
-def test_the_tables_fit_a_narrow_page(tmp_path: Path) -> None:
+def test_tables_have_at_most_four_columns(tmp_path: Path) -> None:
     rows = [line for line in readme(_resources(tmp_path)).splitlines() if line.startswith("|")]
     assert rows and max(row.count("|") for row in rows) <= 5
 
 
-def test_the_examples_of_library_use_run() -> None:
+def test_library_examples_run() -> None:
     """As they stand, on the CPU; of those that need a real model, imports and names only."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("trl")

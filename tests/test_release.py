@@ -1,13 +1,16 @@
-"""The stamp of the committed notebook: complete, consistent with itself, and the same on every Python."""
+"""Releases: a stamp that is complete and agrees with the notebook, of a run whose code the slow tests passed."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
 from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT
-from tools.release import STAMP, describe, inconsistencies, publish, stamp
+from tools.release import MEASUREMENTS, STAMP, describe, inconsistencies, passed_tests, publish, said_of_tests, stamp
+from unsloth_puzzles.bench.code_digest import code_digest
 
 
 def executed(*sources: str) -> nbformat.NotebookNode:
@@ -15,14 +18,14 @@ def executed(*sources: str) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells)
 
 
-def test_the_committed_notebook_is_a_complete_release() -> None:
+def test_committed_notebook_is_a_complete_release() -> None:
     assert inconsistencies(nbformat.read(ROOT / NOTEBOOK, as_version=4)) == []
 
 
-def test_what_is_wrong_with_a_release_is_named() -> None:
+def test_inconsistencies_name_what_is_wrong() -> None:
     node = executed("%%writefile unsloth_puzzles/a.py\nx = 1", "print(1)")
     assert "metadata must hold 'release'" in inconsistencies(node)[0]
-    stamp(node, commit="c0ffee", date="2026-11-28", hardware="NVIDIA Test")
+    stamp(node, "c0ffee", "2026-11-28", "NVIDIA Test", "not run")
     assert inconsistencies(node) == [] and node.metadata[STAMP]["hardware"] == "NVIDIA Test"
     node.cells[0].source += "  # the number"
     assert inconsistencies(node) == []
@@ -35,24 +38,45 @@ def test_what_is_wrong_with_a_release_is_named() -> None:
     assert any("was not executed" in line for line in inconsistencies(node))
 
 
-def test_a_run_is_published_with_its_resources_or_not_at_all(tmp_path: Path) -> None:
+DIGEST = code_digest({})  # of a notebook that writes no file
+TESTS = {"passed": 7, "skipped": 2, "date": "2026-11-27", "hardware": "CPU"}
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Path, Path]:
+    """A run of a notebook of one cell with what it measured, and a checkout with the record of its tests."""
     run, root = tmp_path / "run", tmp_path / "root"
-    (run / "resources/measurements").mkdir(parents=True)
-    root.mkdir()
-    measured = {"date": "2026-11-28", "hardware": {"name": "NVIDIA Test"}}
-    (run / "resources/measurements/a_nf4.json").write_text(json.dumps(measured))
+    for place in (run, root):
+        (place / MEASUREMENTS).mkdir(parents=True)
+    measured = {"date": "2026-11-28", "hardware": {"name": "NVIDIA Test"}, "digest": DIGEST}
+    (run / MEASUREMENTS / "a_nf4.json").write_text(json.dumps(measured))
+    nbformat.write(executed("print(1)"), run / NOTEBOOK)
+    keep_tests(root)
+    return run, root
+
+
+def keep_tests(root: Path, **changed: object) -> None:
+    kept = {**TESTS, "hardware": {"name": "CPU"}, "failed": 0, "digest": DIGEST, **changed}
+    (root / MEASUREMENTS / "tests.json").write_text(json.dumps(kept))
+
+
+def test_publish_replaces_notebook_resources_and_measurements(places: tuple[Path, Path]) -> None:
+    run, root = places
     (run / "resources/figure.png").write_bytes(b"png")
-    node = executed("print(1)")
-    nbformat.write(node, run / NOTEBOOK)
-    (root / "resources/measurements").mkdir(parents=True)
-    (root / "resources/measurements/c_compile.json").write_text("of another run")
-    (root / "resources/measurements/e_backprop_sweeps.json").write_text("sweeps")
+    (root / MEASUREMENTS / "c_compile.json").write_text("of another run")
+    (root / MEASUREMENTS / "e_backprop_sweeps.json").write_text("sweeps")
     assert publish(run, root) == []
-    kept = sorted(path.name for path in (root / "resources/measurements").iterdir())
-    assert kept == ["a_nf4.json", "e_backprop_sweeps.json"]
+    kept = sorted(path.name for path in (root / MEASUREMENTS).iterdir())
+    assert kept == ["a_nf4.json", "e_backprop_sweeps.json", "tests.json"]
     written = nbformat.read(root / NOTEBOOK, as_version=4)
     assert written.metadata[STAMP]["date"] == "2026-11-28" and inconsistencies(written) == []
+    assert written.metadata[STAMP]["tests"] == TESTS
     assert (root / "resources/figure.png").read_bytes() == b"png"
+
+
+def test_publish_refuses_a_notebook_with_an_error_and_writes_nothing(places: tuple[Path, Path]) -> None:
+    run, root = places
+    node = executed("print(1)")
     node.cells[0].outputs = [nbformat.v4.new_output("error", ename="KeyError", evalue="x", traceback=[])]
     nbformat.write(node, run / NOTEBOOK)
     (root / NOTEBOOK).write_text("as it was")
@@ -60,7 +84,43 @@ def test_a_run_is_published_with_its_resources_or_not_at_all(tmp_path: Path) -> 
     assert (root / NOTEBOOK).read_text() == "as it was"
 
 
-def test_the_release_says_what_it_is_of() -> None:
+@pytest.mark.parametrize("changed", [{"digest": "of other code"}, {"failed": 1}, None])
+def test_publish_needs_a_pass_of_the_slow_tests_with_the_same_code(
+    places: tuple[Path, Path], changed: dict | None
+) -> None:
+    run, root = places
+    if changed is None:
+        (root / MEASUREMENTS / "tests.json").unlink()
+    else:
+        keep_tests(root, **changed)
+    assert passed_tests(DIGEST, root) is None
+    assert publish(run, root) == [
+        "`make test-slow` must pass with the notebook's code first, or it is published with --untested"
+    ]
+    assert not (root / NOTEBOOK).exists()
+    assert publish(run, root, untested=True) == []
+    written = nbformat.read(root / NOTEBOOK, as_version=4)
+    assert written.metadata[STAMP]["tests"] == "not run" and inconsistencies(written) == []
+
+
+def test_publish_refuses_measurements_of_other_code(places: tuple[Path, Path]) -> None:
+    run, root = places
+    path = run / MEASUREMENTS / "a_nf4.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "of other code"}))
+    assert publish(run, root) == ["a_nf4.json was measured with other code"]
+    path.unlink()
+    assert publish(run, root) == [f"nothing was measured in {run}"]
+
+
+def test_stamp_says_whether_the_tests_passed() -> None:
+    assert "passed with its code: 7 tests, 2 skipped (2026-11-27, CPU)" in said_of_tests(TESTS)
+    assert "was not run with its code" in said_of_tests("not run")
+    assert "was not recorded" in said_of_tests(None)
+
+
+def test_describe_says_what_the_release_is_of_and_what_has_changed() -> None:
     of = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]
     said = describe()
     assert of["date"] in said and of["hardware"] in said and of["commit"][:10] in said
+    assert re.search(r"HEAD is .* commits later\. The package's code is (the same|another)\.", said)
+    assert re.search(r"`make test-slow` has (not )?passed with the package's code as it is\.", said)

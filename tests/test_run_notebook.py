@@ -11,10 +11,12 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from PIL import Image, ImageChops
 
 from tools import run_notebook
-from tools.run_notebook import INVISIBLE, LARGEST, PNG, output_text, problems, report, run
+from tools.clean_outputs import INVISIBLE, PNG, smaller
+from tools.outputs import LARGEST, output_text, problems, report
+from tools.run_notebook import run
 
 
-def test_it_runs_in_its_folder_and_the_copy_has_the_outputs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_run_executes_a_copy_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = _notebook(tmp_path, "import os\nprint(sorted(os.listdir()))", "import sys\nprint(sys.executable)")
     folder = tmp_path / "run"
     node = run(source, folder)
@@ -25,7 +27,7 @@ def test_it_runs_in_its_folder_and_the_copy_has_the_outputs(tmp_path: Path, caps
     assert "[  1/2]" in capsys.readouterr().out
 
 
-def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     source = _notebook(tmp_path, "1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "unsloth_puzzles").mkdir()
@@ -33,7 +35,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
         run(source, tmp_path / "run")
 
 
-def test_it_is_given_the_sweeps_and_no_other_measurements(tmp_path: Path) -> None:
+def test_notebook_is_given_sweeps_and_no_other_measurements(tmp_path: Path) -> None:
     measured = tmp_path / "measured"
     measured.mkdir()
     for name in ("e_backprop.json", "e_backprop_sweeps.json"):
@@ -43,7 +45,7 @@ def test_it_is_given_the_sweeps_and_no_other_measurements(tmp_path: Path) -> Non
     assert output_text(node.cells[0]) == "['e_backprop_sweeps.json']\n"
 
 
-def test_an_error_stops_it_and_leaves_the_notebook_as_far_as_it_came(tmp_path: Path) -> None:
+def test_error_stops_the_run_and_writes_the_notebook(tmp_path: Path) -> None:
     source = _notebook(tmp_path, "print('before')", "raise KeyError('absmax')", "print('after')")
     with pytest.raises(CellExecutionError, match="absmax"):
         run(source, tmp_path / "run")
@@ -53,19 +55,19 @@ def test_an_error_stops_it_and_leaves_the_notebook_as_far_as_it_came(tmp_path: P
     assert [line.split(" ")[1] for line in problems(node)] == ["1", "2"]
 
 
-def test_a_cell_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+def test_timeout_stops_a_cell(tmp_path: Path) -> None:
     with pytest.raises(CellTimeoutError):
         run(_notebook(tmp_path, "import time\ntime.sleep(60)"), tmp_path / "run", timeout=2)
 
 
-def test_the_folder_of_the_run_and_the_kernels_version_are_not_kept(tmp_path: Path) -> None:
+def test_outputs_keep_neither_the_folder_nor_the_kernel_version(tmp_path: Path) -> None:
     node = run(_notebook(tmp_path, "import os\nprint(os.getcwd() + '/resources', os.getcwd())"), tmp_path / "run")
     assert output_text(node.cells[0]) == "./resources .\n"
     assert "version" not in node.metadata.get("language_info", {})
     assert "execution" not in node.cells[0].metadata
 
 
-def test_a_path_whose_beginning_is_cut_off_is_not_kept_either(tmp_path: Path) -> None:
+def test_truncated_path_of_the_folder_is_replaced(tmp_path: Path) -> None:
     show = "from IPython.display import Markdown, display\nimport os\nat = os.getcwd()\n"
     node = run(
         _notebook(tmp_path, show + "display(Markdown('| # ' + at[2:] + '/a.py:7 |'))\nprint(at[3:] + '/b')"),
@@ -79,7 +81,7 @@ def channels(encoded: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(encoded))).convert("RGB")
 
 
-def test_figures_keep_their_look_in_fewer_bytes(tmp_path: Path) -> None:
+def test_smaller_png_looks_the_same(tmp_path: Path) -> None:
     draw = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 3, 2])\nplt.savefig('before.png')\nplt.show()"
     node = run(_notebook(tmp_path, "%matplotlib inline", draw), tmp_path / "run")
     (encoded,) = [output.data[PNG] for output in node.cells[1].outputs if PNG in output.get("data", {})]
@@ -87,26 +89,26 @@ def test_figures_keep_their_look_in_fewer_bytes(tmp_path: Path) -> None:
     image = Image.open(BytesIO(base64.b64decode(encoded)))
     image.convert("RGBA").save(raw, "PNG")
     again = base64.b64encode(raw.getvalue()).decode()
-    smaller = run_notebook._smaller(again)
-    changed = ImageChops.difference(channels(again), channels(smaller)).getextrema()
-    assert len(smaller) < len(again) and max(most for _, most in changed) <= INVISIBLE
+    fewer = smaller(again)
+    changed = ImageChops.difference(channels(again), channels(fewer)).getextrema()
+    assert len(fewer) < len(again) and max(most for _, most in changed) <= INVISIBLE
 
 
-def test_a_picture_of_many_colours_keeps_its_pixels() -> None:
+def test_smaller_png_of_many_colours_keeps_its_pixels() -> None:
     """A gradient in two directions, which 256 colours cannot show."""
     image = Image.new("RGB", (200, 200))
     image.putdata([(x, y, (3 * x + 5 * y) % 256) for y in range(200) for x in range(200)])
     raw = BytesIO()
     image.save(raw, "PNG")
-    kept = channels(run_notebook._smaller(base64.b64encode(raw.getvalue()).decode()))
+    kept = channels(smaller(base64.b64encode(raw.getvalue()).decode()))
     assert kept.tobytes() == image.tobytes()
 
 
-def test_a_transparent_figure_stays_transparent() -> None:
+def test_smaller_png_keeps_transparency() -> None:
     raw = BytesIO()
     image = Image.new("RGBA", (8, 8), (10, 20, 30, 40))
     image.save(raw, "PNG")
-    kept = Image.open(BytesIO(base64.b64decode(run_notebook._smaller(base64.b64encode(raw.getvalue()).decode()))))
+    kept = Image.open(BytesIO(base64.b64decode(smaller(base64.b64encode(raw.getvalue()).decode()))))
     assert kept.mode == "RGBA" and kept.tobytes() == image.tobytes()
 
 
@@ -119,20 +121,20 @@ def test_problems_name_machine_paths_and_size(tmp_path: Path) -> None:
     assert "bytes" in problems(node)[0]
 
 
-def test_the_report_is_what_the_tagged_cells_show() -> None:
+def test_report_is_the_output_of_tagged_cells() -> None:
     shown = nbformat.v4.new_output("display_data", data={"text/plain": "<Markdown>", "text/markdown": "| a |"})
     tagged = nbformat.v4.new_code_cell("1", outputs=[shown], metadata={"tags": ["report"]})
     other = nbformat.v4.new_code_cell("2", outputs=[nbformat.v4.new_output("stream", name="stdout", text="no")])
     assert report(nbformat.v4.new_notebook(cells=[tagged, other])) == "| a |\n"
 
 
-def test_a_run_that_needs_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_need_gpu_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_notebook, "gpu_present", lambda: False)
     assert run_notebook.main([str(_notebook(tmp_path, "1")), str(tmp_path / "run"), "--need-gpu"]) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_outside_build_is_never_emptied(tmp_path: Path) -> None:
+def test_folder_outside_build_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
     with pytest.raises(SystemExit):
         run_notebook.main([str(_notebook(tmp_path, "1")), str(tmp_path)])

@@ -1,6 +1,7 @@
 """The committed notebook is a release: its metadata say when, on what and from which code it was executed.
 
     python -m tools.release                    what the committed notebook is of, and how far the code has moved since
+    python -m tools.release tested             exit 0 if `make test-slow` passed with the package's code as it is
     python -m tools.release publish FOLDER     make an executed notebook, and the resources of its run, the release
 
 The package and the cells may change freely between releases.
@@ -17,26 +18,73 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT, build, package_of, text
-from tools.run_notebook import lines_with, problems
-from unsloth_puzzles.bench.code_digest import code_digest
+from tools.build_notebook import PACKAGE, ROOT, package_of, text
+from tools.outputs import lines_with, problems
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.rubric import FILES
 
 STAMP = "release"
-KEYS = ("commit", "date", "digest", "hardware")
+KEYS = {"commit", "date", "digest", "hardware"}
+TESTS = "tests"  # the last key of a stamp, which releases of November 2026 and before lack
+UNTESTED = "not run"
+MEASUREMENTS = Path("resources/measurements")
 
 
-def stamp(node: NotebookNode, *, commit: str, date: str, hardware: str) -> None:
+def publish(folder: Path, root: Path = ROOT, *, untested: bool = False) -> list[str]:
+    """Make the run in `folder` the release under `root`.
+
+    Args:
+        folder: Holds an executed notebook, and the resources of its run.
+        root: The checkout.
+        untested: Publish although `make test-slow` has not passed with this code. The stamp says so.
+
+    Returns:
+        Why the run must not be published, a line each. Then nothing is written.
+    """
+    node = nbformat.read(folder / NOTEBOOK, as_version=4)
+    digest = code_digest(package_of(node))
+    measured = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in _measured(folder)}
+    if not measured:
+        return [f"nothing was measured in {folder}"]
+    found = [f"{name} was measured with other code" for name, one in measured.items() if one["digest"] != digest]
+    tests = UNTESTED if untested else passed_tests(digest, root)
+    if tests is None:
+        found.append("`make test-slow` must pass with the notebook's code first, or it is published with --untested")
+    first = next(iter(measured.values()))
+    stamp(node, _git(root, "rev-parse", "HEAD"), first["date"], first["hardware"]["name"], tests)
+    if found := found + inconsistencies(node):
+        return found
+    (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
+    for name in FILES.values():  # a section that measured nothing must not keep another run's figures
+        (root / MEASUREMENTS / name).unlink(missing_ok=True)
+    shutil.copytree(folder / "resources", root / "resources", dirs_exist_ok=True)
+    return []
+
+
+def stamp(node: NotebookNode, commit: str, date: str, hardware: str, tests: object) -> None:
     """Write into the metadata of an executed notebook what it is a release of."""
-    values = {"commit": commit, "date": date, "digest": code_digest(package_of(node)), "hardware": hardware}
-    node.metadata[STAMP] = values
+    digest = code_digest(package_of(node))
+    node.metadata[STAMP] = {"commit": commit, "date": date, "digest": digest, "hardware": hardware, TESTS: tests}
+
+
+def passed_tests(digest: str, root: Path = ROOT) -> dict[str, object] | None:
+    """What `make test-slow` came to with the code of `digest`; None if it has not passed with it.
+
+    Returns:
+        "passed" and "skipped" (numbers of tests), "date", and "hardware" (its name).
+    """
+    path = root / MEASUREMENTS / "tests.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"digest": ""}
+    if kept["digest"] != digest or kept["failed"]:
+        return None
+    return {name: kept[name] for name in ("passed", "skipped", "date")} | {"hardware": kept["hardware"]["name"]}
 
 
 def inconsistencies(node: NotebookNode) -> list[str]:
     """Why a notebook is not a complete release that agrees with its own stamp, a line each."""
     found = node.metadata.get(STAMP)
-    if not isinstance(found, dict) or sorted(found) != sorted(KEYS):
-        return [f"metadata must hold {STAMP!r} with {', '.join(KEYS)}, got {found!r}"]
+    if not isinstance(found, dict) or found.keys() - {TESTS} != KEYS:
+        return [f"metadata must hold {STAMP!r} with {', '.join(sorted(KEYS))}, got {found!r}"]
     lines = problems(node)
     lines += [f"an experiment failed: {line}" for line in lines_with("FAILED:", node)]
     if found["digest"] != code_digest(package_of(node)):
@@ -44,30 +92,45 @@ def inconsistencies(node: NotebookNode) -> list[str]:
     return lines
 
 
-def publish(folder: Path, root: Path = ROOT) -> list[str]:
-    """Make the run in `folder` the release under `root`; what is wrong with it, and then nothing is written."""
-    node = nbformat.read(folder / NOTEBOOK, as_version=4)
-    measured = json.loads((folder / "resources/measurements/a_nf4.json").read_text(encoding="utf-8"))
-    stamp(node, commit=_git(root, "rev-parse", "HEAD"), date=measured["date"], hardware=measured["hardware"]["name"])
-    if found := inconsistencies(node):
-        return found
-    (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
-    for name in FILES.values():  # a section that measured nothing must not keep another run's figures
-        (root / "resources/measurements" / name).unlink(missing_ok=True)
-    shutil.copytree(folder / "resources", root / "resources", dirs_exist_ok=True)
-    return []
-
-
 def describe(root: Path = ROOT) -> str:
-    """One paragraph: what the committed notebook is of, and how far the code has moved since."""
+    """What the committed notebook is of, and how far the code has moved since, a sentence a line."""
     node = nbformat.read(root / NOTEBOOK, as_version=4)
     if found := inconsistencies(node):
         return "\n".join(["The committed notebook is no release:", *found])
-    of = node.metadata[STAMP]
-    head = f"The committed notebook was executed on {of['date']} on {of['hardware']} at commit {of['commit'][:10]}."
-    same = code_digest(package_of(build(root))) == of["digest"]
+    of, now = node.metadata[STAMP], code_digest(package_files(folder=root / PACKAGE))
     count = _git(root, "rev-list", "--count", f"{of['commit']}..HEAD") or "an unknown number of"
-    return f"{head} The code is {'the same' if same else 'another'} now, {count} commits later."
+    changed = [path for path in (PACKAGE, "notebook", "benchmarks") for path in _changed(root, of["commit"], path)]
+    return "\n".join(
+        [
+            f"The committed notebook was executed on {of['date']} on {of['hardware']} at commit {of['commit'][:10]}.",
+            said_of_tests(of.get(TESTS)),
+            f"HEAD is {count} commits later. The package's code is {'the same' if now == of['digest'] else 'another'}.",
+            f"Files that differ: {', '.join(changed) or 'none'}.",
+            f"`make test-slow` has {'' if passed_tests(now, root) else 'not '}passed with the package's code as it is.",
+        ]
+    )
+
+
+def said_of_tests(tests: object) -> str:
+    """A sentence about the tests of a release, from its stamp."""
+    if tests is None:
+        return "Whether `make test-slow` passed with its code was not recorded."
+    if tests == UNTESTED:
+        return "`make test-slow` was not run with its code."
+    where = f"{tests['date']}, {tests['hardware']}"
+    return f"`make test-slow` passed with its code: {tests['passed']} tests, {tests['skipped']} skipped ({where})."
+
+
+def _measured(folder: Path) -> list[tuple[str, Path]]:
+    """The measurement files of a run, without the sweeps that it was given."""
+    paths = [(name, folder / MEASUREMENTS / name) for name in FILES.values()]
+    return [(name, path) for name, path in paths if path.exists()]
+
+
+def _changed(root: Path, commit: str, folder: str) -> list[str]:
+    """How many files of a folder differ from a commit, as one text, or none."""
+    count = len(_git(root, "diff", "--name-only", commit, "--", folder).splitlines())
+    return [f"{count} in {folder}/"] if count else []
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -81,17 +144,18 @@ def _git(root: Path, *arguments: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The committed notebook as a release.")
-    parser.add_argument("what", nargs="?", choices=("describe", "publish"), default="describe")
+    parser.add_argument("what", nargs="?", choices=("describe", "tested", "publish"), default="describe")
     parser.add_argument("folder", nargs="?", type=Path, help="of an executed notebook, to be published")
+    parser.add_argument("--untested", action="store_true", help="publish what `make test-slow` has not passed with")
     options = parser.parse_args(arguments)
-    if options.what == "describe":
-        print(describe())
-        return 0
-    if options.folder is None:
-        parser.error("publish needs the folder of an executed notebook")
-    if found := publish(options.folder):
-        print("Not fit to be published:", *found, sep="\n  ")
-        return 1
+    if options.what == "tested":
+        return 0 if passed_tests(code_digest(package_files())) else 1
+    if options.what == "publish":
+        if options.folder is None:
+            parser.error("publish needs the folder of an executed notebook")
+        if found := publish(options.folder, untested=options.untested):
+            print("Not fit to be published:", *found, sep="\n  ")
+            return 1
     print(describe())
     return 0
 

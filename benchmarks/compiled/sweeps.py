@@ -26,6 +26,7 @@ from benchmarks.compiled.steps import CANDIDATES, step_ms
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.code_digest import PACKAGE, code_digest, package_files
 from unsloth_puzzles.bench.hardware import Hardware, probe, versions
+from unsloth_puzzles.bench.record import write_json
 
 STEPS = 60
 LONGEST = 1024
@@ -82,7 +83,6 @@ def measure(
     found = json.loads(path.read_text()) if path.exists() else {}
     same = found and _identity(found) == _identity(here)
     content = {**here, "date": datetime.date.today().isoformat(), "runs": found["runs"] if same else {}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     asked = json.loads(json.dumps(runs))
     known = content["runs"]
     lacking = [
@@ -92,7 +92,7 @@ def measure(
         names = lacking[start : start + together]
         for name, result in zip(names, run([runs[name] for name in names]), strict=True):
             known[name] = {**result, "asked": asked[name], "together": len(names)}
-            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            write_json(path, content)
             print(f"{name}: {summary(known[name])}", flush=True)
     return content
 
@@ -128,7 +128,19 @@ def run(group: list[dict]) -> Iterator[dict]:
             if process.returncode or not out.exists():
                 yield {"error": (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1]}
             else:
-                yield json.loads(out.read_text())
+                yield _finite(out.read_text())
+
+
+def _finite(text: str) -> dict:
+    """The results in a run's file; {"error": why} where one is NaN or infinite, which no record may hold."""
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"results must be finite, got {number}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 def _start(settings: dict, place: Path, together: int) -> subprocess.Popen:

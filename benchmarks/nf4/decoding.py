@@ -96,7 +96,7 @@ def _candidates(shape: tuple[int, int], rows: int, hardware: Hardware) -> dict[s
     packed, state = _quantised(shape, hardware)
     bytes_per_set = packed.numel() + rows * (in_features + out_features) * dtype.itemsize
     ours, theirs = [], []
-    for _ in range(rotations(bytes_per_set, hardware)):
+    for _ in range(rotations(bytes_per_set, hardware.l2_bytes)):
         x = torch.randn(rows, in_features, device=device, dtype=dtype)
         weight = (packed.clone(), copy.deepcopy(state))
         ours.append(_closed(nf4_linear, x, *weight))

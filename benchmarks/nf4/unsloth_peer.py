@@ -68,7 +68,7 @@ def main(shapes, rounds: int) -> None:
     found = {"version": unsloth.__version__, "device_us": {}, "enqueue_us": {}}
     for rows, columns, dtype in shapes:
         weights = rows * columns
-        sets = timing.rotations(bytes_per_weight(getattr(torch, dtype)) * weights, hardware)
+        sets = timing.rotations(bytes_per_weight(getattr(torch, dtype)) * weights, hardware.l2_bytes)
         layers = [make_layer(rows, columns, getattr(torch, dtype), "cuda") for _ in range(sets)]
         timings = timing.device_time({name: calls(f, layers) for name, f in candidates.items()})
         found["device_us"][f"{rows}x{columns} {dtype}"] = _rows(timings)

@@ -42,6 +42,6 @@ def untried(monkeypatch):
     """Every function is new again: its first call is checked."""
     from weakref import WeakKeyDictionary
 
-    from unsloth_puzzles.backprop import checks
+    from unsloth_puzzles.backprop import trust
 
-    monkeypatch.setattr(checks, "_tried", WeakKeyDictionary())
+    monkeypatch.setattr(trust, "_tried", WeakKeyDictionary())

@@ -80,5 +80,5 @@ def test_adapters_that_keep_the_models_own_forward_are_refused():
     model = LlamaForCausalLM(tiny_llama_config(VOCABULARY))
     adapter = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
     adapted = peft.get_peft_model(model, adapter)
-    with pytest.raises(ValueError, match="AdaptionPromptModel calls the forward that it found when it was made; patch"):
+    with pytest.raises(ValueError, match="must be patched before it is wrapped, got an adapter AdaptionPromptModel"):
         use_memory_efficient_loss(adapted)

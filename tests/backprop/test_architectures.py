@@ -23,8 +23,8 @@ recurrent_gemma rembert roberta roberta-prelayernorm roformer xlm-roberta xlm-ro
 """
 FOLLOWED = _FOLLOWED.split()
 REFUSED = {
-    **dict.fromkeys(_MORE_THAN_A_HEAD.split(), "does more between backbone, head and loss than"),
-    **dict.fromkeys(("blenderbot-small", "xlnet"), "must be the cross entropy of its logits and next labels alone"),
+    **dict.fromkeys(_MORE_THAN_A_HEAD.split(), "must do no more between backbone, head and loss than"),
+    **dict.fromkeys(("blenderbot-small", "xlnet"), "must have the cross entropy of its logits"),
     "llama4_text": "a head on its backbone, got Llama4ForCausalLM",
 }
 # One of each way to be different: caps, scales, experts, states instead of attention, parts called, biases.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.backprop.reference import draw, draw_labels, eager, make_linear, relative, upcast
-from unsloth_puzzles.backprop import function as backprop_function
+from unsloth_puzzles.backprop import compiled as compiled_module
 from unsloth_puzzles.backprop import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.scale import narrow_in_place, scale_in_place
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture
 def untuned(monkeypatch):
     """Compiled with the first block sizes that Inductor thinks of: what is tuned is the time alone."""
-    monkeypatch.setattr(backprop_function, "_TUNING", ())
+    monkeypatch.setattr(compiled_module, "_TUNING", ())
 
 
 @pytest.fixture(autouse=True)
@@ -278,4 +278,4 @@ def test_labels_out_of_range_fail_an_assertion_on_the_device():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
-    assert "labels: need 0 to 15, or ignore_index (-100)" in done.stdout + done.stderr
+    assert "labels must be 0 to 15, or ignore_index (-100)" in done.stdout + done.stderr

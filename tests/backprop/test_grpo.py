@@ -303,14 +303,14 @@ def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):
             output.logits = 1.1 * output.logits
             return output
 
-    with pytest.raises(ValueError, match="Scaled does more between backbone, head and loss than"):
+    with pytest.raises(ValueError, match="must do no more between backbone, head and loss than"):
         trainer_of(Ours, Scaled(tiny_llama_config(VOCAB)), folder)
     with monkeypatch.context() as patched:
         patched.setattr(transformers.TrainingArguments, "n_gpu", 2)
         with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
             trainer_of(Ours, llama(), folder)
     monkeypatch.setattr(grpo.trl, "__version__", "1.17.0")
-    with pytest.raises(RuntimeError, match=r"trl: got 1\.17\.0, need 1\.16"):
+    with pytest.raises(RuntimeError, match=r"trl must be 1\.16, got 1\.17\.0"):
         trainer_of(Ours, llama(), folder)
 
 

@@ -113,7 +113,7 @@ def test_between_forward_and_backward_only_what_was_kept_is_alive(data, keep):
             x.detach().float().requires_grad_(), head, labels, losses.token_log_probs,
             reduction="none", chunk_size=CHUNK, keep_logits=keep,
         )  # fmt: skip
-    alive = loss.grad_fn.kept
-    assert (alive is None) == (keep == 0)
+    kept = loss.grad_fn.kept
+    assert (kept.head is None) == (keep == 0) == (not kept.chunks)
     loss.sum().backward()
-    assert loss.grad_fn is None or loss.grad_fn.kept is None
+    assert kept.head is None and not kept.chunks

@@ -299,7 +299,7 @@ def test_dpo(label_smoothing):
     ],
 )
 def test_bad_input_is_named(call, named):
-    with pytest.raises(ValueError, match=f"^{named}: needs"):
+    with pytest.raises(ValueError, match=f"^{named} must "):
         call(draw(10, VOCABULARY), draw_labels(10))
 
 

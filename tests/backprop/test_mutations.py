@@ -14,28 +14,31 @@ from tests.mutants import (
 )
 
 MEAN, ROWS = (f"test_linear.py::test_unchecked[{name}]" for name in ("mean", "rows"))
-COUNT = "count = (labels != self.plan.ignore_index).sum()"
+COUNT = "count = (labels != call.options.ignore_index).sum()"
 MUTATIONS = {
     "gradient times the number of chunks": mutation(
-        "work.py", "torch.where(nothing, 0, boost / count)", "boost / count * len(self.spans)", MEAN
+        "additive.py", "torch.where(nothing, 0, boost / count)", "boost / count * len(call.spans)", MEAN
     ),
     "mean of the chunks' means": Mutation(
         (
-            ("function.py", "return (labels != self.ignore_index).sum() if", "return torch.ones(()) if"),
-            ("work.py", COUNT, "count = torch.tensor(8.0 * len(self.spans))"),  # pieces are eighths of a chunk
+            ("arguments.py", "return (labels != self.ignore_index).sum() if", "return torch.ones(()) if"),
+            ("additive.py", COUNT, "count = torch.tensor(8.0 * len(call.spans))"),  # pieces are eighths of a chunk
         ),
         MEAN,
     ),
     "chunks weighted by their rows": mutation(
-        "function.py", "return (labels != self.ignore_index).sum() if", "return (labels == labels).sum() if", MEAN
+        "arguments.py", "return (labels != self.ignore_index).sum() if", "return (labels == labels).sum() if", MEAN
     ),
-    "upstream ignored": mutation("linear.py", "upstream[0] * rescale", "rescale", MEAN),
+    "upstream ignored": mutation("linear.py", "upstream * factor", "factor", MEAN),
     "upstream of rows ignored": mutation(
-        "work.py", "None if u is None else u[start:stop]", "None if u is None else torch.ones_like(u[start:stop])", ROWS
+        "rowwise.py",
+        "None if u is None else u[start:stop]",
+        "None if u is None else torch.ones_like(u[start:stop])",
+        ROWS,
     ),
-    "ignored labels counted": mutation("work.py", COUNT, "count = torch.tensor(labels.numel())", MEAN),
+    "ignored labels counted": mutation("additive.py", COUNT, "count = torch.tensor(labels.numel())", MEAN),
     "last ragged chunk dropped": mutation(
-        "work.py", "range(0, len(self.x), rows)", "range(0, len(self.x) - rows + 1, rows)", MEAN
+        "chunks.py", "range(0, len(x), rows)", "range(0, len(x) - rows + 1, rows)", MEAN
     ),
     "dW for a frozen head": mutation(
         "linear.py",
@@ -45,16 +48,16 @@ MUTATIONS = {
     ),
     "dW of the last chunk only": mutation("sums.py", "first = self.total is None", "first = True", MEAN),
     "saved gradients scaled though the graph is kept": mutation(
-        "linear.py", "g.clone() if again else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
+        "linear.py", "g.clone() if retained else g", "g.data", "test_linear.py::test_a_second_backward[mean]"
     ),
     "0/0 of a chunk without labels": mutation(
-        "function.py",
+        "eager.py",
         "return gradients if weight is None else",
         "return gradients if True else",
         "test_linear.py::test_a_chunk_without_labels_in_a_mean_that_divides_by_their_number[logits]",
     ),
     "0/0 of a chunk without labels, projected by the function": mutation(
-        "work.py",
+        "additive.py",
         "live = None if weight is None else weight > 0",
         "live = None",
         "test_linear.py::test_a_chunk_without_labels_in_a_mean_that_divides_by_their_number[linear]",
@@ -66,14 +69,14 @@ MUTATIONS = {
         "test_arguments.py::test_a_shared_weight_that_the_function_projects_with[sum]",
     ),
     "row arguments' gradients in the wrong rows": mutation(
-        "function.py",
+        "eager.py",
         "add(start, gradients[1:])",
         "add(0, gradients[1:])",
         "test_arguments.py::test_gradients_of_row_and_shared_arguments[sum-logits]",
     ),
     "a gradient without a power of two": mutation(
-        "work.py",
-        "if self.dtype == torch.float16 else",
+        "additive.py",
+        "if call.dtype == torch.float16 else",
         "if False else",
         "test_dtypes.py::test_float16_gradients_of_a_mean_do_not_underflow[mean-False]",
     ),
@@ -96,19 +99,19 @@ MUTATIONS = {
         "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[dropout in the function, none]",
     ),
     "numbers of the head drawn again over kept logits": mutation(
-        "work.py",
-        'at(i if kept is None else (i, "kept"))',
+        "rowwise.py",
+        'at(i if chunk is None else (i, "kept"))',
         "at(i)",
         "test_random.py::test_gradients_belong_to_the_numbers_of_the_forward[both, kept]",
     ),
     "a lost gradient": mutation(
-        "checks.py",
+        "results.py",
         "if leaf is not None and not any(",
         "if False and not any(",
         "test_bad_input.py::test_a_gradient_that_no_argument_could_bring_is_refused[sum-linear]",
     ),
     "functions of one code taken for one": mutation(
-        "checks.py",
+        "trust.py",
         "*(_identity(value, depth) for value in held))",
         ")",
         "test_bad_input.py::test_functions_of_one_code_are_told_apart_by_what_they_hold",
@@ -126,7 +129,7 @@ MUTATIONS = {
         "test_scale.py::test_narrowed_in_its_own_memory",
     ),
     "whole logits": mutation(
-        "work.py", "self.spans = [", "rows = len(self.x)\n        self.spans = [",
+        "chunks.py", "    return [(start, min", "    rows = len(x)\n    return [(start, min",
         "test_memory.py::test_no_tensor_is_larger_than_a_chunk_of_logits[sum]",
     ),
 }  # fmt: skip

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from unsloth_puzzles.bench.ceilings import copy_kernel
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES
-from unsloth_puzzles.bench.hardware import copy_kernel
 
 
 @triton.jit

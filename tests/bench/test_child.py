@@ -40,20 +40,20 @@ def wait_for(condition, seconds: float = 10.0) -> bool:
     return condition()
 
 
-def test_output_is_shown_as_it_comes_and_returned(module):
+def test_run_shows_and_returns_output(module):
     shown = []
     name = module("import sys; print(sys.argv[1:], __name__); print('error', file=sys.stderr)")
     assert run(name, "a", "b c", timeout=60, show=shown.append) == ["['a', 'b c'] __main__", "error"]
     assert shown == ["['a', 'b c'] __main__", "error"]
 
 
-def test_a_failure_names_the_last_line_and_keeps_the_output(module):
+def test_failure_has_the_last_line_and_the_output(module):
     with pytest.raises(ChildError, match=r"ended with status 1: ValueError: no such thing") as caught:
         run(module("print('before'); raise ValueError('no such thing')"), timeout=60, show=None)
     assert "before" in caught.value.output and "Traceback" in caught.value.output
 
 
-def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(module):
+def test_timeout_ends_the_process_tree(module):
     name = module(
         """
         import subprocess, sys, time
@@ -69,7 +69,7 @@ def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(module)
     assert wait_for(lambda: not is_alive(int(lines[0])))
 
 
-def test_an_end_is_not_waited_for_where_a_grandchild_holds_the_output_open(module):
+def test_run_does_not_wait_for_a_grandchild_that_holds_the_pipe(module):
     name = module(
         """
         import subprocess, sys
@@ -81,13 +81,13 @@ def test_an_end_is_not_waited_for_where_a_grandchild_holds_the_output_open(modul
     assert time.monotonic() - began < 20 and wait_for(lambda: not is_alive(int(pid)))
 
 
-def test_a_silent_process_is_said_to_be_at_work(module):
+def test_silent_process_reports_progress(module):
     shown = []
     run(module("import time; time.sleep(2)"), timeout=60, show=shown.append, quiet_seconds=0.5)
     assert shown and all("at work for" in line for line in shown)
 
 
-def test_every_process_is_ended_by_an_interrupt_of_another_thread(module):
+def test_end_all_ends_processes_of_other_threads(module):
     name = module("import os, time; print(os.getpid()); time.sleep(60)")
     pids, errors = [], []
 
@@ -105,17 +105,17 @@ def test_every_process_is_ended_by_an_interrupt_of_another_thread(module):
     assert not thread.is_alive() and len(errors) == 1 and not is_alive(int(pids[0]))
 
 
-def test_it_imports_from_where_its_parent_does(module):
+def test_child_imports_from_where_its_parent_does(module):
     module("VALUE = 7", "another_module")
     assert run(module("import another_module; print(another_module.VALUE)"), timeout=60, show=None) == ["7"]
 
 
-def test_a_program_may_run_the_command(module):
+def test_command_can_run_under_a_program(module):
     name = module("import os; print(os.environ['GIVEN'])")
     assert run(name, timeout=60, show=None, under=["/usr/bin/env", "GIVEN=yes"]) == ["yes"]
 
 
-def test_the_share_of_the_gpu_is_passed_on_and_applied(module, monkeypatch):
+def test_gpu_share_is_passed_on_and_applied(module, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

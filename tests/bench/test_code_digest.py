@@ -20,7 +20,7 @@ lines"""
 DIGEST = "a239af2fd4e72a01d7c472c6d9fae11f401502d40b7f474feb6df4975256a463"
 
 
-def test_the_digest_is_the_same_on_every_python() -> None:
+def test_digest_is_the_same_on_every_python() -> None:
     assert code_digest({"a.py": SOURCE}) == DIGEST
 
 
@@ -34,7 +34,7 @@ def test_the_digest_is_the_same_on_every_python() -> None:
         SOURCE.replace("    return", "        return"),
     ],
 )
-def test_comments_and_layout_do_not_count(other: str) -> None:
+def test_digest_ignores_comments_and_layout(other: str) -> None:
     assert other != SOURCE and code_digest({"a.py": other}) == DIGEST
 
 
@@ -49,21 +49,21 @@ def test_comments_and_layout_do_not_count(other: str) -> None:
         SOURCE.replace("float", "int"),
     ],
 )
-def test_code_and_texts_count(other: str) -> None:
+def test_digest_includes_code_and_texts(other: str) -> None:
     assert other != SOURCE and code_digest({"a.py": other}) != DIGEST
 
 
-def test_names_of_files_count() -> None:
+def test_digest_includes_file_names() -> None:
     assert code_digest({"b.py": SOURCE}) != DIGEST
     assert code_digest({"a.py": "x\n", "b.py": "y\n"}) != code_digest({"a.py": "y\n", "b.py": "x\n"})
 
 
-def test_blocks_count() -> None:
+def test_digest_includes_indentation_of_blocks() -> None:
     one, other = "if a:\n    b()\nc()\n", "if a:\n    b()\n    c()\n"
     assert code_digest({"a.py": one}) != code_digest({"a.py": other})
 
 
-def test_files_are_named_from_the_packages_parent_on(tmp_path: Path) -> None:
+def test_package_files_are_named_from_the_parent_on(tmp_path: Path) -> None:
     (tmp_path / "pack" / "part").mkdir(parents=True)
     (tmp_path / "pack" / "part" / "a.py").write_text("x = 1\n")
     (tmp_path / "pack" / "note.txt").write_text("no code")

@@ -21,7 +21,7 @@ def shell(monkeypatch):
     return made
 
 
-def test_an_error_is_said_and_recorded_and_the_next_cell_runs(shell, capsys):
+def test_error_is_printed_and_recorded_and_the_next_cell_runs(shell, capsys):
     done = shell.run_cell("import math\ntable = {}\ntable['bare products'] += 1\nprint('not reached')")
     assert done.success  # so that "Run all" goes on
     said = capsys.readouterr().out
@@ -32,18 +32,18 @@ def test_an_error_is_said_and_recorded_and_the_next_cell_runs(shell, capsys):
     assert shell.run_cell("print('the next')").success and "the next" in capsys.readouterr().out
 
 
-def test_what_a_failed_cell_had_made_is_forgotten_and_what_was_there_stays(shell):
+def test_failed_cell_loses_its_new_names_only(shell):
     shell.run_cell("kept = [1]")
     shell.run_cell("half = object()\nkept.append(2)\n1 / 0")
     assert "half" not in shell.user_ns and shell.user_ns["kept"] == [1, 2]
 
 
-def test_imports_and_definitions_of_a_failed_cell_stay(shell):
+def test_failed_cell_keeps_imports_and_definitions(shell):
     shell.run_cell("import json\nfrom math import sqrt\ndef f(): return 1\nclass A: pass\n1 / 0")
     assert shell.run_cell("json.dumps(f() + sqrt(4)), A()").success and len(experiments.failures) == 1
 
 
-def test_memory_that_a_failed_cell_held_is_freed(shell):
+def test_failed_cell_frees_its_memory(shell):
     """Also what a function's frame held, which a traceback would keep."""
     shell.run_cell(
         "import weakref, torch\n"
@@ -58,33 +58,33 @@ def test_memory_that_a_failed_cell_held_is_freed(shell):
     assert experiments.failures[0][1].startswith("OutOfMemoryError: out of memory")
 
 
-def test_an_interrupt_stops_the_notebook_and_ends_processes(shell, monkeypatch, capsys):
+def test_interrupt_stops_the_notebook_and_ends_processes(shell, monkeypatch, capsys):
     ended = []
     monkeypatch.setattr(child, "end_all", lambda: ended.append(True))
     done = shell.run_cell("raise KeyboardInterrupt")
     assert not done.success and ended == [True] and experiments.failures == []
 
 
-def test_a_cell_that_is_silent_says_that_it_is_at_work(shell, capsys):
+def test_silent_cell_reports_progress(shell, capsys):
     shell.run_cell("import time\ntime.sleep(0.7)")
     assert "... at work for" in capsys.readouterr().out
     shell.run_cell("time.sleep(0.01)")
     assert capsys.readouterr().out == ""
 
 
-def test_watching_twice_is_watching_once(shell, capsys):
+def test_second_watch_changes_nothing(shell, capsys):
     experiments.watch()
     shell.run_cell("1 / 0")
     assert capsys.readouterr().out.count("FAILED") == 1 and len(experiments.failures) == 1
 
 
-def test_without_ipython_it_is_refused(monkeypatch):
+def test_watch_is_refused_without_ipython(monkeypatch):
     monkeypatch.setattr("IPython.get_ipython", lambda: None)
-    with pytest.raises(RuntimeError, match="needs an IPython shell"):
+    with pytest.raises(RuntimeError, match="must be called in an IPython shell"):
         experiments.watch()
 
 
-def test_judge_records_the_share_and_names_what_failed(tmp_path, capsys):
+def test_judge_records_the_share_and_prints_failures(tmp_path, capsys):
     results = Measurements(tmp_path / "x.json", MACHINE)
     experiments.judge(results, "all well", {"a": True, "b": True})
     experiments.judge(results, "one bad", {"a": True, "b": False, "c": math.nan == math.nan, "d": True})
@@ -94,17 +94,17 @@ def test_judge_records_the_share_and_names_what_failed(tmp_path, capsys):
     assert "one bad: 2 of 4 checks passed\n  FAILED: b\n  FAILED: c\n" in said
 
 
-def test_no_checks_are_no_pass(tmp_path):
+def test_judge_without_checks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="checks must not be empty"):
         experiments.judge(Measurements(tmp_path / "x.json", MACHINE), "nothing", {})
 
 
-def test_a_run_without_failures_says_so(monkeypatch):
+def test_report_without_failures_says_so(monkeypatch):
     monkeypatch.setattr(experiments, "failures", [])
     assert experiments.report() == "Experiments that failed: none."
 
 
-def test_a_failure_that_a_cell_survives_is_listed_too(monkeypatch, capsys):
+def test_failed_prints_and_records_a_reason(monkeypatch, capsys):
     monkeypatch.setattr(experiments, "failures", [])
     experiments.failed("full, ours", ValueError("losses must be finite\nsecond line"))
     experiments.failed("full, standard", "out of memory")

@@ -1,3 +1,5 @@
+"""The probe of the machine, and its limits in a rehearsal."""
+
 import warnings
 from importlib import metadata
 from types import SimpleNamespace
@@ -7,7 +9,8 @@ import torch
 
 from unsloth_puzzles import device
 from unsloth_puzzles.bench import hardware
-from unsloth_puzzles.bench.hardware import Hardware, MeasuringError, copy_kernel, probe, versions
+from unsloth_puzzles.bench.ceilings import copy_kernel
+from unsloth_puzzles.bench.hardware import Hardware, MeasuringError, probe, versions
 
 
 def machine(**changes) -> Hardware:
@@ -31,7 +34,7 @@ def plugged_in(monkeypatch):
     return properties, fractions
 
 
-def test_probe_reports_the_gpu(plugged_in):
+def test_probe_reports_the_gpu_that_is_there(plugged_in):
     found = probe(measure=False)
     assert (found.name, found.device, found.sm, found.count) == ("NVIDIA Test", "cuda", 90, 4)
     assert (found.memory_gib, found.multiprocessors, found.l2_bytes) == (140.0, 132, 2**26)
@@ -40,12 +43,12 @@ def test_probe_reports_the_gpu(plugged_in):
 
 
 @pytest.mark.parametrize(("major", "minor", "native"), [(7, 5, False), (8, 0, True), (12, 0, True)])
-def test_native_bf16_begins_with_sm_80(plugged_in, major, minor, native):
+def test_bf16_is_native_from_sm_80_on(plugged_in, major, minor, native):
     plugged_in[0].major, plugged_in[0].minor = major, minor
     assert probe(measure=False).bf16 is native
 
 
-def test_rehearsal_takes_away_what_a_t4_lacks(plugged_in, monkeypatch):
+def test_rehearsal_limits_memory_count_and_bf16(plugged_in, monkeypatch):
     monkeypatch.setenv(device.REHEARSAL, "T4")
     found = probe(measure=False)
     assert (found.count, found.memory_gib, found.bf16, found.rehearsal) == (1, 14.5, False, True)
@@ -53,19 +56,19 @@ def test_rehearsal_takes_away_what_a_t4_lacks(plugged_in, monkeypatch):
     assert "REHEARSING A T4" in found.describe()
 
 
-def test_rehearsal_on_a_smaller_gpu_leaves_its_memory_alone(plugged_in, monkeypatch):
+def test_rehearsal_on_a_smaller_gpu_sets_no_memory_limit(plugged_in, monkeypatch):
     monkeypatch.setenv(device.REHEARSAL, "T4")
     plugged_in[0].total_memory = 12 * 2**30
     assert (probe(measure=False).memory_gib, plugged_in[1]) == (12.0, [])
 
 
-def test_only_a_t4_can_be_rehearsed(monkeypatch):
+def test_rehearsal_of_another_gpu_is_refused(monkeypatch):
     monkeypatch.setenv(device.REHEARSAL, "H100")
     with pytest.raises(ValueError, match="must be 'T4' or empty, got 'H100'"):
         probe(measure=False)
 
 
-def test_measuring_fills_in_the_ceilings_and_bf16_only_where_native(plugged_in, monkeypatch):
+def test_probe_measures_bf16_only_where_native(plugged_in, monkeypatch):
     monkeypatch.setattr(hardware, "measure_copy_bandwidth", lambda: 4e12)
     monkeypatch.setattr(hardware, "measure_matmul_flops", lambda bf16: {"float16": 8e14, "bf16 asked": bf16})
     assert (probe().copy_bandwidth, probe().matmul_flops) == (4e12, {"float16": 8e14, "bf16 asked": True})
@@ -80,7 +83,7 @@ def test_probe_without_a_gpu(monkeypatch):
     assert (found.copy_bandwidth, found.matmul_flops) == (None, {})
 
 
-def test_copy_fraction_and_its_warning_above_one():
+def test_copy_fraction_warns_above_one():
     fast = machine(copy_bandwidth=4e12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -88,16 +91,16 @@ def test_copy_fraction_and_its_warning_above_one():
         assert machine().copy_fraction(2e6, 1.0) is None
     with pytest.warns(MeasuringError, match=r"MEASURING ERROR: 150\.0%"):
         assert fast.copy_fraction(6e6, 1.0) == pytest.approx(1.5)
-    with pytest.raises(ValueError, match="microseconds: got 0"):
+    with pytest.raises(ValueError, match="microseconds must be a positive time, got 0"):
         fast.copy_fraction(1, 0)
 
 
-def test_describe_names_what_was_measured():
+def test_describe_includes_measured_rates():
     text = machine(count=2, copy_bandwidth=4.25e12, matmul_flops={"float16": 7.9e14}).describe()
     assert text == "test x 2, sm_90, 8.0 GiB, bf16, copies 4.25 TB/s, float16 matmul 790 TFLOP/s"
 
 
-def test_versions_name_what_is_missing(monkeypatch):
+def test_versions_of_missing_packages_are_none(monkeypatch):
     def version(package):
         if package == "peft":
             raise metadata.PackageNotFoundError(package)
@@ -110,7 +113,7 @@ def test_versions_name_what_is_missing(monkeypatch):
     assert (found["triton"], found["peft"], found["torch"]) == ("triton 1.0", None, torch.__version__)
 
 
-def test_copy_kernel_copies_an_odd_length_and_no_more():
+def test_copy_kernel_copies_an_odd_length_exactly():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.arange(1, 385, dtype=torch.int32, device=device)
     target = torch.full_like(source, -1)
@@ -119,7 +122,7 @@ def test_copy_kernel_copies_an_odd_length_and_no_more():
 
 
 @pytest.mark.gpu
-def test_ceilings_are_measured():
+def test_probe_measures_bandwidth_and_rates():
     found = probe()
     assert found.copy_bandwidth > 1e10
     assert set(found.matmul_flops) == {"float32", "float16"} | ({"bfloat16"} if found.bf16 else set())

@@ -1,3 +1,5 @@
+"""Peak memory and allocator requests of a call."""
+
 import pytest
 import torch
 
@@ -14,26 +16,26 @@ def keep_two_of_seven_mib(device):
     return kept, torch.empty(1 * MIB, dtype=torch.uint8, device=device).numel()
 
 
-def test_peak_counts_what_is_alive_together_on_the_cpu(monkeypatch):
+def test_peak_memory_on_the_cpu_is_of_what_is_alive_together(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (kept, numel), extra = peak_memory(lambda: keep_two_of_seven_mib("cpu"))
     assert (kept.numel(), numel, extra) == (2 * MIB, MIB, 7 * MIB)
 
 
-def test_what_was_there_before_does_not_count(monkeypatch):
+def test_peak_memory_excludes_what_was_there_before(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = torch.empty(9 * MIB, dtype=torch.uint8)
     assert peak_memory(lambda: before.numel()) == (9 * MIB, 0)
 
 
-def test_allocations_need_a_gpu(monkeypatch):
+def test_allocations_are_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="no CUDA device"):
+    with pytest.raises(RuntimeError, match="must be counted on a CUDA device, got none"):
         allocations(lambda: None)
     assert highest_since_restart() is None
 
 
-def test_a_measured_call_does_not_hide_the_peak_before_it(monkeypatch):
+def test_peak_memory_does_not_hide_the_peak_before_it(monkeypatch):
     """The statistics are read before they are reset, here of an allocator that only has statistics."""
     peak, in_use = 700, 100
 
@@ -58,13 +60,13 @@ def test_a_measured_call_does_not_hide_the_peak_before_it(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_peak_on_the_gpu():
+def test_peak_memory_on_the_gpu():
     (kept, _), extra = peak_memory(lambda: keep_two_of_seven_mib("cuda"))
     assert (kept.numel(), extra) == (2 * MIB, 7 * MIB)
 
 
 @pytest.mark.gpu
-def test_allocations_count_requests_even_of_cached_memory():
+def test_allocations_include_requests_for_cached_memory():
     keep_two_of_seven_mib("cuda")
     assert allocations(lambda: keep_two_of_seven_mib("cuda")) == 3
     assert allocations(lambda: None) == 0

@@ -1,9 +1,12 @@
+"""The JSON files of measurements: their form, what is refused, and that a file is written whole or not at all."""
+
 import json
 import os
 
 import numpy
 import pytest
 
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 
@@ -15,12 +18,13 @@ def measurements(tmp_path) -> Measurements:
     return Measurements(tmp_path / "folder" / "a.json", MACHINE)
 
 
-def test_the_file_has_the_agreed_form(measurements):
+def test_saved_file_has_provenance_and_records(measurements):
     measurements.add("speedup", "2048x8192 fp16", 1.9, "x", low=1.8, high=2.0, baselines={"bnb": 1.0})
     measurements.add("mismatched_weights", "fp16", numpy.int64(0), "weights")
     content = json.loads(measurements.save().read_text())
-    assert list(content) == ["hardware", "versions", "date", "records"]
+    assert list(content) == ["hardware", "versions", "date", "digest", "records"]
     assert content["hardware"]["name"] == "test" and content["hardware"]["copy_bandwidth"] == 1e12
+    assert content["digest"] == code_digest(package_files())
     assert "torch" in content["versions"] and len(content["date"]) == len("2026-01-31")
     assert content["records"] == [
         {
@@ -44,7 +48,7 @@ def test_the_file_has_the_agreed_form(measurements):
     ]
 
 
-def test_load_gives_back_what_was_saved_and_saves_the_same_bytes(measurements):
+def test_load_and_save_round_trip_to_the_same_bytes(measurements):
     measurements.add("time", "one", 1.5, "us", low=1, high=2, baselines={"other": 3})
     path = measurements.save()
     text = path.read_text()
@@ -54,7 +58,7 @@ def test_load_gives_back_what_was_saved_and_saves_the_same_bytes(measurements):
     assert path.read_text() == text
 
 
-def test_find(measurements):
+def test_find_selects_by_metric_and_case(measurements):
     for metric, case in (("a", "1"), ("a", "2"), ("b", "1")):
         measurements.add(metric, case, 1, "x")
     assert [found["case"] for found in measurements.find("a")] == ["1", "2"]
@@ -64,9 +68,9 @@ def test_find(measurements):
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("field", ["value", "low", "high", "baselines"])
-def test_only_finite_numbers(measurements, field, wrong):
+def test_numbers_that_are_not_finite_are_refused(measurements, field, wrong):
     fields = {"value": 1.0, field: {"other": wrong} if field == "baselines" else wrong}
-    with pytest.raises(ValueError, match=f"{field}.*: got {wrong}, need a finite number"):
+    with pytest.raises(ValueError, match=f"{field}.* must be a finite number, got {wrong}"):
         measurements.add("a", "1", unit="x", **fields)
     assert measurements.records == []
 
@@ -75,17 +79,17 @@ def test_bad_fields_are_refused(measurements):
     measurements.add("a", "1", 1, "x")
     with pytest.raises(ValueError, match="second time"):
         measurements.add("a", "1", 2, "x")
-    with pytest.raises(TypeError, match="value: got '2', need a number"):
+    with pytest.raises(TypeError, match="value must be a number, got '2'"):
         measurements.add("a", "2", "2", "x")
-    with pytest.raises(TypeError, match="unit: got ''"):
+    with pytest.raises(TypeError, match="unit must be a text that is not empty, got ''"):
         measurements.add("a", "2", 2, "")
-    with pytest.raises(ValueError, match=r"low: got 3\.0, need at most high, 1\.0"):
+    with pytest.raises(ValueError, match=r"low must be at most high, 1\.0, got 3\.0"):
         measurements.add("a", "2", 2, "x", low=3.0, high=1.0)
     assert len(measurements.records) == 1
 
 
 @pytest.mark.parametrize("change", ["extra file key", "missing file key", "extra key", "missing key", "twice", "NaN"])
-def test_load_refuses_files_of_another_form(measurements, change):
+def test_load_refuses_other_keys_and_bad_records(measurements, change):
     measurements.add("a", "1", 1, "x")
     path = measurements.save()
     content = json.loads(path.read_text())
@@ -103,11 +107,11 @@ def test_load_refuses_files_of_another_form(measurements, change):
     else:
         record["value"] = float("nan")
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"need (exactly|each pair once|a finite)"):
+    with pytest.raises(ValueError, match=r"must (have exactly|be a new pair|be a finite)"):
         Measurements.load(path)
 
 
-def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(measurements, monkeypatch):
+def test_interrupted_save_leaves_the_old_file_alone(measurements, monkeypatch):
     path = measurements.save()
     before = path.read_text()
     measurements.add("a", "1", 1, "x")
@@ -119,3 +123,9 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(measurements, 
     with pytest.raises(KeyboardInterrupt):
         measurements.save()
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_files_from_before_the_digest_say_null(measurements):
+    path = measurements.save()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "digest": None}))
+    assert Measurements.load(path).digest is None

@@ -222,5 +222,5 @@ def test_table_shows_measured_values_and_sums(judge):
 
 def test_a_file_of_another_form_is_an_error_and_not_a_zero(tmp_path):
     (tmp_path / FILES["A"]).write_text(json.dumps({"records": []}))
-    with pytest.raises(ValueError, match="need exactly"):
+    with pytest.raises(ValueError, match="must have exactly the keys"):
         score(tmp_path)

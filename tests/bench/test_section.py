@@ -1,3 +1,5 @@
+"""The account of a section of the notebook, and the prediction for a T4."""
+
 import pytest
 
 from unsloth_puzzles.bench import memory, section, t4
@@ -9,18 +11,18 @@ def fresh(monkeypatch):
     monkeypatch.setattr(section, "_finished", {})
 
 
-def test_prediction_is_the_slowest_of_bytes_flops_and_instructions():
+def test_t4_seconds_is_the_slowest_of_bytes_flops_and_instructions():
     assert t4.t4_seconds(bytes=640e9) == 2.0
     assert t4.t4_seconds(bytes=640e9, flops=65e12 * 3) == 3.0
     assert t4.t4_seconds(bytes=640e9, flops=8.1e12 * 5, flops_rate=t4.FP32_FLOPS) == 5.0
     assert t4.t4_seconds(instructions=2 * t4.THREAD_INSTRUCTIONS) == 2.0
-    with pytest.raises(ValueError, match="flops: got -1"):
+    with pytest.raises(ValueError, match="flops must be a number that is not negative, got -1"):
         t4.t4_seconds(flops=-1)
-    with pytest.raises(ValueError, match="bytes: got nan"):
+    with pytest.raises(ValueError, match="bytes must be a number that is not negative, got nan"):
         t4.t4_seconds(bytes=float("nan"))
 
 
-def test_a_section_prints_its_account_and_labels_the_prediction(capsys, monkeypatch):
+def test_finish_prints_the_account_with_a_labelled_prediction(capsys, monkeypatch):
     monkeypatch.setattr(memory, "highest_since_restart", lambda: 3 * 2**29)
     section.start("A. NF4")
     section.work(bytes=320e9)
@@ -32,7 +34,7 @@ def test_a_section_prints_its_account_and_labels_the_prediction(capsys, monkeypa
     assert "3.00 s (predicted for a T4 from its datasheet, not measured)" in printed
 
 
-def test_without_gpu_and_without_work_nothing_is_claimed(capsys, monkeypatch):
+def test_finish_without_gpu_or_work_says_so(capsys, monkeypatch):
     monkeypatch.setattr(memory, "highest_since_restart", lambda: None)
     section.start("Set-up")
     section.finish()
@@ -40,7 +42,7 @@ def test_without_gpu_and_without_work_nothing_is_claimed(capsys, monkeypatch):
     assert "not measured (no GPU)" in printed and "no work counted" in printed
 
 
-def test_summary_has_a_line_a_section_and_the_last_run_counts():
+def test_summary_has_a_line_per_section_of_its_last_run():
     section.start("one")
     section.work(bytes=320e9)
     section.start("two")  # finishes "one"
@@ -54,15 +56,15 @@ def test_summary_has_a_line_a_section_and_the_last_run_counts():
     assert lines[3].startswith("| two |")
 
 
-def test_a_peak_of_an_earlier_section_is_forgotten(monkeypatch):
+def test_start_forgets_the_peak_of_earlier_sections(monkeypatch):
     monkeypatch.setattr(memory, "_highest", 10**12)
     section.start("next")
     assert memory._highest == 0
 
 
-def test_work_outside_a_section_is_forgotten_and_finish_needs_one():
+def test_work_outside_a_section_is_forgotten_and_finish_is_refused():
     section.work(bytes=1)
-    with pytest.raises(RuntimeError, match="no section is open"):
+    with pytest.raises(RuntimeError, match="start\\(title\\) must be called before finish"):
         section.finish()
     section.start("after")
     assert section.finish().bytes == 0

@@ -1,19 +1,19 @@
-"""The kernels of compiled/swiglu.py as cross-compilation jobs, imported in a process that compiles."""
+"""The kernels of compiled/swiglu_kernels.py as cross-compilation jobs, imported in a process that compiles."""
 
 from itertools import product
 
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES
-from unsloth_puzzles.compiled.swiglu import _TILE, _backward_kernel, _forward_kernel
+from unsloth_puzzles.compiled.swiglu_kernels import TILE, backward_kernel, forward_kernel
 
 SIZES = {"COLUMNS": 8192, "RANK": 16, "PADDED": 16, "INTERPRETED": False}
 ROUNDINGS = (False, True)
 
 
-def jobs(tile: dict = _TILE, architectures=ARCHITECTURES) -> list[dict]:
+def jobs(tile: dict = TILE, architectures=ARCHITECTURES) -> list[dict]:
     """Both kernels as a Llama 3.2 1B launches them, in bfloat16, below sm_80 in float16."""
     blocks = {name: value for name, value in tile.items() if name != "num_warps"}
     found = []
-    for kernel, rounding in product((_forward_kernel, _backward_kernel), ROUNDINGS):
+    for kernel, rounding in product((forward_kernel, backward_kernel), ROUNDINGS):
         pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
         for sm in architectures:
             dtype = "*fp16" if sm < 80 else "*bf16"
@@ -30,3 +30,7 @@ def jobs(tile: dict = _TILE, architectures=ARCHITECTURES) -> list[dict]:
                 }
             )
     return found
+
+
+def jobs_for_t4_and_h100() -> list[dict]:
+    return jobs(architectures=(75, 90))

@@ -110,35 +110,35 @@ def assert_same(found, expected, bound):
         assert gradient.norm() > 0 and (found[1][name] - gradient).norm() <= bound * gradient.norm(), name
 
 
-def test_no_kind_is_forgotten():
+def test_every_peft_type_is_listed():
     names = {name.split(",")[0] for name in (*COMPILED, *REFUSED)} | set(NOT_OVER_NF4)
     assert names == {kind.name for kind in PeftType}
     assert {name.split(",")[0] for name in COMPILED} == {kind.name for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", tiers([*COMPILED, *REFUSED]))
-def test_over_patched_layers_the_values_are_those_of_bitsandbytes(name):
+def test_patched_layers_match_bitsandbytes(name):
     model = make_model(name)
     expected = step(model)
     with patch_linear4bit(model):
         assert_same(step(model), expected, 2e-6)
 
 
-def test_compiled_the_values_are_those_of_the_uncompiled_model():
+def test_compiled_matches_uncompiled_model():
     assert_compiled_is_the_same("ADALORA", True, traced_only(), {"compile": False})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_by_inductor_the_values_are_those_of_the_uncompiled_model(name, checkpointing):
+def test_inductor_matches_uncompiled_model(name, checkpointing):
     if "dropout" in name:
         pytest.skip("Inductor draws other numbers")
     assert_compiled_is_the_same(name, checkpointing, nullcontext(), {})
 
 
 @pytest.mark.slow
-def test_dropout_is_drawn_as_the_uncompiled_model_draws_it():
+def test_dropout_matches_uncompiled_model():
     for checkpointing in (False, True):
         assert_compiled_is_the_same("LORA, dropout", checkpointing, traced_only(), {"compile": False})
 
@@ -156,9 +156,10 @@ def assert_compiled_is_the_same(name, checkpointing, how, options):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_compiled_is_refused_by_its_name(name):
+def test_unsupported_adapters_are_refused_by_name(name):
     argument = {
-        "LORA, DoRA": "lora_variant: .*DoraLinearVariant", "LORA, activated": "lora_variant: .*ALoraLinearVariant",
+        "LORA, DoRA": "lora_variant must be .* got DoraLinearVariant",
+        "LORA, activated": "lora_variant must be .* got ALoraLinearVariant",
         "LORA, layers used twice": "layer_replication",
         "OFT, dropout": "module_dropout", "BOFT, dropout": "module_dropout",
     }  # fmt: skip
@@ -166,7 +167,7 @@ def test_what_is_not_compiled_is_refused_by_its_name(name):
         compile_qlora(make_model(name))
 
 
-def test_kinds_that_cannot_be_made_here_are_refused_by_name(monkeypatch):
+def test_adapter_kinds_without_a_sample_are_refused_by_name(monkeypatch):
     model = make_model("IA3")
     for name in NOT_OVER_NF4:
         monkeypatch.setattr(model.peft_config["default"], "peft_type", PeftType[name])

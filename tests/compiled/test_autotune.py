@@ -1,4 +1,4 @@
-"""Max-autotune: which candidates compete, what is kept of their times, and that Inductor is left as it was."""
+"""Max-autotune: which candidates compete, which times are recorded, and that Inductor is restored."""
 
 import logging
 import math
@@ -74,7 +74,7 @@ def test_narrow_products_get_tall_tiles(sizes):
     assert kept(product(*sizes), SMALL_TILE, TALL_TILE, WIDE_TILE) == [TALL_TILE, WIDE_TILE]
 
 
-def test_below_sm_80_narrow_products_get_two_tiles_that_fit_and_wide_ones_none(monkeypatch):
+def test_below_sm_80_narrow_products_get_two_tiles_and_wide_ones_none(monkeypatch):
     monkeypatch.setattr(autotune, "capability", lambda: 75)
     large = (128, 256, 16)  # 72 KiB
     tiles = large, TALL_TILE, SMALL_TILE, (64, 64, 16), (64, 16, 16), (128, 32, 16)
@@ -83,12 +83,12 @@ def test_below_sm_80_narrow_products_get_two_tiles_that_fit_and_wide_ones_none(m
     assert kept(product(1024, 512, 16), large) == []  # cuBLAS alone
 
 
-def test_what_a_bias_adds_is_no_matrix_of_the_product():
+def test_bias_of_addmm_is_not_a_factor():
     for added in (Node(16), Node(1024, 16)):
         assert kept(product(1024, 512, 16, added), SMALL_TILE, TALL_TILE) == [TALL_TILE]
 
 
-def test_sizes_that_vary_are_taken_as_the_first_batch_has_them():
+def test_dynamic_sizes_are_those_of_the_first_batch():
     sizes = {"rows": 2048}
     hint = lambda size: sizes.get(size, size)  # noqa: E731
     assert kept(product("rows", 512, 512), TALL_TILE, WIDE_TILE, hint=hint) == [WIDE_TILE]
@@ -96,12 +96,12 @@ def test_sizes_that_vary_are_taken_as_the_first_batch_has_them():
     assert kept(product("rows", 512, 512), TALL_TILE, WIDE_TILE, hint=hint) == [TALL_TILE, WIDE_TILE]
 
 
-def test_without_a_suitable_tile_all_of_them_stay():
+def test_all_tiles_stay_if_none_suits():
     assert kept(product(1024, 512, 1024), SMALL_TILE, TALL_TILE) == [SMALL_TILE, TALL_TILE]
     assert kept(product(1024, 512, 16), SMALL_TILE) == [SMALL_TILE]
 
 
-def test_what_is_no_product_of_two_matrices_is_left_alone():
+def test_choices_that_are_not_matrix_products_stay():
     batched = [Node(4, 64, 64), Node(4, 64, 64)]
     for choices in (
         candidates(batched, SMALL_TILE, WIDE_TILE),
@@ -120,7 +120,7 @@ def registered():
     return inductor_utils.is_big_gpu, *kept, [*printed, select_algorithm.log.level]
 
 
-def test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back(monkeypatch):
+def test_small_gpu_counts_as_big_until_exit(monkeypatch):
     monkeypatch.setattr(inductor_utils, "is_big_gpu", lambda index_or_device=0: False)
     before = registered()
     with autotune.triton_competes():
@@ -149,7 +149,7 @@ class Cublas:
         self.name, self.input_nodes = "mm", inputs
 
 
-def test_the_fastest_is_kept_beside_cublas():
+def test_fastest_choice_is_recorded_beside_cublas():
     inputs = product(1024, 512, 16)
     cublas, first, second = Cublas(inputs), Triton("triton_mm_0", inputs, SMALL_TILE), Triton("t", inputs, TALL_TILE)
     lost, won, alone = benchmarked(
@@ -160,7 +160,7 @@ def test_the_fastest_is_kept_beside_cublas():
     assert alone.winner_us == 250 and math.isnan(alone.cublas_us)
 
 
-def test_what_failed_or_is_no_product_is_not_kept():
+def test_failed_choices_and_other_operators_are_not_recorded():
     inputs, batched = product(1024, 512, 16), [Node(4, 64, 64), Node(4, 64, 64)]
     failed = [Cublas(inputs), Triton("triton_mm_0", inputs, SMALL_TILE)]
     others = [Cublas(batched), Triton("triton_bmm_0", batched, SMALL_TILE)]
@@ -168,7 +168,7 @@ def test_what_failed_or_is_no_product_is_not_kept():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_products_are_benchmarked_and_right():
+def test_autotuned_products_are_correct_on_gpu():
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, narrow, square = (

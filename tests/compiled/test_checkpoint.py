@@ -1,4 +1,4 @@
-"""Checkpointed inputs: the gradients of the layer itself, whatever draws, casts or is dropped meanwhile."""
+"""Checkpointed inputs: gradients are those of the layer without checkpointing, with dropout, autocast and hooks."""
 
 import gc
 import warnings
@@ -50,7 +50,7 @@ def autocast():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("context", [torch.enable_grad, autocast])
-def test_the_same_bits_as_without(dropout, context):
+def test_checkpointed_gradients_are_bit_identical(dropout, context):
     x = torch.randn(4, 6)
     expected = step(make(dropout, on=False), x, context)
     layers = make(dropout)
@@ -65,13 +65,13 @@ def test_the_same_bits_as_without(dropout, context):
 
 
 class Noisy(Layer):
-    """What draws its numbers itself, and is no dropout."""
+    """Draws random numbers itself, not by dropout."""
 
     def forward(self, x, scale=1.0):
         return x + scale * self.trained(torch.tanh(x) * torch.rand_like(x))
 
 
-def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
+def test_random_numbers_of_a_layer_are_replayed_in_the_backward():
     found = []
     for on in (False, True):
         layers = make(on=on)
@@ -83,7 +83,7 @@ def test_numbers_that_a_layer_draws_itself_are_the_same_in_the_backward():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_accumulated_gradients_and_an_input_that_wants_none():
+def test_gradients_accumulate_for_an_input_without_gradient():
     layers, plain = make(), make(on=False)
     checkpoint_inputs(layers)
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_accumulated_gradients_and_an_input_that_wants_none():
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
 
 
-def test_without_gradients_and_in_evaluation_a_layer_runs_once():
+def test_layer_runs_once_without_gradients_or_in_eval_mode():
     layers = make()
     checkpoint_inputs(layers)
     with torch.no_grad():
@@ -105,33 +105,33 @@ def test_without_gradients_and_in_evaluation_a_layer_runs_once():
     assert [layer.calls for layer in layers] == [1, 1, 0]
 
 
-def test_a_second_backward_is_refused():
+def test_second_backward_is_refused():
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6)).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"^backward: a checkpointed layer is differentiated once a forward"):
+    with pytest.raises(RuntimeError, match=r"^backward must run once for each forward"):
         loss.backward()
 
 
-def test_a_backward_after_undo_is_refused():
+def test_backward_after_undo_is_refused():
     layers = make()
     undo = checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6)).sum()
     undo()
-    with pytest.raises(RuntimeError, match=r"^backward: of a forward from before undo"):
+    with pytest.raises(RuntimeError, match=r"^backward must run before undo"):
         loss.backward()
 
 
-def test_a_gradient_that_would_be_lost_is_refused():
+def test_keyword_that_requires_gradients_is_refused():
     layers = make()
     checkpoint_inputs(layers)
-    with pytest.raises(ValueError, match=r"^scale: requires gradients, which checkpointing"):
+    with pytest.raises(ValueError, match=r"^scale must not require gradients, got one that does"):
         layers[0](torch.ones(2, 6), scale=torch.ones(6, requires_grad=True))
 
 
 def gradients(layers, hooked=()):
-    """Of the layers' output and of what hooks keep of the `hooked` ones."""
+    """Gradients of a loss of the layers' output and of tensors that hooks on the `hooked` ones keep."""
     kept, out = [], torch.linspace(-1, 1, 12).view(2, 6)
     handles = [layer.trained.register_forward_hook(lambda *call: kept.append(call[2])) for layer in hooked]
     for layer in layers:
@@ -144,7 +144,7 @@ def gradients(layers, hooked=()):
 
 
 @pytest.mark.parametrize("change", ["exchanged", "frozen"])
-def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change):
+def test_parameter_exchanged_or_frozen_before_backward_is_refused(change):
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
@@ -152,12 +152,15 @@ def test_a_parameter_that_changes_between_forward_and_backward_is_refused(change
         layers[0].trained.bias = nn.Parameter(torch.zeros(6))
     else:
         layers[0].trained.bias.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"^gradients: of trained\.bias would be lost"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^parameters must be those of the forward.* got trained\.bias, whose",
+    ):
         loss.backward()
 
 
 @pytest.mark.parametrize("change", ["mode", "value"])
-def test_a_layer_that_would_compute_something_else_in_the_backward_is_refused(change):
+def test_layer_changed_before_backward_is_refused(change):
     layers = make()
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
@@ -166,21 +169,21 @@ def test_a_layer_that_would_compute_something_else_in_the_backward_is_refused(ch
     else:
         with torch.no_grad():
             layers[0].trained.weight.mul_(2)
-    with pytest.raises(RuntimeError, match=r"^backward: .* was switched between train\(\) and eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"^Layer must be as in its .* switched between train\(\) and eval\(\)"):
         loss.backward()
 
 
-def test_a_trained_tensor_from_outside_of_the_layer_is_refused():
+def test_trained_tensor_from_outside_the_layer_is_refused():
     layers = make()
     checkpoint_inputs(layers)
     shared = torch.ones(6, requires_grad=True)
     forward = layers[0].forward
     layers[0].forward = lambda x: forward(x) * (2 * shared)
-    with pytest.raises(RuntimeError, match=r"^gradients: of a tensor \(6,\) from outside of it would be lost"):
+    with pytest.raises(RuntimeError, match=r"^parameters must be .* got a tensor \(6,\) from outside of it, whose"):
         layers[0](torch.ones(2, 6)).sum().backward()
 
 
-def test_parameters_that_have_no_part_in_it_have_no_gradient():
+def test_unused_parameters_have_no_gradient():
     layers, plain = make(), make(on=False)
     for each in (layers, plain):
         for layer in each:
@@ -195,7 +198,7 @@ def test_parameters_that_have_no_part_in_it_have_no_gradient():
     assert lone.trained.weight.grad is None
 
 
-def test_what_hooks_keep_has_its_gradient():
+def test_gradients_flow_through_tensors_that_hooks_keep():
     layers, plain = make(), make(on=False)
     expected, without = gradients(plain, hooked=plain), gradients(make(on=False))
     checkpoint_inputs(layers)
@@ -224,7 +227,7 @@ def test_under_fsdp2_gradients_reach_the_shards(whole):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_a_graph_that_is_dropped_leaves_nothing_behind():
+def test_dropped_graph_releases_its_inputs():
     store = Store(offload=True)
     first, second = store.put(torch.ones(3)), store.put(torch.ones(3))
     del second
@@ -235,7 +238,7 @@ def test_a_graph_that_is_dropped_leaves_nothing_behind():
     assert len(store._waiting) == 1
 
 
-def test_transformers_settings_come_back_and_reentrant_is_said():
+def test_checkpointing_settings_are_restored_and_reentrant_warns():
     layers = make()
     theirs = layers[0]._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
     with warnings.catch_warnings():
@@ -254,7 +257,7 @@ def test_transformers_settings_come_back_and_reentrant_is_said():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [True, False])
-def test_on_a_gpu_the_same_bits_and_of_the_inputs_only_the_last_stays(offload):
+def test_offloaded_inputs_are_bit_identical_and_leave_the_gpu(offload):
     x = torch.randn(4096, 6, device="cuda")
     expected = step(make(0.3, on=False).cuda(), x)
     layers = make(0.3).cuda()

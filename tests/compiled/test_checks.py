@@ -1,4 +1,4 @@
-"""Trainers, models and adapters that would not be what was compiled: each refused by name, and nothing exchanged."""
+"""Trainers, models and adapters that cannot be compiled are refused by name, before anything changes."""
 
 import pytest
 import torch
@@ -22,19 +22,19 @@ def trainer(folder, model=None, **given):
     return Trainer(model, TrainingArguments(str(folder), use_cpu=True, report_to=[], **options), **given)
 
 
-def test_a_model_that_the_trainer_makes_anew(tmp_path, model):
+def test_trainer_with_model_init_is_refused(tmp_path, model):
     with pytest.raises(ValueError, match=r"^model_init must be None, got a function"):
         compile_qlora(trainer(tmp_path, model_init=lambda: model))
 
 
 @pytest.mark.parametrize("options", [{"torch_compile": True}, {"torch_compile_backend": "eager"}], ids=str)
-def test_a_trainer_that_compiles_the_model(tmp_path, model, options, monkeypatch):
+def test_trainer_with_torch_compile_is_refused(tmp_path, model, options, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments overwrite, for good
     with pytest.raises(ValueError, match=r"^torch_compile must be False, got True"):
         compile_qlora(trainer(tmp_path, model, **options))
 
 
-def test_a_trainer_after_one_that_compiled(tmp_path, model, monkeypatch):
+def test_trainer_after_one_with_torch_compile(tmp_path, model, monkeypatch):
     """Its arguments have left the backend in the environment."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     AcceleratorState._reset_state(True)
@@ -45,7 +45,7 @@ def test_a_trainer_after_one_that_compiled(tmp_path, model, monkeypatch):
         AcceleratorState._reset_state(True)
 
 
-def test_a_model_that_is_compiled():
+def test_compiled_model_is_refused():
     model = with_adapters(nf4_llama(layers=1))
     with pytest.raises(TypeError, match=r"^model must not be compiled, got what torch\.compile returns"):
         compile_qlora(torch.compile(model))
@@ -62,40 +62,42 @@ def test_a_model_that_is_compiled():
 
 
 @pytest.mark.parametrize("name", ["layers.0", "norm"])
-def test_a_forward_that_would_not_be_called(model, name):
+def test_layer_with_its_own_forward_is_refused(model, name):
     part = model.get_base_model().model.get_submodule(name)
     part.forward = lambda *args, **kwargs: args[0]
     try:
-        with pytest.raises(ValueError, match=rf"^model: {type(part).__name__} has a forward of its own"):
+        with pytest.raises(
+            ValueError, match=rf"^model must have layers .* got a {type(part).__name__} with one of its"
+        ):
             compile_qlora(model)
     finally:
         del part.forward
 
 
-def test_a_vision_tower(model, monkeypatch):
+def test_vision_tower_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.get_base_model().config, "vision_config", {"depth": 2}, raising=False)
-    with pytest.raises(TypeError, match=r"^model: LlamaForCausalLM has a vision or audio tower"):
+    with pytest.raises(TypeError, match=r"^model must be .* got LlamaForCausalLM, which has a vision or audio tower"):
         compile_qlora(model)
 
 
-def test_layers_of_another_kind(model, monkeypatch):
+def test_linear_attention_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.get_base_model().config, "layer_types", ["linear_attention"], raising=False)
-    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM has layers of linear_attention; need full or"):
+    with pytest.raises(ValueError, match=r"^layer_types must be full or .* got linear_attention in LlamaForCausalLM"):
         compile_qlora(model)
 
 
-def test_cross_attention(model, monkeypatch):
+def test_cross_attention_is_refused(model, monkeypatch):
     def forward(self, hidden_states, cross_attention_states=None, **kwargs):
         raise AssertionError
 
     monkeypatch.setattr(type(model.get_base_model().model.layers[0]), "forward", forward)
     with pytest.raises(
-        ValueError, match=r"^model: LlamaDecoderLayer of .* has cross attention \(cross_attention_states\)"
+        ValueError, match=r"^model must have .* got LlamaDecoderLayer \(cross_attention_states\) in LlamaForCausalLM"
     ):
         compile_qlora(model)
 
 
-def test_positions_that_layers_use_beyond_the_embeddings_reach_them():
+def test_position_ids_reach_layers_that_use_them():
     """Ministral 3 scales its queries by them."""
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = Ministral3Config(
@@ -116,12 +118,12 @@ def test_positions_that_layers_use_beyond_the_embeddings_reach_them():
     assert (expected[0] - expected[1]).norm() > 1e-3 * expected[0].norm()
 
 
-def test_every_kind_of_dropout_draws():
+def test_draws_detects_every_kind_of_dropout():
     for kind in (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout):
         assert [draws([nn.Sequential(nn.Linear(2, 2), kind(p))]) for p in (0.0, 0.1)] == [False, True]
 
 
-def test_what_a_forward_uses_of_its_arguments():
+def test_uses_detects_arguments_by_name_and_by_key():
     class Passes(nn.Module):
         def forward(self, x, **kwargs):
             return x

@@ -18,7 +18,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def test_each_length_that_is_compiled_anew_is_counted_with_its_reason():
+def test_recompilations_are_counted_with_their_reasons():
     @torch.compile(dynamic=False, backend="aot_eager")
     def squared(x):
         return (x * x).sum()
@@ -36,7 +36,7 @@ def test_each_length_that_is_compiled_anew_is_counted_with_its_reason():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductors_backward_is_counted_beside_its_forward(dynamic):
+def test_backward_is_counted_beside_forward(dynamic):
     """It is compiled with the forward, or at the first backward, and a second time it comes from Inductor's cache."""
 
     def squared(x):
@@ -67,7 +67,7 @@ def test_operators_of_a_captured_graph_are_listed():
     assert [one.operators["aten.mm"] for one in counts.captures] == [4]  # two forward, two for the gradient of x
 
 
-def test_entries_that_compile_no_graph_are_time_alone():
+def test_entries_without_a_graph_only_add_time():
     """Triton's autotuning, when kernels first run, has an entry in Dynamo's books, too."""
 
     def entry(name, compile_id, forward):
@@ -92,7 +92,7 @@ def test_entries_that_compile_no_graph_are_time_alone():
     ]
 
 
-def test_more_compilations_than_dynamo_remembers_by_itself():
+def test_counts_beyond_dynamos_own_limit():
     """A process that has compiled 64 functions before, and 70 in the block."""
     torch._dynamo.utils.set_compilation_metrics_limit(64)
 
@@ -107,7 +107,7 @@ def test_more_compilations_than_dynamo_remembers_by_itself():
     assert counts.compilations == counts.graphs == 70
 
 
-def test_a_graph_break_is_counted():
+def test_graph_breaks_are_counted():
     @torch.compile(backend="eager")
     def broken(x):
         x = x + 1

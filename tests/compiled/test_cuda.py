@@ -58,7 +58,7 @@ def gradient(model, autocast=True, **given):
     ("attention", "checkpointing", "rounding"),
     [("auto", False, True), ("flash", True, False), ("flex", False, False), ("sdpa", True, True)],
 )
-def test_as_near_to_float32_as_the_uncompiled_model(models, attention, checkpointing, rounding):
+def test_no_farther_from_float32_than_uncompiled_model(models, attention, checkpointing, rounding):
     if attention != "auto" and (reason := BACKENDS[attention].missing(torch.device("cuda"))):
         pytest.skip(f"{attention}: {reason}")
     model, exact = models
@@ -106,7 +106,7 @@ def test_fifty_lengths_compile_once(models, attention):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_waits_for_the_device(models, checkpointing):
+def test_step_does_not_synchronize_with_the_gpu(models, checkpointing):
     model, _ = models
     set_checkpointing(model, checkpointing)
     given = inputs(96, False)
@@ -121,7 +121,7 @@ def test_nothing_waits_for_the_device(models, checkpointing):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_norms_and_residuals_in_float32_under_autocast():
+def test_float32_norms_and_residuals_under_autocast():
     """As PEFT prepares 4-bit models."""
     model = nf4_llama("cuda", torch.bfloat16)
     model = with_adapters(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), r=8)

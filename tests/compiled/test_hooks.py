@@ -1,4 +1,4 @@
-"""Hooks inside a compiled layer that come and go after its first call: the uncompiled model's values."""
+"""Hooks inside a layer, registered and removed after its first compiled call, have their uncompiled effect."""
 
 import warnings
 
@@ -23,7 +23,7 @@ INSIDE = (
 
 
 def make_model():
-    """Scaled by 2, so that what B gives differs if the scale is inside."""
+    """Scaled by 2, so that the output of B differs if the scale comes before B."""
     model = with_adapters(nf4_llama(layers=1), lora_alpha=8)
     torch.manual_seed(3)
     model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -72,7 +72,7 @@ def test_adapters_by_row(models, plain):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_forward_hooks_change_what_they_change_uncompiled(models, plain, name):
+def test_forward_hooks_have_their_uncompiled_effect(models, plain, name):
     def twice(module, args, output):
         return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
 
@@ -96,7 +96,7 @@ def test_forward_hooks_change_what_they_change_uncompiled(models, plain, name):
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("name", ["mlp.act_fn", "mlp.up_proj.lora_B.default"])
-def test_backward_hooks_change_what_they_change_uncompiled(models, plain, name, register):
+def test_backward_hooks_have_their_uncompiled_effect(models, plain, name, register):
     found = []
     for model in models:
         handle = getattr(layer_of(model).get_submodule(name), register)(lambda _, *given: (3 * given[0][0],))
@@ -105,7 +105,7 @@ def test_backward_hooks_change_what_they_change_uncompiled(models, plain, name, 
     assert differs(found[0], plain[1]) > 1e-3 and differs(found[1], found[0]) <= 2e-6
 
 
-def test_hooks_of_all_modules(models, plain):
+def test_global_hooks_have_their_uncompiled_effect(models, plain):
     found = []
     for model in models:
         handle = torch_module.register_module_forward_hook(
@@ -116,7 +116,7 @@ def test_hooks_of_all_modules(models, plain):
     assert differs(found[0], plain[0]) > 1e-3 and differs(found[1], found[0]) <= 1e-6
 
 
-def test_a_hook_is_said_and_only_its_layer_is_not_compiled():
+def test_hook_warns_and_only_its_layer_is_not_compiled():
     model = with_adapters(nf4_llama(layers=2)).eval()
     with traced_only(), compile_qlora(model, compile=False), torch.no_grad(), count_compilations() as counts:
         handle = model.get_base_model().model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
@@ -130,7 +130,7 @@ def test_a_hook_is_said_and_only_its_layer_is_not_compiled():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_hidden_states_are_collected_and_layers_stay_compiled(when):
+def test_output_hidden_states_keeps_layers_compiled(when):
     """transformers hooks layers and attentions when hidden states are first asked for, for good."""
     model, plain, wanted = make_model().eval(), make_model().eval(), {"output_hidden_states": True}
     with torch.no_grad(), patch_linear4bit(plain):
@@ -148,7 +148,7 @@ def test_hidden_states_are_collected_and_layers_stay_compiled(when):
     assert all(differs(one, other) <= 1e-6 for one, other in zip(found, expected, strict=True))
 
 
-def test_where_hooks_are_found():
+def test_hooked_below_names_the_module():
     outer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), torch.nn.Tanh())
     assert hooked_below(outer) is None and not hooked(outer)
     own = outer.register_forward_hook(lambda *_: None)

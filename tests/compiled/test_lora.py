@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled.lora import scale_inside
+from unsloth_puzzles.compiled.lora import scale_low_rank
 
 
 def make_model(dropout=0.0, **options):
@@ -31,32 +31,32 @@ def largest(found, expected):
 @pytest.mark.parametrize("alpha", [2, 8, 6], ids=["1/2", "2", "no power of two"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("eager_rounding", [False, True])
-def test_the_same_loss_and_gradients(alpha, dropout, eager_rounding):
+def test_loss_and_gradients_match_peft(alpha, dropout, eager_rounding):
     model = make_model(dropout, lora_alpha=alpha)
     expected = step(model)
-    undo = scale_inside(model, eager_rounding)
+    undo = scale_low_rank(model, eager_rounding)
     found = step(model)
     undo()
     assert largest(found, expected) <= (0 if alpha != 6 or eager_rounding else 2e-6)
     assert largest(step(model), expected) == 0
 
 
-def test_two_adapters_at_once():
+def test_two_active_adapters():
     model = make_model(lora_alpha=8)
     torch.manual_seed(2)
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
     expected = step(model)
     assert any("other" in name for name in expected[1])
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     assert largest(step(model), expected) == 0
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "a bias on B"])
-def test_other_kinds_of_lora_are_left_to_peft(options):
+def test_lora_variants_are_left_to_peft(options):
     model = make_model(lora_alpha=6, **options)
     expected = step(model)
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     assert largest(step(model), expected) == 0
 
 
@@ -65,14 +65,14 @@ def test_disabled_adapters():
     with model.disable_adapter():
         expected = step(model)[0]
     different = step(model)[0]
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     with model.disable_adapter():
         assert torch.equal(step(model)[0], expected)
     assert torch.equal(step(model)[0], different) and not torch.equal(expected, different)
 
 
-def test_no_gradient_as_large_as_an_output_is_multiplied():
-    """What it is for: between the gradient of a layer's output and the products that read it there is no s any more."""
+def test_scaling_multiplies_only_low_rank_gradients():
+    """The gradient of a layer's output is read by matrix products as it is, not after a product with s."""
 
     class Multiplications(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -86,6 +86,6 @@ def test_no_gradient_as_large_as_an_output_is_multiplied():
         widths = seen[name] = []
         with Multiplications():
             step(model)
-        scale_inside(model, False)
+        scale_low_rank(model, False)
     assert max(seen["PEFT"]) == model.config.intermediate_size
     assert seen["ours"] and set(seen["ours"]) == {4}

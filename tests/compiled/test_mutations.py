@@ -12,8 +12,8 @@ from tests.mutants import (
     selected,
 )
 
-SAME_BITS = "test_checkpoint.py::test_the_same_bits_as_without"
-LENGTHS = "test_variants.py::test_lengths_and_modules_share_one_function"
+SAME_BITS = "test_checkpoint.py::test_checkpointed_gradients_are_bit_identical"
+LENGTHS = "test_variants.py::test_lengths_and_modules_share_one_compiled_function"
 MUTATIONS = {
     "a forced recompilation per length": mutation(
         "variants.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "torch._dynamo.mark_static(tensor, (0, 1))",
@@ -23,12 +23,12 @@ MUTATIONS = {
         "variants.py", "torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))", "pass", LENGTHS
     ),
     "one function for inputs with and without gradients": mutation(
-        "variants.py", "            hidden_states.requires_grad,  #", "            True,  #",
-        "test_variants.py::test_what_wants_gradients_has_a_function_of_its_own",
+        "variants.py", "input_requires_grad=hidden_states.requires_grad", "input_requires_grad=True",
+        "test_variants.py::test_compile_key_includes_gradients",
     ),
     "one function for the positions of one row and of several": mutation(
         "variants.py", "_ones(hidden_states, *(kwargs.get(\"position_embeddings\") or ())),", "_ones(hidden_states),",
-        "test_variants.py::test_positions_of_one_row_have_a_function_of_their_own",
+        "test_variants.py::test_compile_key_includes_rows_of_position_embeddings",
     ),
     "gradients of parameters dropped": mutation(
         "checkpoint.py", "*map(found.get, inputs)", "*(found[one] * (one is hidden_states) for one in inputs)",
@@ -45,73 +45,73 @@ MUTATIONS = {
         "checkpoint.py", "ctx.autocast(),", "contextlib.nullcontext(),", f"{SAME_BITS}[autocast-0.0]"
     ),
     "scaling dropped": mutation(
-        "lora.py", " * layer.scaling[name]", "", "test_lora.py::test_the_same_loss_and_gradients[False-0.0-2]"
+        "lora.py", " * layer.scaling[name]", "", "test_lora.py::test_loss_and_gradients_match_peft[False-0.0-2]"
     ),
     "DoRA taken for plain LoRA": mutation(
-        "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_other_kinds_of_lora_are_left_to_peft[DoRA]"
+        "lora.py", "name in layer.lora_variant or ", "", "test_lora.py::test_lora_variants_are_left_to_peft[DoRA]"
     ),
-    "insides exchanged between query, key and value": mutation(
-        "siblings.py", "zip(layers, insides(layers, hidden_states), strict=True)",
-        "zip(layers, insides(layers, hidden_states)[::-1], strict=True)",
-        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+    "low-rank activations exchanged between query, key and value": mutation(
+        "shared_input.py", "zip(layers, products, strict=True)", "zip(layers, products[::-1], strict=True)",
+        "test_shared_input.py::test_fewer_products_give_the_same_loss_and_gradients[1.5]",
     ),
     "an input that is not shared": mutation(
-        "siblings.py", "layer.inside = hidden_states, inside", "layer.inside = hidden_states + 0, inside",
-        "test_siblings.py::test_the_same_loss_and_gradients_by_fewer_products[1.5]",
+        "shared_input.py", "partial(_call, *each, hidden_states)", "partial(_call, *each, hidden_states + 0)",
+        "test_shared_input.py::test_fewer_products_give_the_same_loss_and_gradients[1.5]",
     ),
     "eager mode's roundings left out": mutation(
-        "swiglu.py", "if EAGER_ROUNDING else value", "if False else value",
-        "test_swiglu.py::test_with_eager_rounding_it_is_the_formula_in_16_bits[torch.bfloat16-cpu]",
+        "swiglu_kernels.py", "if EAGER_ROUNDING else value", "if False else value",
+        "test_swiglu.py::test_eager_rounding_matches_the_formula_in_16_bits[torch.bfloat16-cpu]",
     ),
     "a scaling that is no power of two moved all the same": mutation(
         "lora.py", "math.frexp(layer.scaling[name])[0] != 0.5", "False",
-        "test_lora.py::test_the_same_loss_and_gradients[True-0.0-no power of two]",
+        "test_lora.py::test_loss_and_gradients_match_peft[True-0.0-no power of two]",
     ),
     "adapters of several ranks taken for equal ones": mutation(
         "swiglu.py", "len({_rank(layer) for layer in layers}) == 1", "True",
-        "test_swiglu.py::test_other_adapters_stay_as_they_are[ranks]",
+        "test_swiglu.py::test_unsupported_adapters_are_unchanged[ranks]",
     ),
     "adapters by row ignored": mutation(
         "hooks.py", "if any(_HOOKS(known)):", "if False:", "test_swiglu.py::test_adapters_by_row_are_left_to_peft"
     ),
     "hooks that come after the first call ignored": mutation(
-        "qlora.py", "if place is not None:", "if False:", "test_hooks.py::test_adapters_by_row"
+        "layers.py", "if place is not None:", "if False:", "test_hooks.py::test_adapters_by_row"
     ),
     "a hook of all modules ignored": mutation(
-        "hooks.py", "if _has_any_global_hook():", "if False:", "test_hooks.py::test_where_hooks_are_found"
+        "hooks.py", "if _has_any_global_hook():", "if False:", "test_hooks.py::test_hooked_below_names_the_module"
     ),
     "lost gradients not named": mutation(
         "checkpoint.py", "if id(one) not in given", "if False",
-        "test_checkpoint.py::test_a_trained_tensor_from_outside_of_the_layer_is_refused",
+        "test_checkpoint.py::test_trained_tensor_from_outside_the_layer_is_refused",
     ),
     "layers with hooks checkpointed as others": mutation(
-        "checkpoint.py", "if hooked(layer):", "if False:", "test_checkpoint.py::test_what_hooks_keep_has_its_gradient"
+        "checkpoint.py", "if hooked(layer):", "if False:",
+        "test_checkpoint.py::test_gradients_flow_through_tensors_that_hooks_keep"
     ),
     "an MLP of another formula fused": mutation(
-        "swiglu.py", " and _is_formula(module)", "", "test_swiglu.py::test_other_formulas_stay_as_they_are[scaled]"
+        "swiglu.py", " and _is_formula(module)", "", "test_swiglu.py::test_other_formulas_are_unchanged[scaled]"
     ),
     "eager mode's roundings not asked of the MLP": mutation(
         "qlora.py", "fuse_swiglu(found, eager_rounding)", "fuse_swiglu(found, False)",
-        "test_qlora.py::test_eager_rounding_reaches_all_that_rounds",
+        "test_qlora.py::test_eager_rounding_reaches_every_step",
     ),
     "backwards not counted": mutation(
         "count.py", "one.backward += sum(backward)", "one.backward += 0",
-        "test_count.py::test_inductors_backward_is_counted_beside_its_forward[True]",
+        "test_count.py::test_backward_is_counted_beside_forward[True]",
     ),
     "graph breaks not counted": mutation(
-        "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_a_graph_break_is_counted"
+        "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_graph_breaks_are_counted"
     ),
     "weights stay plain": mutation(
-        "weights.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
-        "test_weights.py::test_types_meanwhile_and_afterwards",
+        "plain_params4bit.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
+        "test_plain_params4bit.py::test_types_are_exchanged_and_restored",
     ),
     "small GPUs refused": mutation(
         "autotune.py", "lambda *_: True", "inductor_utils.is_big_gpu",
-        "test_autotune.py::test_a_small_gpu_is_big_enough_meanwhile_and_all_is_put_back",
+        "test_autotune.py::test_small_gpu_counts_as_big_until_exit",
     ),
     "no candidate of Triton's left": mutation(
         "autotune.py", "if suits(choice)] or tiles", "if suits(choice)]",
-        "test_autotune.py::test_without_a_suitable_tile_all_of_them_stay",
+        "test_autotune.py::test_all_tiles_stay_if_none_suits",
     ),
 }  # fmt: skip
 

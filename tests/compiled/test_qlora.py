@@ -1,5 +1,6 @@
 """A tiny model that bitsandbytes has quantised, compiled: few graphs, the same losses and gradients, and all undone."""
 
+import json
 import warnings
 
 import pytest
@@ -13,8 +14,8 @@ from torch.fx.experimental import _config as fx_config
 from transformers import masking_utils
 
 from benchmarks.models import random_llama, tiny_llama_config
-from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled import qlora, variants
+from tests.compiled.models import BACKENDS, compiled_by, nf4_llama, with_adapters
+from unsloth_puzzles.compiled import layers, qlora, variants
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -60,6 +61,7 @@ def run():
         found["plain text"] = model.generate(**prompt)
         model.train()
     found["keys"] = list(get_peft_model_state_dict(model))
+    found["classes"] = [type(module) for module in model.modules()]
     found["before"] = model.get_base_model().config._attn_implementation
     with count_compilations() as found["counts"]:
         compiled = compile_qlora(model)
@@ -79,14 +81,14 @@ def run():
     torch._dynamo.reset()
 
 
-def test_losses_and_gradients_are_those_of_the_uncompiled_model(run):
+def test_losses_and_gradients_match_uncompiled_model(run):
     _, found = run
     for one, other in zip(found["steps"], found["plain"], strict=True):
         assert_same(one, other)
     assert found["calls"] == len(LENGTHS)
 
 
-def test_four_graphs_whatever_the_length(run):
+def test_four_graphs_serve_all_lengths(run):
     """The first layer, whose input wants no gradient; the others; the norm; the loss."""
     counts = run[1]["counts"]
     assert counts.graph_breaks == {}
@@ -98,7 +100,7 @@ def test_four_graphs_whatever_the_length(run):
     assert counts.compilations == 7
 
 
-def test_a_length_never_seen_is_not_compiled_for(run):
+def test_new_length_compiles_nothing(run):
     _, found = run
     assert_same(found["unseen"], found["unseen, plain"])
 
@@ -109,104 +111,166 @@ def test_evaluation_and_generation(run):
     assert torch.equal(found["text"], found["plain text"])
 
 
-def test_all_is_undone(run):
+def test_undo_restores_the_model(run):
     model, found = run
     base = model.get_base_model()
     assert base.config._attn_implementation == found["before"]
     assert found["compiled keys"] == found["keys"] == list(get_peft_model_state_dict(model))
-    assert not any("forward" in vars(module) for module in (*base.model.layers, base.model.norm))
+    assert [type(module) for module in model.modules()] == found["classes"]
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not any(hasattr(type(module), "bitsandbytes_class") for module in model.modules())
     assert {type(p) for p in model.parameters() if hasattr(p, "quant_state")} == {Params4bit}
     assert {type(module) for module in model.modules() if hasattr(module, "lora_A")} == {Linear4bit}
     assert model(**batch(12)).logits.shape == (2, 12, 64)
 
 
-def test_with_gradient_checkpointing():
-    torch._dynamo.reset()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_checkpointing_matches_uncompiled_model(backend):
     model = make_model(use_reentrant=False)
     kind = type(model.get_base_model().model.layers[0])
     with patch_linear4bit(model):
         expected = [step(model, length) for length in LENGTHS[:2]]
-    with count_compilations() as counts, compile_qlora(model):
+    with compiled_by(backend) as options, count_compilations() as counts, compile_qlora(model, **options):
         for length, plain in zip(LENGTHS[:2], expected, strict=True):
             assert_same(step(model, length), plain)
     assert counts.graph_breaks == {} and counts.compilations <= 6, counts.table()
     assert {type(layer) for layer in model.get_base_model().model.layers} == {kind}
 
 
-def test_reentrant_checkpointing_is_replaced_aloud():
+def test_reentrant_checkpointing_warns():
     model = make_model(use_reentrant=True)
     with pytest.warns(UserWarning, match=r"^use_reentrant: was True"):
         compile_qlora(model).undo()
 
 
-def test_what_cannot_be_compiled_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"^model: got Linear, need a PreTrainedModel"):
+def test_bad_arguments_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"^model must be a PreTrainedModel, .* got a Linear"):
         compile_qlora(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^model: no adapters that are trained"):
+    with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none"):
         compile_qlora(nf4_llama())
     with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
         compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
     model = make_model()
     for budget in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=r"^activation_memory_budget: got"):
+        with pytest.raises(ValueError, match=r"^activation_memory_budget must be a number above 0, at most 1, got"):
             compile_qlora(model, activation_memory_budget=budget)
     hooked = make_model()
     add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
-    with pytest.raises(ValueError, match=r"^model: its layers carry accelerate's hooks"):
+    with pytest.raises(ValueError, match=r"^model must be on one GPU, got layers with accelerate's hooks"):
         compile_qlora(hooked)
     with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
         compile_qlora(torch.nn.DataParallel(model))
-    before = model.get_base_model().config._attn_implementation
+    before, classes = model.get_base_model().config._attn_implementation, [type(module) for module in model.modules()]
     for backend in ("fast", "xformers"):
-        with pytest.raises(ValueError, match=rf"^attention: got '{backend}', need one of 'auto', 'flash', 'flex'"):
+        with pytest.raises(ValueError, match=rf"^attention must be one of 'auto', 'flash', 'flex'.* got '{backend}'"):
             compile_qlora(model, attention=backend)
     assert model.get_base_model().config._attn_implementation == before
-    assert not any("forward" in vars(layer) for layer in model.get_base_model().model.layers)
+    assert [type(module) for module in model.modules()] == classes
 
 
-def test_the_cache_is_switched_off_aloud_and_on_again():
-    model = make_model()
+def test_kv_cache_is_off_by_default_and_config_is_unchanged(tmp_path):
+    """Calls that do not pass `use_cache` have no cache. The config can be saved while the model is compiled."""
+    model, ids = make_model(), batch(7)["input_ids"]
     config = model.get_base_model().config
+
+    @torch.compiler.set_stance("force_eager")
+    @torch.no_grad()
+    def has_cache():
+        calls = (model(ids), model(ids, use_cache=False), model(ids, use_cache=True))
+        return [call.past_key_values is not None for call in calls]
+
     config.use_cache = True
-    with pytest.warns(UserWarning, match=r"^use_cache: was True, is False until undo"):
+    with pytest.warns(UserWarning, match=r"^use_cache: False until undo"):
         compiled = compile_qlora(model)
-    assert config.use_cache is False
+    assert has_cache() == [False, False, True]
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is config.use_cache is True
     compiled.undo()
-    assert config.use_cache is True
+    assert has_cache() == [True, False, True]
     config.use_cache = False
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compile_qlora(model).undo()
 
 
-def test_eager_rounding_reaches_all_that_rounds(monkeypatch):
+def test_eager_rounding_reaches_every_step(monkeypatch):
     model, asked = make_model(), []
     undo = lambda: None  # noqa: E731
-    monkeypatch.setattr(qlora, "scale_inside", lambda model, rounding: asked.append(rounding) or undo)
+    monkeypatch.setattr(qlora, "scale_low_rank", lambda model, rounding: asked.append(rounding) or undo)
     monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
     made = lambda forward, name, options: asked.extend(  # noqa: E731
         [options["emulate_precision_casts"], not options["epilogue_fusion"]]
     )
-    monkeypatch.setattr(qlora, "Variants", made)
+    monkeypatch.setattr(layers, "Variants", made)
     for options, expected in (({}, True), ({"eager_rounding": False}, False)):
         compile_qlora(model, **options).undo()
         assert len(asked) >= 4 and set(asked) == {expected}
         asked.clear()
 
 
-def test_attributes_that_come_and_go_compile_nothing_anew():
+def test_steps_are_named_in_order_and_undone_in_reverse_order(monkeypatch):
+    model, undone = make_model(), []
+    monkeypatch.setattr(qlora, "scale_low_rank", lambda *_: lambda: undone.append("LoRA layers"))
+    monkeypatch.setattr(qlora, "fuse_swiglu", lambda *_: lambda: undone.append("gated MLPs"))
+    compiled = compile_qlora(model)
+    assert [name.partition(":")[0] for name in compiled.steps] == [
+        "NF4 linears", "LoRA layers", "attentions", "gated MLPs", "NF4 weights", "causal LM", "backbone", "backbone",
+        "backbone", "process", "decoder layers", "final norm", "decoder layers",
+    ]  # fmt: skip
+    compiled.undo()
+    compiled.undo()
+    assert undone == ["gated MLPs", "LoRA layers"]
+
+
+def test_steps_before_one_that_fails_are_undone(monkeypatch):
+    model = make_model()
+    before = [type(one) for one in (*model.modules(), *model.parameters())]
+    budget, config = functorch_config.activation_memory_budget, model.get_base_model().config
+    attention = config._attn_implementation
+    monkeypatch.setattr(qlora, "checkpoint_inputs", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compile_qlora(model, activation_memory_budget=0.7)
+    assert [type(one) for one in (*model.modules(), *model.parameters())] == before
+    assert (functorch_config.activation_memory_budget, config._attn_implementation) == (budget, attention)
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def test_exchanged_classes_are_those_of_the_table():
+    model = make_model()
+    parts = [*model.modules(), *model.parameters()]
+    before = [type(part) for part in parts]
+    with compile_qlora(model):
+        exchanged = {
+            (old, type(part).__name__) for old, part in zip(before, parts, strict=True) if type(part) is not old
+        }
+    assert {(old.__module__.partition(".")[0], old.__name__, new) for old, new in exchanged} == {
+        ("bitsandbytes", "Linear4bit", "Linear4bit"),
+        ("peft", "Linear4bit", "LowRankScaledLora"),
+        ("transformers", "LlamaAttention", "SharedInputLlamaAttention"),
+        ("transformers", "LlamaMLP", "FusedLlamaMLP"),
+        ("bitsandbytes", "Params4bit", "Params4bit"),
+        ("transformers", "LlamaDecoderLayer", "LlamaDecoderLayer"),
+        ("transformers", "LlamaRMSNorm", "CompiledLlamaRMSNorm"),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_switching_autocast_recompiles_nothing(backend):
     """Adapters are not shared without autocast, where they compute in float32 under a model in bfloat16."""
     model, given = with_adapters(nf4_llama(dtype=torch.bfloat16)), batch(16)
-    torch._dynamo.reset()
-    with compile_qlora(model), count_compilations() as counts, torch.no_grad():
+    with (
+        compiled_by(backend) as options,
+        compile_qlora(model, **options),
+        count_compilations() as counts,
+        torch.no_grad(),
+    ):
         for autocast in (False, True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 model(**given)
     assert counts.graph_breaks == {} and not any(one.reason for one in counts.captures), counts.table()
 
 
-def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():
+def test_training_call_with_kv_cache_warns_and_is_not_compiled():
     model = make_model()
     with compile_qlora(model):
         with pytest.warns(UserWarning, match=r"^past_key_values: a call with a KV cache is not compiled"):
@@ -217,8 +281,8 @@ def test_a_training_call_with_a_cache_is_not_compiled_and_says_so():
             model.generate(batch(7)["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
-def test_only_positions_that_are_given_are_searched_for_documents(monkeypatch):
-    """transformers searches those that it has made, too, and on a GPU waits for what it finds."""
+def test_only_given_position_ids_are_searched_for_documents(monkeypatch):
+    """transformers also searches the ones that it made itself, and on a GPU waits for the result."""
     searched, search = [], masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: searched.append(ids) or search(ids))
     model, given = make_model(), batch(16)
@@ -243,13 +307,13 @@ def test_only_positions_that_are_given_are_searched_for_documents(monkeypatch):
     assert len({round(loss.item(), 4) for loss in found}) == 3  # documents and padding are not ignored
 
 
-def test_without_inputs_the_error_is_transformers():
+def test_call_without_inputs_raises_transformers_error():
     model = make_model()
     with compile_qlora(model), pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
 
 
-def test_dropout_is_not_drawn_anew_and_that_is_said():
+def test_dropout_sets_activation_memory_budget_to_one():
     """Below a budget of 1 the compiler may recompute random numbers, which are others then."""
     model, budget = with_adapters(nf4_llama(), lora_dropout=0.5), functorch_config.activation_memory_budget
     with pytest.warns(UserWarning, match=r"^activation_memory_budget: is 1\.0, not 0\.9"):
@@ -262,7 +326,7 @@ def test_dropout_is_not_drawn_anew_and_that_is_said():
         compile_qlora(model, activation_memory_budget=1.0).undo()
 
 
-def test_lengths_of_documents_are_nothing_to_compile_for():
+def test_document_lengths_are_checked_and_dropped():
     model, given = make_model(), batch(16)
     packed = {**given, "position_ids": torch.cat([torch.arange(6), torch.arange(10)]).expand(2, -1)}
     lengths = {"cu_seq_lens_q": torch.tensor([0, 6, 16, 22, 32], dtype=torch.int32), "max_length_q": 10}
@@ -272,7 +336,8 @@ def test_lengths_of_documents_are_nothing_to_compile_for():
             model(**given, **lengths)
 
 
-def test_norms_and_residuals_in_float32_under_autocast():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_norms_and_residuals_under_autocast(backend):
     """As PEFT prepares 4-bit models: a product of an adapter is in autocast's dtype there, the activation is not."""
     model = with_adapters(prepare_model_for_kbit_training(nf4_llama(), use_gradient_checkpointing=False))
     assert next(model.get_base_model().model.norm.parameters()).dtype == torch.float32
@@ -283,14 +348,13 @@ def test_norms_and_residuals_in_float32_under_autocast():
 
     with patch_linear4bit(model):
         exact, plain = step(model, 24), mixed()
-    torch._dynamo.reset()
-    with compile_qlora(model):
+    with compiled_by(backend) as options, compile_qlora(model, **options):
         found = mixed()
     assert (found[1] - exact[1]).norm() <= 1.2 * (plain[1] - exact[1]).norm()
     assert abs(found[0] - exact[0]) <= torch.finfo(torch.bfloat16).eps / 2 * exact[0]
 
 
-def test_peft_knows_packed_weights_meanwhile():
+def test_peft_recognizes_packed_weights():
     """By the name of their class: to count and to merge."""
     model = make_model()
     counted = model.get_nb_trainable_parameters()
@@ -302,7 +366,7 @@ def test_peft_knows_packed_weights_meanwhile():
         model.unmerge_adapter()
 
 
-def test_each_adapter_has_a_function_of_its_own(monkeypatch):
+def test_compile_key_includes_adapters(monkeypatch):
     """Dynamo allows eight versions of one; a ninth would be an error."""
     monkeypatch.setattr(variants, "with_own_code", lambda forward, name: made.append(name) or forward)
     made, model = [], with_adapters(nf4_llama(layers=3), rank_pattern={"layers.1.self_attn.q_proj": 7})
@@ -317,14 +381,14 @@ def test_each_adapter_has_a_function_of_its_own(monkeypatch):
     assert len(layers) == 4  # two ranks under the first, the other, none
 
 
-def test_settings_of_the_process_are_given_back_in_any_order():
+def test_process_settings_are_restored_in_any_order():
     def settings():
         budget, duck_shape = functorch_config.activation_memory_budget, fx_config.use_duck_shape
         return budget, duck_shape, torch._C._is_multithreading_enabled()
 
     before, models = settings(), [make_model() for _ in range(3)]
     first, second = (compile_qlora(model, activation_memory_budget=0.5) for model in models[:2])
-    with pytest.raises(ValueError, match=r"^activation_memory_budget: is 0\.5 for a model that is compiled already"):
+    with pytest.raises(ValueError, match=r"^activation_memory_budget must be 0\.5, that of a model .* got 0\.9"):
         compile_qlora(models[2])
     assert type(models[2].get_base_model().model.layers[0].mlp).__name__ == "LlamaMLP"
     first.undo()
@@ -335,7 +399,7 @@ def test_settings_of_the_process_are_given_back_in_any_order():
     assert settings() == before
 
 
-def test_a_mask_of_four_dimensions_is_refused_by_name():
+def test_four_dimensional_mask_is_refused():
     model = make_model()
-    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask: got Tensor, need a 2-D one"):
+    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask must be 2-D .* got a Tensor"):
         model(**batch(9), attention_mask=torch.zeros(2, 1, 9, 9))

@@ -1,4 +1,4 @@
-"""Compiled functions of a module: one for all lengths, another for what is no number."""
+"""Compiled functions of a module: one for all lengths, and one for each compile key."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def variants():
     torch._dynamo.reset()
 
 
-def test_lengths_and_modules_share_one_function(variants):
+def test_lengths_and_modules_share_one_compiled_function(variants):
     blocks = [Block(), Block()]
     with count_compilations() as counts:
         for block in blocks:
@@ -47,7 +47,7 @@ def captured(calls):
     return [one.name for one in counts.captures]
 
 
-def test_what_wants_gradients_has_a_function_of_its_own(variants):
+def test_compile_key_includes_gradients(variants):
     block, x = Block(), torch.randn(2, 5, 4)
     wanted = x.clone().requires_grad_()
     calls = (
@@ -58,7 +58,7 @@ def test_what_wants_gradients_has_a_function_of_its_own(variants):
     assert captured(calls) == ["Block_first", "Block", "Block_no_grad"]
 
 
-def test_what_else_is_no_number_has_a_function_of_its_own(variants):
+def test_compile_key_includes_mode_autocast_and_sizes_of_one(variants):
     block, x = Block(), torch.randn(2, 5, 4)
     calls = (
         lambda: variants(block.train(), x),
@@ -77,7 +77,7 @@ class Rotated(nn.Module):
         return x * cos + x.flip(-1) * sin
 
 
-def test_positions_of_one_row_have_a_function_of_their_own():
+def test_compile_key_includes_rows_of_position_embeddings():
     """As transformers makes them without `position_ids`; a packed batch has as many rows of them as of tokens."""
     torch._dynamo.reset()
     variants, x = Variants(Rotated.forward, "Rotated", {}), torch.randn(2, 5, 4)
@@ -89,7 +89,7 @@ def test_positions_of_one_row_have_a_function_of_their_own():
         assert captured(calls) == ["Rotated_no_grad"] * 2
 
 
-def test_short_queries_have_a_function_of_their_own_where_the_backend_splits():
+def test_compile_key_includes_the_backends_length_split():
     torch._dynamo.reset()
     variants, used = Variants(Rotated.forward, "Rotated", {}), []
     for splits_at in (0, 8):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.nf4.variants import CONFIGS
+from benchmarks.nf4.variants import CONFIGS, every_job
 from unsloth_puzzles.bench.cross_compile import ARCHITECTURES, CompileReport, cross_compile_in_subprocess
 
 SHARED_LIMIT = 65536  # bytes, a T4's
@@ -13,11 +13,23 @@ DTYPES = ("float16", "bfloat16", "float32")
 KINDS = ("whole", "ragged", "unaligned", "plain absmax")
 ALIGNED = ("whole", "ragged", "plain absmax")
 WHOLE = ("whole", "plain absmax")  # no mask anywhere
+T4_AND_H100 = (75, 90)
+
+
+def jobs_for_t4_and_h100() -> list[dict]:
+    return [job for job in every_job() if job["sm"] in T4_AND_H100]
+
+
+@pytest.fixture(scope="module", params=[T4_AND_H100, pytest.param(ARCHITECTURES, marks=pytest.mark.slow)], ids=str)
+def architectures(request) -> tuple[int, ...]:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def reports() -> list[CompileReport]:
-    return cross_compile_in_subprocess("benchmarks.nf4.variants:every_job")
+def reports(architectures) -> list[CompileReport]:
+    if architectures == ARCHITECTURES:
+        return cross_compile_in_subprocess("benchmarks.nf4.variants:every_job")
+    return cross_compile_in_subprocess("tests.nf4.test_cross_compile:jobs_for_t4_and_h100")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +53,10 @@ def only(reports, path=None, dtype=None, kinds=KINDS, sm=None) -> list[CompileRe
     return found
 
 
-def test_every_variant_on_every_architecture(reports):
+def test_every_variant_on_every_architecture(reports, architectures):
     assert set(ARCHITECTURES) == {75, 80, 90, 100, 120}
     expected = {
-        (f"{path} {dtype} {kind}", sm) for path in CONFIGS for dtype in DTYPES for kind in KINDS for sm in ARCHITECTURES
+        (f"{path} {dtype} {kind}", sm) for path in CONFIGS for dtype in DTYPES for kind in KINDS for sm in architectures
     }
     assert set(CONFIGS) == {"asm", "plain"}
     assert {(report.name, report.sm) for report in reports} == expected

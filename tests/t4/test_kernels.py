@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.t4.__main__ import HOOK
 from tools.t4.kernels import MOST_SHARED, Built, compile_recorded
+from tools.t4.limits import HOOK
 
 NAMES = ("fits", "takes_too_much_shared_memory", "rounds_as_no_t4_can")
 
@@ -32,24 +32,24 @@ def built(request, tmp_path_factory) -> dict[str, Built]:
     return {one.name: one for one in compile_recorded(record)}
 
 
-def test_all_of_them_are_recorded(built):
+def test_every_kernel_is_recorded(built):
     assert sorted(built) == sorted(NAMES)
 
 
-def test_one_that_a_t4_can_have_builds(built):
+def test_kernel_that_fits_a_t4_builds(built):
     assert (built["fits"].error, built["fits"].shared, built["fits"].dot) == ("", 0, "")
 
 
-def test_too_much_shared_memory_is_found(built):
+def test_shared_memory_over_the_limit_is_reported(built):
     one = built["takes_too_much_shared_memory"]
     assert one.error == "" and one.shared > MOST_SHARED and one.dot == "f32"
 
 
-def test_an_instruction_that_a_t4_lacks_is_found(built):
+def test_instruction_that_a_t4_lacks_is_an_error(built):
     assert "requires .target sm_80 or higher" in built["rounds_as_no_t4_can"].error
 
 
-def test_one_that_takes_too_long_does_not_build(tmp_path):
+def test_compilation_that_takes_too_long_is_an_error(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"name": "fine", "options": {"num_warps": 4}}')
     path.with_suffix(".ttir").write_text("module { tt.func public @fine(%p: !tt.ptr<f32>) { tt.return } }\n")
@@ -58,16 +58,16 @@ def test_one_that_takes_too_long_does_not_build(tmp_path):
     assert one.error == "the compiler took longer than 0 s"
 
 
-def test_what_could_not_be_recorded_is_not_decided(tmp_path):
+def test_kernel_that_was_not_recorded_is_undecided(tmp_path):
     (tmp_path / "unrecorded-1.json").write_text('{"name": "lost", "error": "StopIteration: "}')
     assert compile_recorded(tmp_path) == [Built("lost", decided=False)]
 
 
-def test_nothing_recorded_is_no_kernel(tmp_path):
+def test_empty_record_has_no_kernel(tmp_path):
     assert compile_recorded(tmp_path) == []
 
 
-def test_without_a_record_the_hook_does_nothing_and_a_shadowed_sitecustomize_runs(tmp_path):
+def test_hook_without_a_record_only_runs_the_shadowed_sitecustomize(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['SHADOWED'] = 'ran'\n")
     code = "import os, sys; print(os.environ['SHADOWED'], type(sys.meta_path[0]).__name__)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOOK), str(tmp_path)])}
@@ -78,7 +78,7 @@ def test_without_a_record_the_hook_does_nothing_and_a_shadowed_sitecustomize_run
 
 
 @pytest.mark.parametrize("unseen", [False, True], ids=["no GPU used", "a GPU used unseen"])
-def test_every_way_to_the_gpu_is_watched_in_a_process_of_its_own(tmp_path, unseen):
+def test_hook_watches_every_way_to_start_gpu_work(tmp_path, unseen):
     # torch.cuda.memory imports _lazy_init by name, and a child whose memory is limited calls it there first
     code = (
         "import sys, torch\n"

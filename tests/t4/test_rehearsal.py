@@ -1,5 +1,6 @@
 """The limits of a rehearsal, what it predicts, and what it reports as an error."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import psutil
 import pytest
 
 from tools.build_notebook import build, written_files
+from tools.run_notebook import run
 from tools.t4 import __main__ as rehearsal
-from tools.t4 import limits, sections
+from tools.t4 import limits, report, sections
 from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, PRODUCTS32, kind, predict, scales
 
 GOOD = {
@@ -41,12 +43,12 @@ GOOD = {
         ("Memset (Device)", BYTES),
     ],
 )
-def test_kernels_have_a_class(name, expected):
+def test_kernel_names_have_a_class(name, expected):
     dots = {"triton_tem_fused_flex_attention_0": "f16", "triton_tem_fused_mm_3": "f32"}
     assert kind(name, dots) == expected
 
 
-def test_each_class_is_scaled_by_its_rate_beyond_a_kernels_latency():
+def test_prediction_scales_each_class_beyond_the_latency():
     scale = scales(2.7e12, {"float16": 750e12, "float32": 60e12})
     assert scale == {COPIES: 2, PRODUCTS16: 30, PRODUCTS32: 10, DOTS16: pytest.approx(100 / 6), BYTES: 10}
     windows = [
@@ -62,7 +64,7 @@ def test_each_class_is_scaled_by_its_rate_beyond_a_kernels_latency():
     assert found["gpu_seconds_t4_of_windows"] == pytest.approx({"x = 1": 0.0, "z": 0.0}, abs=0.04)
 
 
-def test_a_host_that_was_never_waited_for_costs_nothing():
+def test_prediction_counts_no_host_time_when_the_gpu_was_busy():
     window = {"window": "fill it", "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
     found = predict([window], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
     assert found["host_seconds_here"] == 0 and found["gpu_seconds_t4_of_windows"] == {"fill it": 90.0}
@@ -92,13 +94,13 @@ def test_a_host_that_was_never_waited_for_costs_nothing():
         ),
     ],
 )
-def test_what_is_an_error_of_the_rehearsal(changed, said):
-    found = rehearsal.errors({**GOOD, **changed})
+def test_errors_name_each_limit_that_was_passed(changed, said):
+    found = report.errors({**GOOD, **changed})
     assert found == [] if said is None else len(found) == 1 and said in found[0]
 
 
 @pytest.mark.parametrize("section", sorted(set(sections.SECTIONS) - {"B"}))
-def test_a_section_alone_writes_every_file_and_has_its_own_cells_only(section):
+def test_section_writes_every_file_and_has_no_cell_of_another(section):
     node = sections.notebook_of(section)
     sources = [cell.source for cell in node.cells]
     assert sources[0] == sections.FIRST_CELL and not any(
@@ -111,7 +113,7 @@ def test_a_section_alone_writes_every_file_and_has_its_own_cells_only(section):
     assert not any(name.startswith(other) for name in ids for other in others)
 
 
-def test_the_digest_of_a_section_knows_its_files_and_its_cells():
+def test_section_digest_covers_files_and_cells():
     node = sections.notebook_of("D")
     before, cell = sections.digest(node), node.cells[-1]
     cell.source += "  # a comment"
@@ -123,27 +125,19 @@ def test_the_digest_of_a_section_knows_its_files_and_its_cells():
     assert len({before, after, sections.digest(node)}) == 3
 
 
-def test_the_longest_silence_is_found(tmp_path):
-    import tools.run_notebook
-
+def test_client_finds_the_longest_silence(tmp_path):
     cells = [
         nbformat.v4.new_code_cell("import time\nfor _ in range(4):\n    time.sleep(0.3)\n    print('.', flush=True)"),
         nbformat.v4.new_code_cell("time.sleep(1.0)"),
     ]
-    source, clients = tmp_path / "small.ipynb", []
-
-    class Client(sections.Client):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            clients.append(self)
-
+    source, heard = tmp_path / "small.ipynb", sections.Heard()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
-    tools.run_notebook.run(source, tmp_path / "run", client_class=Client)
-    assert 0.9 < clients[0].silence < 3 and clients[0].silent_cell == "time.sleep(1.0)"
-    assert len(clients[0].cell_seconds) == 2 and max(clients[0].cell_seconds.values()) > 1
+    run(source, tmp_path / "run", client_class=functools.partial(sections.Client, heard=heard))
+    assert 0.9 < heard.silence < 3 and heard.silent_cell == "time.sleep(1.0)"
+    assert len(heard.cell_seconds) == 2 and max(heard.cell_seconds.values()) > 1
 
 
-def test_what_takes_too_long_is_killed_with_all_that_it_started():
+def test_watcher_kills_the_process_tree_when_time_is_up():
     sleep = "import time; time.sleep(60)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
     with limits.Watcher(seconds=1.5, interval=0.3) as watcher:
@@ -157,7 +151,7 @@ def test_what_takes_too_long_is_killed_with_all_that_it_started():
     assert watcher.ram_gb > 0.005
 
 
-def test_memory_of_all_children_is_added_up():
+def test_watcher_adds_up_the_memory_of_all_children():
     code = "x = bytearray(200_000_000); import time; time.sleep(3)"
     with limits.Watcher(seconds=60, interval=0.2) as watcher:
         processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -168,15 +162,15 @@ def test_memory_of_all_children_is_added_up():
     assert 0.4 < watcher.ram_gb < 0.8 and not watcher.killed
 
 
-def test_the_kernel_gets_two_cores_and_the_watcher_keeps_its_own():
+def test_two_cores_limits_child_processes_and_is_undone():
     before = os.sched_getaffinity(0)
-    with rehearsal._two_cores():
+    with limits.two_cores():
         code = "import os; print(len(os.sched_getaffinity(0)))"
         inside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(inside) == min(2, len(before)) and os.sched_getaffinity(0) == before
 
 
-def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
+def test_resume_runs_only_sections_of_other_code(tmp_path, monkeypatch, capsys):
     made = []
 
     def rehearse(section, out, seconds, gpu):
@@ -187,7 +181,7 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
             "errors": ["bad"] if section == "C" else [],
             "hardware": "NVIDIA Test",
             "date": "2026-11-28",
-            "digest": "now",
+            "section_digest": "now",
         }
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
@@ -196,7 +190,7 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
     assert rehearsal.main(["--sections", "A,D", *options]) == 0
     assert rehearsal.main(["--sections", "A,C,D", "--resume", *options]) == 1
     assert made == ["A", "D", "C"]
-    older = json.loads((tmp_path / "A.json").read_text()) | {"digest": "before"}
+    older = json.loads((tmp_path / "A.json").read_text()) | {"section_digest": "before"}
     (tmp_path / "A.json").write_text(json.dumps(older))
     rehearsal.main(["--sections", "A,D", "--resume", *options])
     assert made == ["A", "D", "C", "A"]  # of other code, so once more
@@ -205,11 +199,11 @@ def test_sections_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys)
     assert "C: 1 of 2 points" in capsys.readouterr().out
 
 
-def test_the_environment_is_a_t4s_and_is_put_back(tmp_path, monkeypatch):
+def test_environment_is_set_and_restored(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
     before = dict(os.environ)
-    with rehearsal._environment(tmp_path, tmp_path / "caches", 1):
+    with limits.environment(tmp_path, tmp_path / "caches", 1):
         assert os.environ["UNSLOTH_PUZZLES_REHEARSAL"] == "T4" and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-        assert os.environ["PYTHONPATH"] == f"{rehearsal.HOOK}{os.pathsep}mine"
+        assert os.environ["PYTHONPATH"] == f"{limits.HOOK}{os.pathsep}mine"
         assert str(tmp_path / "caches") in os.environ["TRITON_CACHE_DIR"]
     assert dict(os.environ) == before

@@ -27,8 +27,15 @@ _BATCH = 8  # kernels a process
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel: bytes of shared memory on sm_75, or why it does not build. `dot`: whether it multiplies matrices, and
-    of what ("f16", "f32", ""). `decided`: False for one that could not be recorded, of which nothing is known."""
+    """One kernel, compiled for sm_75.
+
+    Attributes:
+        name: Of its function.
+        shared: Bytes of shared memory of a program.
+        error: Why it does not build, or an empty text.
+        dot: Of what it multiplies matrices, "f16" or "f32"; an empty text if it does not.
+        decided: False for one that could not be recorded, of which nothing is known.
+    """
 
     name: str
     shared: int = 0
@@ -38,9 +45,15 @@ class Built:
 
 
 def compile_recorded(record: Path, processes: int = 2, seconds: float = SECONDS) -> list[Built]:
-    """Every kernel in the folder `record`, compiled for sm_75 in `processes` at a time.
+    """Compile every recorded kernel for sm_75.
 
-    One that takes longer than `seconds`, or ends its process, is one that does not build.
+    Args:
+        record: The folder that the hook wrote to.
+        processes: How many compile at the same time.
+        seconds: The most that a kernel may take. One that takes longer, or ends its process, does not build.
+
+    Returns:
+        The kernels in the order of their names.
     """
     batches: queue.SimpleQueue = queue.SimpleQueue()
     paths = sorted(path for path in record.glob("*.json") if path.with_suffix(".ttir").exists())

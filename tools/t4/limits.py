@@ -1,6 +1,7 @@
-"""What a process tree uses of GPU memory and RAM while it runs, and its end when its time is up."""
+"""What a process tree may use of memory, cores and time, and the variables that make it a rehearsal."""
 
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -8,16 +9,27 @@ from pathlib import Path
 
 import psutil
 
+from unsloth_puzzles.device import REHEARSAL
+
 GPU_GIB = 14.5  # of all processes with their contexts
 RAM_GB = 12.0
 SECONDS = 600.0
 SILENCE = 30.0
+HOOK = Path(__file__).parent / "hook"
 
 
 class Watcher:
-    """Samples the children of this process every second in a thread, and kills them after `seconds`.
+    """Samples the children of this process in a thread, and kills them when their time is up.
 
-    gpu_gib, ram_gb: the peaks so far (GPU memory beyond what was in use before). killed: whether the time was up.
+    Args:
+        seconds: Their time.
+        gpu: Which GPU, as nvidia-smi numbers them.
+        interval: Seconds between samples.
+
+    Attributes:
+        gpu_gib: Peak of the GPU's memory beyond what was in use before, GiB.
+        ram_gb: Peak of the RAM of all children, GB.
+        killed: Whether the time was up.
     """
 
     def __init__(self, seconds: float = SECONDS, gpu: int = 0, interval: float = 1.0):
@@ -47,6 +59,48 @@ class Watcher:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                 return
+
+
+@contextlib.contextmanager
+def environment(record: Path, caches: Path, gpu: int):
+    """Set the variables of the kernel and of all that it starts, and restore them at the end.
+
+    Args:
+        record: An existing folder, to which the hook in every Python process writes.
+        caches: A folder for what Triton and Inductor compile.
+        gpu: The only GPU that can be seen.
+    """
+    before = dict(os.environ)
+    config = record / "kineto.conf"
+    config.write_text("ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=2048\n")
+    os.environ |= {
+        REHEARSAL: "T4",
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "T4_RECORD": str(record.resolve()),
+        "PYTHONPATH": os.pathsep.join([str(HOOK), *filter(None, [before.get("PYTHONPATH")])]),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",
+        "OMP_NUM_THREADS": "2",
+        "KINETO_CONFIG": str(config),
+        "KINETO_LOG_LEVEL": "5",
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def two_cores():
+    """The main thread, and processes that it starts, on two cores; threads that run already keep theirs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:2])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def ram_bytes(process: psutil.Process) -> int:

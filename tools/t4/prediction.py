@@ -9,9 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 T4_FLOPS16, T4_FLOPS32, T4_BANDWIDTH = 25e12, 6e12, 270e9  # what T4s sustain
-SMALL_TILES = (
-    100e12  # FLOP/s that Triton's products in 16 bits reach on a large GPU in the tiles made for a T4: assumed
-)
+SMALL_TILES = 100e12  # FLOP/s: assumed of Triton's products in 16 bits on a large GPU, in the tiles made for a T4
 LATENCY_US = 2.0
 HOST = 2.0
 
@@ -19,7 +17,12 @@ COPIES, PRODUCTS16, PRODUCTS32, DOTS16, BYTES = "copies", "products in 16 bits",
 
 
 def kind(name: str, dots: Mapping[str, str]) -> str:
-    """The class of a kernel by its name. dots: of Triton's kernels that multiply, {name: "f16" or "f32"}."""
+    """The class of a kernel by its name.
+
+    Args:
+        name: As the profiler gives it.
+        dots: "f16" or "f32" by name, of Triton's kernels that multiply matrices.
+    """
     low = name.lower()
     if "memcpy htod" in low or "memcpy dtoh" in low:
         return COPIES
@@ -34,7 +37,12 @@ def kind(name: str, dots: Mapping[str, str]) -> str:
 
 
 def scales(copy_bandwidth: float, matmul_flops: Mapping[str, float]) -> dict[str, float]:
-    """By how much longer each class takes on a T4."""
+    """By how much longer each class takes on a T4.
+
+    Args:
+        copy_bandwidth: Of the GPU here, bytes/s.
+        matmul_flops: Of the GPU here, FLOP/s by name of the dtype.
+    """
     return {
         COPIES: 2.0,
         PRODUCTS16: matmul_flops["float16"] / T4_FLOPS16,
@@ -49,8 +57,12 @@ def predict(
 ) -> dict[str, object]:
     """Seconds of a section on a T4, and what they are made of.
 
-    windows: {"window": its name, "kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the
-    profiler: a cell of the notebook, or a whole process.
+    Args:
+        windows: {"window": its name, "kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the
+            profiler: a cell of the notebook, or a whole process.
+        wall_seconds: Of the section here.
+        dots: As `kind` takes it.
+        scale: What `scales` returned.
     """
     here, there, launches, hook = defaultdict(float), defaultdict(float), 0, 0.0
     of_windows = defaultdict(float)

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from tools.build_notebook import build, written_files
-from tools.run_notebook import failures, output_text
+from tools.outputs import failures, output_text
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.bench.rubric import FILES
@@ -34,32 +35,42 @@ def digest(node: NotebookNode) -> str:
     return code_digest(written_files(node) | {f"cell {n}": source + "\n" for n, source in enumerate(cells)})
 
 
-class Client(NotebookClient):
-    """Notes how long each cell took, and the longest time in which one said nothing, and in which cell."""
+@dataclass
+class Heard:
+    """What a client noted: seconds by cell id, and the longest time in which a cell said nothing, and which one."""
 
-    def __init__(self, node: NotebookNode, **options):
+    cell_seconds: dict[str, float] = field(default_factory=dict)
+    silence: float = 0.0
+    silent_cell: str = ""
+    last: float = 0.0  # when a cell began or said something
+
+    def hear(self, cell: NotebookNode) -> None:
+        """A cell has just said something, or ended."""
+        now = time.monotonic()
+        if now - self.last > self.silence:
+            self.silence = now - self.last
+            self.silent_cell = next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
+        self.last = now
+
+
+class Client(NotebookClient):
+    """Executes cells, and notes in `heard` how long each took and was silent."""
+
+    def __init__(self, node: NotebookNode, *, heard: Heard, **options):
         super().__init__(node, **options)
-        self.cell_seconds: dict[str, float] = {}
-        self.silence, self.silent_cell, self._heard = 0.0, "", time.monotonic()
+        self.heard = heard
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        began = self._heard = time.monotonic()
+        began = self.heard.last = time.monotonic()
         try:
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
         finally:
-            self._hear(cell)
-            self.cell_seconds[cell.id] = time.monotonic() - began
+            self.heard.hear(cell)
+            self.heard.cell_seconds[cell.id] = time.monotonic() - began
 
     def process_message(self, msg, cell, cell_index):
-        self._hear(cell)
+        self.heard.hear(cell)
         return super().process_message(msg, cell, cell_index)
-
-    def _hear(self, cell: NotebookNode) -> None:
-        now = time.monotonic()
-        if now - self._heard > self.silence:
-            self.silence = now - self._heard
-            self.silent_cell = next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
-        self._heard = now
 
 
 def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str, float]) -> dict[str, object]:
@@ -95,11 +106,12 @@ def measured_rates(folder: Path) -> tuple[float, dict[str, float]] | None:
     return None
 
 
-def versions_of(folder: Path) -> dict[str, str | None]:
-    """Versions of what a run measured with, from any of its files."""
+def measured_with(folder: Path) -> tuple[str, dict[str, str | None]]:
+    """Name of the hardware and versions that a run measured with, from any of its files; empty where it has none."""
     for path in sorted((folder / "resources/measurements").glob("*.json")):
-        return json.loads(path.read_text(encoding="utf-8"))["versions"]
-    return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["hardware"]["name"], content["versions"]
+    return "", {}
 
 
 def _figures(path: Path) -> dict[str, float]:

@@ -1,19 +1,8 @@
-"""The causal LM inside a model, and what it does between its backbone and its loss: found out by running it."""
-
-import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+"""The causal LM inside a model, checked as far as can be seen without running it."""
 
 import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils import ModelOutput
-
-# What model families call the number between head and loss. Which of them a model really applies is tried out.
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-_DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
-_LENGTHS = (12, 8, 5)  # tokens in the rows of the probe, padded on the right
-_ROUNDINGS = 8  # of a dtype, by which two ways to compute the same may differ
 
 
 def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
@@ -21,31 +10,33 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     # PEFT's wrapper passes a call on to the causal LM inside it, whose forward is the one to exchange.
     found = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(found, PreTrainedModel):
-        raise TypeError(f"model: needs a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
+        raise TypeError(f"model must be a PreTrainedModel, a PEFT model or a Trainer, got {type(model).__name__}")
     for adapter, settings in (getattr(model, "peft_config", None) or {}).items():
         if getattr(settings, "peft_type", None) == "CPT":
             raise ValueError(
-                f"model: its adapter {adapter!r} is PEFT's CPT, whose loss is another and needs the logits"
+                f"model must have no adapter with a loss of its own, got PEFT's CPT ({adapter!r}), which needs logits"
             )
     if "forward" in vars(tuner := getattr(model, "base_model", model)) and tuner is not found:
         raise ValueError(
-            f"model: {type(tuner).__name__} calls the forward that it found when it was made; patch before"
+            f"model must be patched before it is wrapped, got an adapter {type(tuner).__name__} with the old forward"
         )
     name, config = type(found).__name__, found.config
     if getattr(found, "_memory_efficient_loss", None) is not None:
-        raise ValueError(f"model: {name} is patched already; undo that patch first")
+        raise ValueError(f"model must not be patched, got a {name} that is; undo that patch first")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model: {name} is an encoder-decoder; only causal LMs are supported")
+        raise ValueError(f"model must be a causal LM, got an encoder-decoder, {name}")
     if found.get_output_embeddings() is None or found.base_model is found:
-        raise TypeError(f"model: needs a causal LM with a head on its backbone, got {name}")
+        raise TypeError(f"model must be a causal LM with a head on its backbone, got {name}")
     if found.loss_function is not ForCausalLMLoss:
         used = getattr(found.loss_function, "__name__", found.loss_function)
-        raise ValueError(f"model: the loss_function of {name} is {used}, which would be ignored; needs ForCausalLMLoss")
+        raise ValueError(f"model.loss_function must be ForCausalLMLoss, got {used} of {name}, which would be ignored")
     if routes(found):
-        raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
+        raise ValueError("output_router_logits must be False, got True: the router's auxiliary loss is not supported")
     own = getattr(vars(found).get("forward"), "__func__", None)
     if not per_token and own is not None and "fused_lm_head" in own.__code__.co_varnames:
-        raise ValueError(f"model: {name} has the fused head of a TRL trainer; pass that trainer")
+        raise ValueError(
+            f"model must be without the fused head of a TRL trainer, got {name} with it; pass that trainer"
+        )
     return found
 
 
@@ -71,198 +62,3 @@ def refuse_data_parallel(model: object, gpus: int = 1) -> None:
             f"args.n_gpu must be 1, got {gpus}: this Trainer takes all GPUs for one process, as nn.DataParallel does; "
             "set CUDA_VISIBLE_DEVICES=0 before CUDA starts, or start one process per GPU with torchrun"
         )
-
-
-def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[float, float | None] | None:
-    """(scale, soft cap) between head and loss, None if there is neither, found by running the model itself.
-
-    What is assumed of the model, each checked here with padded rows of 12, 8 and 5 tokens, labels at the padding too:
-
-    - its head is on a device, and called once, with what `base_model` returns for the same inputs;
-    - its logits are the head's times a scale, soft capped. The probe gives it wide random numbers as the head's, so
-      that scale and cap show whatever the weights are;
-    - (`of_loss`) its loss is the cross entropy of these logits and the next labels, nothing is added, and the labels
-      alone say what counts; `num_items_in_batch`, `ignore_index` and `shift_labels` mean what `ForCausalLMLoss` says.
-
-    Raises:
-        ValueError: one of them does not hold.
-    """
-    if any(parameter.is_meta for parameter in causal_lm.get_output_embeddings().parameters()):
-        raise ValueError(
-            f"model: the output embeddings of {type(causal_lm).__name__} are offloaded by accelerate, and would be "
-            "loaded anew for each chunk; keep them (and tied input embeddings) on a device in device_map"
-        )
-    inputs, labels = _probe_inputs(causal_lm)
-    cap = _soft_cap(causal_lm)
-    with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
-        output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
-        if len(seen) != 1:
-            name = type(causal_lm).__name__
-            raise ValueError(f"model: {name} calls its output embeddings {len(seen)} times in a forward, need once")
-        if not states or "forward" not in vars(causal_lm):  # else a wrapper may have set autocast for its own call
-            run(causal_lm.base_model, **inputs)
-        entering, given = seen[0]
-        followed = all(_same(entering, state) for state in states)
-        between = _between(causal_lm, given, output.logits) if followed else None
-        if between is None:
-            raise ValueError(_unknown(causal_lm))
-        if of_loss:
-            _check_loss(causal_lm, output, labels)
-            if _takes_options(causal_lm):
-                options = {"num_items_in_batch": torch.tensor(7, device=labels.device), "ignore_index": 1}
-                options["shift_labels"] = torch.where(labels < 0, 1, labels // 2)
-                output = run(causal_lm, **inputs, labels=labels, **options)
-                _check_loss(causal_lm, output, labels, options)
-    return None if between == (1.0, None) else between
-
-
-def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
-    """The autocast that a wrapper of its forward sets, accelerate's for mixed precision; it may be entered many times.
-
-    A forward that takes the place of the wrapper's would run without.
-    """
-    if "forward" not in vars(causal_lm):
-        return nullcontext()
-    inputs, _ = _probe_inputs(causal_lm)
-    device, seen = inputs["input_ids"].device.type, []
-
-    def state(*call):
-        seen.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
-
-    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(state)
-    try:
-        with _as_in_training(causal_lm) as run:
-            run(causal_lm, **inputs)
-    finally:
-        hook.remove()
-    enabled, dtype = seen[-1]
-    return torch.autocast(device, dtype) if enabled and not torch.is_autocast_enabled(device) else nullcontext()
-
-
-def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
-    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales."""
-    cap = _soft_cap(causal_lm)
-    return {"loss_function": causal_lm.loss_function, "final_logit_softcapping": cap, **_multipliers(causal_lm)}
-
-
-def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
-    """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
-    logits = logits if scale == 1 else logits * scale
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _soft_cap(causal_lm: PreTrainedModel) -> float | None:
-    return getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def _multipliers(causal_lm: PreTrainedModel) -> dict[str, float]:
-    config = causal_lm.config.get_text_config()
-    return {name: value for name in _MULTIPLIERS if (value := getattr(config, name, None)) is not None}
-
-
-def _between(
-    causal_lm: PreTrainedModel, given: torch.Tensor, logits: torch.Tensor
-) -> tuple[float, float | None] | None:
-    """The first (scale, cap) of those that the config names which makes `logits` of the head's `given`."""
-    named = _multipliers(causal_lm)
-    scales = [1.0, *named.values(), *(1 / named[name] for name in _DIVISORS if named.get(name))]
-    cap = _soft_cap(causal_lm)
-    for candidate in ((scale, cap) for cap in ([None, cap] if cap else [None]) for scale in scales):
-        if _same(transform(given, *candidate), logits):
-            return candidate
-    return None
-
-
-def _unknown(causal_lm: PreTrainedModel) -> str:
-    names = ", ".join([*_multipliers(causal_lm), "final_logit_softcapping"])
-    return (
-        f"model: {type(causal_lm).__name__} does more between backbone, head and loss than a soft cap and a scale of "
-        f"the logits ({names}), so its loss would not be the same"
-    )
-
-
-def _takes_options(causal_lm: PreTrainedModel) -> bool:
-    """Whether its forward takes more than it names, such as `num_items_in_batch`."""
-    parameters = inspect.signature(type(causal_lm).forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def _check_loss(causal_lm: PreTrainedModel, output: ModelOutput, labels: torch.Tensor, options: dict | None = None):
-    """Raise ValueError unless the loss of `output` is that of `ForCausalLMLoss` of its logits."""
-    expected = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1], **(options or {}))
-    if not _same(output.loss, expected):
-        given = f" and {', '.join(options)}" if options else ""
-        raise ValueError(
-            f"model: the loss of {type(causal_lm).__name__} must be the cross entropy of its logits and next labels "
-            f"alone, got {output.loss.item()} for padded rows{given}, need {expected.item()}"
-        )
-
-
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for rounding, as a relative norm."""
-    if found.shape != expected.shape:
-        return False
-    eps = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
-    found, expected = found.double(), expected.double().to(found.device)
-    return bool((found - expected).norm() <= _ROUNDINGS * eps * expected.norm())
-
-
-def _probe_inputs(causal_lm: PreTrainedModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """input_ids and attention_mask of ragged rows, and labels: no row's own tokens, -100 in the first row's prompt."""
-    embeddings = causal_lm.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's: an offloaded weight lies on no device
-    device = getattr(hook, "execution_device", None)
-    device = embeddings.weight.device if device is None else device
-    positions = torch.arange(max(_LENGTHS), device=device).expand(len(_LENGTHS), -1)
-    mask = (positions < torch.tensor(_LENGTHS, device=device)[:, None]).long()
-    labels = (positions + 1 + torch.arange(len(_LENGTHS), device=device)[:, None]) % 8
-    labels[0, :4] = -100
-    return {"input_ids": positions.contiguous(), "attention_mask": mask, "use_cache": False}, labels
-
-
-@contextmanager
-def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
-    """Gives a function that calls a module in train mode without gradients, with the same random numbers each time."""
-
-    def run(module, **inputs):
-        device = inputs["input_ids"].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(0)
-            try:
-                return module(**inputs)
-            except Exception as error:
-                names = ", ".join(inputs)
-                raise ValueError(f"model: {type(causal_lm).__name__} cannot be tried with {names}: {error}") from error
-
-    modes = {module: module.training for module in causal_lm.modules()}
-    try:
-        # In eval mode bitsandbytes re-packs 4-bit weights on some CPUs, for good.
-        causal_lm.train()
-        yield run
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _given_logits(causal_lm: PreTrainedModel, size: float) -> Iterator[tuple[list, list]]:
-    """The head returns normal random numbers of this size.
-
-    Gives a list of what enters the head and what it returns, and one of what the backbone returns.
-    """
-    seen, states = [], []
-
-    def exchange(head, arguments, logits):
-        generator = torch.Generator().manual_seed(0)
-        seen.append((arguments[0], (size * torch.randn(logits.shape, generator=generator)).to(logits)))
-        return seen[-1][1]
-
-    hooks = [
-        causal_lm.get_output_embeddings().register_forward_hook(exchange),
-        causal_lm.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
-    ]
-    try:
-        yield seen, states
-    finally:
-        for hook in hooks:
-            hook.remove()

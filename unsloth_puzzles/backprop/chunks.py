@@ -16,6 +16,25 @@ _STRETCH = 1.05  # "auto" chunks may be this much larger, if that saves one
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def chunk_spans(
+    chunk_size: int | str, x: torch.Tensor, vocab_size: int, dtype: torch.dtype, bytes_per_logit: float, divisor: int
+) -> list[tuple[int, int]]:
+    """(start, stop) of each chunk of the rows of x.
+
+    Args:
+        chunk_size: See `chunk_rows`.
+        x: [rows, hidden].
+        vocab_size: Columns of the logits.
+        dtype: Of the logits.
+        bytes_per_logit: Of a chunk's logits and temporaries.
+        divisor: By which "auto" is divided, where a function needs more room.
+    """
+    rows = chunk_rows(chunk_size, vocab_size, dtype, x.device, bytes_per_logit, x.shape[-1])
+    if chunk_size == "auto":
+        rows = even_rows(max(1, rows // divisor), len(x))
+    return [(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
 def chunk_rows(
     chunk_size: int | str,
     vocab_size: int,
@@ -44,16 +63,16 @@ def chunk_rows(
     if isinstance(chunk_size, str):
         size = _bytes(chunk_size)
         if size is None:
-            raise ValueError(f"chunk_size: got {chunk_size!r}, need 'auto', rows (an int) or bytes such as '256MiB'")
+            raise ValueError(f"chunk_size must be 'auto', rows (an int) or bytes such as '256MiB', got {chunk_size!r}")
         rows = size // (vocab_size * itemsize)
         if rows < 1:
             need = f"at least {vocab_size * itemsize} bytes, one row of {vocab_size} logits"
-            raise ValueError(f"chunk_size: got {chunk_size!r}, need {need}")
+            raise ValueError(f"chunk_size must be {need}, got {chunk_size!r}")
         return rows
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-        raise TypeError(f"chunk_size: got {chunk_size!r}, need 'auto', rows (an int) or bytes such as '256MiB'")
+        raise TypeError(f"chunk_size must be 'auto', rows (an int) or bytes such as '256MiB', got {chunk_size!r}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}, need at least 1 row")
+        raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
     return chunk_size
 
 
@@ -73,9 +92,9 @@ def kept_bytes(keep_logits: int | str) -> int:
     """`keep_logits` in bytes: an int, or a text such as "1GiB". Raises ValueError or TypeError that names it."""
     size = _bytes(keep_logits) if isinstance(keep_logits, str) else keep_logits
     if not isinstance(size, int | None) or isinstance(size, bool):
-        raise TypeError(f"keep_logits: got {keep_logits!r}, need bytes: an int or a text such as '1GiB'")
+        raise TypeError(f"keep_logits must be bytes, an int or a text such as '1GiB', got {keep_logits!r}")
     if size is None or size < 0:
-        raise ValueError(f"keep_logits: got {keep_logits!r}, need bytes, 0 or more, such as '1GiB'")
+        raise ValueError(f"keep_logits must be bytes, 0 or more, such as '1GiB', got {keep_logits!r}")
     return size
 
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
-from unsloth_puzzles.backprop.causal_lm import logit_transform
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.probe import logit_transform
 
 TRL = (1, 16)
 
@@ -59,12 +59,12 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
         config = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
         if getattr(config, "cast_lm_head_to_fp32", False):
             raise ValueError(
-                "cast_lm_head_to_fp32: got True, need False: the logits are made in the model's dtype and reduced in "
+                "cast_lm_head_to_fp32 must be False, got True: the logits are made in the model's dtype and reduced in "
                 "float32; for a float32 head load the model in float32 and set bf16=True (autocast) without it"
             )
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("args: got DeepSpeed or FSDP, need an unsharded head (one process, or DDP)")
+            raise ValueError("args must keep the head whole (one process, or DDP), got DeepSpeed or FSDP")
         options = {
             "chunk_size": chunk_size,
             "compile": self.accelerator.device.type == "cuda" if compile is None else compile,
@@ -110,7 +110,7 @@ def kept_bytes(head: nn.Module) -> int:
 def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`."""
     if model.base_model is model:
-        raise ValueError(f"model: got {type(model).__name__}, need a backbone (`base_model`) apart from the head")
+        raise ValueError(f"model must have a backbone (`base_model`) apart from the head, got {type(model).__name__}")
     scale, cap = logit_transform(model, of_loss=False) or (1.0, None)
     # One object for the whole training: compiled code belongs to it.
     scores = functools.partial(row_scores, temperature=temperature, scale=scale, cap=cap, with_entropy=with_entropy)
@@ -161,6 +161,6 @@ def _aux_loss(model: PreTrainedModel, outputs, inputs: dict) -> torch.Tensor:
 def _check_trl() -> None:
     if Version(trl.__version__).release[:2] != TRL:
         raise RuntimeError(
-            f"trl: got {trl.__version__}, need {'.'.join(map(str, TRL))}: how the trainer asks its model for "
+            f"trl must be {'.'.join(map(str, TRL))}, got {trl.__version__}: how the trainer asks its model for "
             "log-probabilities has changed from release to release"
         )

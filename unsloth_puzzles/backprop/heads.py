@@ -38,6 +38,24 @@ class Head:
         with torch.set_grad_enabled(record), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
 
+    def project(self, x: torch.Tensor, vocab_size: int, record: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of a chunk, with `record` with their graph, and their memory, which the gradient may overwrite.
+
+        Args:
+            x: [rows, hidden].
+            vocab_size: Columns that the logits must have.
+            record: Whether autograd records the projection.
+
+        Returns:
+            Logits [rows, vocab_size], and a detached tensor of that shape: the same memory, unless the projection's
+            derivative needs it.
+        """
+        logits = self.call(None, x, record=record)
+        if logits.shape != (len(x), vocab_size):
+            need = (len(x), vocab_size)
+            raise ValueError(f"linear must map {tuple(x.shape)} to {need}, got {tuple(logits.shape)}")
+        return logits, logits.detach() if _forgets(logits) else logits.detach().clone()
+
     def backward(self, outputs, gradients, x, others, into=None, live=None) -> list[torch.Tensor | None]:
         """Gradients of x (None if it requires none) and `others`; those of the parameters are added to their sums.
 
@@ -62,7 +80,7 @@ class Head:
         return [total.result(parameter, scaled) for total, parameter in zip(self.sums, parameters, strict=True)]
 
 
-def forgets(logits: torch.Tensor) -> bool:
+def _forgets(logits: torch.Tensor) -> bool:
     """Whether the operation that made `logits` can be differentiated without them."""
     if logits.grad_fn is None:
         return not logits.requires_grad  # a head that returns its input: the memory is the caller's

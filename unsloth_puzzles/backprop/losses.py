@@ -15,14 +15,21 @@ does (give it the same `ignore_index`). Set options with `functools.partial`, ma
 object.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-_LOG2_E = math.log2(math.e)
+from unsloth_puzzles.backprop.softmax import (
+    check_temperature,
+    cooled,
+    log_softmax,
+    log_sum_exp,
+    mean_under,
+    softmax_statistics,
+    upcast,
+)
 
 
 def cross_entropy(
@@ -39,13 +46,15 @@ def cross_entropy(
     not by their number: for that pass `normalizer=class_weight[labels[labels != ignore_index]].sum()`.
     """
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: needs a number from 0 to 1, got {label_smoothing}")
-    z, valid = _upcast(logits), labels != ignore_index
-    lse = _log_sum_exp(z)
+        raise ValueError(f"label_smoothing must be a number from 0 to 1, got {label_smoothing}")
+    z, valid = upcast(logits), labels != ignore_index
+    lse = log_sum_exp(z)
     loss = lse - target_logits(z, labels)
     if class_weight is not None:
         if class_weight.shape != z.shape[-1:]:
-            raise ValueError(f"class_weight: needs ({z.shape[-1]},), one a class, got {tuple(class_weight.shape)}")
+            raise ValueError(
+                f"class_weight must have shape ({z.shape[-1]},), one a class, got {tuple(class_weight.shape)}"
+            )
         loss = loss * class_weight[torch.where(valid, labels, 0)]
     if label_smoothing > 0:
         of_all = lse[..., None] - z  # -log p of each class; every class shares label_smoothing evenly
@@ -59,8 +68,8 @@ def z_loss(
 ) -> torch.Tensor:
     """Sum of cross entropy + coefficient * log(Z)^2, Z = sum of exp(logits), over the rows, 0-dim: it keeps log(Z) near
     0, so that bf16 logits stay where bf16 is fine (PaLM, arXiv 2204.02311, section 5)."""
-    z = _upcast(logits)
-    lse = _log_sum_exp(z)
+    z = upcast(logits)
+    lse = log_sum_exp(z)
     loss = lse - target_logits(z, labels) + coefficient * lse.square()
     return torch.where(labels != ignore_index, loss, 0).sum()
 
@@ -69,9 +78,9 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float = 2.0, ign
     """Sum of (1 - p)^gamma * -log(p), p the label's probability, over the rows, 0-dim: what is learnt already weighs
     less (Lin et al., arXiv 1708.02002). Without its class weights alpha; gamma 0 is cross entropy."""
     if gamma < 0:
-        raise ValueError(f"gamma: needs 0 or more, got {gamma}")
-    z = _upcast(logits)
-    loss = _log_sum_exp(z) - target_logits(z, labels)
+        raise ValueError(f"gamma must be 0 or more, got {gamma}")
+    z = upcast(logits)
+    loss = log_sum_exp(z) - target_logits(z, labels)
     # At p = 1 rounding can leave less than 0, which has no power, or 0, whose power has an infinite slope at gamma < 1.
     loss = loss.clamp(min=torch.finfo(loss.dtype).tiny)
     return torch.where(labels != ignore_index, (-torch.expm1(-loss)) ** gamma * loss, 0).sum()
@@ -88,7 +97,7 @@ def kl_distillation(
     The teacher is a constant: no gradient reaches it. Its vocabulary must be the student's. The labels say only which
     rows count. Make the function once, outside the training loop.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     return partial(_kl_to_teacher, teacher_head, temperature, ignore_index)
 
 
@@ -97,11 +106,11 @@ def _kl_to_teacher(teacher_head, temperature, ignore_index, logits, labels, teac
         teacher_logits = teacher_head(teacher_hidden_states)
     if teacher_logits.shape != logits.shape:
         raise ValueError(
-            f"teacher_head: needs to give logits of the student's shape {tuple(logits.shape)}, "
+            f"teacher_head must give logits of the student's shape {tuple(logits.shape)}, "
             f"got {tuple(teacher_logits.shape)}"
         )
-    teacher, student = (_log_softmax(x, temperature) for x in (teacher_logits, logits))
-    divergence = temperature**2 * _mean_under(teacher.exp(), teacher - student)
+    teacher, student = (log_softmax(x, temperature) for x in (teacher_logits, logits))
+    divergence = temperature**2 * mean_under(teacher.exp(), teacher - student)
     return torch.where(labels != ignore_index, divergence, 0).sum()
 
 
@@ -112,15 +121,15 @@ def token_log_probs(
 
     Summed over the tokens of a sequence: what `dpo_loss` takes.
     """
-    z = _cooled(logits, temperature)
-    return torch.where(labels != ignore_index, target_logits(z, labels) - _log_sum_exp(z), 0)
+    z = cooled(logits, temperature)
+    return torch.where(labels != ignore_index, target_logits(z, labels) - log_sum_exp(z), 0)
 
 
 def entropy(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, *, ignore_index: int = -100
 ) -> torch.Tensor:
     """Entropy of softmax(logits / temperature) of each row, in nats: (...) float32 (float64), 0 where ignored."""
-    lse, mean = _softmax_statistics(_cooled(logits, temperature))
+    lse, mean = softmax_statistics(cooled(logits, temperature))
     return torch.where(labels != ignore_index, lse - mean, 0)
 
 
@@ -128,8 +137,8 @@ def token_log_probs_and_entropy(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, *, ignore_index: int = -100
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_log_probs` and `entropy` of each row from one softmax: what policy gradients (GRPO) are made of."""
-    z, valid = _cooled(logits, temperature), labels != ignore_index
-    lse, mean = _softmax_statistics(z)
+    z, valid = cooled(logits, temperature), labels != ignore_index
+    lse, mean = softmax_statistics(z)
     return torch.where(valid, target_logits(z, labels) - lse, 0), torch.where(valid, lse - mean, 0)
 
 
@@ -146,10 +155,12 @@ def dpo_loss(
     Raises ValueError if the two differ in shape or are not of that shape.
     """
     if policy_logps.ndim != 1 or len(policy_logps) % 2 or not len(policy_logps):
-        raise ValueError(f"policy_logps: needs (2 * pairs,), chosen then rejected, got {tuple(policy_logps.shape)}")
+        raise ValueError(
+            f"policy_logps must have shape (2 * pairs,), chosen then rejected, got {tuple(policy_logps.shape)}"
+        )
     if reference_logps.shape != policy_logps.shape:
         got = tuple(reference_logps.shape)
-        raise ValueError(f"reference_logps: needs policy_logps' shape {tuple(policy_logps.shape)}, got {got}")
+        raise ValueError(f"reference_logps must have policy_logps' shape {tuple(policy_logps.shape)}, got {got}")
     chosen, rejected = (policy_logps - reference_logps).chunk(2)
     margin = beta * (chosen - rejected)
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).mean()
@@ -158,8 +169,8 @@ def dpo_loss(
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(logits / cap), in float32 (float64 stays): logits within (-cap, cap), as in Gemma 2."""
     if cap <= 0:
-        raise ValueError(f"cap: needs a number above 0, got {cap}")
-    return cap * torch.tanh(_upcast(logits) / cap)
+        raise ValueError(f"cap must be a number above 0, got {cap}")
+    return cap * torch.tanh(upcast(logits) / cap)
 
 
 def soft_capped(f: Callable, cap: float) -> Callable:
@@ -176,7 +187,7 @@ def transformation_function(batch: torch.Tensor, linear: Callable, labels: torch
 
     For `function_takes="linear"` and `MemoryEfficientLinear.apply`.
     """
-    x = _upcast(linear(batch))  # the puzzle's .float(): up projection to large space
+    x = upcast(linear(batch))  # the puzzle's .float(): up projection to large space
     return F.cross_entropy(x.view(-1, x.shape[-1]), labels.view(-1))  # down projection to small space
 
 
@@ -188,51 +199,3 @@ def target_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     classes = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
     return torch.where(classes == labels[..., None].int(), logits, 0).sum(-1)
-
-
-def _softmax_parts(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(z - m) of each logit, its sum over the row and log(sum(exp(z))): (..., vocabulary), (...), (...).
-
-    m is the row's maximum. It only keeps the exponentials finite and cancels out, so autograd takes it for a constant.
-    A logit of -inf masks its class. e^x as 2^(x log2(e)) is one multiplication and the GPU's own instruction, where
-    Inductor's exp spends three more to keep subnormal results, which no sum notices.
-    """
-    highest = z.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
-    exponentials = torch.exp2((z - highest) * _LOG2_E)
-    total = exponentials.sum(-1)
-    return exponentials, total, total.log() + highest.squeeze(-1)
-
-
-def _log_sum_exp(z: torch.Tensor) -> torch.Tensor:
-    return _softmax_parts(z)[-1]
-
-
-def _softmax_statistics(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log(sum(exp(z))) and the expected z under softmax(z), of each row; entropy is their difference."""
-    exponentials, total, lse = _softmax_parts(z)
-    return lse, (exponentials * torch.where(exponentials > 0, z, 0)).sum(-1) / total
-
-
-def _upcast(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _check_temperature(temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature: needs a number above 0, got {temperature}")
-
-
-def _cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    _check_temperature(temperature)
-    return _upcast(logits) / temperature
-
-
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    z = _cooled(logits, temperature)
-    return z - _log_sum_exp(z)[..., None]
-
-
-def _mean_under(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Expected value of each row. A class of probability 0 counts nothing, also where its value is infinite: a logit of
-    -inf masks a class."""
-    return (probabilities * torch.where(probabilities > 0, values, 0)).sum(-1)

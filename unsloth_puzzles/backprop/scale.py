@@ -39,7 +39,7 @@ def narrow_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     does not overlap them. So 2.0 GiB of float32 gradient become bfloat16 without another 1.0 GiB at the peak.
     """
     if tensor.dtype != torch.float32 or dtype.itemsize != 2:
-        raise ValueError(f"tensor: got {tensor.dtype} to be narrowed to {dtype}, need float32 and a 16-bit dtype")
+        raise ValueError(f"tensor must be float32, to be narrowed to a 16-bit dtype, got {tensor.dtype} and {dtype}")
     wide = tensor.view(-1)
     narrow = wide.view(dtype)[: wide.numel()]
     done = min(1024, wide.numel())

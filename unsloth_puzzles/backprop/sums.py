@@ -86,59 +86,6 @@ class Sum:
         self.scale = scale
 
 
-class Gradients:
-    """What the chunks' gradients are gathered in: those of rows side by side, all others in sums."""
-
-    def __init__(self, work):
-        self.work = work
-        arguments = work.arguments
-        self.x = torch.zeros_like(work.x, memory_format=torch.contiguous_format) if work.needs_x else None
-        rows = len(arguments.row_args)
-        of_rows, shared = arguments.wanted[:rows], arguments.wanted[rows:]
-        self.rows = [
-            torch.zeros_like(value, memory_format=torch.contiguous_format) if want else None
-            for value, want in zip(arguments.row_args, of_rows, strict=True)
-        ]
-        self.shared = [
-            Sum(value, value.dtype) if want else None for value, want in zip(arguments.shared_args, shared, strict=True)
-        ]
-
-    def of_x(self, start, stop) -> torch.Tensor | None:
-        """Where a chunk's gradient of x belongs."""
-        return None if self.x is None else self.x[start:stop]
-
-    def add(self, start, stop, x, others) -> None:
-        if self.x is not None and x is None:
-            self.x[start:stop] = 0
-        elif self.x is not None and x.data_ptr() != self.x[start:stop].data_ptr():
-            self.x[start:stop] = x
-        if others is not None:
-            self.add_arguments(start, 0, others)
-
-    def add_arguments(self, chunk, offset, found) -> None:
-        """`found`: a gradient for each argument that wants one, of the rows from `offset` of the `chunk` on."""
-        start, found = chunk + offset, iter(found)
-        for whole in self.rows:
-            if whole is not None and (gradient := next(found)) is not None:
-                whole[start : start + len(gradient)] = gradient
-        for total in self.shared:
-            if total is not None and (gradient := next(found)) is not None:
-                total.add(gradient)
-
-    def results(self, scaled: bool) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
-        """Each gradient with the power of two that it is multiplied by, None for 1 (always, unless `scaled`)."""
-        work = self.work
-        leading = work.shape[:-1]
-        x = None if self.x is None else self.x.view(work.shape)
-        rows = [(a if a is None else a.view(*leading, *a.shape[1:]), None) for a in self.rows]
-        shared = []
-        for total, value in zip(self.shared, work.arguments.shared_args, strict=True):
-            unused = total is not None and total.total is None
-            empty = torch.zeros_like(value) if unused else None
-            shared.append((empty, None) if total is None or unused else total.result(value, scaled))
-        return [(x, None), *work.head.results(list(work.parameters), scaled), *rows, *shared]
-
-
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
     """The largest absolute value, 0-dim, float32 or wider."""
     wide = torch.promote_types(tensor.dtype, torch.float32)

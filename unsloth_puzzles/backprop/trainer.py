@@ -15,29 +15,27 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Trainer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from unsloth_puzzles.backprop.causal_lm import (
-    find_causal_lm,
-    logit_transform,
-    own_autocast,
-    refuse_data_parallel,
-    routes,
-    settings,
-    transform,
-)
+from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_parallel, routes
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.losses import cross_entropy, token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.losses import cross_entropy
+from unsloth_puzzles.backprop.outputs import (
+    EvaluatedCausalLMOutput,
+    per_token_output,
+    token_predictions,
+    token_statistics,
+    transformed,
+)
+from unsloth_puzzles.backprop.probe import logit_transform, own_autocast, settings
+from unsloth_puzzles.backprop.trainer_checks import check_trainer
 
 IGNORED = -100  # the label that counts nothing, for every function of `losses`
-_TO_METRICS = "and compute_metrics gets (predicted_ids, token_log_probs) as its predictions"
 
 
 def use_memory_efficient_loss(
@@ -48,49 +46,51 @@ def use_memory_efficient_loss(
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype | None = None,
     compile: bool = False,
-) -> "Patch":
+) -> "PatchedLoss":
     """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
 
-    `model` is a causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself). The call
-    returns CausalLMOutputWithPast(loss=..., logits=None): the labels (batch, length) are shifted as transformers shifts
-    them (`shift_labels` are taken as they are), and the sum of `loss(logits, labels)`, one of `losses` or a function
-    like them, is divided by `num_items_in_batch`, or by the number of labels without one. So gradient accumulation
-    weighs every token alike. Such a call has no KV cache (`use_cache` is False unless it is given), so that position
-    ids which begin anew are packed documents to transformers. Labels that are `ignore_index` do not count: `loss` sees
-    -100 there. Soft cap and logit scale of the config are applied, in the logits' dtype as the model does. Calls
-    without labels (generation) are the model's own, and so is everything before the head: gradient checkpointing,
-    attention, quantised layers. `chunk_size`, `accumulate_dtype` and `compile` go to the op.
+    The call returns CausalLMOutputWithPast(loss=..., logits=None). Labels [batch, length] are shifted as transformers
+    shifts them (`shift_labels` are taken as they are). The sum of `loss` over the chunks is divided by
+    `num_items_in_batch`, or by the number of labels without one, so gradient accumulation weighs every token alike.
+    Labels that are `ignore_index` do not count: `loss` sees -100 there. Soft cap and logit scale of the config are
+    applied in the logits' dtype, as the model does. Such a call has no KV cache (`use_cache` is False unless it is
+    given), so that position ids which begin anew are packed documents to transformers. Calls without labels
+    (generation) are the model's own, and so is everything before the head: gradient checkpointing, attention,
+    quantised layers. `SFTTrainer` (loss types "nll" and "dft") asks for log-probabilities and for its metrics in the
+    same call: they come from the op's per-row mode, which projects once more in the backward.
 
-    Metrics: with `predictions`, outputs in eval mode also hold `predicted_ids` (batch, length), int64, the likeliest
-    next token at each position, and `token_log_probs` (batch, length), float32, 0 where there is no label. They are
-    what `compute_metrics` then gets as predictions, instead of logits.
-
-    `SFTTrainer` (loss types "nll" and "dft") asks for per-token log-probabilities and takes its metrics
-    `mean_token_accuracy` and `entropy` from the same call: they come from the op's per-row mode, which projects once
-    more in the backward (4 matrix products instead of 3). One process per GPU: `nn.DataParallel` is not supported.
+    Args:
+        model: A causal LM, a PEFT model of one, or a `Trainer` (a TRL `SFTTrainer` must be given itself).
+        loss: `loss(logits, labels)`, one of `losses` or a function like them: a sum over rows.
+        predictions: Outputs in eval mode also hold `predicted_ids` [batch, length] int64, the likeliest next token at
+            each position, and `token_log_probs` [batch, length] float32, 0 where there is no label. They are what
+            `compute_metrics` then gets as predictions, instead of logits.
+        chunk_size: See `memory_efficient_linear`, as for the next two.
+        accumulate_dtype: In which the weight's gradient is summed.
+        compile: Let Inductor fuse the loss and its gradient.
 
     Returns:
         A handle: `.calls`, the losses computed so far, `.undo()`; as a context manager it undoes at the end.
 
     Raises:
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
-        ValueError: what its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
+        ValueError: What its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
             auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by two
-            forwards of the model's own, of padded rows: see `logit_transform`); a trainer that needs the logits
+            forwards of the model's own, of padded rows: see `probe.logit_transform`); a trainer that needs the logits
             (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and
             `compute_metrics` without `predictions`), makes its model anew (`model_init`) or sees several GPUs in one
             process; a model that is patched already.
     """
     trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
     refuse_data_parallel(model, trainer.args.n_gpu if trainer else 1)
-    per_token = trainer is not None and _check_trainer(trainer, loss, predictions)
+    per_token = trainer is not None and check_trainer(trainer, loss, predictions)
     causal_lm = find_causal_lm(model, per_token)
     between = logit_transform(causal_lm)
     options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
-    return Patch(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
+    return PatchedLoss(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
 
 
-class Patch:
+class PatchedLoss:
     """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
 
     def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
@@ -98,8 +98,10 @@ class Patch:
         self._settings = settings(causal_lm)
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
-        self._loss = loss if between is None else functools.partial(_transformed, loss, *between)
-        self._rows = functools.partial(_predictions if not per_token else _token_statistics, *(between or (1.0, None)))
+        self._loss = loss if between is None else functools.partial(transformed, loss, *between)
+        self._rows = functools.partial(
+            token_predictions if not per_token else token_statistics, *(between or (1.0, None))
+        )
         # accelerate keeps the forward that its hooks go around under another name; TRL's head goes around the hooks.
         self._name = "_old_forward" if "_old_forward" in vars(causal_lm) and not per_token else "forward"
         self._previous = vars(causal_lm).get(self._name)
@@ -119,7 +121,7 @@ class Patch:
             else:
                 setattr(self._causal_lm, self._name, self._previous)
 
-    def __enter__(self) -> "Patch":
+    def __enter__(self) -> "PatchedLoss":
         return self
 
     def __exit__(self, kind, *exception) -> None:
@@ -129,21 +131,27 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"Patch({type(self._causal_lm).__name__}, {'active' if self.active else 'undone'}, {self.calls} losses)"
+        state = "active" if self.active else "undone"
+        return f"PatchedLoss({type(self._causal_lm).__name__}, {state}, {self.calls} losses)"
 
     def output(self, causal_lm, labels, shift_labels, num_items_in_batch, fused_lm_head, **inputs) -> ModelOutput:
         """The output of a call with labels."""
         if fused_lm_head and not self._per_token:
             raise ValueError(
-                "fused_lm_head: a TRL trainer was made of this model after the patch; patch its SFTTrainer"
+                "fused_lm_head must be None, got one: a TRL trainer was made of this model after the patch; "
+                "patch its SFTTrainer"
             )
         if inputs.get("output_router_logits", routes(causal_lm)):
-            raise ValueError("output_router_logits: the router's auxiliary loss is not supported; set it to False")
+            raise ValueError(
+                "output_router_logits must be False, got True: the router's auxiliary loss is not supported"
+            )
         if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
-            raise ValueError("logits_to_keep: not together with labels, which need every position")
+            raise ValueError(f"logits_to_keep must be 0 with labels, which need every position, got {keep!r}")
         if (now := settings(causal_lm)) != self._settings:
             changed = ", ".join(name for name in now | self._settings if now.get(name) != self._settings.get(name))
-            raise ValueError(f"{changed}: must be as when the model was patched; undo, set it, and patch again")
+            raise ValueError(
+                f"{changed} must be as when the model was patched, got another; undo, set it, and patch again"
+            )
         return_dict = inputs.pop("return_dict", None)
         ignore_index = inputs.pop("ignore_index", IGNORED)
         if shift_labels is None:
@@ -166,7 +174,7 @@ class Patch:
         )
         self.calls += 1
         if fused_lm_head:
-            return _per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
+            return per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
             loss=call(self._loss, reduction="sum", normalizer=normalizer),
             past_key_values=found.get("past_key_values"),
@@ -179,27 +187,7 @@ class Patch:
         return output.to_tuple() if return_dict is False else output
 
 
-@dataclass
-class EvaluatedCausalLMOutput(CausalLMOutputWithPast):
-    """CausalLMOutputWithPast without logits; in eval mode, if asked for, with what metrics need instead of them."""
-
-    predicted_ids: torch.LongTensor | None = None
-    token_log_probs: torch.FloatTensor | None = None
-
-
-@dataclass
-class PerTokenOutput(ModelOutput):
-    """What TRL's `SFTTrainer` reads: all fields but `loss` are (batch, length), 0 where there is no label."""
-
-    loss: torch.FloatTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    entropy: torch.FloatTensor | None = None
-    is_top1: torch.BoolTensor | None = None
-    label_mask: torch.BoolTensor | None = None
-    aux_loss: torch.FloatTensor | None = None
-
-
-def _make_forward(patch: Patch, of_class: Callable, previous: Callable | None) -> Callable:
+def _make_forward(patch: PatchedLoss, of_class: Callable, previous: Callable | None) -> Callable:
     names = [name for name in inspect.signature(of_class).parameters if name != "self"]
 
     @functools.wraps(of_class)  # generation and Trainer read the signature
@@ -224,66 +212,3 @@ def _with_usual_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     # A label of -100 counts then, and is as wrong as -101: one that the op refuses.
     return labels.where(labels != IGNORED, IGNORED - 1).masked_fill(labels == ignore_index, IGNORED)
-
-
-def _transformed(loss, scale, cap, logits, labels):
-    return loss(transform(logits, scale, cap), labels)
-
-
-def _predictions(scale, cap, logits, labels):
-    """Likeliest class and the label's log-probability, row by row."""
-    logits = transform(logits, scale, cap)
-    return logits.argmax(-1), token_log_probs(logits, labels)
-
-
-def _token_statistics(scale, cap, logits, labels):
-    """The label's log-probability, with a gradient, and for the metrics entropy and whether the label is likeliest."""
-    logits = transform(logits, scale, cap)
-    entropies = token_log_probs_and_entropy(logits.detach(), labels)[1]
-    return token_log_probs(logits, labels), entropies, logits.detach().argmax(-1) == labels
-
-
-def _per_token_output(log_probs, entropies, is_top1, label_mask, normalizer) -> PerTokenOutput:
-    label_mask = label_mask.to(log_probs.device)
-    loss = -log_probs.sum() / (label_mask.sum().clamp(min=1) if isinstance(normalizer, str) else normalizer)
-    return PerTokenOutput(loss, log_probs, entropies, is_top1, label_mask)
-
-
-def _check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
-    """Whether `trainer` is an SFTTrainer. Raises ValueError for one whose loss is not the model's."""
-    from_trl = [kind for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
-    is_sft = any(kind.__name__ == "SFTTrainer" for kind in from_trl)
-    if from_trl and not is_sft:
-        raise ValueError(f"model: of TRL's trainers only SFTTrainer is supported, got a {type(trainer).__name__}")
-    if is_sft and loss is not cross_entropy:
-        raise ValueError(
-            "loss: SFTTrainer makes its own of the log-probabilities; choose its loss_type ('nll' or 'dft')"
-        )
-    if is_sft and predictions:
-        raise ValueError(
-            "predictions: SFTTrainer has its own metrics, and evaluates with the logits if others are given"
-        )
-    for name, given, instead in (
-        ("label_smoothing_factor", trainer.label_smoother, "pass loss=partial(cross_entropy, label_smoothing=...)"),
-        ("compute_loss_func", trainer.compute_loss_func, "pass it as loss, in the form of backprop.losses"),
-        ("use_liger_kernel", trainer.args.use_liger_kernel, "switch it off: it exchanges the same forward"),
-        # SFTTrainer evaluates a second time, with logits, for these two.
-        (
-            "compute_metrics",
-            trainer.compute_metrics and not (predictions or is_sft),
-            f"pass predictions=True, {_TO_METRICS}",
-        ),
-        (
-            "preprocess_logits_for_metrics",
-            trainer.preprocess_logits_for_metrics and not is_sft,
-            f"take it away and pass predictions=True, {_TO_METRICS}",
-        ),
-    ):
-        if given:
-            raise ValueError(f"{name}: needs the logits or replaces the loss; {instead}")
-    if trainer.model_init is not None:
-        raise ValueError(
-            f"model_init must be None, got {trainer.model_init!r}: train() makes another model by it, which would not "
-            "be patched; make the Trainer with model=model_init()"
-        )
-    return is_sft

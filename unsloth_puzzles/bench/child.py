@@ -18,7 +18,7 @@ from unsloth_puzzles.bench.t4 import CONTEXT_GIB
 
 GPU_SHARE = "UNSLOTH_PUZZLES_GPU_SHARE"  # of the GPU's memory, which the process may use
 QUIET_SECONDS = 25.0
-_LINES = 200  # of the output, kept for the reason of a failure
+_LINES = 200  # of the end of the output, which an error keeps
 _running: set[subprocess.Popen] = set()
 
 
@@ -31,7 +31,13 @@ class ChildError(RuntimeError):
 
 
 def environment(*first: str, without: tuple[str, ...] = (), **extra: str) -> dict[str, str]:
-    """Variables for `subprocess.run`: `first` before this process's import path, `without` removed, `extra` added."""
+    """Variables for a process that imports from where this one does.
+
+    Args:
+        first: Folders to import from before all others.
+        without: Variables to leave out.
+        extra: Variables to add.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in without}
     path = [*first, *(entry or os.getcwd() for entry in sys.path)]
     return {**kept, "PYTHONPATH": os.pathsep.join(path), **extra}
@@ -47,7 +53,7 @@ def run(
     show: Callable[[str], None] | None = print,
     quiet_seconds: float = QUIET_SECONDS,
 ) -> list[str]:
-    """Run `python -m module arguments` and return its output, standard error included, a line each.
+    """Run `python -m module arguments`. However this function ends, an interrupt included, the process has ended, too.
 
     Args:
         module: Its name; it is imported from where this process imports.
@@ -56,12 +62,15 @@ def run(
         env: Its variables, by default `environment()`.
         gpu_gib: GPU memory that PyTorch may use there; by default what is left of this process's limit, if it has one.
         under: A program with its options that is to run the command, such as a sanitizer.
-        show: Is given each line when it comes, and after `quiet_seconds` of silence a word that the process is at work.
+        show: Is given each line when it comes, and after each `quiet_seconds` of silence a line that the process is at
+            work.
+        quiet_seconds: See `show`.
+
+    Returns:
+        The output, standard error included, a line each.
 
     Raises:
         ChildError: It returned another status than 0, or took longer than `timeout`.
-
-    However this function ends, an interrupt included, the process has ended, too.
     """
     command = [*under, sys.executable, "-u", "-m", __name__, module, *arguments]
     env = {**(environment() if env is None else env), **_gpu_share(gpu_gib)}
@@ -70,46 +79,29 @@ def run(
         errors="replace", start_new_session=True,
     )  # fmt: skip
     _running.add(process)
-    lines: list[str] = []
-    last = [time.monotonic()]
-
-    def read() -> None:
-        for line in process.stdout:
-            last[0] = time.monotonic()
-            lines.append(line.rstrip("\n"))
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    started, shown = time.monotonic(), 0
+    output, started = _Output(process, show or (lambda line: None)), time.monotonic()
     try:
-        while True:
-            reader.join(0.2)
-            while shown < len(lines):
-                if show:
-                    show(lines[shown])
-                shown += 1
-            if not reader.is_alive() or (process.poll() is not None and _is_done(reader)):
-                break
+        while not output.ended(0.2):
+            output.show_new()
             now = time.monotonic()
             if now - started > timeout:
-                raise ChildError(f"{module} took longer than {timeout:.0f} s", "\n".join(lines[-_LINES:]))
-            if show and now - last[0] > quiet_seconds:
-                show(f"... {module.rpartition('.')[2]} at work for {now - started:.0f} s")
-                last[0] = now
+                raise ChildError(f"{module} took longer than {timeout:.0f} s", output.end())
+            if now - output.last > quiet_seconds:
+                output.show(f"... {module.rpartition('.')[2]} at work for {now - started:.0f} s")
+                output.last = now
         status = process.wait(max(1.0, timeout - (time.monotonic() - started)))
     except subprocess.TimeoutExpired:
-        raise ChildError(f"{module} took longer than {timeout:.0f} s", "\n".join(lines[-_LINES:])) from None
+        raise ChildError(f"{module} took longer than {timeout:.0f} s", output.end()) from None
     finally:
         _kill(process)
         _running.discard(process)
-        reader.join(5)
-    for line in lines[shown:] if show else ():
-        show(line)
+        output.thread.join(5)
+    output.show_new()
     if status:
-        said = [line for line in lines if line.strip()]
+        said = [line for line in output.lines if line.strip()]
         reason = said[-1] if said else "it said nothing"
-        raise ChildError(f"{module} ended with status {status}: {reason}", "\n".join(lines[-_LINES:]))
-    return lines
+        raise ChildError(f"{module} ended with status {status}: {reason}", output.end())
+    return output.lines
 
 
 def end_all() -> None:
@@ -130,6 +122,43 @@ def main(module: str, *arguments: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+class _Output:
+    """The lines of a process, read by a thread as they come and shown by whoever waits."""
+
+    def __init__(self, process: subprocess.Popen, show: Callable[[str], None]):
+        self.lines: list[str] = []
+        self.last = time.monotonic()  # when the process said something
+        self.show, self._process, self._shown = show, process, 0
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether nothing more is to be read, after a wait of at most `seconds`.
+
+        A second after the end of the process that is so: what it has started may hold the pipe open.
+        """
+        self.thread.join(seconds)
+        if self.thread.is_alive() and self._process.poll() is None:
+            return False
+        self.thread.join(1)
+        return True
+
+    def show_new(self) -> None:
+        """Show the lines that have come since the last call."""
+        while self._shown < len(self.lines):
+            self.show(self.lines[self._shown])
+            self._shown += 1
+
+    def end(self) -> str:
+        """The last lines, for the reason of a failure."""
+        return "\n".join(self.lines[-_LINES:])
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self.last = time.monotonic()
+            self.lines.append(line.rstrip("\n"))
+
+
 def _die_with_parent() -> None:
     """Let Linux kill this process when its parent is killed, which could not do it any more."""
     with contextlib.suppress(OSError, AttributeError):
@@ -148,12 +177,6 @@ def _gpu_share(gib: float | None) -> dict[str, str]:
         return {}
     taken = torch.cuda.memory_reserved() + CONTEXT_GIB * 2**30
     return {GPU_SHARE: repr(max(0.0, share - taken / torch.cuda.mem_get_info()[1]))}
-
-
-def _is_done(reader: threading.Thread) -> bool:
-    """Whether nothing more is to be read from a process that has ended; what it has started may hold the pipe open."""
-    reader.join(1)
-    return True
 
 
 def _kill(process: subprocess.Popen) -> None:

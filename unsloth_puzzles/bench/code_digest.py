@@ -1,4 +1,4 @@
-"""Which code was executed, measured or tested: one digest for the notebook, measurements and GPU tests."""
+"""Which code was executed, measured, tested or rehearsed: one digest for all of them."""
 
 import hashlib
 import io
@@ -12,9 +12,15 @@ _IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 
 
 def code_digest(files: Mapping[str, str]) -> str:
-    """SHA-256 of Python files, {path: source}, by their tokens: comments and layout do not count.
+    """SHA-256 of Python files by their tokens: comments and layout do not count.
 
     The same on every Python: f-strings, which are one token before 3.12 and many since, are taken as they stand.
+
+    Args:
+        files: Source by path.
+
+    Returns:
+        64 hexadecimal digits.
     """
     found = hashlib.sha256()
     for path in sorted(files):
@@ -23,7 +29,15 @@ def code_digest(files: Mapping[str, str]) -> str:
 
 
 def package_files(paths: Iterable[Path] | None = None, folder: Path = PACKAGE) -> dict[str, str]:
-    """Source by path from the parent of `folder` on: of `paths`, or of all Python files in `folder`."""
+    """The files that a digest is taken of.
+
+    Args:
+        paths: By default all Python files in `folder`.
+        folder: A package.
+
+    Returns:
+        Source by path from the parent of `folder` on.
+    """
     found = folder.rglob("*.py") if paths is None else paths
     return {path.relative_to(folder.parent).as_posix(): path.read_text(encoding="utf-8") for path in found}
 

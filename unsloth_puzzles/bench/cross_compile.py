@@ -65,16 +65,26 @@ def cross_compile(
     name: str | None = None,
     **options: object,
 ) -> CompileReport:
-    """Compile `kernel` for `sm` and read the binary.
+    """Compile a kernel for an architecture and read the binary.
 
-    `signature` gives the types of the run-time arguments ({"x_ptr": "*fp16", "n": "i32"}), `constexprs` the values of
-    the others; together they must name every argument. `divisible` are the arguments that are multiples of 16, as
-    Triton finds for itself at a launch. `options` go to Triton (`num_stages`, `maxnreg`).
-    Raises RuntimeError for a kernel that was decorated under TRITON_INTERPRET=1, ValueError for wrong names.
+    Args:
+        kernel: A function that `triton.jit` decorated.
+        signature: The types of the run-time arguments ({"x_ptr": "*fp16", "n": "i32"}).
+        constexprs: The values of all other arguments.
+        sm: 10 major + minor of the compute capability.
+        num_warps: Of a program.
+        divisible: The arguments that are multiples of 16, as Triton finds for itself at a launch.
+        enable_fp_fusion: Contract a product and a sum to one rounding.
+        name: Of the report, by default the kernel's.
+        options: Go to Triton (`num_stages`, `maxnreg`).
+
+    Raises:
+        RuntimeError: The kernel was decorated under TRITON_INTERPRET=1.
+        ValueError: `signature` and `constexprs` do not name every argument once, or `divisible` is not of `signature`.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError(
-            f"kernel: got {type(kernel).__name__}, need a JITFunction; under TRITON_INTERPRET=1 nothing compiles: "
+            f"kernel must be a JITFunction, got {type(kernel).__name__}: under TRITON_INTERPRET=1 nothing compiles, "
             "use cross_compile_in_subprocess"
         )
     divisible = tuple(divisible)
@@ -100,9 +110,16 @@ def cross_compile(
 
 
 def cross_compile_in_subprocess(spec: str) -> list[CompileReport]:
-    """The reports of the jobs that "MODULE:FUNCTION" returns, compiled in a process without TRITON_INTERPRET.
+    """Compile jobs in a process without TRITON_INTERPRET, which imports from where this one does.
 
-    The process imports from where this one does. Raises RuntimeError with its output if it fails.
+    Args:
+        spec: "MODULE:FUNCTION", of a function that returns the jobs.
+
+    Returns:
+        A report of each job.
+
+    Raises:
+        RuntimeError: A job failed. The message holds the end of its output.
     """
     environment = child.environment(without=("TRITON_INTERPRET",))
     try:
@@ -116,7 +133,7 @@ def main(spec: str) -> None:
     """Compile the jobs of "MODULE:FUNCTION" and print a report a line."""
     module, _, function = spec.partition(":")
     if not module or not function:
-        raise SystemExit(f"got {spec!r}, need MODULE:FUNCTION")
+        raise SystemExit(f"the argument must be MODULE:FUNCTION, got {spec!r}")
     for job in getattr(importlib.import_module(module), function)():
         print(json.dumps(dataclasses.asdict(cross_compile(**job))), flush=True)
 
@@ -127,11 +144,11 @@ def _check_names(arguments: list[str], signature: Mapping, constexprs: Mapping, 
         missing, unknown = set(arguments) - set(given), set(given) - set(arguments)
         twice = set(signature) & set(constexprs)
         raise ValueError(
-            "signature, constexprs: need every argument of the kernel once; "
-            f"missing {sorted(missing)}, unknown {sorted(unknown)}, in both {sorted(twice)}"
+            "signature and constexprs must name every argument of the kernel once, "
+            f"got missing {sorted(missing)}, unknown {sorted(unknown)}, in both {sorted(twice)}"
         )
     if not set(divisible) <= set(signature):
-        raise ValueError(f"divisible: got {sorted(divisible)}, need names of the signature, {sorted(signature)}")
+        raise ValueError(f"divisible must be names of the signature, {sorted(signature)}, got {sorted(divisible)}")
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

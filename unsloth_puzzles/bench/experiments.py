@@ -27,21 +27,31 @@ failures: list[tuple[str, str]] = []  # (the cell's first line of code, the reas
 def watch(quiet_seconds: float = QUIET_SECONDS) -> None:
     """Apply the policy to the cells that follow in this IPython shell. A second call changes nothing.
 
-    Raises RuntimeError outside of IPython.
+    Args:
+        quiet_seconds: How often a cell says that it is at work; 0 for never.
+
+    Raises:
+        RuntimeError: This is no IPython shell.
     """
     from IPython import get_ipython
 
     shell = get_ipython()
     if shell is None:
-        raise RuntimeError("watch: needs an IPython shell, and there is none here")
+        raise RuntimeError("watch must be called in an IPython shell, got none")
     if not hasattr(shell, "_unsloth_puzzles_watch"):
         shell._unsloth_puzzles_watch = _Watch(shell, quiet_seconds)
 
 
 def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> None:
-    """Record the share of the named `checks` that hold under the metric "checks_passed", and print the names.
+    """Record the share of checks that hold under the metric "checks_passed", and print the names of those that fail.
 
-    Raises ValueError if there are none: what was not checked has not passed.
+    Args:
+        results: Gets the record.
+        case: Its case.
+        checks: Whether each holds, by name.
+
+    Raises:
+        ValueError: There is no check. What was not checked has not passed.
     """
     if not checks:
         raise ValueError(f"checks must not be empty, got none for {case!r}")

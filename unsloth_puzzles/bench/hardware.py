@@ -1,4 +1,4 @@
-"""What machine is this, and how fast can it possibly go? One probe decides sizes and what can run."""
+"""What machine is this? One probe decides sizes and what can run."""
 
 import os
 import platform
@@ -10,9 +10,9 @@ from importlib import metadata
 
 import torch
 import triton
-import triton.language as tl
 
-from unsloth_puzzles.bench import t4, timing
+from unsloth_puzzles.bench import t4
+from unsloth_puzzles.bench.ceilings import measure_copy_bandwidth, measure_matmul_flops
 from unsloth_puzzles.device import capability, rehearsing
 
 
@@ -42,15 +42,25 @@ class Hardware:
     rehearsal: bool = False
 
     def copy_fraction(self, bytes_moved: float, microseconds: float) -> float | None:
-        """Share of the measured copy bandwidth that `bytes_moved` in `microseconds` amounts to; None if unmeasured.
+        """Share of the measured copy bandwidth.
 
-        Warns with `MeasuringError` above 1: nothing that goes to DRAM is faster than a copy, so the buffers were in the
-        L2 cache (see `timing.rotations`) or the bytes were miscounted.
+        A share above 1 gives a `MeasuringError` warning: nothing that goes to DRAM is faster than a copy, so the
+        buffers were in the L2 cache (see `timing.rotations`) or the bytes were miscounted.
+
+        Args:
+            bytes_moved: Bytes read and written.
+            microseconds: In this time.
+
+        Returns:
+            The share; None where the copy bandwidth was not measured.
+
+        Raises:
+            ValueError: `microseconds` is not positive.
         """
         if self.copy_bandwidth is None:
             return None
         if microseconds <= 0:
-            raise ValueError(f"microseconds: got {microseconds!r}, need a positive time")
+            raise ValueError(f"microseconds must be a positive time, got {microseconds!r}")
         fraction = bytes_moved / (microseconds * 1e-6) / self.copy_bandwidth
         if fraction > 1:
             message = (
@@ -70,10 +80,16 @@ class Hardware:
 
 
 def probe(measure: bool = True) -> Hardware:
-    """Look at the machine; with `measure`, and on a GPU, measure its ceilings too (a few seconds).
+    """Look at the machine.
 
     In a rehearsal (`device.rehearsing`) the process is held to what a T4 offers: the memory that PyTorch's allocator
-    can have there, one GPU, no native bf16, sm_75. Raises ValueError as `device.rehearsing` does.
+    can have there, one GPU, no native bf16, sm_75.
+
+    Args:
+        measure: On a GPU, measure its copy bandwidth and matrix rates too, which takes a few seconds.
+
+    Raises:
+        ValueError: As `device.rehearsing` does.
     """
     rehearsal = rehearsing()
     interpreter = bool(triton.knobs.runtime.interpret)
@@ -129,39 +145,6 @@ def versions() -> dict[str, str | None]:
     found["cuda"] = torch.version.cuda
     found["driver"] = _driver_version()
     return found
-
-
-def measure_copy_bandwidth(nbytes: int = 2**30, rounds: int = 20) -> float:
-    """Bytes/s, read + written, of the faster of `Tensor.copy_` and a Triton copy kernel, over `nbytes` of random data.
-
-    Not in a CUDA graph, where a copy node runs on a copy engine at 65 % of the rate; not of zeros, which are faster.
-    """
-    source = torch.empty(nbytes // 4, dtype=torch.int32, device="cuda").random_()
-    target = torch.empty_like(source)
-    grid = (triton.cdiv(source.numel(), 2048),)
-    candidates = {"memcpy": lambda: target.copy_(source)}
-    if not triton.knobs.runtime.interpret:
-        candidates["triton"] = lambda: copy_kernel[grid](source, target, source.numel(), BLOCK=2048, num_warps=8)
-    timings = timing.event_time(candidates, rounds=rounds, calls=4)
-    return max(found.per_second(2 * nbytes) for found in timings.values())
-
-
-def measure_matmul_flops(bf16: bool, size: int = 8192, rounds: int = 8) -> dict[str, float]:
-    """FLOP/s of `size` x `size` matmuls (torch, hence cuBLAS) of normal random data, by name of the dtype."""
-    rates = {}
-    for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * bf16:
-        a, b, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
-        name = str(dtype).removeprefix("torch.")
-        candidate = {name: lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}
-        rates[name] = timing.event_time(candidate, rounds=rounds, calls=2)[name].per_second(2 * size**3)
-    return rates
-
-
-@triton.jit
-def copy_kernel(source_ptr, target_ptr, numel, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < numel
-    tl.store(target_ptr + index, tl.load(source_ptr + index, mask=mask), mask=mask)
 
 
 def _driver_version() -> str | None:

@@ -13,9 +13,14 @@ _highest = 0  # the peak before the statistics were last reset, so that measurin
 
 
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
-    """Call `function`; return its result and the bytes by which memory in use rose above the state before, at most.
+    """Call `function` and measure by how much memory in use rose above the state before, at most.
 
-    On a GPU by the allocator's statistics of the current device; else by the CPU allocations the profiler saw.
+    Args:
+        function: Is called once.
+
+    Returns:
+        The function's result, and bytes: on a GPU by the allocator's statistics of the current device, else by the
+        CPU allocations that the profiler saw.
     """
     gc.collect()
     if not torch.cuda.is_available():
@@ -29,12 +34,13 @@ def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
 
 
 def allocations(function: Callable[[], object]) -> int:
-    """How many times `function` asks PyTorch's CUDA allocator for memory (what it caches and reuses counts too).
+    """How many times `function` asks PyTorch's CUDA allocator for memory, what it caches and reuses included.
 
-    Raises RuntimeError without a GPU: the CPU's allocator counts every Python number that meets a tensor.
+    Raises:
+        RuntimeError: There is no GPU. The CPU's allocator counts every Python number that meets a tensor.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("allocations: no CUDA device here; only the CUDA allocator counts its requests")
+        raise RuntimeError("allocations must be counted on a CUDA device, got none: only its allocator counts requests")
     before = _requests()
     function()
     return _requests() - before

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas
+
+from unsloth_puzzles.bench import markdown
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.rubric import FILES, RUBRIC, TITLES, Condition, Criterion
 
@@ -65,14 +68,15 @@ def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 def table(rows: Iterable[Row]) -> str:
     """The judged criteria as a Markdown table, with the sum of each challenge."""
     rows = list(rows)
-    lines = ["| challenge | criterion | points | measured | verdict | hardware |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        measured = f"{row.measured} | {row.verdict} | {row.hardware}"
-        lines.append(f"| {row.challenge} | {row.criterion} | {row.points} of {row.possible} | {measured} |")
+    lines = [
+        (row.challenge, row.criterion, f"{row.points} of {row.possible}", row.measured, row.verdict, row.hardware)
+        for row in rows
+    ]
     for name, (points, possible) in totals(rows).items():
         title = f"{name}. {TITLES[name]}" if name in TITLES else "all challenges"
-        lines.append(f"| **{name}** | **{title}** | **{points} of {possible}** | | | |")
-    return "\n".join(lines)
+        lines.append((f"**{name}**", f"**{title}**", f"**{points} of {possible}**", "", "", ""))
+    columns = ["challenge", "criterion", "points", "measured", "verdict", "hardware"]
+    return markdown.table(pandas.DataFrame(lines, columns=columns))
 
 
 def _judge(criterion: Criterion, measurements: Measurements | None) -> Row:

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from unsloth_puzzles.bench import memory, t4
+from unsloth_puzzles.bench.markdown import table
 
 
 @dataclass
@@ -44,10 +45,15 @@ def start(title: str) -> None:
 
 
 def work(bytes: float = 0, flops: float = 0, *, flops_rate: float = t4.FP16_TENSOR_FLOPS) -> None:
-    """Count work done on the GPU; without an open section it is forgotten.
+    """Count work done on the GPU. Without an open section it is forgotten.
 
-    `flops_rate` (FLOP/s) is the T4's rate for these FLOPs: `t4.FP32_FLOPS` for float32 and for a Triton dot. Each call
-    adds max(bytes / bandwidth, flops / rate), for one piece of work does not overlap with the next.
+    Each call adds max(bytes / bandwidth, flops / rate) to the prediction: one piece of work does not overlap with the
+    next.
+
+    Args:
+        bytes: Bytes moved.
+        flops: FLOPs done.
+        flops_rate: FLOP/s of a T4 for them: `t4.FP32_FLOPS` for float32 and for a Triton dot.
     """
     seconds = t4.t4_seconds(bytes, flops, flops_rate=flops_rate)
     if _open:
@@ -57,10 +63,14 @@ def work(bytes: float = 0, flops: float = 0, *, flops_rate: float = t4.FP16_TENS
 
 
 def finish() -> Section:
-    """Close the open section, print its line and return it; RuntimeError if none is open."""
+    """Close the open section, print its line and return it.
+
+    Raises:
+        RuntimeError: No section is open.
+    """
     global _open
     if not _open:
-        raise RuntimeError("finish: no section is open, need start(title) before")
+        raise RuntimeError("start(title) must be called before finish, got no open section")
     done, _open = _open, None
     done.seconds = time.perf_counter() - done.started
     done.peak_bytes = memory.highest_since_restart()
@@ -72,5 +82,7 @@ def finish() -> Section:
 
 def summary() -> str:
     """All finished sections as a Markdown table."""
-    lines = [f"| section | time | GPU peak | work counted, {t4.LABEL} |", "|---|---|---|---|"]
-    return "\n".join(lines + ["| " + " | ".join(done.cells()) + " |" for done in _finished.values()])
+    import pandas  # here: every process that measures imports this module
+
+    columns = ["section", "time", "GPU peak", f"work counted, {t4.LABEL}"]
+    return table(pandas.DataFrame([done.cells() for done in _finished.values()], columns=columns))

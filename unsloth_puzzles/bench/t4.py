@@ -21,11 +21,21 @@ LABEL = "predicted for a T4 from its datasheet, not measured"
 def t4_seconds(
     bytes: float = 0, flops: float = 0, *, flops_rate: float = FP16_TENSOR_FLOPS, instructions: float = 0
 ) -> float:
-    """Seconds that `bytes` moved, `flops` done at `flops_rate` and `instructions` (per thread, summed) take at least.
+    """Seconds that work takes at least on a T4: a lower bound, in which everything overlaps.
 
-    The largest of the three: a lower bound, in which everything overlaps and nothing else is in the way.
+    Args:
+        bytes: Bytes moved.
+        flops: FLOPs done at `flops_rate`.
+        flops_rate: FLOP/s. `FP32_FLOPS` is the rate of float32 and of a `tl.dot`.
+        instructions: Of single threads, summed.
+
+    Returns:
+        The largest of the three times.
+
+    Raises:
+        ValueError: An amount is negative or NaN.
     """
     for name, amount in (("bytes", bytes), ("flops", flops), ("instructions", instructions)):
         if not amount >= 0:
-            raise ValueError(f"{name}: got {amount!r}, need a number that is not negative")
+            raise ValueError(f"{name} must be a number that is not negative, got {amount!r}")
     return max(bytes / BANDWIDTH, flops / flops_rate, instructions / THREAD_INSTRUCTIONS)

@@ -1,1 +1,1 @@
-"""QLoRA under torch.compile: which regions are compiled, and how compilations are counted."""
+"""QLoRA under torch.compile, and counts of what the compiler does."""

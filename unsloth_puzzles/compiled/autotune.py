@@ -22,18 +22,19 @@ OPTIONS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON
 _WIDE = 256  # rows, columns and inner size of a product that fills tiles of 128 x 128
 _TALL = 64  # rows of a tile for the others
 _FEW = 2  # tiles for a narrow product below sm_80: a T4 often has two slow cores beside it to compile them
-_PRINTS = (
-    "PRINT_AUTOTUNE",
-    "_log_autotune_choices_stats",
-)  # a line a product on the standard error
+_PRINTS = ("PRINT_AUTOTUNE", "_log_autotune_choices_stats")  # a line a product on the standard error
 _SHARED = 48 * 2**10  # bytes of shared memory for the operands of such a tile
 
 
 @dataclass(frozen=True)
 class Product:
-    """(rows, inner) @ (inner, columns) as benchmarked: the fastest candidate, and the fastest one of cuBLAS, in us.
+    """The benchmark of a matrix product, (rows, inner) @ (inner, columns).
 
-    tile: of a winner of Triton's, rows, inner size and columns of its tile, and its warps.
+    Attributes:
+        winner: the name of the fastest candidate.
+        winner_us: its time in microseconds.
+        cublas_us: that of cuBLAS's fastest candidate, NaN without one.
+        tile: rows, inner size and columns of the tile, and the warps, if the winner is Triton's.
     """
 
     rows: int
@@ -47,9 +48,12 @@ class Product:
 
 @contextmanager
 def triton_competes() -> Iterator[list[Product]]:
-    """While it is open Triton competes for what is compiled with `OPTIONS`; the list gets every product's result.
+    """Let Triton compete for the matrix products that are compiled with `OPTIONS`, until the block ends.
 
-    Inductor itself lets Triton compete only on GPUs with 68 multiprocessors or more; a T4 has 40, and may here.
+    Inductor itself lets Triton compete only on GPUs with 68 multiprocessors or more; a T4 has 40.
+
+    Yields:
+        A list, filled with each product as it is benchmarked.
     """
     products: list[Product] = []
     selector = select_algorithm.get_algorithm_selector_cache()
@@ -80,7 +84,14 @@ def triton_competes() -> Iterator[list[Product]]:
 
 
 def suited(choices: list) -> list:
-    """The candidates without those of Triton that do not suit the product."""
+    """Drop Triton's candidates that do not suit the product.
+
+    Args:
+        choices: Inductor's candidates for one operator (`ChoiceCaller`).
+
+    Returns:
+        Those that are worth compiling; all of them if the operator is not a product of two matrices.
+    """
     if not _is_product(choices):
         return choices
     wide, old = min(_sizes(choices[0])) >= _WIDE, 0 < capability() < 80

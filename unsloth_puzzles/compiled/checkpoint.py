@@ -9,7 +9,6 @@ copying 32 MiB (8192 tokens, hidden size 2048, 16 bits) takes less than a millis
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -19,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth_puzzles.compiled.hooks import hooked
+from unsloth_puzzles.compiled.offload import Store
+from unsloth_puzzles.compiled.subclass import subclass
 from unsloth_puzzles.nf4.patch import exchange_classes
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
@@ -27,14 +28,22 @@ _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets 
 def checkpoint_inputs(layers: Iterable[torch.nn.Module], *, offload: bool = True) -> Callable[[], None]:
     """Let `layers` of transformers checkpoint as above whenever gradient checkpointing is on, now or later.
 
-    offload: False leaves the inputs on the GPU. Returns what undoes it. The settings of transformers' own checkpointing
-    have no effect until then; that it is not reentrant here is said, if it was asked to be.
+    The settings of transformers' own checkpointing have no effect until undo. A warning says so if it was to be
+    reentrant. A layer with hooks, on itself or inside, is checkpointed by PyTorch's function without reentrance, with a
+    warning: what hooks record has a graph there, and hooks that exchange the parameters (FSDP2's) run before these are
+    read.
 
-    A layer with hooks, on itself or inside, is checkpointed by PyTorch's function without reentrance, with a warning:
-    what hooks record has a graph there, and hooks that exchange the parameters (FSDP2's) run before these are read.
+    Args:
+        layers: changed in place; those that are not `GradientCheckpointingLayer` stay as they are.
+        offload: False leaves the inputs on the GPU.
 
-    A backward of the same forward for a second time (`retain_graph=True`), or after undo, raises RuntimeError; so does
-    one that reaches a tensor which is neither the hidden states nor a parameter that the layer had in its forward.
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        RuntimeError: in the backward, of the same forward for a second time (`retain_graph=True`), after undo, of a
+            layer that was changed since, or if it reaches a tensor that is neither the hidden states nor a parameter
+            that the layer had in its forward.
     """
     store, chosen = Store(offload), [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
     for layer in chosen:
@@ -50,80 +59,6 @@ def checkpoint_inputs(layers: Iterable[torch.nn.Module], *, offload: bool = True
     return undo
 
 
-class Store:
-    """Tensors that wait, taken back last in first out. The last stays on the GPU; what is next is fetched ahead."""
-
-    def __init__(self, offload: bool):
-        self.offload, self.closed, self._waiting = offload, False, []
-
-    def put(self, tensor: torch.Tensor) -> "Kept":
-        while self._waiting and self._waiting[-1]() is None:
-            self._waiting.pop()
-        if self._waiting and self.offload:
-            self._waiting[-1]().leave()
-        kept = Kept(tensor.detach())
-        self._waiting.append(weakref.ref(kept))  # a graph that is dropped takes its own with it
-        return kept
-
-    def take(self, kept: "Kept") -> torch.Tensor:
-        """The tensor; RuntimeError if it has been taken."""
-        tensor = kept.take()
-        self._waiting = [other for other in self._waiting if other() not in (None, kept)]
-        if self._waiting:
-            self._waiting[-1]().fetch()
-        return tensor
-
-
-class Kept:
-    """A tensor on the GPU or, since it had to leave, in pinned memory."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self._tensor, self._pinned, self._arrived = tensor, None, None
-
-    def leave(self) -> None:
-        """Start the way to the CPU, if the tensor is on a GPU."""
-        if self._tensor is not None and self._tensor.is_cuda:
-            self._device = self._tensor.device
-            self._pinned = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=True)
-            _copy(self._pinned, self._tensor)
-            self._tensor = None
-
-    def fetch(self) -> None:
-        """Start the way back to the GPU, if that has not been done."""
-        if self._pinned is not None and self._tensor is None:
-            self._tensor = torch.empty(self._pinned.shape, dtype=self._pinned.dtype, device=self._device)
-            self._arrived = _copy(self._tensor, self._pinned)
-
-    def take(self) -> torch.Tensor:
-        self.fetch()
-        if self._tensor is None:
-            raise RuntimeError("backward: a checkpointed layer is differentiated once a forward, not twice")
-        if self._arrived is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._arrived)
-        tensor, self._tensor, self._pinned = self._tensor, None, None
-        return tensor
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-    """Copy on the stream for copies, after what has been enqueued so far; the event says when it is done."""
-    on_gpu = source if source.is_cuda else target
-    stream = _copy_stream(on_gpu.device)
-    stream.wait_stream(torch.cuda.current_stream(on_gpu.device))
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
-    on_gpu.record_stream(stream)
-    return stream.record_event()
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
 def _checkpointed_class(cls: type, store: Store) -> type:
     """`cls` with the function that transformers looks up replaced, also for who sets it later (`Trainer` does)."""
 
@@ -134,7 +69,8 @@ def _checkpointed_class(cls: type, store: Store) -> type:
         _say_if_reentrant(given)
         vars(self)[_FUNCTION] = given
 
-    return type(cls.__name__, (cls,), {_FUNCTION: property(function, set_function), "__doc__": cls.__doc__})
+    # accelerate, FSDP and PEFT look for decoder layers by the name of their class.
+    return subclass(cls, cls.__name__, **{_FUNCTION: property(function, set_function)})
 
 
 def _say_if_reentrant(function: Callable | None) -> None:
@@ -148,7 +84,7 @@ def _say_if_reentrant(function: Callable | None) -> None:
 
 def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tensor, *others: object) -> torch.Tensor:
     if others:
-        raise ValueError(f"args: got {len(others)} beside the hidden states, need keyword arguments")
+        raise ValueError(f"args must be the hidden states alone, got {len(others)} more; pass them by keyword")
     if not torch.is_grad_enabled():
         return run(hidden_states)
     if hooked(layer):
@@ -157,7 +93,9 @@ def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tenso
         return checkpoint(run, hidden_states, use_reentrant=False)
     for name, given in getattr(run, "keywords", {}).items():
         if any(tensor.requires_grad for tensor in _tensors(given)):
-            raise ValueError(f"{name}: requires gradients, which checkpointing returns for the hidden states alone")
+            raise ValueError(
+                f"{name} must not require gradients, got one that does: only the hidden states get gradients"
+            )
     found = (parameter for module in _modules(layer) for parameter in module._parameters.values())
     # A parameter that is there twice gets its gradient once.
     parameters = dict.fromkeys(parameter for parameter in found if parameter is not None and parameter.requires_grad)
@@ -188,18 +126,20 @@ class _Checkpoint(torch.autograd.Function):
         drawn = not all(map(torch.equal, before, _random_state(hidden_states.device)))
         ctx.random_state = before if drawn else ()
         if not isinstance(output, torch.Tensor):
-            raise TypeError(f"layer: returned a {type(output).__name__}, need a tensor to checkpoint it")
+            raise TypeError(f"layer must return a tensor to be checkpointed, got a {type(output).__name__}")
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         if ctx.store.closed:
-            raise RuntimeError("backward: of a forward from before undo(), whose layers are no longer what they were")
+            raise RuntimeError(
+                "backward must run before undo(), got one after it: the layers have changed since the forward"
+            )
         if _state(ctx.layer, ctx.parameters) != ctx.state:
             raise RuntimeError(
-                f"backward: {type(ctx.layer).__name__} was switched between train() and eval(), or its parameters were "
-                "changed in place, since its forward, which is run again here"
+                f"{type(ctx.layer).__name__} must be as in its forward, which the backward repeats, got one that was "
+                "switched between train() and eval() or whose parameters were changed in place"
             )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
@@ -210,8 +150,8 @@ class _Checkpoint(torch.autograd.Function):
         frozen = [one for one, need in zip(inputs, needs, strict=True) if need and not one.requires_grad]
         if lost := [*frozen, *(one for one in reached if id(one) not in given)]:
             raise RuntimeError(
-                f"gradients: of {_named(lost, ctx.layer)} would be lost; the layer needs the parameters that it had in "
-                "its forward, the same and trained as then, and no others"
+                f"parameters must be those of the forward, trained as then, got {_named(lost, ctx.layer)}, whose "
+                "gradients would be lost"
             )
         gradients = torch.autograd.grad(output, reached, gradient) if reached else ()
         found = dict(zip(reached, gradients, strict=True))

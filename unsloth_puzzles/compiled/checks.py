@@ -1,4 +1,4 @@
-"""What `compile_qlora` assumes of a trainer, a model, its adapters and layers: checked before anything is exchanged."""
+"""Check what `compile_qlora` assumes of a trainer, a model, its adapters and layers, before it changes anything."""
 
 import inspect
 
@@ -7,6 +7,8 @@ from peft import PeftType
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel, Trainer
+
+from unsloth_puzzles.compiled.subclass import original_class
 
 # Kinds of adapters that have been compiled and are right. Of the others some need the packed weight (HiRA, SHiRA), some
 # branch on numbers (VB-LoRA) or draw them (PVeRA), and prefix tuning hands a KV cache to each layer, which then runs
@@ -36,7 +38,11 @@ KINDS = (
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise ValueError for a trainer that exchanges or compiles the model in `train()`."""
+    """Refuse a trainer whose `train()` exchanges or compiles the model.
+
+    Raises:
+        ValueError: it has a `model_init`, or compiles the model itself.
+    """
     if trainer.model_init is not None:
         raise ValueError(
             "model_init must be None, got a function: train() makes a new model of it, which would not be compiled; "
@@ -52,42 +58,59 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.Module], torch.nn.Module]:
-    """The causal LM in `model`, its decoder layers and final norm. Raises what `compile_qlora` lists."""
+    """Find the parts of a model that are compiled.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model of one.
+
+    Returns:
+        The causal LM, its decoder layers and its final norm.
+
+    Raises:
+        TypeError: `model` is not such a model.
+        ValueError: it cannot be compiled, for a reason that `compile_qlora` lists.
+    """
     _refuse_compiled(model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(causal_lm, PreTrainedModel):
-        raise TypeError(f"model: got {type(model).__name__}, need a PreTrainedModel, a PEFT model or a Trainer")
+        raise TypeError(f"model must be a PreTrainedModel, a PEFT model or a Trainer, got a {type(model).__name__}")
     _check_adapters(model)
     name, backbone = type(causal_lm).__name__, causal_lm.base_model
     if getattr(causal_lm.config, "vision_config", None) or getattr(causal_lm.config, "audio_config", None):
-        raise TypeError(f"model: {name} has a vision or audio tower; need a causal LM of text alone")
+        raise TypeError(f"model must be a causal LM of text alone, got {name}, which has a vision or audio tower")
     layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
     if layers is None or norm is None:
-        raise TypeError(f"model: {name} has no decoder `layers` and final `norm` in its backbone")
+        raise TypeError(f"model must have decoder `layers` and a final `norm` in its backbone, got {name} without")
     kinds = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
     if others := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
-            f"model: {name} has layers of {', '.join(sorted(others))}; need full or sliding attention in each"
+            f"layer_types must be full or sliding attention in each layer, got {', '.join(sorted(others))} in {name}"
         )
     for part in (*layers, norm):
         parameters = inspect.signature(type(part).forward).parameters
         if crossed := [one for one in parameters if one.startswith(("cross_attention", "encoder_hidden_states"))]:
             raise ValueError(
-                f"model: {type(part).__name__} of {name} has cross attention ({crossed[0]}); need layers without"
+                f"model must have layers without cross attention, got {type(part).__name__} ({crossed[0]}) in {name}"
             )
         if "_old_forward" in vars(part):
             raise ValueError(
-                "model: its layers carry accelerate's hooks (several devices, offload); place it on one GPU"
+                "model must be on one GPU, got layers with accelerate's hooks (several devices, offload); load it with "
+                "device_map={'': 0}"
             )
         if "forward" in vars(part):
-            raise ValueError(f"model: {type(part).__name__} has a forward of its own, which would not be called")
+            raise ValueError(
+                f"model must have layers with the forward of their class, got a {type(part).__name__} with one of its "
+                "own, which would not be called"
+            )
     return causal_lm, list(layers), norm
 
 
 def uses(layer: torch.nn.Module, name: str) -> bool:
     """Whether the forward of a module inside `layer` has a variable or a key `name`: more than passing it on unseen."""
     codes = (
-        getattr(inspect.unwrap(type(one).forward), "__code__", None) for one in layer.modules() if one is not layer
+        getattr(inspect.unwrap(original_class(type(one)).forward), "__code__", None)
+        for one in layer.modules()
+        if one is not layer
     )
     return any(name in (*code.co_varnames, *code.co_consts) for code in codes if code is not None)
 
@@ -108,7 +131,7 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
 def _check_adapters(model: torch.nn.Module) -> None:
     configs = getattr(model, "peft_config", {})
     if not configs or not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model: no adapters that are trained; add them with peft.get_peft_model")
+        raise ValueError("model must have adapters that are trained, got none; add them with peft.get_peft_model")
     for name, config in configs.items():
         if config.peft_type not in KINDS:
             known = ", ".join(kind.value for kind in KINDS)
@@ -118,8 +141,8 @@ def _check_adapters(model: torch.nn.Module) -> None:
     for place, module in model.named_modules():
         for name, variant in getattr(module, "lora_variant", {}).items():  # DoRA, activated LoRA, Arrow, ...
             raise ValueError(
-                f"lora_variant: adapter {name!r} must be LoRA alone, got {type(variant).__name__} at {place}, which is "
-                "not known to be right when compiled; train it without compile_qlora"
+                f"lora_variant must be none (plain LoRA), got {type(variant).__name__} at {place} (adapter {name!r}): "
+                "it is not known to be right when compiled; train it without compile_qlora"
             )
         if type(module).__name__ == "MultiplicativeDropoutLayer" and module.p > 0:  # OFT, BOFT
             raise ValueError(f"module_dropout must be 0, got {module.p} at {place}: its numbers cannot be compiled")

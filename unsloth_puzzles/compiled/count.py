@@ -1,4 +1,4 @@
-"""What the compiler did while a block of code ran: graphs, breaks, recompilations with their reasons, and seconds.
+"""Count what the compiler does in a block of code: graphs, breaks, recompilations with their reasons, and seconds.
 
 Dynamo captures a function; Inductor then compiles its forward and, if gradients are wanted, its backward, at once or at
 the first backward. Both are counted: a compilation is one of Inductor's.
@@ -19,11 +19,15 @@ _LIMIT = 100_000  # entries that Dynamo remembers: its own 64 would drop the fir
 
 @dataclass
 class Capture:
-    """One capture by Dynamo: of what function, why again (None the first time), how often Inductor compiled a forward
-    and a backward of it (0 under another backend), and the seconds of all of it.
+    """One capture of a function by Dynamo.
 
-    operators: Those of its forward and backward graphs as Inductor was given them, by name ("aten.mm"), with how often
-    each occurs.
+    Attributes:
+        name: of the function.
+        reason: why it was captured again; None the first time.
+        forward: how often Inductor compiled a forward of it; 0 under another backend.
+        backward: the same of its backward.
+        seconds: for capturing and compiling.
+        operators: those of its graphs as Inductor was given them, by name ("aten.mm"), with how often each occurs.
     """
 
     name: str
@@ -41,7 +45,13 @@ class Capture:
 
 @dataclass
 class Counts:
-    """Filled when the block ends. `graph_breaks`: reasons and how often; `graphs`: that Dynamo captured."""
+    """What `count_compilations` counts, filled when the block ends.
+
+    Attributes:
+        captures: in order.
+        graph_breaks: how often, by reason.
+        graphs: how many Dynamo captured.
+    """
 
     captures: list[Capture] = field(default_factory=list)
     graph_breaks: dict[str, int] = field(default_factory=dict)
@@ -67,14 +77,17 @@ class Counts:
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[Counts]:
-    """Counts of the block, from Dynamo's own books and from Inductor's calls, those that its cache answers included.
+    """Count compilations in a block, by Dynamo's own metrics and by calls of Inductor, also those its cache answers.
 
-    Errors of the compiler are not suppressed: nothing runs eagerly unseen. Raises RuntimeError if
-    `torch._dynamo.config.suppress_errors` is on, under which a count means nothing.
+    Yields:
+        The counts, filled when the block ends.
+
+    Raises:
+        RuntimeError: `torch._dynamo.config.suppress_errors` is on, so that failures would run eagerly, uncounted.
     """
     if torch._dynamo.config.suppress_errors:
         raise RuntimeError(
-            "torch._dynamo.config.suppress_errors: got True, need False: failures would be eager, unseen"
+            "torch._dynamo.config.suppress_errors must be False, got True: failures would run eagerly, unseen"
         )
     set_compilation_metrics_limit(_LIMIT)
     known = len(get_compilation_metrics())

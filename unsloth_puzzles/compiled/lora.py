@@ -2,10 +2,10 @@
 
     y = W x + B (s A x)        PEFT: W x + s (B A x)
 
-Differentiated, PEFT's order multiplies the gradient of every output by s, and that product is a matrix of its own, as
-large as the layer's output, written once and read twice: nothing can fuse it into the matrix products that read it.
-Here the gradient itself is what they read. For an s that is a power of two the results are the same bits; other
-adapters can be left as they are (`eager_rounding`).
+In the backward, PEFT's order multiplies the gradient of every output by s. That product is a matrix as large as the
+layer's output, written once and read twice: nothing can fuse it into the matrix products that read it. Here they read
+the gradient itself. The results are the same bits if s is a power of two; other adapters can be left as they are
+(`eager_rounding`).
 """
 
 import math
@@ -14,52 +14,64 @@ from functools import cache
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit
 
 from unsloth_puzzles.compiled.hooks import hooked_below
+from unsloth_puzzles.compiled.subclass import subclass
 from unsloth_puzzles.nf4.patch import exchange_classes
 
 
-def scale_inside(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
-    """Let PEFT's LoRA layers over 4-bit linears compute as above; returns what undoes it.
+def scale_low_rank(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
+    """Let PEFT's LoRA layers over 4-bit linears compute as above.
 
-    eager_rounding: only where s is a power of two, so that each value is rounded as PEFT's is.
+    Calls that are not plain LoRA (disabled or merged adapters, adapters by row, DoRA and other variants, a bias on B)
+    and calls for which hooks wait stay PEFT's.
 
-    A layer's class is exchanged for a subclass, so that equal layers still share one graph. Calls that are not plain
-    LoRA (disabled or merged adapters, adapters by row, DoRA and other variants, a bias on B) or in which hooks wait
-    stay PEFT's.
+    Args:
+        model: a PEFT model, changed in place.
+        eager_rounding: only where s is a power of two, so that each value is rounded as PEFT's is.
+
+    Returns:
+        A function that undoes it.
     """
-    from peft.tuners.lora.bnb import Linear4bit
-
-    scaled = _scaled_inside(eager_rounding)
+    scaled = _scaled_class(eager_rounding)
     return exchange_classes((module, scaled) for module in model.modules() if type(module) is Linear4bit)
 
 
-@cache
-def _scaled_inside(eager_rounding: bool) -> type:
-    from peft.tuners.lora.bnb import Linear4bit as cls
+def scales_low_rank(layer: torch.nn.Module) -> bool:
+    """Whether `scale_low_rank` has been applied to `layer`, so that its forward takes `low_rank`."""
+    return type(layer) in map(_scaled_class, (False, True))
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+
+@cache
+def _scaled_class(eager_rounding: bool) -> type:
+    def forward(self, x: torch.Tensor, *args, low_rank: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """low_rank: x A' of the one active adapter, [..., r], where the caller has it already."""
         if args or kwargs or not _is_plain(self) or hooked_below(self):  # a hook on B would see other numbers
-            return cls.forward(self, x, *args, **kwargs)
-        result, shared = self.base_layer(x), self.inside
+            return Linear4bit.forward(self, x, *args, **kwargs)
+        y = self.base_layer(x)  # [..., out_features]
         autocast = torch.is_autocast_enabled(x.device.type)
         for name in _active(self):
-            if shared is not None and shared[0] is x:
-                inside = shared[1]
-            else:
+            if low_rank is None:
                 dropped = self.lora_dropout[name](x if autocast else x.to(self.lora_A[name].weight.dtype))
-                inside = self.lora_A[name](dropped)
-            result = add_outside(self, name, result, inside)
-        return result
+                y = add_adapter(self, name, y, self.lora_A[name](dropped))
+            else:
+                y = add_adapter(self, name, y, low_rank)
+        return y
 
-    # inside: (x, what A makes of it), where that is known already.
-    added = {"forward": forward, "inside": None, "eager_rounding": eager_rounding, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), added)
+    return subclass(Linear4bit, "LowRankScaledLora", forward=forward, eager_rounding=eager_rounding)
 
 
-def add_outside(layer: LoraLayer, name: str, result: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The frozen layer's `result` and the adapter's, from the r columns `inside` that its A has made."""
-    return result + layer.lora_B[name](inside * layer.scaling[name]).to(result.dtype)
+def add_adapter(layer: LoraLayer, name: str, y: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
+    """Add an adapter's output to the frozen layer's.
+
+    Args:
+        layer: holds the adapter.
+        name: of the adapter.
+        y: the frozen layer's output, (..., out_features).
+        low_rank: x A', (..., r).
+    """
+    return y + layer.lora_B[name](low_rank * layer.scaling[name]).to(y.dtype)
 
 
 def plain_adapter(layer: LoraLayer) -> str | None:
@@ -68,8 +80,9 @@ def plain_adapter(layer: LoraLayer) -> str | None:
     return names[0] if len(names) == 1 and _is_plain(layer) else None
 
 
-def can_be_inside(layer, x: torch.Tensor) -> bool:
-    """Whether its adapter is a plain one that computes in the dtype of x, without dropout between x and itself."""
+def takes_low_rank(layer: LoraLayer, x: torch.Tensor) -> bool:
+    """Whether x A' may be computed outside of `layer`: its one adapter is plain, has no dropout before A, and computes
+    in the dtype of x."""
     name = plain_adapter(layer)
     if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
         return False

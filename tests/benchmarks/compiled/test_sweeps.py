@@ -41,6 +41,12 @@ def test_a_failure_is_kept_with_its_reason(runs):
     assert "got 'xformers', need one of" in found["error"] and "failed" in summary(found)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_results_that_are_not_finite_are_an_error(number):
+    assert sweeps._finite('{"losses": [1.5]}') == {"losses": [1.5]}
+    assert sweeps._finite(f'{{"losses": [1.5, {number}]}}') == {"error": f"results must be finite, got {number}"}
+
+
 def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     made = []
 

@@ -1,4 +1,4 @@
-"""Packed weights as plain tensors: their type changes and comes back, and nothing else."""
+"""Packed weights as plain tensors: their type is exchanged and restored, and nothing else changes."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from unsloth_puzzles.compiled.weights import PlainParams4bit, without_torch_function
+from unsloth_puzzles.compiled.plain_params4bit import PlainParams4bit, plain_params4bit
 from unsloth_puzzles.nf4.dequantize import dequantize_nf4
 
 
@@ -26,10 +26,10 @@ def plain_kinds(model):
     return [PlainParams4bit if kind is Params4bit else kind for kind in kinds(model)]
 
 
-def test_types_meanwhile_and_afterwards(model):
+def test_types_are_exchanged_and_restored(model):
     before, expected, weights = kinds(model), plain_kinds(model), [*model.parameters()]
     assert before.count(Params4bit) == 2 and before.count(nn.Parameter) == 4
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     assert kinds(model) == expected
     assert all(isinstance(model[at].weight, Params4bit) for at in (0, 2))
     undo()
@@ -37,7 +37,7 @@ def test_types_meanwhile_and_afterwards(model):
     assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
 
 
-def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
+def test_operators_bypass_torch_function(model, monkeypatch):
     calls = []
 
     def counted(cls, func, types, args=(), kwargs=None):
@@ -48,7 +48,7 @@ def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
     weight = model[0].weight
     torch.sum(weight)
     assert len(calls) == 1
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     total = torch.sum(weight)
     assert len(calls) == 1 and type(total) is torch.Tensor
     undo()
@@ -56,9 +56,9 @@ def test_operators_do_not_pass_through_python_meanwhile(model, monkeypatch):
     assert len(calls) == 2
 
 
-def test_copies_and_state_dicts_meanwhile(model):
+def test_copies_and_state_dicts_are_unchanged(model):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     twin, state = copy.deepcopy(model), model.state_dict()
     assert kinds(twin) == kinds(model)
     assert {name for name in expected if "quant_state" in name}
@@ -73,10 +73,10 @@ def test_copies_and_state_dicts_meanwhile(model):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_dequantisation_gives_the_same_bits(model):
+def test_dequantization_is_bit_identical(model):
     x = torch.randn(3, 64)
     expected = dequantize_nf4(model[0].weight), model(x).detach()
-    undo = without_torch_function(model)
+    undo = plain_params4bit(model)
     found = dequantize_nf4(model[0].weight), model(x).detach()
     undo()
     for one, other in zip(found, expected, strict=True):

@@ -22,7 +22,14 @@ class PlainParams4bit(Params4bit):
 PlainParams4bit.__name__ = Params4bit.__name__  # by which PEFT knows packed weights (DoRA, merging, counting)
 
 
-def without_torch_function(model: torch.nn.Module) -> Callable[[], None]:
-    """Let operators on the NF4 weights of `model` go straight to PyTorch; returns what undoes it."""
+def plain_params4bit(model: torch.nn.Module) -> Callable[[], None]:
+    """Let operators on the NF4 weights of `model` go straight to PyTorch.
+
+    Args:
+        model: holds `Params4bit`, changed in place.
+
+    Returns:
+        A function that undoes it.
+    """
     weights = [parameter for parameter in model.parameters() if type(parameter) is Params4bit]
     return exchange_classes((weight, PlainParams4bit) for weight in weights)

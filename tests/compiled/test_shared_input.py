@@ -1,4 +1,4 @@
-"""Adapters that read the same input, their first products as one: PEFT's results, fewer products, nothing kept."""
+"""One product for adapters that read the same input: PEFT's results, fewer products, no state on modules."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.compiled.models import nf4_llama, with_adapters
-from unsloth_puzzles.compiled.lora import scale_inside
-from unsloth_puzzles.compiled.siblings import share_input
+from unsloth_puzzles.compiled.lora import scale_low_rank
+from unsloth_puzzles.compiled.shared_input import share_input
 
 RANK = 5
 
@@ -47,31 +47,33 @@ def narrow_products(model):
     return counted.seen
 
 
-def insides_kept(model):
-    return [module.inside for module in model.modules() if getattr(module, "inside", None) is not None]
+def attributes(model):
+    """The names and identities of all that the modules hold."""
+    return [{name: id(value) for name, value in vars(module).items()} for module in model.modules()]
 
 
 @pytest.mark.parametrize("alpha", [9, 3], ids=["1.5", "1/2"])
-def test_the_same_loss_and_gradients_by_fewer_products(alpha):
+def test_fewer_products_give_the_same_loss_and_gradients(alpha):
     model = make_model(lora_alpha=alpha)
     expected = step(model)
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     apart = narrow_products(model)
+    before = attributes(model)
     undo = share_input(model)
     together = narrow_products(model)
     found = step(model)
     assert (found - expected).norm() <= 5e-6 * expected.norm()
-    assert found.shape == expected.shape and not insides_kept(model)
+    assert found.shape == expected.shape and attributes(model) == before
     # Forward, gradient of A and gradient of x (not in the first layer): one each for all three, and not for each.
     assert together[3 * RANK] == 2 + 3 and apart[RANK] - together[RANK] == 3 * (2 + 3) and 3 * RANK not in apart
     undo()
     assert narrow_products(model) == apart
-    assert not any("inside" in vars(module) for module in model.modules())
+    assert attributes(model) == before
 
 
-def test_in_bfloat16_as_near_to_float32():
+def test_bfloat16_error_is_no_larger():
     model = make_model()
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     exact, apart = step(model), step(model, autocast=True)
     share_input(model)
     together = step(model, autocast=True)
@@ -83,19 +85,19 @@ def test_in_bfloat16_as_near_to_float32():
     [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["q_proj", "v_proj"]}],
     ids=["dropout", "DoRA", "no adapter on one of the three"],
 )
-def test_other_adapters_stay_as_they_are(options):
+def test_unsupported_adapters_are_unchanged(options):
     model = make_model(**options)
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     expected = step(model)
     share_input(model)
     assert torch.equal(step(model), expected)
 
 
-def test_two_adapters_at_once_stay_as_they_are():
+def test_two_active_adapters_are_unchanged():
     model = make_model()
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    scale_inside(model, False)
+    scale_low_rank(model, False)
     expected = step(model)
     share_input(model)
     assert torch.equal(step(model), expected)
@@ -107,24 +109,25 @@ def test_disabled_adapters_are_left_out():
     with torch.no_grad():
         with model.disable_adapter():
             expected = model(input_ids=ids).logits
-        scale_inside(model, False), share_input(model)
+        scale_low_rank(model, False), share_input(model)
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert not torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_adapters_of_several_ranks():
+def test_adapters_of_different_ranks():
     model = make_model(rank_pattern={"k_proj": 3, "v_proj": 7})
     expected = step(model)
-    scale_inside(model, False), share_input(model)
+    scale_low_rank(model, False), share_input(model)
     assert (step(model) - expected).norm() <= 5e-6 * expected.norm()
 
 
-def test_nothing_is_kept_after_an_error(monkeypatch):
+def test_error_leaves_no_state_on_modules(monkeypatch):
     model = make_model()
-    scale_inside(model, False), share_input(model)
+    scale_low_rank(model, False), share_input(model)
     attention = model.get_base_model().model.layers[0].self_attn
     monkeypatch.setattr(attention, "o_proj", None)
+    before = attributes(model)
     with pytest.raises(TypeError):
         step(model)
-    assert not insides_kept(model)
+    assert attributes(model) == before

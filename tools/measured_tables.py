@@ -1,0 +1,81 @@
+"""Measurement files as Markdown: a table a metric, the tests on a GPU, and where the figures come from."""
+
+import json
+from pathlib import Path
+
+import pandas
+
+from tools.readme_contents import SHORT, TURNED, WORST
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
+from unsloth_puzzles.bench.markdown import table
+
+RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
+NAMELESS = ("relative", "loss", "reward", "compilations", "graph breaks")  # units that say what the caption says
+
+
+def metric_table(records: list[dict], metric: str, caption: str) -> str:
+    """The table of one metric: ours with its spread and the baselines of each case.
+
+    Args:
+        records: Of a measurement file, of all metrics.
+        metric: The one to show. One in `WORST` is a line with the largest value; one in `TURNED` has a column a case.
+        caption: Stands above the table, with the unit where the numbers do not have it.
+    """
+    mine = [record for record in records if record["metric"] == metric]
+    if not mine:
+        return f"**{caption}**: not measured."
+    if metric in WORST:
+        worst = max(mine, key=lambda record: record["value"])
+        if not worst["value"]:
+            return f"**{caption}**: 0 in each of {len(mine)} cases."
+        return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
+    frame = pandas.DataFrame([_row(record) for record in mine]).fillna("-")
+    if metric in TURNED:
+        frame = frame.set_index("case").T.reset_index(names="")
+    unit = "" if mine[0]["unit"] in (*RATIOS, *NAMELESS) else f", {mine[0]['unit']}"
+    return f"**{caption}{unit}**\n\n{table(frame)}"
+
+
+def gpu_tests(path: Path) -> str:
+    """What `make gpu-test` kept, whether of this package, every failed test, and every skip with its reason."""
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    counts = f"{kept['passed']} passed, {kept['failed']} failed, {kept['skipped']} skipped"
+    said = [f"- failed: `{name}`" for name in kept["failures"]]
+    said += [f"- skipped: {reason}" for reason in dict.fromkeys(skip["reason"] for skip in kept["skips"])]
+    since = "" if kept["digest"] == code_digest(package_files()) else " The package has changed since."
+    return "\n".join([f"{counts}. {provenance(kept)}{since}", *(["", *said] if said else [])])
+
+
+def provenance(measured: dict) -> str:
+    """A sentence about the head of a measurement file: hardware, date and versions."""
+    versions = ", ".join(f"{name} {measured['versions'][name]}" for name in ("torch", "triton", "bitsandbytes"))
+    held = " held to a T4's limits (a rehearsal)" if measured["hardware"].get("rehearsal") else ""
+    return f"{measured['hardware']['name']}{held}, {measured['date']}, {versions}."
+
+
+def amount(value: float, unit: str) -> str:
+    """A value with its unit, as the tables write it: `1.87x`, `96 %`, `11.8 us`, `65,536 bytes`."""
+    if unit in ("x", "times", "ratio"):
+        return f"{value:.2f}x"
+    if unit == "fraction":
+        return f"{100 * value:.1f} %"
+    return f"{_number(value)} {unit}".strip()
+
+
+def _row(record: dict) -> dict[str, str]:
+    """Case, ours with its spread, and each baseline; the unit stands in the caption unless it is part of the number."""
+    unit = record["unit"] if record["unit"] in RATIOS else ""
+    low, high, others = record.get("low"), record.get("high"), record.get("baselines") or {}
+    ours = amount(record["value"], unit)
+    if low is not None and high is not None:
+        ours += f" ({amount(low, unit)} to {amount(high, unit)})"
+    shown = {SHORT.get(name, name): amount(value, unit) for name, value in others.items()}
+    return {"case": record["case"], "ours": ours, **shown}
+
+
+def _number(value: float) -> str:
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

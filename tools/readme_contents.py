@@ -1,0 +1,68 @@
+"""What README shows of the measurements: a table a metric, and what each figure shows."""
+
+# Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
+TABLES = {
+    "a_nf4.json": (
+        ("official_harness_speedup", "Official harness: three launches' time over ours, wall clock"),
+        ("harness_speedup_beside_unsloth", "The same harness in one process with the real Unsloth"),
+        ("speedup_vs_unsloth_device", "Three launches' time over ours, device time"),
+        ("device_us", "Device time of one matrix"),
+        ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
+        ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
+        ("host_enqueue_us", "Host time to enqueue one call"),
+        ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
+        ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
+        ("mismatched_weights", "Weights that differ from bitsandbytes"),
+        ("sanitizer_errors", "compute-sanitizer errors"),
+        ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
+        ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
+    ),
+    "c_compile.json": (
+        ("step_ms", "Time of a QLoRA step of Llama 3.2 1B"),
+        ("peak_gib", "Peak of what PyTorch allocates in a step"),
+        ("speedup_vs_eager", "transformers + PEFT + bitsandbytes' time over ours"),
+        ("compilations", "Inductor's compilations, forward and backward"),
+        ("graph_breaks", "Graph breaks"),
+        ("loss_difference", "Compiled and uncompiled: largest difference of the loss at any step, nats"),
+        ("triton_matmuls", "Matrix products by Triton under max-autotune"),
+        ("checks_passed", "Named checks that passed"),
+    ),
+    "d_issues.json": (
+        ("checks_passed", "Named checks that passed"),
+        ("compilations", "Compilations of flex attention over 52 lengths, three windows, packed or not"),
+    ),
+    "e_backprop.json": (
+        ("extra_peak_gib", "Extra peak memory of forward and backward, gradients included"),
+        ("forward_backward_ms", "Time of forward and backward"),
+        ("time_over_gemm_floor", "Our time over that of the bare matrix products in the same chunks"),
+        ("time_over_liger", "Our time over Liger's"),
+        ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
+        ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step, nats"),
+        ("loss_curve_gradient_norm_difference", "The same of the gradients' norms, relative"),
+        ("planted_fault_difference", "Faults planted into ours: largest difference from the standard loss, nats"),
+        ("loss_fall", "By how much the loss fell in those steps, nats"),
+        ("training_peak_gib", "Peak memory of each training"),
+        ("grpo_peak_gib", "GRPO: extra peak memory"),
+        ("grpo_ms", "GRPO: time of forward and backward"),
+        ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
+        ("grpo_reward_rise", "GRPO: by how much the reward, a number from 0 to 1, rose"),
+        ("checks_passed", "Named checks that passed"),
+    ),
+}
+FIGURES = {  # what a figure shows, for who cannot see it
+    "a_nf4_bandwidth": "Share of the copy bandwidth over matrix sizes from 1 M to 1 G weights, ours and every baseline",
+    "a_nf4_contraction": "By how much and where float32 weights differ when the multiply-add is contracted",
+    "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
+    "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
+    "c_compile_frontier": "Time of a QLoRA step over its peak memory, eager and compiled, checkpointed and not",
+    "c_compile_parity": "Loss, time and memory over 60 steps of as many lengths, three uncompiled runs and ours",
+    "e_backprop_frontier": "Time over extra peak memory for chunks of 256 to 4096 rows, every baseline and the floor",
+    "e_backprop_grpo_memory": "GRPO's extra peak memory, head alone and whole step, ours, TRL, Liger and full logits",
+    "e_backprop_grpo_reward": "Reward and entropy over the steps of a GRPO run, TRL's trainer and ours overlaid",
+    "e_backprop_vocabulary": "Extra peak memory and time over the size of the vocabulary, ours and every baseline",
+    "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over the steps, standard loss and ours, and their difference below",
+}
+FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
+SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
+TURNED = {"extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms"}  # a row a candidate, a column a case
+WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}

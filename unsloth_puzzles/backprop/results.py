@@ -1,0 +1,73 @@
+"""What the user's function may return, and what its results may depend on."""
+
+from collections.abc import Callable
+
+import torch
+
+from unsloth_puzzles.backprop.trust import is_new, trust
+
+
+def check_scalar(value: object) -> torch.Tensor:
+    """What an additive function must return: a 0-dim floating tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"forward_function must return a tensor, got {type(value).__name__}")
+    if value.dim() or not value.is_floating_point():
+        raise ValueError(
+            f"forward_function must return a 0-dim floating tensor, got shape {tuple(value.shape)}, {value.dtype}; "
+            "per-row results need reduction='none'"
+        )
+    return value
+
+
+def check_unchanged(logits: torch.Tensor) -> None:
+    """Raise ValueError if the function has written to the fresh `logits` that it was given."""
+    if not logits.is_inference() and logits._version:  # inference tensors have no version, and no graph either
+        raise ValueError(
+            "forward_function must not change the logits in place, got one that does: they are a leaf of its graph and "
+            "the op's own buffer; write z = z / 2, not z.div_(2)"
+        )
+
+
+def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
+    """What a per-row function must return: tensors (rows, ...) that are together smaller than the logits."""
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"forward_function must return tensors, got {type(result).__name__}")
+        if not result.dim() or result.shape[0] != rows:
+            raise ValueError(f"forward_function must return ({rows}, ...), a row each, got shape {tuple(result.shape)}")
+    if rows and sum(result.numel() for result in results) >= logits_numel:
+        sizes = ", ".join(str(tuple(result.shape)) for result in results)
+        raise ValueError(f"forward_function must return less than the logits, which are never kept whole, got {sizes}")
+
+
+def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[torch.Tensor]) -> None:
+    """Raise ValueError if `outputs`, the first of this function, depend on a tensor that wants a gradient but is none
+    of `known`: a parameter that the function closes over. Its gradient would be lost, for no argument brings it."""
+    if not is_new(function, "leaves"):
+        return
+    waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is one for one in known):
+            raise ValueError(
+                f"forward_function must get what it differentiates as arguments, got a tensor {tuple(leaf.shape)} that "
+                "requires grad and is none of them; pass it in shared_args (or row_args), or detach it"
+            )
+    trust(function, "leaves")
+
+
+def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> None:
+    """Raise RuntimeError unless the compiled code's gradient of a few rows is, but for rounding, that of eager mode."""
+    off = (gradient.double() - eager.double()).norm()
+    bound = 4 * torch.finfo(gradient.dtype).eps if gradient.dtype.itemsize == 2 else 1e-4
+    if not off <= bound * eager.double().norm():
+        size = eager.double().norm().item()
+        raise RuntimeError(
+            f"forward_function must have eager mode's gradient, of norm {size:.3g}, got one {off.item():.3g} away; "
+            "use compile=False (or check_additive=False if it draws random numbers)"
+        )

@@ -1,0 +1,88 @@
+"""Decoder layers and the final norm as subclasses whose forward is compiled."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from unsloth_puzzles.attention.interface import Mask
+from unsloth_puzzles.attention.models import LENGTHS, check_lengths
+from unsloth_puzzles.compiled.checks import uses
+from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
+from unsloth_puzzles.compiled.subclass import subclass
+from unsloth_puzzles.compiled.variants import Variants, mark
+from unsloth_puzzles.nf4.patch import exchange_classes
+
+
+def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]) -> Callable[[], None]:
+    """Let decoder layers run compiled: one function for all layers of a class (see `Variants`).
+
+    Calls with a KV cache run as before. So does a layer with hooks inside for as long as they are there, with a
+    warning.
+
+    Args:
+        layers: of transformers, changed in place.
+        options: Inductor's.
+
+    Returns:
+        A function that undoes it.
+    """
+    positions = {type(layer): uses(layer, "position_ids") for layer in layers}
+    classes = {cls: _compiled_layer(cls, takes, options) for cls, takes in positions.items()}
+    return exchange_classes((layer, classes[type(layer)]) for layer in layers)
+
+
+def compile_norm(norm: torch.nn.Module, options: dict[str, object]) -> Callable[[], None]:
+    """Let the final norm run compiled, but for calls in which hooks inside wait.
+
+    Args:
+        norm: changed in place.
+        options: Inductor's.
+
+    Returns:
+        A function that undoes it.
+    """
+    cls = type(norm)
+    variants = Variants(cls.forward, "norm", options)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return cls.forward(self, hidden_states) if hooked_below(self) else variants(self, hidden_states)
+
+    return exchange_classes([(norm, subclass(cls, f"Compiled{cls.__name__}", forward=forward))])
+
+
+def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]) -> type:
+    variants = Variants(cls.forward, cls.__name__, options)
+    # What the mask and the embeddings have said already, and what is collected around a layer, would only be one more
+    # thing to compile for.
+    unused = ["use_cache", "past_key_values", "output_hidden_states", *LENGTHS]
+    if not takes_positions:
+        unused.append("position_ids")
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:  # [batch, length, hidden]
+        if kwargs.get("past_key_values") is not None:
+            if self.training and torch.is_grad_enabled():
+                text = "a call with a KV cache is not compiled; pass use_cache=False"
+                warnings.warn(f"past_key_values: {text}", stacklevel=2)
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        place, idle = search(self)
+        if place is not None:
+            warnings.warn(f"hooks: on {place}; meanwhile {cls.__name__} is not compiled", stacklevel=2)
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Mask):
+            raise ValueError(
+                f"attention_mask must be 2-D (padding at the ends of rows) or left to position_ids, got a "
+                f"{type(mask).__name__} that is not"
+            )
+        check_lengths(mask, kwargs)
+        kwargs = {name: given for name, given in kwargs.items() if name not in unused}
+        for tensor in (*(kwargs.get("position_embeddings") or ()), kwargs.get("position_ids")):
+            if tensor is not None:
+                mark(tensor)
+        with hidden(idle) if idle else nullcontext():
+            return variants(self, hidden_states, *args, **kwargs)
+
+    # accelerate, FSDP and PEFT look for decoder layers by the name of their class (`_no_split_modules`).
+    return subclass(cls, cls.__name__, forward=forward)
