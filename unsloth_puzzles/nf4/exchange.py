@@ -49,22 +49,27 @@ def is_forward_of(cls: type, function) -> bool:
 def subclass(cls: type, name: str, **members: object) -> type:
     """Make a subclass of a module's class, for `exchange_classes`.
 
-    A pickled instance is one of the class that it had before, so that a file does not need this package to be loaded.
-    A copy is an instance of the same class.
+    A pickled instance is one of the class that it had before: a file must neither need this package nor hold what a
+    compiler has made. A copy is an instance of the same class.
 
     Args:
         cls: the class of a module, perhaps such a subclass itself.
-        name: the name of the subclass.
+        name: the name of the subclass. Some libraries look for modules by the name of their class.
         **members: what it has of its own, such as `forward`.
     """
     given = {
-        "exchanged_from": getattr(cls, "exchanged_from", cls),
+        "exchanged_from": original_class(cls),
         "__doc__": cls.__doc__,
         # Not of a mixin: for each attribute that is looked up, Dynamo guards every class above the instance's.
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
     }
     return type(name, (cls,), {**given, **members})
+
+
+def original_class(cls: type) -> type:
+    """The class that instances of `cls` had before, if `subclass` made it; else `cls`."""
+    return getattr(cls, "exchanged_from", cls)
 
 
 def _reduce(module, protocol: int) -> tuple:
