@@ -83,13 +83,16 @@ for rows, columns, dtype in SHAPES:
 # For a small matrix the host costs more than the kernel, so the launch deserves as much care as the kernel.
 
 # %%
-# show: unsloth_puzzles/nf4/launch.py
+# show: unsloth_puzzles/nf4/build.py
 
 # %%
 # show: unsloth_puzzles/nf4/state.py
 
 # %%
-# show: unsloth_puzzles/nf4/plan.py
+# show: unsloth_puzzles/nf4/launch.py
+
+# %%
+# show: unsloth_puzzles/nf4/cache.py
 
 # %%
 # show: unsloth_puzzles/nf4/dequantize.py
@@ -124,7 +127,9 @@ from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.device import capability
 from unsloth_puzzles.nf4 import dequantize_nf4
-from unsloth_puzzles.nf4.launch import DEFAULT, PLAIN, Config, launch
+from unsloth_puzzles.nf4.build import DEFAULT, PLAIN, Config
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import nf4_weight
 
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -174,9 +179,7 @@ def formula(packed, state):
 def run(packed, state, config):
     """One path of the kernel, over an output full of NaN."""
     out = torch.full(state.shape, float("nan"), dtype=state.dtype, device=packed.device)
-    second = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-    launch(packed, state.absmax, state.code, *second, state.blocksize, 256, out, config)
-    return out
+    return prepare(nf4_weight(packed, state), out, config).run(out)
 
 
 def differing(ours, reference):
@@ -207,7 +210,7 @@ for path, config in PATHS.items():
                         theirs = bnb.functional.dequantize_4bit(packed, state)
                         references.append(theirs.t() if packed.shape[0] == 1 else theirs)
                     results_here = [run(packed, state, config)]
-                    if config == DEFAULT:  # the public function, and again, when it goes by its plan
+                    if config == DEFAULT:  # the public function, and again, when its launch is remembered
                         public = [dequantize_nf4(packed, state) for _ in range(2)]
                         results_here += [found.t() if packed.shape[0] == 1 else found for found in public]
                     mismatched += sum(differing(mine, exact) for mine in results_here for exact in references)
@@ -322,9 +325,7 @@ results.add("compile_graph_breaks", "fullgraph", breaks, "graph breaks")
 results.add("compile_mismatched", "fullgraph", differing, "weights")
 print(f"graph breaks: {breaks}, graphs: {counters['stats']['unique_graphs']}, weights that differ: {differing}")
 judge(results, "inside torch.compile", {"no graph break": breaks == 0, "the same weights": differing == 0})
-packed, state = layer.weight.data, layer.weight.quant_state
-second = (state.state2.code, state.state2.absmax, state.offset)
-arguments = (packed, state.absmax, state.code, *second, state.blocksize, 256, list(state.shape), state.dtype)
+arguments = tuple(nf4_weight(layer.weight.data, layer.weight.quant_state))
 print("opcheck:", torch.library.opcheck(torch.ops.unsloth_puzzles.dequantize_nf4, arguments))
 
 # %% [markdown]
@@ -591,9 +592,7 @@ if GPU:
         def with_config(layer, config):
             packed, state = layer.weight.data, layer.weight.quant_state
             out = torch.empty(state.shape, dtype=state.dtype, device="cuda")
-            second = (state.state2.code, state.state2.absmax, state.offset)
-            launch(packed, state.absmax, state.code, *second, state.blocksize, 256, out, config)
-            return out
+            return prepare(nf4_weight(packed, state), out, config).run(out)
 
         for name, config in variants.items():
             equal = torch.equal(with_config(layers[0], config), bitsandbytes_dequantize(layers[0]))

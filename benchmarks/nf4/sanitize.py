@@ -44,7 +44,9 @@ def main() -> None:
     """De-quantise random packed bytes of every shape, dtype and path; data is made on the host, so all else is ours."""
     import torch
 
-    from unsloth_puzzles.nf4.launch import PLAIN, Config, launch
+    from unsloth_puzzles.nf4.build import PLAIN, Config
+    from unsloth_puzzles.nf4.launch import prepare
+    from unsloth_puzzles.nf4.state import NF4Weight
 
     for shape in SHAPES:
         numel = shape[0] * shape[1]
@@ -57,11 +59,11 @@ def main() -> None:
             torch.rand(-(-blocks // 256)),
             torch.rand(()),
         )
-        packed, absmax, code, code2, absmax2, offset = (tensor.cuda() for tensor in host)
+        tensors = [tensor.cuda() for tensor in host]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             out = torch.empty(shape, dtype=dtype, device="cuda")
             for config in (Config(), PLAIN, Config(words=64, num_warps=2)):
-                launch(packed, absmax, code, code2, absmax2, offset, 64, 256, out, config)
+                prepare(NF4Weight(*tensors, 64, 256, out.shape, dtype), out, config).run(out)
             assert torch.isfinite(out.cpu()).all(), f"unwritten values in {shape} {dtype}"
     torch.cuda.synchronize()
     print("every shape ran", flush=True)

@@ -2,8 +2,8 @@
 
 import torch
 
+from unsloth_puzzles.nf4.build import PLAIN, POINTERS, Config, constexprs, options
 from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
-from unsloth_puzzles.nf4.launch import PLAIN, POINTERS, Config, constexprs, options
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}

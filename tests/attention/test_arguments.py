@@ -47,7 +47,7 @@ def near(found, exact):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_honoured(backend):
+def test_scaling_causality_and_window_of_a_layer_are_honoured(backend):
     data = draw(LENGTH)
 
     def call(mask, module=None, **given):
@@ -57,11 +57,11 @@ def test_what_is_honoured(backend):
     assert near(call(mask_of(backend), dropout=0.0, is_causal=True), expected(*data))
     window = mask_of(backend, masking_utils.sliding_window_causal_mask_function(3))
     assert near(call(window, sliding_window=3), expected(*data, Pattern(window=3)))
-    with pytest.raises(ValueError, match=r"^sliding_window: the layer asks for 4, its mask says 3$"):
+    with pytest.raises(ValueError, match=r"^sliding_window must be the mask's 3, got 4$"):
         call(window, sliding_window=4)
-    with pytest.raises(ValueError, match=r"^sliding_window: the layer asks for 4, its mask says None$"):
+    with pytest.raises(ValueError, match=r"^sliding_window must be the mask's None, got 4$"):
         call(mask_of(backend), sliding_window=4)
-    with pytest.raises(ValueError, match=r"^is_causal: the layer asks for False, its mask says True$"):
+    with pytest.raises(ValueError, match=r"^is_causal must be the mask's True, got False$"):
         call(mask_of(backend), is_causal=False)
     # Without a mask the layer says by an argument, else by its module, whether queries see later keys.
     everything = Pattern(causal=False)
@@ -84,13 +84,13 @@ def test_soft_caps(backend):
     }  # fmt: skip
     for kind, call in calls.items():
         if backend == "sdpa" or (backend, kind) == ("flex", "a tensor"):
-            with pytest.raises(ValueError, match=rf"^(backend|softcap|attention_mask): {backend} cannot do a "):
+            with pytest.raises(ValueError, match=rf"^backend must be .* got '{backend}': {backend} cannot do a "):
                 call()
         else:
             assert near(call()[0], expected(*data, pattern)), kind
-    with pytest.raises(ValueError, match=r"^softcap: the layer asks for 1\.5, the config says None"):
+    with pytest.raises(ValueError, match=r"^softcap must be the config's None, got 1\.5"):
         attention_forward(None, *data, mask_of(backend), softcap=1.5, backend=backend)
-    with pytest.raises(ValueError, match=r"^softcap: the layer asks for None, the config says 1\.5"):
+    with pytest.raises(ValueError, match=r"^softcap must be the config's 1\.5, got None"):
         attention_forward(None, *data, mask_of(backend, attn_logit_softcapping=1.5), backend=backend)
 
 
@@ -98,12 +98,14 @@ def test_soft_caps(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_a_mask_of_the_models_own(heads, dtype, backend):
+def test_4d_mask_of_a_model_is_applied_or_refused(heads, dtype, backend):
     data = draw(LENGTH, 5)
     mask = torch.rand(2, heads, 5, LENGTH, generator=torch.Generator().manual_seed(2))
     mask = mask > 0.4 if dtype == torch.bool else 5 * mask
     if backend == "flex":
-        with pytest.raises(ValueError, match=r"^attention_mask: flex cannot do a 4-D mask; sdpa, dense can$"):
+        with pytest.raises(
+            ValueError, match=r"^backend must be .*\(sdpa, dense\), got 'flex': flex cannot do a 4-D mask$"
+        ):
             attention_forward(None, *data, mask, backend=backend)
         return
     found = attention_forward(None, *data, mask, is_causal=True, backend=backend)[0]
@@ -112,31 +114,33 @@ def test_a_mask_of_the_models_own(heads, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["a mask", "no mask", "a tensor"])
-def test_what_is_refused(kind, backend):
+def test_unsupported_arguments_of_a_layer_are_refused(kind, backend):
     data = draw(LENGTH)
     mask = {"a mask": mask_of(backend), "no mask": None, "a tensor": torch.ones(1, 1, LENGTH, LENGTH).bool()}[kind]
     for name in ("dropout", *REFUSED):
         given = {"dropout": 0.1, "output_attentions": True}.get(name, torch.ones(4))
-        with pytest.raises(ValueError, match=f"^{name}: is not supported by attn_implementation="):
+        with pytest.raises(ValueError, match=f"^{name} must be left out with attn_implementation="):
             attention_forward(None, *data, mask, backend=backend, **{name: given})
     starts = torch.tensor([0, 4, LENGTH])
-    with pytest.raises(ValueError, match=r"^cu_seq_lens_q: a packed batch needs position_ids"):
+    with pytest.raises(ValueError, match=r"^cu_seq_lens_q must come with position_ids"):
         attention_forward(None, *data, mask, backend=backend, cu_seq_lens_q=starts)
     for wrong in (torch.ones(2, LENGTH), "causal"):
-        with pytest.raises(ValueError, match=r"^attention_mask: got .*, need a 2-D one for the model, a 4-D one for"):
+        with pytest.raises(ValueError, match=r"^attention_mask must be 2-D for the model, 4-D for its layers.*, got "):
             attention_forward(None, *data, wrong, backend=backend)
 
 
-def test_tensors_of_other_lengths_than_the_mask():
+def test_lengths_that_differ_from_the_mask_are_refused():
     """As from a cache that was cut, or that holds more than it says."""
     query, key, value = draw(LENGTH)
-    with pytest.raises(ValueError, match=r"^attention_mask: got \(12, 11\) queries and keys, need \(12, 12\), for"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must be made for \(12, 11\) queries and keys, got one for \(12, 12\)"
+    ):
         attention_forward(None, query, key[:, :, 1:], value[:, :, 1:], mask_of("auto"))
-    with pytest.raises(ValueError, match=r"^attention_mask: got None for 5 queries and 12 keys, need one if is_causal"):
+    with pytest.raises(ValueError, match=r"^attention_mask must be given for 5 causal queries and 12 keys, got None"):
         attention_forward(None, query[:, :, :5], key, value, None)
 
 
-def test_layers_of_one_model_may_differ():
+def test_one_mask_serves_layers_with_different_heads():
     """In heads and their sizes, and in whether a checkpoint computes without gradients first."""
     mask = mask_of("auto")
     for heads, kv_heads, size in ((4, 2, 16), (3, 3, 20), (9, 3, 8)):
@@ -151,18 +155,18 @@ def test_layers_of_one_model_may_differ():
     assert all(near(one, other) for one, other in zip(found, exact, strict=True))
 
 
-def test_weights_of_attention_are_refused_not_left_out():
+def test_output_attentions_is_refused():
     register()
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         attn_implementation=NAME,
     ))  # fmt: skip
-    with pytest.raises(ValueError, match=r"^output_attentions: is not supported"):
+    with pytest.raises(ValueError, match=r"^output_attentions must be left out"):
         model(torch.ones(1, 3, dtype=torch.long), output_attentions=True)
 
 
 @pytest.mark.slow
-def test_no_keyword_of_a_layer_is_unknown():
+def test_every_keyword_of_a_transformers_layer_is_known():
     """Every name that a model of this transformers hands to its attention function."""
     known = {*HONOURED, *WITHOUT_EFFECT, *REFUSED, *LENGTHS}
     found = {}

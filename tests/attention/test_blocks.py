@@ -24,7 +24,7 @@ def by_blocks(mask: torch.Tensor, q_blocks: int, k_blocks: int) -> torch.Tensor:
     LENGTHS, st.data(), st.booleans(), st.sampled_from((None, 1, 2, 100, 128, 129, 300, 10**6)),
     st.sampled_from((None, 0.002, 0.01, 0.2)), st.integers(0, 99),
 )  # fmt: skip
-def test_blocks_are_judged_as_their_positions_would_be(length, data, causal, window, share, seed):
+def test_visible_blocks_equal_those_of_the_dense_mask(length, data, causal, window, share, seed):
     q_length = data.draw(st.sampled_from(sorted({length, 1, (length + 1) // 2})))
     pattern = Pattern(causal or window is not None, window)
     documents = None if share is None else draw_documents(length, share, seed=seed)
@@ -41,18 +41,18 @@ def assert_judged_rightly(pattern: Pattern, batch: Batch) -> None:
     assert torch.equal(full, cut.all(-1))
 
 
-def test_a_block_of_queries_in_two_documents():
+def test_block_with_two_documents_is_partial():
     """It begins in the document that the block of keys before it is in, and ends in the next."""
     documents = (torch.arange(256) >= 151).int().expand(2, -1)
     assert_judged_rightly(Pattern(), make_batch(256, documents=documents))
 
 
-def test_a_block_that_the_window_only_reaches_into():
+def test_block_that_the_window_reaches_into_is_visited():
     assert_judged_rightly(Pattern(window=100), make_batch(256))
 
 
 @pytest.mark.parametrize("length", [1, 60, 128, 500])
-def test_the_tables_list_the_blocks_in_order_by_query_and_by_key(length):
+def test_tables_list_blocks_in_order_by_query_and_by_key(length):
     pattern = Pattern(window=150)
     blocks = Blocks(pattern, make_batch(length, documents=draw_documents(length, 0.01)))
     partial, full = visible_blocks(pattern, make_batch(length), blocks.documents)
@@ -68,7 +68,7 @@ def test_the_tables_list_the_blocks_in_order_by_query_and_by_key(length):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.data(), st.sampled_from((None, 1, 7)), st.booleans())
-def test_the_mask_inside_a_block_is_the_dense_one(length, data, window, packed):
+def test_mask_inside_a_block_equals_the_dense_mask(length, data, window, packed):
     q_length = data.draw(st.integers(1, length))
     pattern = Pattern(window=window)
     batch = make_batch(length, q_length, documents=draw_documents(length, 0.2) if packed else None)

@@ -69,7 +69,7 @@ def test_one_forward_and_one_backward_graph(monkeypatch, soft_cap):
             compiled(*(t.requires_grad_() for t in data), None, soft_cap, blocks)
 
 
-def test_the_interface_compiles_once_too():
+def test_attention_compiles_once_for_all_lengths():
     """What `attention` itself calls, here without gradients, from the first length on."""
     with count_compilations() as counts:
         for length in (77, 5, 300, 1, 128, 129):
@@ -77,7 +77,7 @@ def test_the_interface_compiles_once_too():
     assert counts.graphs == 1 and counts.graph_breaks == {}, counts.table()
 
 
-def test_scales_and_soft_caps_are_constants():
+def test_scale_and_soft_cap_are_constants_of_compiled_code():
     """Each is compiled for, without becoming a variable, which flex attention cannot take; more than the eight that
     Dynamo allows one function."""
     for number in (n + 0.5 for n in range(9)):

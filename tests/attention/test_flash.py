@@ -11,7 +11,7 @@ from unsloth_puzzles.attention.pattern import Pattern
 @pytest.mark.parametrize(
     ("options", "window_size"), [({}, (-1, 0)), ({"causal": False}, (-1, -1)), ({"window": 5}, (4, 0))], ids=str
 )
-def test_it_is_given_scale_window_and_where_documents_start(monkeypatch, options, window_size):
+def test_varlen_attn_gets_scale_window_and_document_starts(monkeypatch, options, window_size):
     given = []
 
     def varlen_attn(query, key, value, *positional, **named):

@@ -78,7 +78,7 @@ def generate(model, implementation, mode, padded):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SAMPLED)
-def test_tokens_are_those_of_sdpa(name, mode, padded):
+def test_generated_tokens_equal_those_of_sdpa(name, mode, padded):
     model = model_of(name)
     expected = generate(model, "sdpa", mode, padded)
     assert expected.shape[1] == 27
@@ -86,7 +86,8 @@ def test_tokens_are_those_of_sdpa(name, mode, padded):
     # A static cache of windows alone is filled by the prompt here, and then ends with the last query.
     if mode == "a static cache" and "Mistral" not in name:
         with pytest.raises(
-            ValueError, match=r"^past_key_values: 13 queries from position 0 on for 26 keys.*dense can$"
+            ValueError,
+            match=r"^past_key_values must .* got 13 queries from position 0 on for 26 keys.*dense take any mask$",
         ):
             generate(model, f"{NAME}_flex", mode, padded)
     elif mode in ("greedy", "prompt look-up", "a static cache"):
@@ -94,7 +95,7 @@ def test_tokens_are_those_of_sdpa(name, mode, padded):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generation_goes_on_with_a_cache(name):
+def test_generation_continues_from_a_cache(name):
     """A turn, then another, with the cache of the first."""
     model, found = model_of(name), []
     for implementation in ("sdpa", NAME, f"{NAME}_flex"):
@@ -108,7 +109,7 @@ def test_generation_goes_on_with_a_cache(name):
 
 
 @torch.no_grad()
-def test_a_mask_without_the_cached_positions():
+def test_mask_without_the_cached_positions_is_refused():
     """transformers takes the positions that the mask lacks for padding: not what a user means, but the same here."""
     model, found = model_of("Llama"), []
     for implementation in ("sdpa", NAME):
@@ -118,5 +119,5 @@ def test_a_mask_without_the_cached_positions():
     assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
     model.set_attn_implementation(f"{NAME}_flex")
     cache = model(REPEATS, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"^attention_mask: got 2 positions, need 15, cached ones included"):
+    with pytest.raises(ValueError, match=r"^attention_mask must have 15 positions, cached ones included, got 2"):
         model(REPEATS[:, :2], past_key_values=cache, attention_mask=torch.ones(1, 2))

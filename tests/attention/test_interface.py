@@ -51,11 +51,11 @@ def request(name, length):
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("length, q_length", [(1, 1), (8, 8), (40, 40), (33, 1), (33, 12)])
-def test_forward_is_the_definition(name, backend, length, q_length):
+def test_forward_equals_the_definition(name, backend, length, q_length):
     data = draw(length, q_length)
     asked = request(name, length)
     if name in REFUSED[backend]:
-        with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do .*dense.* can$"):
+        with pytest.raises(ValueError, match=rf"^backend must be .*\(.*dense\), got '{backend}': {backend} cannot do "):
             attention(*data, backend=backend, **asked)
         return
     found, exact = attention(*data, backend=backend, **asked), by_definition(*data, **asked)
@@ -67,7 +67,7 @@ def test_forward_is_the_definition(name, backend, length, q_length):
     "name, backend",
     [(name, backend) for name in REQUESTS for backend in ("sdpa", "dense") if name not in REFUSED[backend]],
 )
-def test_gradients_are_those_of_the_definition(name, backend):
+def test_gradients_equal_those_of_the_definition(name, backend):
     length, asked = 23, request(name, 23)
     data = [t.requires_grad_() for t in draw(length, dtype=torch.float64)]
     slope = draw(length, seed=3, dtype=torch.float64)[0]
@@ -100,33 +100,37 @@ def test_cross_attention(backend):
     assert (found - exact[:, :, :4]).norm() <= 5e-7 * found.norm()
     longer = torch.cat([query, query], dim=2)
     if backend == "flex":
-        with pytest.raises(ValueError, match=r"^backend: flex cannot do 18 queries for 9 keys.*; sdpa, dense can$"):
+        with pytest.raises(
+            ValueError, match=r"^backend must be .*\(sdpa, dense\), got 'flex': flex cannot do 18 queries for 9 keys"
+        ):
             attention(longer, key, value, causal=False, backend=backend)
         return
     found = attention(longer, key, value, causal=False, backend=backend)
     assert (found - torch.cat([exact, exact], dim=2)).norm() <= 5e-7 * found.double().norm()
 
 
-def test_flex_on_a_cpu_has_no_gradients_and_says_so():
+def test_flex_refuses_gradients_on_a_cpu():
     query, key, value = draw(20)
-    with pytest.raises(ValueError, match=r"^backend: flex cannot do gradients on a CPU; sdpa, dense can$"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be .*\(sdpa, dense\), got 'flex': flex cannot do gradients on a CPU$"
+    ):
         attention(query.requires_grad_(), key, value, backend="flex")
     with torch.no_grad():
         attention(query, key, value, backend="flex")
 
 
-def test_the_automatic_choice_is_the_first_that_can():
+def test_automatic_choice_is_the_first_backend_that_can():
     chosen = {
         name: choose(Pattern(a.get("causal", True), a.get("window"), a.get("soft_cap")), make_batch(9)).name
         for name, a in REQUESTS.items()
     }
     assert chosen["causal"] == chosen["window"] == "sdpa" and chosen["soft cap"] == "flex"
     assert choose(Pattern(soft_cap=2.0), make_batch(9, gradients=True)).name == "dense"
-    with pytest.raises(ValueError, match=r"^backend: xformers cannot be compiled without a graph break"):
+    with pytest.raises(ValueError, match=r"^backend must be .*: xformers cannot be compiled without a graph break"):
         prepare(Pattern(), make_batch(9, dtype=torch.float16), "xformers", fullgraph=True)
 
 
-def test_the_table_says_what_each_backend_accepts():
+def test_features_match_what_each_backend_accepts():
     """A column at a time: what it claims is what it refuses or not. What it does not refuse it gives, as other tests
     show: here those above, on a GPU all backends'."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
@@ -171,32 +175,34 @@ def test_the_table_says_what_each_backend_accepts():
         ("query", lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:])),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(argument, change):
-    with pytest.raises(ValueError, match=f"^{argument}: "):
+def test_mismatched_tensors_are_refused_by_name(argument, change):
+    with pytest.raises(ValueError, match=f"^{argument} must "):
         attention(*change(*draw(6)))
 
 
 @pytest.mark.parametrize(
     "documents", [torch.zeros(6, dtype=torch.int64), [[0] * 6] * 2, 1], ids=["flat", "list", "int"]
 )
-def test_documents_that_are_no_rows_are_refused_by_name(documents):
-    with pytest.raises(ValueError, match=r"^documents: got .*, need a tensor \(batch, keys\)"):
+def test_documents_of_wrong_shape_or_type_are_refused(documents):
+    with pytest.raises(ValueError, match=r"^documents must be a tensor \(batch, keys\) of integers, got "):
         attention(*draw(6), documents=documents)
 
 
-def test_backends_that_are_unknown_or_not_here():
-    with pytest.raises(ValueError, match=r"^backend: got 'fast', need 'auto' or one of 'flash'"):
+def test_unknown_and_missing_backends_are_refused():
+    with pytest.raises(ValueError, match=r"^backend must be 'auto' or one of 'flash', .*, got 'fast'$"):
         attention(*draw(6), backend="fast")
-    with pytest.raises(ValueError, match=r"^backend: flash cannot do float32; flex, sdpa, dense can$"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be .*\(flex, sdpa, dense\), got 'flash': flash cannot do float32$"
+    ):
         attention(*draw(6), backend="flash")
-    with pytest.raises(ValueError, match=r"^backend: flash cannot do a CPU"):
+    with pytest.raises(ValueError, match=r"^backend must be .*: flash cannot do a CPU"):
         attention(*draw(6, dtype=torch.bfloat16), backend="flash")
 
 
 @pytest.mark.parametrize("share", [None, 0.2, 0.5])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 5}, {"window": 1}, {"window": 100}], ids=str)
 @pytest.mark.parametrize("length", [1, 9, 40])
-def test_xformers_is_given_the_mask_that_was_asked_for(length, options, share):
+def test_xformers_gets_the_requested_mask(length, options, share):
     """Its own dense form of the mask object; the rows of a batch lie end to end in it."""
     pytest.importorskip("xformers")
     documents = None if share is None else draw_documents(length, share)

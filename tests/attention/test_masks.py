@@ -8,8 +8,9 @@ from transformers import LlamaConfig, masking_utils
 
 from unsloth_puzzles.attention import masks
 from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
-from unsloth_puzzles.attention.models import ModelMask, make_mask, register
-from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask
+from unsloth_puzzles.attention.model_mask import ModelMask
+from unsloth_puzzles.attention.models import make_mask, register
+from unsloth_puzzles.attention.pattern import Batch, dense_mask
 
 ROWS = 2
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -17,9 +18,9 @@ CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=
 
 def seen(mask_function, lengths, attention_mask=None):
     """(batch, q_length, kv_length) as we read it."""
-    causal, window, documents = read(mask_function, lengths, attention_mask)
+    pattern, documents = read(mask_function, lengths, attention_mask)
     size = (lengths.batch_size, lengths.q_length, lengths.kv_length)
-    found = dense_mask(Pattern(causal, window), Batch(*size, 1, 1, 16, torch.float32, torch.device("cpu"), documents))
+    found = dense_mask(pattern, Batch(*size, 1, 1, 16, torch.float32, torch.device("cpu"), documents))
     return torch.ones(size, dtype=torch.bool) if found is None else found.expand(size[0], 1, *size[1:])[:, 0]
 
 
@@ -104,13 +105,13 @@ def compare(seeds) -> tuple[int, int]:
     return tuple(count)
 
 
-def test_drawn_combinations_are_transformers_masks():
+def test_random_combinations_equal_transformers_masks():
     was_read, was_dense = compare(range(250))
     assert was_read > 50 and was_dense > 50
 
 
 @pytest.mark.slow
-def test_many_drawn_combinations_are_transformers_masks():
+def test_many_random_combinations_equal_transformers_masks():
     compare(range(250, 6000))
 
 
@@ -138,13 +139,13 @@ SPLIT = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 0, 0
         ),
     ],
 )  # fmt: skip
-def test_masks_of_one_kind_narrow_each_other(parts, last_row):
+def test_combined_masks_of_one_kind_narrow_each_other(parts, last_row):
     found = seen(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0))
     assert found[0, -1].int().tolist() == last_row
     assert torch.equal(found, theirs(masking_utils.and_masks(*parts), Lengths(1, 6, 6, 0, 0)))
 
 
-def test_a_mask_function_over_packed_positions():
+def test_mask_function_is_combined_with_packed_positions():
     """As a model makes it: transformers adds documents of the positions to those of the function."""
     register()
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation="unsloth_puzzles_dense")
@@ -157,23 +158,23 @@ def test_a_mask_function_over_packed_positions():
 @pytest.mark.parametrize(
     "function, attention_mask, message",
     [
-        (masking_utils.or_masks(PACKED, SPLIT), None, "mask_function: or_masks"),
-        (masking_utils.blockwise_overlay(torch.zeros(1, 6)), None, "mask_function: blockwise_overlay"),
-        (masking_utils.padding_mask_function(torch.ones(1, 6).bool()), None, "mask_function: padding_mask_function"),
-        (masking_utils.add_offsets_to_mask_function(PACKED, 0, 0), None, "mask_function: add_offsets_to_mask_function"),
-        (masking_utils.sliding_window_bidirectional_mask_function(2), None, "mask_function: sliding_window_bidirec"),
-        (masking_utils.sliding_window_overlay(2), None, r"mask_function: a window \(2\) without causal_mask_function"),
-        (masking_utils.packed_sequence_mask_function(AGAIN), None, "packed_sequence_mask: an id comes again"),
-        (masking_utils.bidirectional_mask_function, RIGHT, "attention_mask: has zeros and its queries see later keys"),
-        (masking_utils.causal_mask_function, GAP, "attention_mask: has zeros between ones"),
-        (masking_utils.causal_mask_function, torch.ones(1, 5).bool(), "attention_mask: got 5 positions, need 6"),
+        (masking_utils.or_masks(PACKED, SPLIT), None, "mask_function must be .*or_masks"),
+        (masking_utils.blockwise_overlay(torch.zeros(1, 6)), None, "mask_function must be .*blockwise_overlay"),
+        (masking_utils.padding_mask_function(torch.ones(1, 6).bool()), None, "mask_function must be .*padding_mask"),
+        (masking_utils.add_offsets_to_mask_function(PACKED, 0, 0), None, "mask_function must be .*add_offsets"),
+        (masking_utils.sliding_window_bidirectional_mask_function(2), None, "mask_function must be .*window_bidirec"),
+        (masking_utils.sliding_window_overlay(2), None, r"mask_function must have causal_.*window \(2\)"),
+        (masking_utils.packed_sequence_mask_function(AGAIN), None, "packed_sequence_mask must .* one stretch"),
+        (masking_utils.bidirectional_mask_function, RIGHT, "attention_mask must be ones where queries see later"),
+        (masking_utils.causal_mask_function, GAP, "attention_mask must have padding at the ends"),
+        (masking_utils.causal_mask_function, torch.ones(1, 5).bool(), "attention_mask must have 6 .*got 5"),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message):
+def test_unreadable_masks_are_dense_or_refused(function, attention_mask, message):
     lengths = {"batch_size": 1, "q_length": 6, "kv_length": 6}
     given = {"config": CONFIG, "dtype": torch.float32, "device": "cpu", "mask_function": function}
     for backend in ("flex", "flash", "xformers"):
-        with pytest.raises(ValueError, match=rf"^{message}.*; sdpa, dense can$"):
+        with pytest.raises(ValueError, match=rf"^{message}.*; backends sdpa and dense take any mask$"):
             make_mask(backend, **lengths, **given, attention_mask=attention_mask)
     for backend in ("auto", "sdpa", "dense"):
         made = make_mask(backend, **lengths, **given, attention_mask=attention_mask)
@@ -181,7 +182,7 @@ def test_what_is_not_read_is_dense_or_refused(function, attention_mask, message)
         assert torch.equal(made[:, 0][right.any(-1)], right[right.any(-1)])
 
 
-def test_cross_attention_with_as_many_queries_as_padded_keys():
+def test_cross_attention_with_as_many_queries_as_padded_keys_is_dense():
     """Every query sees the real keys, also a query at the position of a key that is padding."""
     made = make_mask(
         "auto", batch_size=1, q_length=6, kv_length=6, config=CONFIG, dtype=torch.float32, device="cpu",
@@ -200,7 +201,7 @@ def test_offsets_may_be_tensors():
     assert isinstance(made, ModelMask) and made.data[0, 0, 0].tolist() == [False, True, True, True, True]
 
 
-def test_functions_that_changed_are_noticed(monkeypatch):
+def test_check_notices_changed_mask_functions(monkeypatch):
     check()
 
     def sliding_window_overlay(sliding_window):
@@ -211,5 +212,8 @@ def test_functions_that_changed_are_noticed(monkeypatch):
 
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", sliding_window_overlay)
     monkeypatch.setattr(masks, "_WINDOW", sliding_window_overlay(1).__code__)
-    with pytest.raises(RuntimeError, match=r"^transformers: masking_utils.sliding_window_overlay is not the mask"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^transformers must have the masks of 5.17, got another masking_utils.sliding_window_overlay",
+    ):
         check()

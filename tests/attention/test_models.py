@@ -75,11 +75,11 @@ def logits(model, implementation, inputs):
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_logits_are_those_of_transformers(name, inputs, backend):
+def test_logits_equal_those_of_transformers(name, inputs, backend):
     model, theirs = model_of(name), MODELS[name][3]
     ours = NAME if backend == "auto" else f"{NAME}_{backend}"
     if backend == "sdpa" and theirs == "eager":
-        with pytest.raises(ValueError, match=r"^backend: sdpa cannot do a soft cap \(2\.0\)"):
+        with pytest.raises(ValueError, match=r"^backend must be .*: sdpa cannot do a soft cap \(2\.0\)"):
             logits(model, ours, INPUTS[inputs])
         return
     expected = logits(model, theirs, INPUTS[inputs])
@@ -87,7 +87,7 @@ def test_the_logits_are_those_of_transformers(name, inputs, backend):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window"])
-def test_gradients_are_those_of_transformers(name):
+def test_gradients_equal_those_of_transformers(name):
     model, found = model_of(name), []
     for kind in (MODELS[name][3], NAME):
         model.zero_grad()
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_transformers(name):
 @pytest.mark.parametrize("backend", ["auto", "flash", "flex", "xformers", "sdpa"])
 @pytest.mark.parametrize("inputs", ["packed", "padded on the left"])
 @pytest.mark.parametrize("name", MODELS)
-def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_transformers(name, inputs, backend):
+def test_bfloat16_error_on_a_gpu_is_at_most_that_of_transformers(name, inputs, backend):
     """Logits, and gradients of all parameters."""
     if backend != "auto" and (reason := BACKENDS[backend].missing(torch.device("cuda"))):
         pytest.skip(f"{backend}: {reason}")
@@ -114,7 +114,7 @@ def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_transformers(name, inputs, b
         return found.detach().float(), torch.cat([p.grad.flatten().float() for p in of.parameters()])
 
     if theirs == "eager" and backend in ("flash", "xformers", "sdpa"):
-        with pytest.raises(ValueError, match=rf"^backend: {backend} cannot do a soft cap \(2\.0\)"):
+        with pytest.raises(ValueError, match=rf"^backend must be .*: {backend} cannot do a soft cap \(2\.0\)"):
             outcome(model, implementation(backend))
         return
     found, plain, true = outcome(model, implementation(backend)), outcome(model, theirs), outcome(exact, theirs)
@@ -133,7 +133,7 @@ def test_generation_with_a_cache_and_padding(name):
 
 
 @torch.no_grad()
-def test_a_bidirectional_model():
+def test_bidirectional_model():
     options = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
     torch.manual_seed(0)
     model = BertModel(BertConfig(vocab_size=64, **options), add_pooling_layer=False).eval()
@@ -152,7 +152,7 @@ def mask(backend="auto", **changed):
 
 
 @torch.no_grad()
-def test_padding_between_tokens():
+def test_padding_between_tokens_is_dense_or_refused():
     """What follows it sees what came before."""
     model = model_of("Llama")
     gap = torch.ones(3, LENGTH, dtype=torch.long)
@@ -161,14 +161,17 @@ def test_padding_between_tokens():
     for backend in ("auto", "sdpa", "dense"):
         found = logits(model, implementation(backend), {"attention_mask": gap})
         assert (found - expected).norm() <= 2e-6 * expected.norm()
-    with pytest.raises(ValueError, match=r"^attention_mask: has zeros between ones.*; sdpa, dense can$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attention_mask must have padding .* zeros between ones; backends sdpa and dense take any mask$",
+    ):
         logits(model, implementation("flex"), {"attention_mask": gap})
 
 
-def test_documents_told_by_lengths_alone_are_refused():
+def test_packing_by_lengths_without_position_ids_is_refused():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=NAME)).eval()
     lengths = {"cu_seq_lens_q": torch.tensor([0, 11, 31, 40], dtype=torch.int32), "max_length_q": 20}
-    with pytest.raises(ValueError, match=r"^cu_seq_lens_q: a packed batch needs position_ids"):
+    with pytest.raises(ValueError, match=r"^cu_seq_lens_q must come with position_ids"):
         model(ids(), **lengths)
     packed = {"position_ids": PACKED, "use_cache": False}
     assert torch.equal(model(ids(), **packed, **lengths).logits, model(ids(), **packed).logits)
@@ -203,25 +206,27 @@ def test_tiles_of_large_float32_heads_fit_newer_gpus(monkeypatch, head_size, val
     assert options(torch.bfloat16) == {"BACKEND": "TRITON"}
 
 
-def test_a_static_cache_is_a_dense_mask():
+def test_static_cache_becomes_a_dense_mask():
     given = {"q_length": 1, "q_offset": 5, "kv_length": 32}
     assert mask(**given)[0, 0, 0].tolist() == [True] * 6 + [False] * 26
-    with pytest.raises(ValueError, match=r"^past_key_values: 1 queries from position 5 on for 32 keys.*dense can$"):
+    with pytest.raises(
+        ValueError, match=r"^past_key_values must .* got 1 queries from position 5 on for 32 keys.*dense take any mask$"
+    ):
         mask("flex", **given)
 
 
 @pytest.mark.parametrize("name, value", [("dropout", 0.1), ("s_aux", torch.ones(4)), ("position_bias", torch.ones(1))])
-def test_what_a_layer_may_not_ask_for(name, value):
+def test_unsupported_keywords_of_a_model_are_refused(name, value):
     query = torch.randn(1, 4, 4, 16)
-    with pytest.raises(ValueError, match=f"^{name}: is not supported"):
+    with pytest.raises(ValueError, match=f"^{name} must be left out"):
         attention_forward(None, query, query, query, mask(), **{name: value})
-    with pytest.raises(ValueError, match=r"^attention_mask: got shape \(1, 4\), need a 2-D one for"):
+    with pytest.raises(ValueError, match=r"^attention_mask must be 2-D for the model.*, got shape \(1, 4\)"):
         attention_forward(None, query, query, query, torch.ones(1, 4))
-    with pytest.raises(ValueError, match=r"^softcap: the layer asks for 3\.0, the config says None"):
+    with pytest.raises(ValueError, match=r"^softcap must be the config's None, got 3\.0"):
         attention_forward(None, query, query, query, mask(), softcap=3.0)
 
 
-def test_every_name_can_be_set_on_a_model():
+def test_every_registered_name_can_be_set_on_a_model():
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     for name in NAMES:
         model.set_attn_implementation(name)

@@ -44,7 +44,7 @@ def install(monkeypatch):
     _not_loaded.cache_clear()
 
 
-def test_it_is_given_scale_mask_and_as_many_heads_of_keys(install, monkeypatch):
+def test_xformers_gets_scale_mask_and_repeated_key_heads(install, monkeypatch):
     install(built=True)
     given, ops = [], ModuleType("xformers.ops")
 
@@ -59,14 +59,14 @@ def test_it_is_given_scale_mask_and_as_many_heads_of_keys(install, monkeypatch):
     assert given == [((1, 18, 4, 16), (1, 18, 4, 16), {"attn_bias": "the mask", "scale": 0.4})]
 
 
-def test_a_built_extension_is_used_and_cuda_12s_runtime_loaded_before(install):
+def test_cuda_12_runtime_is_loaded_before_the_extension(install):
     asked = install(built=True)
     assert _not_loaded() is None
     # For all libraries that come later to see: the extension does not know where it lies.
     assert asked == [("/somewhere/cuda_runtime/lib/libcudart.so.12", ctypes.RTLD_GLOBAL)]
 
 
-def test_an_extension_that_is_not_built_is_a_reason(install):
+def test_missing_extension_is_a_reason(install):
     install(built=False)
     assert _not_loaded().startswith("the extension of xformers does not load here")
     assert "nvidia-cuda-runtime-cu12" in _not_loaded()
@@ -81,12 +81,12 @@ def test_without_cuda_12s_runtime_the_extension_itself_decides(install, runtime,
     assert len(asked) == (runtime == "no library")
 
 
-def test_it_is_found_out_once(install):
+def test_extension_is_looked_up_once(install):
     asked = install(built=True)
     assert _not_loaded() is _not_loaded() is None and len(asked) == 1
 
 
-def test_the_backend_asks_for_the_extension_only_for_a_gpu(install, monkeypatch):
+def test_extension_is_looked_up_for_a_gpu_only(install, monkeypatch):
     asked = install(built=False)
     monkeypatch.setattr(xformers.importlib.util, "find_spec", lambda name: object())
     assert Xformers().missing(torch.device("cpu")) == "it needs a CUDA GPU" and asked == []

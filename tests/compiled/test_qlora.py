@@ -332,7 +332,7 @@ def test_document_lengths_are_checked_and_dropped():
     lengths = {"cu_seq_lens_q": torch.tensor([0, 6, 16, 22, 32], dtype=torch.int32), "max_length_q": 10}
     with torch.no_grad(), compile_qlora(model), torch.compiler.set_stance("force_eager"):
         assert torch.equal(model(**packed, **lengths).loss, model(**packed).loss)
-        with pytest.raises(ValueError, match=r"^cu_seq_lens_q: a packed batch needs position_ids"):
+        with pytest.raises(ValueError, match=r"^cu_seq_lens_q must come with position_ids"):
             model(**given, **lengths)
 
 

@@ -7,15 +7,17 @@ import torch
 @pytest.fixture
 def dequantisations(monkeypatch):
     """The dtypes in which our kernel made W, one entry a time."""
-    from unsloth_puzzles.nf4 import dequantize
+    from unsloth_puzzles.nf4 import launch
 
-    made, original = [], dequantize.launch
+    kind = launch.InterpretedLaunch if launch.INTERPRETED else launch.Launch
+    made, original = [], kind.run
 
-    def spy(*arguments):
-        made.append(arguments[-1].dtype)
-        return original(*arguments)
+    def spy(self, out=None):
+        weight = original(self, out)
+        made.append(weight.dtype)
+        return weight
 
-    monkeypatch.setattr(dequantize, "launch", spy)
+    monkeypatch.setattr(kind, "run", spy)
     return made
 
 

@@ -2,8 +2,10 @@
 
 import torch
 
-from tests.nf4.reference import BITS, tensors
-from unsloth_puzzles.nf4.launch import PLAIN, launch
+from tests.nf4.reference import BITS
+from unsloth_puzzles.nf4.build import PLAIN
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import nf4_weight
 
 GUARD = 512  # elements on either side: more than a small program writes, and a multiple of 16 bytes
 PATTERN = 0x2B67
@@ -27,7 +29,7 @@ def guarded_launch(packed, state, config=SMALL, *, out_shift=0, packed_shift=0) 
     start = GUARD + out_shift
     out = bits.view(state.dtype)[start : start + numel]
     out.fill_(float("nan"))
-    launch(packed, *tensors(state), out, config)
+    prepare(nf4_weight(packed, state), out, config).run(out)
     assert torch.equal(packed.view(torch.uint8), before.view(torch.uint8)), "the kernel wrote into the packed weight"
     outside = torch.cat((bits[:start], bits[start + numel :]))
     assert (outside == PATTERN).all(), f"the kernel wrote {int((outside != PATTERN).sum())} elements outside of out"

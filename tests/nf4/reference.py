@@ -124,10 +124,3 @@ def around_smallest_normal(dtype: torch.dtype, device: str = "cpu") -> tuple[tor
     packed = torch.arange(16, dtype=torch.uint8).mul(17).repeat(len(absmax)).view(-1, 1)  # every code twice a block
     shape, code = torch.Size((len(absmax), 32)), torch.tensor(CODE, device=device)
     return packed.to(device), QuantState(absmax.to(device), shape, code, 32, "nf4", dtype)
-
-
-def tensors(state: QuantState) -> tuple:
-    """absmax, code, code2, absmax2, offset, blocksize, blocksize2 of a state, in the order of `launch`."""
-    nested = state.state2 is not None
-    second = (state.state2.code, state.state2.absmax, state.offset) if nested else (None, None, None)
-    return (state.absmax, state.code, *second, state.blocksize, state.state2.blocksize if nested else 1)

@@ -40,7 +40,7 @@ def expected(dtype: str, words: np.ndarray, absmax: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("sm", [75, 80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("look_up", LOOK_UPS)
-def test_same_bits_as_the_formula(look_up, dtype, sm):
+def test_assembly_gives_the_bits_of_the_formula(look_up, dtype, sm):
     random = np.random.default_rng(0)
     for kind in ABSMAX:
         words = random.integers(0, 2**32, WARP, dtype=np.uint32)
@@ -58,7 +58,7 @@ def test_software_bfloat16_rounds_ties_to_even():
     assert not (even & 1).any()
 
 
-def test_the_table_is_bitsandbytes_own():
+def test_nf4_table_equals_that_of_bitsandbytes():
     assert tuple(CODE) == NF4_CODE
     assert torch.equal(get_4bit_type("nf4", device="cpu"), torch.tensor(NF4_CODE))
 

@@ -15,7 +15,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 
 from tests.nf4.reference import Weight
 from unsloth_puzzles.nf4 import dequantize_nf4
-from unsloth_puzzles.nf4.launch import Config, constexprs
+from unsloth_puzzles.nf4.build import Config, constexprs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (40, 96)
@@ -165,7 +165,7 @@ def test_message_names_argument_need_and_value(name):
         assert re.search(word, str(caught.value)), f"no {word!r} in: {caught.value}"
 
 
-def test_the_weights_that_the_cases_spoil_are_good():
+def test_weights_of_the_bad_input_cases_are_valid_unchanged():
     """Without this, every case above could fail for another reason."""
     for nested in (True, False):
         packed, state = weight(nested=nested)
@@ -173,16 +173,16 @@ def test_the_weights_that_the_cases_spoil_are_good():
     assert isinstance(with_state()()["quant_state"], QuantState)
 
 
-def test_cpu_tensors_without_the_interpreter():
+def test_cpu_tensors_without_the_interpreter_are_refused():
     """Triton compiles for GPUs alone: the message says how the interpreter is switched on, the op's likewise."""
     script = """
 import torch
-from tests.nf4.reference import Weight, tensors
+from tests.nf4.reference import Weight
 from unsloth_puzzles.nf4 import dequantize_nf4
-from unsloth_puzzles.nf4.launch import Config, constexprs
+from unsloth_puzzles.nf4.state import nf4_weight
 packed, state = Weight(shape=(4, 16)).make("cpu")
 op = torch.ops.unsloth_puzzles.dequantize_nf4
-for call in (lambda: dequantize_nf4(packed, state), lambda: op(packed, *tensors(state), state.shape, state.dtype)):
+for call in (lambda: dequantize_nf4(packed, state), lambda: op(*nf4_weight(packed, state))):
     try:
         call()
     except ValueError as error:
@@ -193,13 +193,13 @@ for call in (lambda: dequantize_nf4(packed, state), lambda: op(packed, *tensors(
     environment["PYTHONPATH"] = str(root)
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ValueError: weight: ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ValueError: weight must be ")]
     assert len(lines) == 2, done.stdout
     for line in lines:
         assert "CUDA" in line and "cpu" in line and "TRITON_INTERPRET=1" in line
 
 
-def test_a_state_that_moves_leaves_its_old_tensors_free():
+def test_moved_state_frees_its_old_tensors():
     """What is remembered of a good state must not keep the GPU's memory when the state goes to the CPU."""
     packed, state = weight()
     dequantize_nf4(packed, state)
@@ -210,7 +210,7 @@ def test_a_state_that_moves_leaves_its_old_tensors_free():
     assert [tensor() for tensor in old] == [None, None, None]
 
 
-def test_a_state_that_dies_leaves_its_tensors_free():
+def test_deleted_state_frees_its_tensors():
     packed, state = weight()
     dequantize_nf4(packed, state)
     old = [weakref.ref(tensor) for tensor in (packed, state.absmax, state.state2.absmax)]
@@ -220,28 +220,28 @@ def test_a_state_that_dies_leaves_its_tensors_free():
 
 
 @pytest.mark.parametrize("shape", [4096, (64.0, 64.0), (-64, -64), None])
-def test_shapes_that_are_none(shape):
+def test_invalid_shapes_are_refused(shape):
     packed, state = Weight(shape=(64, 64)).make(DEVICE)
     state.shape = shape
-    with pytest.raises(ValueError, match=r"quant_state.shape: needs a tuple of integers.* got "):
+    with pytest.raises(ValueError, match=r"quant_state.shape must be a tuple of integers.* got "):
         dequantize_nf4(packed, state)
 
 
-def test_a_row_of_more_than_a_matrix():
+def test_packed_row_of_a_3d_weight_is_refused():
     packed, state = Weight(shape=(4, 8, 16)).make(DEVICE)
-    with pytest.raises(ValueError, match=r"weight: needs packed data \[n, 1\]"):
+    with pytest.raises(ValueError, match=r"weight must be packed data \[n, 1\]"):
         dequantize_nf4(packed.view(1, -1), state)
 
 
-def test_memory_that_was_given_back():
+def test_freed_memory_is_refused():
     packed, state = Weight(shape=(64, 64)).make(DEVICE)
     kept = packed.clone()
     packed.untyped_storage().resize_(0)
     assert kept.numel() == packed.numel()
-    with pytest.raises(ValueError, match="weight: needs allocated memory"):
+    with pytest.raises(ValueError, match="weight must have allocated memory"):
         dequantize_nf4(packed, state)
 
 
-def test_words_that_no_warp_can_share():
-    with pytest.raises(ValueError, match="config: needs words of 32 or 64 x num_warps"):
+def test_words_must_fit_the_warps_of_a_shuffle():
+    with pytest.raises(ValueError, match=r"config.words must be 32 or 64 x num_warps"):
         constexprs(Config(words=512, num_warps=4), torch.float16, 64, 256, 90, NESTED=True, FULL=True, ALIGNED=True)

@@ -90,11 +90,11 @@ def test_bfloat16_is_rounded_in_integers_below_sm_80(reports):
         assert ptx(report, r"cvt\.rn\.bf16"), report.name
 
 
-def test_nothing_is_contracted(reports):
+def test_no_multiply_add_is_contracted(reports):
     assert [(report.name, report.sm) for report in reports if report.contracted] == []
 
 
-def test_contraction_is_the_compilers_to_forbid(contraction):
+def test_contraction_follows_the_compile_option(contraction):
     """The same source: fused, code2 * absmax2 + offset is rounded once, and bitsandbytes rounds it twice."""
     assert contraction["separate"].contracted == 0
     assert contraction["fused"].contracted > 0

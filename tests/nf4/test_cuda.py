@@ -4,13 +4,13 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
-import unsloth_puzzles.nf4.launch as launching
 from tests.nf4.guarded import guarded_launch
-from tests.nf4.reference import STORAGE, Weight, around_smallest_normal, assert_same_bits, reference, tensors
-from unsloth_puzzles.nf4 import dequantize_nf4
+from tests.nf4.reference import STORAGE, Weight, around_smallest_normal, assert_same_bits, reference
+from unsloth_puzzles.nf4 import build, dequantize_nf4, launch
 from unsloth_puzzles.nf4.asm import LOOK_UPS
-from unsloth_puzzles.nf4.launch import PLAIN, Config
-from unsloth_puzzles.nf4.state import BLOCKSIZES
+from unsloth_puzzles.nf4.build import PLAIN, Config
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import BLOCKSIZES, nf4_weight
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -97,14 +97,14 @@ def test_products_around_the_smallest_normal_number(name, dtype):
 @pytest.mark.parametrize("look_up", LOOK_UPS)
 def test_the_t4s_assembly(look_up, dtype, monkeypatch):
     """The text for sm_75 on whatever GPU this is: software rounding of bfloat16, no packed conversions."""
-    constexprs, built = launching.constexprs, []
+    constexprs, built = build.constexprs, []
 
     def for_sm_75(config, dtype, blocksize, blocksize2, sm, **where):
         built.append(constexprs(config, dtype, blocksize, blocksize2, 75, **where))
         return built[-1]
 
-    monkeypatch.setattr(launching, "constexprs", for_sm_75)
-    monkeypatch.setattr(launching, "_handles", {})
+    monkeypatch.setattr(build, "constexprs", for_sm_75)
+    monkeypatch.setattr(launch, "_handles", {})
     for numel in (8 * 8192, 3 * 8192 + 77):
         assert_exact(Weight(shape=(numel,), dtype=dtype), Config(lookup=look_up))
         assert_exact(
@@ -127,7 +127,7 @@ def test_contraction_changes_weights():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", STORAGE)
-def test_weights_that_bitsandbytes_quantised(dtype, nested, storage):
+def test_bits_equal_bitsandbytes_for_its_own_weights(dtype, nested, storage):
     weight = torch.randn(1024, 512, device="cuda", dtype=dtype)
     packed, state = quantize_4bit(weight, compress_statistics=nested, quant_type="nf4", quant_storage=storage)
     expected = dequantize_4bit(packed, state)
@@ -159,7 +159,7 @@ def test_more_than_2_31_weights():
     state.state2.absmax = torch.rand(-(-blocks // 256), device="cuda") * 0.02
     state.shape = torch.Size((numel,))
     out = torch.full((numel,), float("nan"), dtype=torch.float16, device="cuda")
-    launching.launch(packed, *tensors(state), out)
+    prepare(nf4_weight(packed, state), out).run(out)
     step = 2**28 // level * level
     for start in range(0, numel, step):
         end = min(start + step, numel)

@@ -47,7 +47,7 @@ def test_one_allocation_the_output(with_out):
     assert tuple(after[counter] - before[counter] for counter in counters) == expected
 
 
-def test_runs_on_the_current_stream():
+def test_kernel_runs_on_the_current_stream():
     """The packed bytes arrive late on a side stream; on any other stream the kernel would read zeros."""
     packed, good, state, expected = two_weights()
     stream = torch.cuda.Stream()
@@ -74,7 +74,7 @@ def test_captured_in_a_cuda_graph(with_out):
         assert_same_bits(weight, reference(packed, state) if result is None else result)
 
 
-def test_a_weight_on_another_device_than_the_current_one():
+def test_weight_on_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, there is {torch.cuda.device_count()}")
     for device in ("cuda:1", "cuda:0"):
@@ -85,14 +85,14 @@ def test_a_weight_on_another_device_than_the_current_one():
         assert_same_bits(weight, reference(packed, state))
 
 
-def test_a_state_on_another_device_is_refused():
+def test_state_on_another_device_is_refused():
     packed, _ = WEIGHT.make("cuda")
     _, state = WEIGHT.make("cpu")
     with pytest.raises(ValueError, match=r"device.*cpu"):
         dequantize_nf4(packed, state)
 
 
-def test_a_packed_weight_left_on_the_cpu_is_refused():
+def test_packed_weight_on_the_cpu_is_refused():
     packed, state = WEIGHT.make("cpu")
-    with pytest.raises(ValueError, match=r"weight: needs a CUDA tensor, got cpu"):
+    with pytest.raises(ValueError, match=r"weight must be a CUDA tensor, got cpu"):
         dequantize_nf4(packed, state)

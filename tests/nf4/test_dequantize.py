@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import unsloth_puzzles.nf4.launch as launching
 from tests.nf4.guarded import FULL_PROGRAM, SMALL, guarded_launch
-from tests.nf4.reference import STORAGE, Weight, around_smallest_normal, assert_same_bits, reference, tensors
+from tests.nf4.reference import STORAGE, Weight, around_smallest_normal, assert_same_bits, reference
 from unsloth_puzzles.nf4 import dequantize_nf4
-from unsloth_puzzles.nf4.state import BLOCKSIZES
+from unsloth_puzzles.nf4.state import BLOCKSIZES, nf4_weight
 
 pytestmark = pytest.mark.skipif(
     not launching.INTERPRETED, reason="the interpreter is off where there is a GPU: see test_cuda.py"
@@ -53,18 +53,18 @@ def test_pointers_off_alignment(out_shift, packed_shift):
 
 
 @pytest.mark.parametrize("shifted", ["packed", "absmax", "code", "code2", "absmax2", "offset", "out"])
-def test_alignment_of_every_pointer_is_seen(shifted, monkeypatch):
+def test_kernel_is_built_for_the_alignment_of_every_pointer(shifted, monkeypatch):
     """The interpreter reads whole words anywhere, a GPU does not: the kernel must be built without that assumption."""
     seen, constexprs = [], launching.constexprs
     monkeypatch.setattr(launching, "constexprs", lambda *a, **w: seen.append(w["ALIGNED"]) or constexprs(*a, **w))
     packed, state = Weight(shape=(FULL_PROGRAM,), dtype=torch.float32).make()
-    names = ("packed", "absmax", "code", "code2", "absmax2", "offset", "blocksize", "blocksize2", "out")
-    arguments = dict(zip(names, (packed, *tensors(state), torch.empty(FULL_PROGRAM)), strict=True))
-    launching.launch(**arguments, config=SMALL)
-    tensor = arguments[shifted]
+    weight, out = nf4_weight(packed, state), torch.empty(FULL_PROGRAM)
+    launching.prepare(weight, out, SMALL).run(out)
+    tensor = out if shifted == "out" else getattr(weight, shifted)
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
-    arguments[shifted] = room[1:].copy_(tensor.view(-1)).view(tensor.shape)
-    launching.launch(**arguments, config=SMALL)
+    moved = room[1:].copy_(tensor.view(-1)).view(tensor.shape)
+    weight, out = (weight, moved) if shifted == "out" else (weight._replace(**{shifted: moved}), out)
+    launching.prepare(weight, out, SMALL).run(out)
     assert seen == [True, shifted not in ("packed", "out")]  # the others are gathered a value at a time
 
 
@@ -102,7 +102,7 @@ def test_subnormal_second_level(offset):
     check(Weight(shape=(FULL_PROGRAM + 9,), blocksize=32, scale=1e-40, offset=offset, dtype=torch.float32))
 
 
-def test_absmax_that_is_not_finite():
+def test_infinite_and_nan_absmax():
     packed, state = Weight(shape=(4 * 64,), nested=False, dtype=torch.bfloat16).make()
     state.absmax[:3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     assert_same_bits(guarded_launch(packed, state), reference(packed, state))
@@ -114,6 +114,11 @@ def test_public_function_keeps_the_shape(shape):
     if packed.shape[0] == 1 and len(shape) > 2:
         pytest.skip("a transposed row is a matrix")
     assert_same_bits(dequantize_nf4(packed, state), reference(packed, state))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 5), (5, 0), (1, 7), (3, 5), (2, 3, 5)])
+def test_strides_of_a_new_tensor_are_those_of_pytorch(shape):
+    assert launching._contiguous_strides(shape) == torch.empty(shape).stride()
 
 
 def test_row_of_packed_weights_comes_out_transposed():
@@ -154,7 +159,7 @@ def test_bitsandbytes_modules_and_parameters(nested, storage):
     assert_same_bits(dequantize_nf4(layer, state), expected)
 
 
-def test_state_kept_on_the_module_alone():
+def test_state_on_the_module_alone_is_found():
     """FSDP replaces the Params4bit; bitsandbytes then leaves the state on the module."""
     layer = bnb.nn.Linear4bit(32, 16, quant_type="nf4").to("cpu")
     expected = dequantize_nf4(layer)

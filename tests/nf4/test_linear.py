@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.nf4.reference import STORAGE, Weight, reference, tensors
+from tests.nf4.reference import STORAGE, Weight, reference
 from unsloth_puzzles.nf4.linear import nf4_linear
+from unsloth_puzzles.nf4.state import nf4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUT, IN = 48, 80
@@ -117,7 +118,7 @@ def test_second_derivatives_and_torch_func():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_neither_the_weight_nor_x_is_kept(with_bias):
+def test_backward_keeps_neither_the_weight_nor_x(with_bias):
     packed, state, _, rounded = weight()
     x, bias = random(3, IN, grad=True), random(OUT, grad=True) if with_bias else None
     (only,) = kept(lambda: nf4_linear(x, packed, state, bias))
@@ -136,7 +137,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("of_x, of_bias", [(True, False), (False, True), (True, True)])
-def test_no_gradient_is_computed_that_nobody_needs(of_x, of_bias, dequantisations):
+def test_only_needed_gradients_are_computed(of_x, of_bias, dequantisations):
     packed, state, *_ = weight()
     x, bias = random(3, IN, grad=of_x), random(OUT, grad=of_bias)
     y = nf4_linear(x, packed, state, bias)
@@ -148,14 +149,14 @@ def test_no_gradient_is_computed_that_nobody_needs(of_x, of_bias, dequantisation
     assert (x.grad is not None, bias.grad is not None) == (of_x, of_bias)
 
 
-def test_without_gradients_nothing_is_recorded():
+def test_no_graph_is_recorded_without_gradients():
     packed, state, *_ = weight()
     assert nf4_linear(random(3, IN), packed, state).grad_fn is None
     with torch.no_grad():
         assert nf4_linear(random(3, IN, grad=True), packed, state).grad_fn is None
 
 
-def test_checkpointing_recomputes(dequantisations):
+def test_checkpointing_dequantizes_again(dequantisations):
     packed, state, *_ = weight()
     x = random(3, IN, grad=True)
 
@@ -240,7 +241,7 @@ def test_compiles_with_a_module_and_autocast():
 
 def test_opcheck_of_the_backward_op():
     packed, state, *_ = weight()
-    arguments = (random(3, OUT), packed, *tensors(state), state.shape, torch.float32)
+    arguments = (random(3, OUT), *nf4_weight(packed, state, torch.float32))
     result = torch.library.opcheck(torch.ops.unsloth_puzzles.dequantize_nf4_again, arguments)
     assert set(result.values()) == {"SUCCESS"}, result
 
@@ -251,17 +252,17 @@ def test_opcheck_of_the_backward_op():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"x": torch.zeros(3, IN, dtype=torch.float64)}, TypeError, "x: needs float16.*got torch.float64"),
-        ({"x": torch.zeros(3, IN, dtype=torch.int64)}, TypeError, "x: needs float16.*got torch.int64"),
-        ({"x": torch.zeros(3, IN + 1)}, ValueError, r"x: needs a last dimension of 80 .*got shape \(3, 81\)"),
-        ({"x": torch.zeros(())}, ValueError, r"x: needs a last dimension of 80 .*got shape \(\)"),
-        ({"x": torch.zeros(3, IN, device="meta")}, ValueError, "x: needs the weight's device.*got meta"),
-        ({"bias": torch.zeros(IN)}, ValueError, r"bias: needs shape \(48,\), got \(80,\)"),
-        ({"x": [1.0]}, TypeError, "x: needs a tensor, got list"),
-        ({"quant_state": None}, ValueError, "quant_state: Tensor carries none"),
+        ({"x": torch.zeros(3, IN, dtype=torch.float64)}, TypeError, "x must be float16.*got torch.float64"),
+        ({"x": torch.zeros(3, IN, dtype=torch.int64)}, TypeError, "x must be float16.*got torch.int64"),
+        ({"x": torch.zeros(3, IN + 1)}, ValueError, r"x must have a last dimension of 80 .*got shape \(3, 81\)"),
+        ({"x": torch.zeros(())}, ValueError, r"x must have a last dimension of 80 .*got shape \(\)"),
+        ({"x": torch.zeros(3, IN, device="meta")}, ValueError, "x must be on the weight's device.*got meta"),
+        ({"bias": torch.zeros(IN)}, ValueError, r"bias must have shape \(48,\), got \(80,\)"),
+        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"quant_state": None}, ValueError, "quant_state must be a bitsandbytes QuantState, got none with Tensor"),
     ],
 )
-def test_bad_input_is_named(change, error, message):
+def test_bad_input_is_refused_by_name(change, error, message):
     packed, state, *_ = weight()
     moved = {k: v.to(DEVICE) for k, v in change.items() if isinstance(v, torch.Tensor) and v.device.type != "meta"}
     given = {"x": random(3, IN), "weight": packed, "quant_state": state} | change | moved
@@ -269,9 +270,9 @@ def test_bad_input_is_named(change, error, message):
         nf4_linear(**given)
 
 
-def test_the_state_must_be_a_matrix():
+def test_weight_that_is_no_matrix_is_refused():
     packed, state = Weight(shape=(300,)).make(DEVICE)
-    with pytest.raises(ValueError, match=r"quant_state.shape: needs \(out_features, in_features\), got \(300,\)"):
+    with pytest.raises(ValueError, match=r"quant_state.shape must be \(out_features, in_features\), got \(300,\)"):
         nf4_linear(torch.zeros(3, 300, device=DEVICE), packed, state)
 
 
@@ -281,7 +282,7 @@ def test_the_state_must_be_a_matrix():
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errs_no_more_than_bitsandbytes_on_the_gpu(dtype, rows):
+def test_error_on_the_gpu_is_at_most_that_of_bitsandbytes(dtype, rows):
     full = random(1024, 2048, dtype=dtype) * 0.02
     packed, state = bnb.functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32
@@ -297,7 +298,7 @@ def test_errs_no_more_than_bitsandbytes_on_the_gpu(dtype, rows):
 
 
 @pytest.mark.gpu
-def test_the_forward_leaves_only_its_result_on_the_gpu():
+def test_forward_leaves_only_its_result_on_the_gpu():
     full = random(4096, 4096, dtype=torch.float16)
     packed, state = bnb.functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
     x = random(16, 4096, dtype=torch.float16, grad=True)
@@ -308,18 +309,18 @@ def test_the_forward_leaves_only_its_result_on_the_gpu():
     assert torch.cuda.memory_allocated() - before == y.numel() * y.element_size()
 
 
-def test_an_adapter_is_not_left_out():
+def test_peft_layer_is_refused():
     import peft
 
     model = torch.nn.Sequential(bnb.nn.Linear4bit(IN, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(TypeError, match="weight: needs a Linear4bit, got a PEFT layer"):
+    with pytest.raises(TypeError, match="weight must be a Linear4bit, got a PEFT layer"):
         nf4_linear(random(3, IN), adapted.base_model.model[0])
 
 
-def test_a_bias_that_is_none_of_its_kind():
+def test_bias_of_wrong_type_or_device_is_refused():
     packed, state, _, _ = weight()
-    with pytest.raises(TypeError, match="bias: needs a tensor, got str"):
+    with pytest.raises(TypeError, match="bias must be a tensor, got str"):
         nf4_linear(random(3, IN), packed, state, "bias")
-    with pytest.raises(ValueError, match="bias: needs x's device"):
+    with pytest.raises(ValueError, match="bias must be on x's device"):
         nf4_linear(random(3, IN), packed, state, torch.empty(state.shape[0], device="meta"))

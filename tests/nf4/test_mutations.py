@@ -17,7 +17,10 @@ MUTATIONS = {
     "nibbles swapped": mutation("kernel.py", "4 * (1 - j % 2)", "4 * (j % 2)", WHOLE_AND_TAIL),
     "nibbles swapped in the tail": mutation("kernel.py", "_look_up(pair >> 4,", "_look_up(pair & 15,", WHOLE_AND_TAIL),
     "nibbles swapped in the assembly": mutation(
-        "asm.py", "(0 if weight % 2 else 4)", "(4 if weight % 2 else 0)", "test_asm.py::test_same_bits_as_the_formula"
+        "asm.py",
+        "(0 if weight % 2 else 4)",
+        "(4 if weight % 2 else 0)",
+        "test_asm.py::test_assembly_gives_the_bits_of_the_formula",
     ),
     "offset dropped": mutation("kernel.py", "tl.load(offset_ptr) if NESTED else 0.0", "0.0", WHOLE_AND_TAIL),
     "nested block off by one": mutation(
@@ -28,13 +31,13 @@ MUTATIONS = {
         "kernel.py", "mask = byte * 2 < numel", "mask = byte * 2 < numel + 2", WHOLE_AND_TAIL
     ),
     "tail taken for a whole program": mutation(
-        "launch.py", "full = aligned and not out.numel() %", "full = aligned and not 0 %", WHOLE_AND_TAIL
+        "launch.py", "full = aligned and not numel %", "full = aligned and not 0 %", WHOLE_AND_TAIL
     ),
     "alignment assumed": mutation(
         "launch.py",
-        "out.data_ptr()) & 15",
-        "out.data_ptr()) & 0",
-        "test_dequantize.py::test_alignment_of_every_pointer_is_seen",
+        "(addresses[0] | address) & 15",
+        "(addresses[0] | address) & 0",
+        "test_dequantize.py::test_kernel_is_built_for_the_alignment_of_every_pointer",
     ),
     "flush dropped": mutation(
         "kernel.py",
@@ -47,10 +50,10 @@ MUTATIONS = {
         "asm.py", '"and.b32 n, n, 1;"', '"mov.b32 n, 1;"', "test_asm.py::test_software_bfloat16_rounds_ties_to_even"
     ),
     "contraction on": mutation(
-        "launch.py",
+        "build.py",
         '"enable_fp_fusion": config.fp_fusion',
         '"enable_fp_fusion": True',
-        "test_cross_compile.py::test_contraction_is_the_compilers_to_forbid",
+        "test_cross_compile.py::test_contraction_follows_the_compile_option",
     ),
 }
 

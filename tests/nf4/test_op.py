@@ -8,8 +8,9 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.nf4.reference import Weight, assert_same_bits, reference, tensors
+from tests.nf4.reference import Weight, assert_same_bits, reference
 from unsloth_puzzles.nf4 import dequantize_nf4
+from unsloth_puzzles.nf4.state import nf4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.unsloth_puzzles.dequantize_nf4
@@ -27,9 +28,9 @@ def fresh_dynamo():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_opcheck(nested, dtype):
     packed, state = Weight(shape=(33, 17), nested=nested, dtype=dtype).make(DEVICE)
-    result = torch.library.opcheck(OP, (packed, *tensors(state), state.shape, dtype))
+    result = torch.library.opcheck(OP, nf4_weight(packed, state))
     assert set(result.values()) == {"SUCCESS"}, result
-    assert_same_bits(OP(packed, *tensors(state), state.shape, dtype), reference(packed, state))
+    assert_same_bits(OP(*nf4_weight(packed, state)), reference(packed, state))
 
 
 @pytest.mark.parametrize("row", [False, True])
@@ -43,7 +44,7 @@ def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(row):
     assert fake.device == real.device
 
 
-def test_a_dispatch_mode_sees_the_op():
+def test_dispatch_mode_sees_the_op():
     """Under a mode the output may be fake or traced: a launch past the dispatcher would write to no memory at all."""
     packed, state = Weight(shape=(6, 10)).make("cpu")
     if DEVICE == "cuda":
@@ -118,7 +119,7 @@ def test_gradients_stop_at_the_op():
         assert not any(weight.requires_grad for weight in function(up))
 
 
-def test_a_backward_notices_that_its_weight_was_overwritten():
+def test_backward_notices_an_overwritten_weight():
     packed, state = Weight(shape=(32, 64), dtype=torch.float32).make(DEVICE)
     buffer = torch.empty(32, 64, device=DEVICE)
     x = torch.randn(4, 64, device=DEVICE, requires_grad=True)
@@ -128,7 +129,7 @@ def test_a_backward_notices_that_its_weight_was_overwritten():
         y.sum().backward()
 
 
-def test_a_fake_tensor_outside_its_mode_is_never_launched_on():
+def test_fake_tensor_outside_its_mode_is_never_launched_on():
     packed, state = Weight(shape=(32, 64)).make(DEVICE)
     mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     fake = mode.from_tensor(packed)

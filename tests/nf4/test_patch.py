@@ -1,6 +1,7 @@
 """patch_linear4bit under real bitsandbytes models: same numbers, same semantics, PEFT, checkpointing, compile, undo."""
 
 import copy
+import io
 import warnings
 
 import bitsandbytes as bnb
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.nf4.patch import patch_linear4bit
+from unsloth_puzzles.nf4.patch import Linear4bitPatch, patch_linear4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float32 on a CPU: the same products in the same order. On a GPU bitsandbytes' fused kernel sums in another order.
@@ -143,18 +144,61 @@ def test_generation_prefills_with_ours_and_decodes_with_the_fused_kernel(dequant
     assert fused.calls == 14 * 2  # the two tokens after the first
 
 
-def test_state_dict_and_copies():
+def test_state_dict_is_unchanged():
     model = llama()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with patch_linear4bit(model), torch.no_grad():
+    with patch_linear4bit(model):
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(IDS).logits, model(IDS).logits)
         model.load_state_dict(before, strict=False)  # with bitsandbytes' extra keys of the quantisation state
     layer = model.model.layers[0].mlp.up_proj
     assert type(layer) is bnb.nn.Linear4bit and "forward" not in vars(layer)
-    assert type(twin.model.layers[0].mlp.up_proj) is not bnb.nn.Linear4bit
+
+
+def test_copy_of_a_patched_model_is_patched_and_can_be_undone(dequantisations):
+    model = llama()
+    with patch_linear4bit(model, min_rows=0), torch.no_grad():
+        twin = copy.deepcopy(model)
+        expected = model(IDS).logits
+        del dequantisations[:]
+        assert torch.equal(twin(IDS).logits, expected)
+        patched = len(dequantisations)
+        layer, original = twin.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.up_proj
+        assert type(layer) is type(original) and layer.weight.data_ptr() != original.weight.data_ptr()
+        patch = Linear4bitPatch.of(twin)
+        assert len(patch.names) == 14
+        patch.undo()
+        assert type(layer) is bnb.nn.Linear4bit and type(original) is not bnb.nn.Linear4bit
+        assert relative(twin(IDS).logits, expected) <= TIGHT and len(dequantisations) == patched == 14
+    assert type(original) is bnb.nn.Linear4bit
+
+
+def saved(model) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_pickled_layer_is_the_one_of_bitsandbytes(hooked):
+    model = torch.nn.Sequential(linear4bit(), linear4bit("fp4"))
+    if hooked:  # and unhooked: accelerate leaves a bound method on the instance
+        add_hook_to_module(model[0], Count())
+        remove_hook_from_module(model[0])
+    unpatched = saved(model)
+    with pytest.warns(UserWarning, match="1 fp4"), patch_linear4bit(model):
+        patched = saved(model)
+        assert type(model[0]) is not bnb.nn.Linear4bit
+    assert b"unsloth_puzzles" not in patched
+    found, expected = (torch.load(io.BytesIO(file), weights_only=False) for file in (patched, unpatched))
+    assert [type(layer) for layer in found] == [bnb.nn.Linear4bit] * 2
+    assert vars(found[0]).keys() == vars(expected[0]).keys()
+    assert type(found[0].weight) is type(expected[0].weight)
+    assert torch.equal(found[0].weight, model[0].weight) and torch.equal(found[0].bias, model[0].bias)
+    found[0].weight = copy.deepcopy(model[0].weight)  # the file of a Params4bit holds no quantisation state
+    x = torch.randn(3, 64, device=DEVICE)
+    assert torch.equal(found[0](x), model[0](x))
+    patch_linear4bit(found[0])
 
 
 # ------------------------------------------------------------------------------------------------ a layer's semantics
@@ -195,7 +239,7 @@ def test_rows_decide_without_gradients_only(dequantisations):
             assert (len(dequantisations), fused.calls) == (ours, 1 - ours), (shape, grad)
 
 
-def test_no_rows():
+def test_input_without_rows():
     layer = linear4bit()
     with patch_linear4bit(layer):
         assert layer(torch.zeros(0, 64, device=DEVICE)).shape == (0, 96)
@@ -203,7 +247,7 @@ def test_no_rows():
             assert layer(torch.zeros(2, 0, 64, device=DEVICE)).shape == (2, 0, 96)
 
 
-def test_a_parameter_that_lost_its_state_gets_the_module_s():
+def test_parameter_without_state_gets_that_of_the_module():
     layer, x = linear4bit(), torch.randn(3, 64, device=DEVICE)
     expected = layer(x)
     layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)  # as FSDP leaves it
@@ -226,7 +270,7 @@ class Count(ModelHook):
 
 
 @pytest.mark.parametrize("patch_first", [True, False])
-def test_hooks_of_accelerate_stay_and_so_does_the_patch_under_them(patch_first, dequantisations):
+def test_accelerate_hooks_and_the_patch_keep_each_other(patch_first, dequantisations):
     layer, hook, x = linear4bit(), Count(), torch.randn(3, 64, device=DEVICE)
     expected = layer(x)
     patch = patch_linear4bit(layer) if patch_first else None
@@ -242,7 +286,7 @@ def test_hooks_of_accelerate_stay_and_so_does_the_patch_under_them(patch_first, 
     assert len(dequantisations) == 3
 
 
-def test_undo_once_is_enough_and_twice_does_no_harm():
+def test_second_undo_does_nothing():
     layer = linear4bit()
     patch = patch_linear4bit(layer)
     assert isinstance(layer, bnb.nn.Linear4bit) and type(layer) is not bnb.nn.Linear4bit
@@ -255,31 +299,33 @@ def test_undo_once_is_enough_and_twice_does_no_harm():
     assert type(layer) is bnb.nn.Linear4bit
 
 
-def test_undo_refuses_a_layer_whose_class_somebody_else_exchanged():
+def test_undo_refuses_a_layer_of_another_class():
     layer = linear4bit()
     patch = patch_linear4bit(layer)
     layer.__class__ = type("FSDPLinear4bit", (type(layer),), {})
-    with pytest.raises(RuntimeError, match="is a FSDPLinear4bit by now"):
+    with pytest.raises(
+        RuntimeError, match="must still be of the class that patch_linear4bit gave it, got a FSDPLinear4bit"
+    ):
         patch.undo()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_patching_twice():
+def test_patching_twice_is_refused():
     model = torch.nn.Sequential(linear4bit())
-    with patch_linear4bit(model), pytest.raises(ValueError, match="model: 0 is patched already"):
+    with patch_linear4bit(model), pytest.raises(ValueError, match="model must not be patched yet, got 0"):
         patch_linear4bit(model)
 
 
-def test_models_without_nf4_layers():
-    with pytest.raises(ValueError, match=r"needs bitsandbytes Linear4bit layers.*got no Linear4bit"):
+def test_models_without_nf4_layers_are_refused():
+    with pytest.raises(ValueError, match=r"model must have bitsandbytes Linear4bit layers.*got no Linear4bit"):
         patch_linear4bit(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"needs bitsandbytes Linear4bit layers.*got 1 fp4"):
+    with pytest.raises(ValueError, match=r"model must have bitsandbytes Linear4bit layers.*got 1 fp4"):
         patch_linear4bit(torch.nn.Sequential(linear4bit("fp4")))
 
 
-def test_fp4_layers_are_left_alone_aloud():
+def test_fp4_layers_are_left_with_a_warning():
     model = torch.nn.Sequential(linear4bit("fp4"), linear4bit())
     with pytest.warns(UserWarning, match="left to bitsandbytes.*1 fp4") as caught:
         patch = patch_linear4bit(model)
@@ -290,42 +336,42 @@ def test_fp4_layers_are_left_alone_aloud():
         patch_linear4bit(torch.nn.Sequential(linear4bit()))
 
 
-def test_a_layer_with_a_forward_of_its_own():
+def test_layer_with_its_own_forward_is_refused():
     layer = linear4bit()
     layer.forward = lambda x: x
-    with pytest.raises(ValueError, match="has a forward of its own"):
+    with pytest.raises(ValueError, match="got 1 with a forward of its own"):
         patch_linear4bit(torch.nn.Sequential(linear4bit(), layer))
     other = linear4bit()
     other.__class__ = type("Mine", (bnb.nn.Linear4bit,), {"forward": lambda self, x: x})
     model = torch.nn.Sequential(linear4bit(), other)
-    with pytest.raises(ValueError, match="1 has a forward of its own"):
+    with pytest.raises(ValueError, match="got 1 with a forward of its own"):
         patch_linear4bit(model)
     assert type(model[0]) is bnb.nn.Linear4bit  # all or nothing
 
 
-def test_a_weight_that_bitsandbytes_repacked_for_the_cpu():
+def test_weight_repacked_for_the_cpu_is_refused():
     layer = linear4bit()
     layer.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="re-packed the weight"):
+    with pytest.raises(ValueError, match="whose weight was re-packed"):
         patch_linear4bit(layer)
 
 
 @pytest.mark.parametrize(
     "model, min_rows, error, message",
     [
-        ("llama", 1, TypeError, "model: needs a torch.nn.Module, got str"),
+        ("llama", 1, TypeError, "model must be a torch.nn.Module, got str"),
         (
             torch.nn.DataParallel(torch.nn.Identity()),
             1,
             TypeError,
-            "model: must be one model .* got an nn.DataParallel",
+            "model must be on one GPU, got an nn.DataParallel",
         ),
-        (torch.nn.Identity(), 1.5, TypeError, "min_rows: needs an integer or None, got 1.5"),
-        (torch.nn.Identity(), True, TypeError, "min_rows: needs an integer or None, got True"),
-        (torch.nn.Identity(), -1, ValueError, "min_rows: needs 0.*got -1"),
+        (torch.nn.Identity(), 1.5, TypeError, "min_rows must be an integer or None, got 1.5"),
+        (torch.nn.Identity(), True, TypeError, "min_rows must be an integer or None, got True"),
+        (torch.nn.Identity(), -1, ValueError, "min_rows must be 0.*got -1"),
     ],
 )
-def test_bad_arguments(model, min_rows, error, message):
+def test_bad_arguments_are_refused_by_name(model, min_rows, error, message):
     with pytest.raises(error, match=message):
         patch_linear4bit(model, min_rows=min_rows)
 

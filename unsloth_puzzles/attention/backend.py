@@ -1,4 +1,4 @@
-"""What every way to compute attention has to say of itself, so that one can be chosen and the others refused."""
+"""What a way to compute attention says of itself, so that one can be chosen and the others refused."""
 
 import torch
 
@@ -11,13 +11,13 @@ FEATURES = (
 
 
 class Backend:
-    """One way to compute attention.
+    """One way to compute attention. All support causal and bidirectional masks, a scale and grouped queries.
 
-    features: those of `FEATURES` that it has. All know causal and bidirectional masks, a scale and grouped queries.
-    "cache": other numbers of queries than of keys. "value heads": of another size than those of query and key.
-    "fullgraph": it can be compiled into a layer without a graph break.
-    memory: what it takes beside inputs and outputs, in words.
-    splits_at: compiled into a layer, it is another code for queries shorter than this.
+    Attributes:
+        features: those of `FEATURES` that it has. "cache": other numbers of queries than of keys. "value heads": of
+            another size than those of query and key. "fullgraph": it compiles into a layer without a graph break.
+        memory: what it takes beside inputs and outputs, in words.
+        splits_at: compiled into a layer, it is another code for queries shorter than this.
     """
 
     name: str
@@ -51,33 +51,43 @@ class Backend:
         return None
 
     def prepare(self, pattern: Pattern, batch: Batch) -> object:
-        """What `run` needs beside the tensors, made once a batch and used by every layer."""
+        """Make what `run` needs beside the tensors, once a batch, for every layer."""
         raise NotImplementedError
 
     def run(self, query, key, value, pattern: Pattern, data, scale: float | None) -> torch.Tensor:
-        """query (batch, heads, q_length, head size), key, value (batch, key heads, kv_length, head size) -> as query
-        with value's head size.
+        """Attention of one layer. Query head h uses key head h // (heads // key heads).
 
-        Query head h uses key head h // (heads // key heads). `data` is what `prepare` gave. `scale` is what query @ key
-        is multiplied with, None for 1 / sqrt(head size).
+        Args:
+            query: [batch, heads, q_length, head size].
+            key: [batch, key heads, kv_length, head size].
+            value: [batch, key heads, kv_length, value's head size].
+            pattern: that of `prepare`.
+            data: what `prepare` gave.
+            scale: what query @ key is multiplied with, None for 1 / sqrt(head size).
+
+        Returns:
+            [batch, heads, q_length, value's head size].
         """
         raise NotImplementedError
 
 
 def repeat_heads(key: torch.Tensor, heads: int) -> torch.Tensor:
-    """(batch, key heads, ...) -> (batch, heads, ...), each key head as often as queries use it."""
+    """[batch, key heads, ...] -> [batch, heads, ...], each key head as often as queries use it."""
     return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], dim=1)
 
 
 def flat_positions(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length, head size) -> (batch * length, heads, head size): kernels for packed sequences."""
+    """[batch, heads, length, head size] -> [batch * length, heads, head size], for kernels for packed sequences."""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
 def document_starts(batch: Batch) -> torch.Tensor:
-    """(documents + 1,) int32: where each document of the batch begins in its flat positions, and their number at last.
+    """Where each document of the batch begins in its flat positions.
 
     Waits for the device, if there are documents: their number is the shape of the result.
+
+    Returns:
+        [documents + 1] int32, the number of positions at last.
     """
     length = batch.kv_length
     if batch.documents is None:

@@ -49,7 +49,7 @@ class Flex(Backend):
     def run(self, query, key, value, pattern: Pattern, data: Blocks, scale: float | None) -> torch.Tensor:
         if torch.compiler.is_compiling():  # part of a layer that is being compiled
             if query.device.type == "cpu":
-                raise ValueError("backend: flex cannot be compiled into a layer on a CPU; sdpa can")
+                raise ValueError("backend must be sdpa in a layer that is compiled for a CPU, got 'flex'")
             return _flex(query, key, value, scale, pattern.soft_cap, data)
         length = query.shape[-2]
         if query.device.type == "cpu":  # without gradients, as `refuses` has seen to, but PyTorch looks at the flag

@@ -1,8 +1,9 @@
-"""Attention behind one interface: say what is asked, and the best backend that can do it does it.
+"""Attention behind one interface: the best backend that can compute what is asked does so.
 
     out = attention(query, key, value, window=1024, documents=document_ids)
 
-For the layers of a model the mask is made once: `mask = prepare(pattern, batch)`, then `mask.attend(q, k, v)` in each.
+For the layers of a model the mask is prepared once: `mask = prepare(pattern, batch)`, then `mask.attend(q, k, v)` in
+each.
 """
 
 from dataclasses import dataclass
@@ -33,69 +34,95 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """softmax(soft cap(scale Q K^T) + mask) V, (batch, heads, q_length, head size) in the dtype of `query`.
+    """softmax(soft cap(scale Q K^T) + mask) V.
 
-    query: (batch, heads, q_length, head size); key, value: (batch, key heads, kv_length, head size), `heads` a multiple
-    of `key heads`; value, and so the result, may have another head size. Fewer queries than keys are the last
-    positions; more are possible if each sees all keys. documents: (batch, kv_length) integers; a query sees only its
-    own stretch of equal ones. scale: what Q K^T is multiplied with, None for 1 / sqrt(head size). The rest is
-    `Pattern`'s.
+    Args:
+        query: [batch, heads, q_length, head size]. Fewer queries than keys are the last positions; more are possible
+            if each sees all keys.
+        key: [batch, key heads, kv_length, head size], `heads` a multiple of `key heads`.
+        value: [batch, key heads, kv_length, value's head size].
+        causal, window, soft_cap: as in `Pattern`.
+        documents: [batch, kv_length] integers; a query sees only its own stretch of equal ones.
+        scale: what Q K^T is multiplied with, None for 1 / sqrt(head size).
+        backend: "flash", "flex", "xformers", "sdpa", "dense", or "auto". Whatever it is, the mask is the one asked for.
 
-    backend: "flash", "flex", "xformers", "sdpa", "dense", or "auto". Whatever it is, the mask is the one asked for:
-    a backend that cannot do it raises ValueError, naming what it cannot do, and what could. RuntimeError: it is not
-    installed here, or needs another device.
+    Returns:
+        [batch, heads, q_length, value's head size] in the dtype of `query`.
+
+    Raises:
+        ValueError: naming an argument that does not fit the others, or what the backend cannot do and which one could.
+        RuntimeError: the backend is not installed here, or needs another device.
     """
-    pattern = Pattern(causal, window, soft_cap)
-    return prepare(pattern, _batch(query, key, value, documents), backend).attend(query, key, value, scale)
+    _check_tensors(query, key, value)
+    if documents is not None:
+        documents = number_documents(_checked_documents(documents).to(query.device))
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    batch = Batch.of(query, key, value, documents, gradients=gradients)
+    return prepare(Pattern(causal, window, soft_cap), batch, backend).attend(query, key, value, scale)
 
 
 @dataclass
 class Mask:
-    """A pattern on a batch, made ready for one backend. data: the backend's own. packed: the batch has documents."""
+    """A pattern on a batch, made ready for one backend."""
 
     pattern: Pattern
     backend: Backend
-    data: object
-    packed: bool
+    data: object  # what the backend's `prepare` gave
+    packed: bool  # whether the batch has documents
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
     ) -> torch.Tensor:
-        """Attention of tensors of the batch's shapes."""
+        """Attention of tensors of the batch's shapes, as in `attention`."""
         return self.backend.run(query, key, value, self.pattern, self.data, scale)
 
 
 def prepare(pattern: Pattern, batch: Batch, backend: str = "auto", *, fullgraph: bool = False) -> Mask:
-    """The mask of a batch, for `Mask.attend` in each layer. `fullgraph`: it must do without a graph break."""
+    """Make the mask of a batch, for `Mask.attend` in each layer.
+
+    Args:
+        pattern: which keys a query sees.
+        batch: shapes, dtype, device and documents.
+        backend: as in `attention`.
+        fullgraph: the backend must do without a graph break.
+
+    Raises:
+        ValueError, RuntimeError: as in `attention`.
+    """
     if batch.offset < 0 and (pattern.causal or batch.documents is not None):
-        raise ValueError(f"query: got {batch.q_length} positions for {batch.kv_length} keys, need at most as many")
+        raise ValueError(
+            f"query must have at most as many positions as key ({batch.kv_length}) unless each sees all keys, got "
+            f"{batch.q_length}"
+        )
     chosen = choose(pattern, batch, fullgraph) if backend == "auto" else _named(backend, pattern, batch, fullgraph)
     return Mask(pattern, chosen, chosen.prepare(pattern, batch), batch.documents is not None)
 
 
 def choose(pattern: Pattern, batch: Batch, fullgraph: bool = False) -> Backend:
-    """The fastest backend that can do what is asked on this machine.
+    """Choose the fastest backend that can do what is asked on this machine.
 
-    SDPA where a flag says all; else flash, then flex (below sm_80 it has no tensor cores: xformers and SDPA first).
+    SDPA where its flag for causal masks says all; else flash, then flex (below sm_80 flex has no tensor cores: xformers
+    and SDPA first).
     """
     plain = pattern.window is None and batch.documents is None
     old = capability(batch.device) < 80
     order = ("xformers", "sdpa", "flex", "dense") if old else ("flash", "flex", "xformers", "sdpa", "dense")
     for name in ("sdpa", *order) if plain else order:
-        if _reason(BACKENDS[name], pattern, batch, fullgraph) is None:
-            return BACKENDS[name]
-    raise ValueError(f"no backend can do {pattern} on {batch.device}")
+        chosen = BACKENDS[name]
+        if not chosen.missing(batch.device) and not _refusal(chosen, pattern, batch, fullgraph):
+            return chosen
+    raise ValueError(f"pattern must be one that a backend can do on {batch.device}, got {pattern}")
 
 
 def _named(name: str, pattern: Pattern, batch: Batch, fullgraph: bool) -> Backend:
     if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, need 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     backend = BACKENDS[name]
     if refusal := _refusal(backend, pattern, batch, fullgraph):
         able = [other for other, one in BACKENDS.items() if _refusal(one, pattern, batch, fullgraph) is None]
-        raise ValueError(f"backend: {refusal}; {', '.join(able) or 'none'} can")
+        raise ValueError(f"backend must be one that can do this ({', '.join(able) or 'none'}), got {name!r}: {refusal}")
     if missing := backend.missing(batch.device):
-        raise RuntimeError(f"backend: {name} cannot run here: {missing}")
+        raise RuntimeError(f"backend must be one that runs here, got {name!r}: {missing}")
     return backend
 
 
@@ -103,10 +130,6 @@ def _refusal(backend: Backend, pattern: Pattern, batch: Batch, fullgraph: bool) 
     if fullgraph and "fullgraph" not in backend.features:
         return f"{backend.name} cannot be compiled without a graph break"
     return backend.refuses(pattern, batch)
-
-
-def _reason(backend: Backend, pattern: Pattern, batch: Batch, fullgraph: bool) -> str | None:
-    return backend.missing(batch.device) or _refusal(backend, pattern, batch, fullgraph)
 
 
 def backend_table(device: str | torch.device) -> str:
@@ -119,25 +142,26 @@ def backend_table(device: str | torch.device) -> str:
     return "\n".join(lines)
 
 
-def _batch(query, key, value, documents) -> Batch:
+def _check_tensors(query, key, value) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: got {found}, need a tensor (batch, heads, length, head size)")
+            raise ValueError(f"{name} must be a tensor (batch, heads, length, head size), got {_shape(tensor)}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, need {query.dtype} on {query.device}")
+            raise ValueError(
+                f"{name} must be {query.dtype} on {query.device} like query, got {tensor.dtype} on {tensor.device}"
+            )
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"value: got shape {tuple(value.shape)}, need {(*key.shape[:3], 'head size')}, as key has")
+        need = (*key.shape[:3], "head size")
+        raise ValueError(f"value must have shape {need} like key, got {tuple(value.shape)}")
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
-        raise ValueError(f"key: got shape {tuple(key.shape)}, need batch and head size of query, {tuple(query.shape)}")
-    size, heads, q_length, head_size = query.shape
-    if documents is not None:
-        if not isinstance(documents, torch.Tensor) or documents.dim() != 2:
-            found = tuple(documents.shape) if isinstance(documents, torch.Tensor) else type(documents).__name__
-            raise ValueError(f"documents: got {found}, need a tensor (batch, keys) of integers")
-        documents = number_documents(documents.to(query.device))
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return Batch(
-        size, q_length, key.shape[2], heads, key.shape[1], head_size, query.dtype, query.device, documents, gradients,
-        value.shape[3],
-    )  # fmt: skip
+        raise ValueError(f"key must have batch and head size of query {tuple(query.shape)}, got {tuple(key.shape)}")
+
+
+def _checked_documents(documents) -> torch.Tensor:
+    if not isinstance(documents, torch.Tensor) or documents.dim() != 2:
+        raise ValueError(f"documents must be a tensor (batch, keys) of integers, got {_shape(documents)}")
+    return documents
+
+
+def _shape(given) -> tuple | str:
+    return tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__

@@ -33,20 +33,28 @@ class Lengths:
 
 
 def read(
-    mask_function: Callable, lengths: Lengths, attention_mask: torch.Tensor | None
-) -> tuple[bool, int | None, torch.Tensor | None]:
-    """(causal, window, documents) of a mask, documents (batch, kv_length) int32 or None.
+    mask_function: Callable, lengths: Lengths, attention_mask: torch.Tensor | None, soft_cap: float | None = None
+) -> tuple[Pattern, torch.Tensor | None]:
+    """Read a mask of transformers.
 
-    attention_mask: (batch, positions), 0 for padding, or None. Padding is a document of its own: real tokens do not see
-    it, and padding sees itself, so that no row is empty. So what is computed at padding is not what transformers
-    computes there, whose own kinds of attention differ in it.
+    Padding is a document of its own: real tokens do not see it, and padding sees itself, so that no row is empty. So
+    what is computed at padding is not what transformers computes there, whose own kinds of attention differ in it.
+
+    Args:
+        mask_function: transformers' function of batch, head, query and key.
+        lengths: the positions of queries and keys.
+        attention_mask: [batch, positions], 0 for padding, or None.
+        soft_cap: of the pattern; no mask has one.
+
+    Returns:
+        The pattern, and the documents of the keys, [batch, kv_length] int32 or None.
 
     Raises:
         Unreadable: another function of the mask, padding between real tokens, or queries that are not the last keys.
     """
     causal, window, ids = _parts(mask_function, lengths)
     if window is not None and not causal:
-        raise Unreadable(f"mask_function: a window ({window}) without causal_mask_function is not supported")
+        raise Unreadable(f"mask_function must have causal_mask_function beside a window, got a window ({window}) alone")
     documents = None
     for one in ids:
         one = number_documents(one)
@@ -55,14 +63,16 @@ def read(
         _check_ends(lengths)
     if attention_mask is not None and not isinstance(attention_mask, Unpadded):
         documents = _with_padding(attention_mask, causal, documents, lengths)
-    return causal, window, documents
+    return Pattern(causal, window, soft_cap), documents
 
 
 def dense(
     mask_function: Callable, lengths: Lengths, attention_mask: torch.Tensor | None, use_vmap: bool, device: torch.device
 ) -> torch.Tensor:
-    """(batch, 1, q_length, kv_length) bool as transformers makes it. A query that sees nothing sees all instead: it is
-    padding, and would be NaN."""
+    """The mask [batch, 1, q_length, kv_length] bool as transformers makes it, from the arguments of `read`.
+
+    A query that sees nothing sees all instead: it is padding, and would be NaN.
+    """
     seen = masking_utils.sdpa_mask(
         **vars(lengths), mask_function=mask_function,
         attention_mask=None if attention_mask is None else attention_mask.bool(), allow_is_causal_skip=False,
@@ -74,24 +84,26 @@ def dense(
 def _check_ends(lengths: Lengths) -> None:
     if lengths.q_offset + lengths.q_length != lengths.kv_offset + lengths.kv_length:
         raise Unreadable(
-            f"past_key_values: {lengths.q_length} queries from position {lengths.q_offset} on for {lengths.kv_length} "
-            f"keys from {lengths.kv_offset} on; need queries that are the last positions (no static cache)"
+            f"past_key_values must end with the queries (no static cache), got {lengths.q_length} queries from "
+            f"position {lengths.q_offset} on for {lengths.kv_length} keys from {lengths.kv_offset} on"
         )
 
 
 def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.Tensor | None, lengths: Lengths):
     end = lengths.kv_offset + lengths.kv_length
     if attention_mask.shape[1] < end:
-        raise Unreadable(f"attention_mask: got {attention_mask.shape[1]} positions, need {end}, cached ones included")
+        raise Unreadable(
+            f"attention_mask must have {end} positions, cached ones included, got {attention_mask.shape[1]}"
+        )
     real = attention_mask[:, lengths.kv_offset : end].bool()
     # Padding on the right alone is hidden by causality; like transformers, wait once a batch to know.
     hidden = real[:, 1:] <= real[:, :-1] if causal else real
     if hidden.all():
         return documents
     if not causal:  # in cross attention, a query at a key's position is another sequence's: it sees the real keys
-        raise Unreadable("attention_mask: has zeros and its queries see later keys, as in encoders; need ones alone")
+        raise Unreadable("attention_mask must be ones where queries see later keys, as in encoders, got zeros")
     if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
-        raise Unreadable("attention_mask: has zeros between ones; need padding at the ends of a row alone")
+        raise Unreadable("attention_mask must have padding at the ends of a row alone, got zeros between ones")
     return number_documents(real.int() if documents is None else 2 * documents + real)
 
 
@@ -120,8 +132,7 @@ def _parts(mask_function: Callable, lengths: Lengths) -> tuple[bool, int | None,
         return any(causal), min(windows, default=None), [one for part in ids for one in part]
     name = getattr(mask_function, "__qualname__", mask_function)
     raise Unreadable(
-        f"mask_function: {name} is not supported; need causal, bidirectional, a sliding window, chunks or packed "
-        "sequences"
+        f"mask_function must be causal, bidirectional, a sliding window, chunks or packed sequences, got {name}"
     )
 
 
@@ -130,12 +141,12 @@ def _stretches(ids: torch.Tensor, lengths: Lengths) -> torch.Tensor:
     end = lengths.kv_offset + lengths.kv_length
     if ids.shape[0] not in (1, lengths.batch_size) or ids.shape[1] < end:
         raise ValueError(
-            f"packed_sequence_mask: got shape {tuple(ids.shape)}, need ({lengths.batch_size}, {end}) at least"
+            f"packed_sequence_mask must have shape ({lengths.batch_size}, {end}) at least, got {tuple(ids.shape)}"
         )
     ids = ids[:, lengths.kv_offset : end]
     changes, kinds = (t.diff(dim=-1).ne(0).sum(-1) for t in (ids, ids.sort(-1).values))
     if not torch.equal(changes, kinds):
-        raise Unreadable("packed_sequence_mask: an id comes again after another; need each sequence in one stretch")
+        raise Unreadable("packed_sequence_mask must have each sequence in one stretch, got an id again after another")
     return ids.expand(lengths.batch_size, -1)
 
 
@@ -155,13 +166,12 @@ def check() -> None:
         "and_masks": masking_utils.and_masks(window, masking_utils.packed_sequence_mask_function(ids)),
     }.items():
         lengths = Lengths(1, 6, 8, 2, 0)
-        causal, size, documents = read(function, lengths, None)
-        batch = Batch(1, 6, 8, 1, 1, 8, torch.float32, torch.device("cpu"), documents)
-        seen = dense_mask(Pattern(causal, size), batch)
+        pattern, documents = read(function, lengths, None)
+        seen = dense_mask(pattern, Batch(1, 6, 8, 1, 1, 8, torch.float32, torch.device("cpu"), documents))
         seen = torch.ones(1, 1, 6, 8, dtype=torch.bool) if seen is None else seen
         theirs = masking_utils.sdpa_mask(1, 6, 8, 2, 0, mask_function=function, allow_is_causal_skip=False)
         if not torch.equal(seen.expand(1, 1, 6, 8), theirs):
-            raise RuntimeError(f"transformers: masking_utils.{name} is not the mask that it was in 5.17")
+            raise RuntimeError(f"transformers must have the masks of 5.17, got another masking_utils.{name}")
 
 
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__

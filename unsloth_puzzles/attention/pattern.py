@@ -7,15 +7,19 @@ import torch
 
 @dataclass(frozen=True)
 class Pattern:
-    """Query i (its position among the keys) sees key j if all of these hold:
+    """Query i (its position among the keys) sees key j if all conditions hold.
 
-    causal: j <= i. window: i - j < window, so a query sees `window` tokens, itself included, as in transformers'
-    `sliding_window` (flash-attn counts one less: its left size is window - 1); only together with `causal`.
-    Documents, which belong to a batch and not to the pattern: i and j lie in the same one.
+    Documents, which belong to a batch and not to the pattern, are one more: i and j lie in the same one.
 
-    soft_cap: each score, scaled, becomes soft_cap * tanh(score / soft_cap) before masking (Gemma 2, arXiv 2408.00118).
+    Args:
+        causal: j <= i.
+        window: i - j < window, so a query sees `window` tokens, itself included, as in transformers' `sliding_window`
+            (flash-attn counts one less: its left size is window - 1); only together with `causal`. None: no condition.
+        soft_cap: each score, scaled, becomes soft_cap * tanh(score / soft_cap) before masking (Gemma 2, arXiv
+            2408.00118). None: it stays.
 
-    Raises ValueError, naming the argument.
+    Raises:
+        ValueError: naming the argument.
     """
 
     causal: bool = True
@@ -24,20 +28,32 @@ class Pattern:
 
     def __post_init__(self):
         if self.window is not None and (not isinstance(self.window, int) or self.window is True or self.window < 1):
-            raise ValueError(f"window: got {self.window!r}, need a number of tokens, at least 1, or None")
+            raise ValueError(f"window must be a number of tokens, at least 1, or None, got {self.window!r}")
         if self.window is not None and not self.causal:
-            raise ValueError(f"window: got {self.window} with causal=False, need causal=True or no window")
+            raise ValueError(f"window must be None with causal=False, got {self.window}")
         if self.soft_cap is not None and not self.soft_cap > 0:
-            raise ValueError(f"soft_cap: got {self.soft_cap!r}, need a number above 0 or None")
+            raise ValueError(f"soft_cap must be a number above 0 or None, got {self.soft_cap!r}")
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one batch looks like to attention; the queries are the last `q_length` of the `kv_length` positions.
 
-    documents: (batch, kv_length) int32, number of the document at each position, never decreasing, or None if each
-    row is one document. gradients: whether a backward will follow. value_head_size: None for that of query and key.
     There may be more queries than keys if each query sees all keys, as in cross attention.
+
+    Args:
+        size: rows.
+        q_length, kv_length: queries and keys of a row.
+        heads, kv_heads: of the queries and of the keys; the first a multiple of the second.
+        head_size: of query and key.
+        dtype, device: of all tensors.
+        documents: [batch, kv_length] int32, number of the document at each position, never decreasing; None if each
+            row is one document.
+        gradients: whether a backward will follow.
+        value_head_size: None for that of query and key.
+
+    Raises:
+        ValueError: naming the argument.
     """
 
     size: int
@@ -54,10 +70,19 @@ class Batch:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"query: got {self.heads} heads for {self.kv_heads} key heads, need a multiple")
+            raise ValueError(f"query must have a multiple of the {self.kv_heads} key heads, got {self.heads} heads")
         if self.documents is not None and tuple(self.documents.shape) != (self.size, self.kv_length):
             need = (self.size, self.kv_length)
-            raise ValueError(f"documents: got shape {tuple(self.documents.shape)}, need (batch, keys), here {need}")
+            raise ValueError(f"documents must have shape (batch, keys) {need}, got {tuple(self.documents.shape)}")
+
+    @classmethod
+    def of(cls, query, key, value, documents: torch.Tensor | None = None, *, gradients: bool) -> "Batch":
+        """The batch of query [batch, heads, q_length, head size], key and value [batch, key heads, kv_length, size]."""
+        size, heads, q_length, head_size = query.shape
+        return cls(
+            size, q_length, key.shape[2], heads, key.shape[1], head_size, query.dtype, query.device, documents,
+            gradients, value.shape[3],
+        )  # fmt: skip
 
     @property
     def offset(self) -> int:
@@ -66,26 +91,25 @@ class Batch:
 
 
 def number_documents(ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length) int32: runs of equal `ids`, numbered from 0 in each row; ids (batch, length), any integers.
+    """Number runs of equal ids from 0 in each row.
 
     An id that comes again after another is a new document, so that a document is always one stretch of positions.
+
+    Args:
+        ids: [batch, length], any integers.
+
+    Returns:
+        [batch, length] int32.
     """
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return starts.cumsum(-1).to(torch.int32)
 
 
-def documents_of_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """Documents of a packed batch from its position ids (batch, length): one starts where they do not go on by one."""
-    starts = torch.zeros_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    return starts.cumsum(-1).to(torch.int32)
-
-
 def dense_mask(pattern: Pattern, batch: Batch) -> torch.Tensor | None:
-    """(batch or 1, 1, q_length, kv_length) bool, True where a query sees a key; None where every query sees all."""
-    queries = torch.arange(batch.offset, batch.kv_length, device=batch.device)[:, None]
-    keys = torch.arange(batch.kv_length, device=batch.device)
+    """Where a query sees a key: [batch or 1, 1, q_length, kv_length] bool; None where every query sees all."""
+    queries = torch.arange(batch.offset, batch.kv_length, device=batch.device)[:, None]  # [q_length, 1]
+    keys = torch.arange(batch.kv_length, device=batch.device)  # [kv_length]
     seen = None
     if pattern.causal and batch.q_length > 1:
         seen = (keys <= queries)[None, None]

@@ -1,15 +1,23 @@
-"""bitsandbytes NF4 -> float16, bfloat16 or float32: one kernel launch, one allocation, the same bits."""
+"""bitsandbytes NF4 -> float16, bfloat16 or float32: one kernel launch, one allocation, the same bits.
+
+    dequantize_nf4    finds the packed tensor and its state
+    dequantize        recalls the launch of a weight that was checked before, or checks it and prepares one
+    Launch.run        allocates the result and enqueues the kernel
+
+In traced code (torch.compile, dispatch modes) the operator `unsloth_puzzles::dequantize_nf4` stands for the last step.
+"""
 
 import torch
+from torch._C import DisableTorchFunctionSubclass, _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.compiler import is_compiling
 
-from unsloth_puzzles.nf4.launch import INTERPRETED, MAX_NUMEL, launch
-from unsloth_puzzles.nf4.plan import plan_of, remember
-from unsloth_puzzles.nf4.state import check, parts_of, resolve
+from unsloth_puzzles.nf4.cache import recall, remember
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import NF4Weight, check, nf4_weight, resolve
 
 
-def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
+def dequantize_nf4(weight, quant_state=None, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """De-quantise a bitsandbytes NF4 weight; bit for bit what `bitsandbytes.functional.dequantize_4bit` gives on CUDA.
 
     Args:
@@ -25,89 +33,84 @@ def dequantize_nf4(weight, quant_state=None, *, out=None) -> torch.Tensor:
         bitsandbytes does.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what is needed.
+        TypeError, ValueError: naming the argument, what it must be and what it is.
     """
     packed, state = resolve(weight, quant_state)
-    if is_traced() or isinstance(packed, FakeTensor):
+    if is_traced(packed):
         check(packed, state)
-        result = torch.ops.unsloth_puzzles.dequantize_nf4(*parts_of(packed, state, state.dtype))
         if out is not None:
             _check_out(out, packed, state)
-            result = out.copy_(result)
+        result = torch.ops.unsloth_puzzles.dequantize_nf4(*nf4_weight(packed, state))
+        result = result if out is None else out.copy_(result)
         return result.t() if packed.shape[0] == 1 else result
-    if type(packed) is torch.Tensor:
-        return _eager(packed, state, out)
-    with torch._C.DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
-        return _eager(packed, state, out)
+    with DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
+        result = dequantize(packed, state, out=out)
+        return result.t() if packed.shape[0] == 1 else result
 
 
-def is_traced() -> bool:
+def is_traced(packed: torch.Tensor) -> bool:
     """Whether tensors may stand for others (torch.compile, dispatch modes, torch.func), so that only an op will do."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or isinstance(packed, FakeTensor)
     )
 
 
-def _eager(packed, state, out) -> torch.Tensor:
-    if out is None:
-        plan = plan_of(id(state))
-        result = None if plan is None else plan.run(packed, state)
-        if result is not None:
-            return result
+def dequantize(packed: torch.Tensor, state, dtype: torch.dtype | None = None, out=None) -> torch.Tensor:
+    """De-quantise outside of traced code.
+
+    Args:
+        packed: the packed tensor, however it lies; torch functions of its class must be disabled.
+        state: its `QuantState`. Both are checked unless they are what they were in an earlier call.
+        dtype: of the result; None for the state's.
+        out: where to write, None for a new tensor.
+
+    Returns:
+        The weight, `state.shape` in `dtype`, never transposed.
+    """
+    launch = recall(packed, state, dtype) if out is None else None
+    if launch is not None:
+        return launch.run()
     check(packed, state)
-    if out is not None:
-        _check_out(out, packed, state)
-    result = dequantize_parts(*parts_of(packed, state, state.dtype), out)
     if out is None:
-        remember(packed, state, result)
-    elif not out.is_inference():
+        launch = prepare(nf4_weight(packed, state, dtype))
+        remember(launch, packed, state)
+        return launch.run()
+    _check_out(out, packed, state)
+    prepare(nf4_weight(packed, state), out).run(out)
+    if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # or a backward that saved `out` would not notice the write
-    return result.t() if packed.shape[0] == 1 else result
-
-
-def _check_out(out, packed, state) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out: needs a tensor, got {type(out).__name__}")
-    if out.dtype != state.dtype:
-        raise TypeError(f"out: needs dtype {state.dtype}, got {out.dtype}")
-    if out.shape != torch.Size(state.shape):
-        raise ValueError(f"out: needs shape {tuple(state.shape)}, got {tuple(out.shape)}")
-    if out.device != packed.device:
-        raise ValueError(f"out: needs the weight's device {packed.device}, got {out.device}")
-    if not out.is_contiguous():
-        raise ValueError(f"out: needs a contiguous tensor, got strides {out.stride()}")
-    if out.requires_grad:
-        raise ValueError("out: needs a tensor that does not require gradients; the kernel writes into it")
-
-
-def dequantize_parts(
-    packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, out=None
-) -> torch.Tensor:
-    """What the operator does: `state.parts_of` -> the weight, or `out` filled with it. The parts are not checked."""
-    if is_traceable_wrapper_subclass(packed):
-        raise TypeError(f"weight: needs a plain packed tensor, got {type(packed).__name__}; pass its local tensor")
-    if not packed.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"weight: needs a CUDA tensor, got {packed.device}; on a CPU set TRITON_INTERPRET=1 before importing triton"
-        )
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-    numel = out.numel()
-    if numel >= MAX_NUMEL:
-        raise ValueError(f"quant_state.shape: needs fewer than 2^34 weights, got {numel}")
-    if numel:
-        launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out)
     return out
 
 
+def _check_out(out, packed: torch.Tensor, state) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.dtype != state.dtype:
+        raise TypeError(f"out must have dtype {state.dtype}, got {out.dtype}")
+    if out.shape != torch.Size(state.shape):
+        raise ValueError(f"out must have shape {tuple(state.shape)}, got {tuple(out.shape)}")
+    if out.device != packed.device:
+        raise ValueError(f"out must be on the weight's device {packed.device}, got {out.device}")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out must not require gradients, as the kernel writes into it; got requires_grad=True")
+
+
+# The fields of NF4Weight: an operator takes plain tensors.
 torch.library.define(
     "unsloth_puzzles::dequantize_nf4",
     "(Tensor packed, Tensor absmax, Tensor code, Tensor? code2, Tensor? absmax2, Tensor? offset, "
     "int blocksize, int blocksize2, SymInt[] shape, ScalarType dtype) -> Tensor",
 )
-torch.library.impl("unsloth_puzzles::dequantize_nf4", ("CUDA", "CPU"), dequantize_parts)
+
+
+@torch.library.impl("unsloth_puzzles::dequantize_nf4", ("CUDA", "CPU"))
+def _(*weight):
+    return prepare(NF4Weight(*weight)).run()
 
 
 @torch.library.register_fake("unsloth_puzzles::dequantize_nf4")

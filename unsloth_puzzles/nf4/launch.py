@@ -1,87 +1,131 @@
-"""Compile the kernel once for each situation, then launch its handle directly.
+"""Launch the compiled kernel by its handle.
 
 `kernel[grid](...)` inspects every argument at every call: 20 us on an H200's host, more than the kernel itself runs for
-a small matrix. Here a compiled handle is looked up by what it depends on and its C launcher gets plain addresses: 6 us
-without checks and allocation, and 4 where a `plan` spares the look-up.
+a small matrix. Here `prepare` looks the compiled kernel up by what it depends on, and `Launch.run` gives plain
+addresses to its C launcher: 6 us together without checks and allocation, and 4 where `cache` recalls the launch.
 """
 
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from unsloth_puzzles.device import capability
-from unsloth_puzzles.nf4.asm import constraints, decode_word
+from unsloth_puzzles.nf4.build import DEFAULT, INTERPRETED, POINTERS, Config, compile_kernel, constexprs
 from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
+from unsloth_puzzles.nf4.state import NF4Weight
 
-INTERPRETED = triton.knobs.runtime.interpret
 MAX_NUMEL = 2**34  # the kernel counts 32-bit words of 8 weights in 32 bits
-
-POINTERS = ("packed_ptr", "absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr", "out_ptr")
-# For packed or output memory that is not 16-byte aligned: the same source, compiled with no assumption about it.
-_unaligned_kernel = triton.jit(
-    dequantize_nf4_kernel.fn, do_not_specialize=["numel"], do_not_specialize_on_alignment=list(POINTERS)
-)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # None in builds of PyTorch without CUDA
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-class Config(NamedTuple):
-    """How the kernel is built. All but `fp_fusion` change speed alone, never a bit of the result."""
-
-    asm: bool = True  # inline PTX; plain Triton otherwise
-    lookup: str = "shuffle"  # of the 4-bit code: "shuffle" or "prmt" in PTX; "load", "gather" or "select" in Triton
-    evict: str = "evict_first"  # cache policy of the packed loads and of the stores
-    words: int = 512  # 32-bit words a program handles at a time, one a thread
-    unroll: int = 2  # how often; all loads are issued before the first store
-    num_warps: int = 16
-    fp_fusion: bool = False  # True contracts code2 * absmax2 + offset, which is NOT exact: to show what it does
+def _empty_strided(size: tuple, strides: tuple, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, strides, dtype=dtype, device="cuda")
 
 
-PLAIN = Config(asm=False, lookup="load", words=128, num_warps=4)
-DEFAULT = PLAIN if INTERPRETED else Config()  # the interpreter cannot run PTX
+# What torch.compile's own code allocates with: 1.1 us, where torch.empty_strided takes 2.0 and torch.empty 3.3.
+_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
-def constexprs(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, sm: int, **where) -> dict:
-    """The kernel's compile-time arguments; `where` holds NESTED, FULL and ALIGNED, as in the kernel.
+@dataclass(slots=True)
+class Launch:
+    """A compiled kernel bound to one weight, whose tensors it does not keep alive."""
 
-    Raises ValueError for look-ups by shuffle with fewer words than threads, or more than two a thread: the table must
-    lie across each warp as it is laid out, which is tested for these alone.
+    enqueue: Callable  # enqueue(programs, 1, 1, stream, *before, *addresses, address of out, numel, *after)
+    programs: int
+    before: tuple
+    after: tuple
+    addresses: tuple[int, ...]  # of packed, absmax, code, code2, absmax2, offset
+    numel: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]  # of a contiguous tensor of this size
+    dtype: torch.dtype
+    device: int  # index of the CUDA device
+
+    def run(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Enqueue ONE kernel on the current stream of the weight's device.
+
+        Args:
+            out: where to write, the tensor that `prepare` was given; None for a new one.
+
+        Returns:
+            The de-quantised weight.
+        """
+        device = self.device
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                return self.run(out)
+        if out is None:
+            out = _empty_strided_cuda(self.size, self.strides, self.dtype)
+        self.enqueue(
+            self.programs,
+            1,
+            1,
+            _current_stream(device),
+            *self.before,
+            *self.addresses,
+            out.data_ptr(),
+            self.numel,
+            *self.after,
+        )
+        return out
+
+
+def prepare(
+    weight: NF4Weight, out: torch.Tensor | None = None, config: Config = DEFAULT
+) -> "Launch | InterpretedLaunch":
+    """Bind the kernel to a weight; it is compiled at the first call that needs it.
+
+    Args:
+        weight: packed tensor and state, consistent with each other (`state.check`).
+        out: the contiguous tensor to be written; None for a new one.
+        config: how the kernel is built.
+
+    Raises:
+        TypeError, ValueError: the kernel cannot read this weight, naming the argument.
     """
-    if config.asm and config.lookup == "shuffle" and config.words not in (32 * config.num_warps, 64 * config.num_warps):
-        raise ValueError(f"config: needs words of 32 or 64 x num_warps ({config.num_warps}), got {config.words}")
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "BLOCKSIZE": blocksize,
-        "BLOCKSIZE2": blocksize2,
-        **where,
-        "WORDS": config.words,
-        "UNROLL": config.unroll,
-        "ASM": decode_word(name, sm, config.lookup) if config.asm else "",
-        "CONSTRAINTS": constraints(name),
-        "LOOKUP": config.lookup,
-        "EVICT": config.evict,
-        "SOFTWARE_BF16": sm < 80,
-    }
+    packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype = weight
+    if is_traceable_wrapper_subclass(packed):
+        raise TypeError(f"weight must be a plain packed tensor, got {type(packed).__name__}; pass its local tensor")
+    if not packed.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"weight must be a CUDA tensor, got {packed.device}; "
+            "on a CPU set TRITON_INTERPRET=1 before importing triton"
+        )
+    numel = math.prod(shape)
+    if numel >= MAX_NUMEL:
+        raise ValueError(f"quant_state.shape must hold fewer than 2^34 weights, got {numel}")
+    nested = offset is not None
+    if not nested:
+        code2 = absmax2 = offset = code  # in their place, never read
+    addresses = (
+        packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(),
+    )  # fmt: skip
+    if numel and not all(addresses):
+        raise ValueError("weight must have allocated memory, with each tensor of its quant_state, got none")
+    address = 0 if out is None else out.data_ptr()  # new memory is aligned
+    aligned = not (addresses[0] | address) & 15  # what is read or written 16 bytes at a time
+    per_program = 8 * config.words * config.unroll
+    full = aligned and not numel % per_program
+    programs = -(-numel // per_program)
+    kind = (config, dtype, blocksize, blocksize2, nested, full, aligned)
+    if INTERPRETED:
+        tensors = (packed.view(torch.uint8), absmax, code, code2, absmax2, offset)
+        return InterpretedLaunch(programs, tensors, kind, tuple(shape))
+    device = packed.get_device()
+    handle = _handle(*kind, device) if numel else _NOTHING
+    strides = _contiguous_strides(shape)
+    return Launch(
+        handle.enqueue, programs, handle.before, handle.after, addresses, numel, tuple(shape), strides, dtype, device
+    )
 
 
-def options(config: Config) -> dict:
-    """Triton's compile options."""
-    return {"num_warps": config.num_warps, "enable_fp_fusion": config.fp_fusion}
-
-
-def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where):
-    """The compiled kernel for this CUDA device (a `triton.compiler.CompiledKernel`); `where` as in `constexprs`."""
-    jit = dequantize_nf4_kernel if where["ALIGNED"] else _unaligned_kernel
-    absmax = torch.uint8 if where["NESTED"] else torch.float32
-    constants = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where)
-    with torch.cuda.device(device):
-        pointers = (torch.uint8, absmax, torch.float32, torch.float32, torch.float32, torch.float32, dtype)
-        return jit.warmup(*pointers, 0, grid=(1,), **constants, **options(config))
-
-
-class Handle(NamedTuple):
-    """The compiled kernel's C launcher: `enqueue(programs, 1, 1, stream, *before, *addresses, numel, *after)`."""
+class _Handle(NamedTuple):
+    """The C launcher of a compiled kernel: the call in `Launch.enqueue`."""
 
     enqueue: Callable
     before: tuple
@@ -89,7 +133,18 @@ class Handle(NamedTuple):
     compiled: object  # kept: newer releases of Triton unload the module when it goes
 
 
-def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, device: int, **where) -> Handle:
+_NOTHING = _Handle(lambda *arguments: None, (), (), None)  # for a weight without elements
+_handles: dict[tuple, _Handle] = {}
+
+
+def _handle(*kind) -> _Handle:
+    if kind not in _handles:
+        _handles[kind] = _bind(*kind)
+    return _handles[kind]
+
+
+def _bind(config, dtype, blocksize, blocksize2, nested: bool, full: bool, aligned: bool, device: int) -> _Handle:
+    where = {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
     compiled = compile_kernel(config, dtype, blocksize, blocksize2, device, **where)
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
@@ -97,62 +152,33 @@ def _bind(config: Config, dtype: torch.dtype, blocksize: int, blocksize2: int, d
     if triton.__version__.startswith("3.6.") and run.global_scratch_size == run.profile_scratch_size == 0:
         # Past a Python wrapper that allocates scratch memory. Launch hooks are not called.
         before = (function, False, False, None, None, metadata, None, None, None)
-        return Handle(run.launch, before, constants, compiled)
-    return Handle(run, (function, metadata, None, None, None), constants, compiled)
+        return _Handle(run.launch, before, constants, compiled)
+    return _Handle(run, (function, metadata, None, None, None), constants, compiled)
 
 
-_handles: dict[tuple, Handle] = {}
-current_device = getattr(torch._C, "_cuda_getDevice", None)  # None in builds of PyTorch without CUDA
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+def _contiguous_strides(shape) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
-def addresses_of(packed, absmax, code, code2, absmax2, offset) -> tuple[int, ...]:
-    """Where the kernel's inputs lie, in its order; what a plain absmax has no use for is `code`, and never read."""
-    if offset is None:
-        code2 = absmax2 = offset = code
-    return (
-        packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr(),
-    )  # fmt: skip
+class InterpretedLaunch(NamedTuple):
+    """The kernel in Triton's interpreter bound to one weight on the CPU."""
 
+    programs: int
+    tensors: tuple[torch.Tensor, ...]
+    kind: tuple
+    size: tuple[int, ...]
 
-def handle_for(addresses, out, blocksize: int, blocksize2: int, nested: bool, config: Config) -> Handle:
-    """The kernel for these addresses and this output, compiled at the first call that needs it."""
-    where = _where(addresses, out, nested, config)
-    key = (out.dtype, blocksize, blocksize2, out.get_device(), *where.values(), config)
-    if key not in _handles:
-        _handles[key] = _bind(config, out.dtype, blocksize, blocksize2, out.get_device(), **where)
-    return _handles[key]
-
-
-def programs_for(out, config: Config) -> int:
-    """How many programs de-quantise `out`."""
-    return -(-out.numel() // (8 * config.words * config.unroll))
-
-
-def _where(addresses, out, nested: bool, config: Config) -> dict[str, bool]:
-    aligned = not (addresses[0] | out.data_ptr()) & 15  # what is read or written 16 bytes at a time
-    full = aligned and not out.numel() % (8 * config.words * config.unroll)
-    return {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
-
-
-def launch(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, out, config=DEFAULT) -> None:
-    """Enqueue ONE kernel that de-quantises into `out` (contiguous), on the current stream of its device.
-
-    Arguments are checked by the callers. `code2`, `absmax2`, `offset` are None for a plain float32 `absmax`.
-    """
-    addresses = addresses_of(packed, absmax, code, code2, absmax2, offset)
-    if not all(addresses):
-        raise ValueError("weight: needs allocated memory for the packed data and each tensor of quant_state, got none")
-    nested = offset is not None
-    if INTERPRETED:
-        second = (code2, absmax2, offset) if nested else (code, code, code)
-        constants = constexprs(config, out.dtype, blocksize, blocksize2, 0, **_where(addresses, out, nested, config))
-        tensors = (packed.view(torch.uint8), absmax, code, *second, out)
-        dequantize_nf4_kernel[(programs_for(out, config),)](*tensors, out.numel(), **constants)
-        return
-    handle = handle_for(addresses, out, blocksize, blocksize2, nested, config)
-    device = out.get_device()
-    with nullcontext() if device == current_device() else torch.cuda.device(device):
-        stream = current_stream(device)
-        arguments = (*handle.before, *addresses, out.data_ptr(), out.numel(), *handle.after)
-        handle.enqueue(programs_for(out, config), 1, 1, stream, *arguments)
+    def run(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Launch.run`."""
+        config, dtype, blocksize, blocksize2, nested, full, aligned = self.kind
+        if out is None:
+            out = torch.empty(self.size, dtype=dtype)
+        if self.programs:
+            where = {"NESTED": nested, "FULL": full, "ALIGNED": aligned}
+            constants = constexprs(config, dtype, blocksize, blocksize2, 0, **where)
+            dequantize_nf4_kernel[(self.programs,)](*self.tensors, out, out.numel(), **constants)
+        return out

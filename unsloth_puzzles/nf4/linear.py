@@ -13,11 +13,11 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 
-from unsloth_puzzles.nf4.dequantize import dequantize_nf4, dequantize_parts, is_traced
-from unsloth_puzzles.nf4.plan import plan_of
-from unsloth_puzzles.nf4.state import check, parts_of, resolve
+from unsloth_puzzles.nf4.cache import is_remembered
+from unsloth_puzzles.nf4.dequantize import dequantize, is_traced
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import NF4Weight, check, nf4_weight, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -38,17 +38,18 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
         [..., out_features] in x's dtype (autocast's under autocast). Gradients reach `x` and `bias`, never the weight.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what is needed.
+        TypeError, ValueError: naming the argument, what it must be and what it is.
     """
     if hasattr(weight, "get_base_layer"):
         raise TypeError(
-            "weight: needs a Linear4bit, got a PEFT layer, whose adapters would be left out: take its base layer"
+            "weight must be a Linear4bit, got a PEFT layer, whose adapters would be left out; pass its base layer"
         )
-    with nullcontext() if is_traced() else torch._C.DisableTorchFunctionSubclass():  # see dequantize_nf4
-        packed, state = resolve(weight, quant_state)
-        if bias is None and isinstance(weight, torch.nn.Module):
-            bias = weight.bias
-        if is_traced() or plan_of(id(state)) is None:  # else `dequantize_nf4` sees whether anything has changed
+    packed, state = resolve(weight, quant_state)
+    if bias is None and isinstance(weight, torch.nn.Module):
+        bias = weight.bias
+    traced = is_traced(packed)
+    with nullcontext() if traced else torch._C.DisableTorchFunctionSubclass():  # see dequantize_nf4
+        if traced or not is_remembered(state):  # else `dequantize` sees whether anything has changed
             check(packed, state)
         _check_input(x, packed, state, bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -62,22 +63,22 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
 
 def _check_input(x, packed, state, bias) -> None:
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: needs a tensor, got {type(x).__name__}")
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
-        raise TypeError(f"x: needs float16, bfloat16 or float32, got {x.dtype}")
+        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
     if x.device != packed.device:
-        raise ValueError(f"x: needs the weight's device {packed.device}, got {x.device}")
+        raise ValueError(f"x must be on the weight's device {packed.device}, got {x.device}")
     if len(state.shape) != 2:
-        raise ValueError(f"quant_state.shape: needs (out_features, in_features), got {tuple(state.shape)}")
+        raise ValueError(f"quant_state.shape must be (out_features, in_features), got {tuple(state.shape)}")
     out_features, in_features = state.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x: needs a last dimension of {in_features} (in_features), got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have a last dimension of {in_features} (in_features), got shape {tuple(x.shape)}")
     if bias is not None and not isinstance(bias, torch.Tensor):
-        raise TypeError(f"bias: needs a tensor, got {type(bias).__name__}")
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias: needs x's device {x.device}, got {bias.device}")
+        raise ValueError(f"bias must be on x's device {x.device}, got {bias.device}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias: needs shape ({out_features},), got {tuple(bias.shape)}")
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -107,17 +108,13 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
     Traced by a compiler, the backward's call must depend on the gradient. Two equal calls would be merged into one and
     its result kept from forward to backward: torch.compile would hold every W of the model, which this file is against.
     """
-    traced = is_traced() or isinstance(packed, FakeTensor)
-    if not traced and dtype == state.dtype and packed.shape[0] != 1:
-        return dequantize_nf4(packed, state)
-    arguments = parts_of(packed, state, dtype)
-    if not traced:
-        check(packed, state)  # no plan stands for this dtype
+    if not is_traced(packed):
         with torch._C.DisableTorchFunctionSubclass():
-            return dequantize_parts(*arguments)
+            return dequantize(packed, state, dtype)
+    weight = nf4_weight(packed, state, dtype)
     if again_for is None:
-        return torch.ops.unsloth_puzzles.dequantize_nf4(*arguments)
-    return torch.ops.unsloth_puzzles.dequantize_nf4_again(again_for, *arguments)
+        return torch.ops.unsloth_puzzles.dequantize_nf4(*weight)
+    return torch.ops.unsloth_puzzles.dequantize_nf4_again(again_for, *weight)
 
 
 torch.library.define(
@@ -128,8 +125,8 @@ torch.library.define(
 
 
 @torch.library.impl("unsloth_puzzles::dequantize_nf4_again", ("CUDA", "CPU"))
-def _(grad_output, *arguments):
-    return dequantize_parts(*arguments)
+def _(grad_output, *weight):
+    return prepare(NF4Weight(*weight)).run()
 
 
 @torch.library.register_fake("unsloth_puzzles::dequantize_nf4_again")

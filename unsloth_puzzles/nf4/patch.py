@@ -3,58 +3,46 @@
     with patch_linear4bit(model):
         trainer.train()
 
-A layer's class is exchanged for a subclass of it with a `forward` of ours. Its parameters, names, hooks and state dict
-stay what they are, so state dicts, PEFT (before or after), checkpointing and torch.compile see a `Linear4bit`; and
-as no instance carries a function of its own, torch.compile shares one graph among equal layers.
+Each layer's class is exchanged for a subclass with another `forward` (see `exchange`), so PEFT (before or after),
+checkpointing, torch.compile and state dicts see a `Linear4bit`.
 """
 
 import importlib.metadata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
 from functools import cache
-from types import MethodType
 
 import torch
 
 from unsloth_puzzles.device import capability
+from unsloth_puzzles.nf4.exchange import exchange_classes, is_forward_of, subclass
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 # Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies
-# the packed weight, wins: decoding is one row a sequence. By compute capability; measured by comparisons/decoding.py
+# the packed weight, wins: decoding is one row a sequence. By compute capability; measured by benchmarks/nf4/decoding.py
 # for the linear layers of one Llama 3.2 1B block, H200, bf16: 2 rows 93 us against 83, 3 rows 93 against 106.
 MIN_ROWS = {90: 3}
 MIN_ROWS_ELSEWHERE = 64  # not measured: about where bitsandbytes' own choice leaves its fused kernel on a T4
 
 
-def _wants_a_row() -> bool:
-    """Whether bitsandbytes' `matmul_4bit` tells W from its transpose by the packed weight's shape: before 0.50."""
-    try:
-        version = importlib.metadata.version("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return tuple(int(part) for part in version.split(".")[:2]) < (0, 50)
-
-
-_WANTS_A_ROW = _wants_a_row()
-
-
-def default_min_rows(device: torch.device) -> int:
-    """The fewest rows for which a layer on `device` is de-quantised when no gradient is wanted."""
-    return MIN_ROWS.get(capability(device), MIN_ROWS_ELSEWHERE)
-
-
-def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> "Patch":
+def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> "Linear4bitPatch":
     """Let every bitsandbytes NF4 `Linear4bit` in `model` (PEFT's base layers too) compute by `nf4_linear`.
 
     A layer behaves as before: it computes in its `compute_dtype` (set by the first input, if nothing else did) and
     returns the input's dtype. The bias, if of another dtype, is cast for the product; bitsandbytes casts it in place.
-    With gradients off, calls of fewer than `min_rows` rows (all dimensions of x but the last, multiplied; None: see
-    `default_min_rows`) go to bitsandbytes' fused 4-bit GEMM. With gradients on `nf4_linear` runs whatever the rows are:
-    they are not looked at, so torch.compile has no reason to compile twice. With gradients off it compiles, with
-    dynamic shapes, at most once for fewer and once for more rows, however many lengths it meets.
-
     FP4 layers are left to bitsandbytes, with a warning.
+
+    With gradients on, `nf4_linear` runs whatever the rows are: they are not looked at, so torch.compile has no reason
+    to compile twice. With gradients off torch.compile compiles, with dynamic shapes, at most once for fewer and once
+    for more rows than `min_rows`, however many lengths it meets.
+
+    A layer that is pickled (`torch.save(model)`) is a `Linear4bit` of bitsandbytes in the file. A copy of a patched
+    model is patched, too; `Linear4bitPatch.of(copy).undo()` undoes that.
+
+    Args:
+        model: the model, or one layer.
+        min_rows: with gradients off, calls of fewer rows (all dimensions of x but the last, multiplied) go to
+            bitsandbytes' fused 4-bit GEMM. 0: never; None: by the GPU, see `default_min_rows`.
 
     Returns:
         A handle: `.names` of the patched layers, `.undo()`; as a context manager it undoes at the end.
@@ -65,50 +53,68 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> 
         TypeError: `model` is not a module or an `nn.DataParallel`, `min_rows` not an integer.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: needs a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(
-        model, torch.nn.DataParallel
-    ):  # whose replicas have their weights, and not their states, on their GPUs
-        raise TypeError(
-            "model: must be one model on one GPU, got an nn.DataParallel; start one process per GPU instead"
-        )
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.nn.DataParallel):  # its replicas have their weights on their GPUs, and not their states
+        raise TypeError("model must be on one GPU, got an nn.DataParallel; start one process per GPU instead")
     if min_rows is not None and (not isinstance(min_rows, int) or isinstance(min_rows, bool)):
-        raise TypeError(f"min_rows: needs an integer or None, got {min_rows!r}")
+        raise TypeError(f"min_rows must be an integer or None, got {min_rows!r}")
     if min_rows is not None and min_rows < 0:
-        raise ValueError(f"min_rows: needs 0 (always nf4_linear) or more, got {min_rows}")
+        raise ValueError(f"min_rows must be 0 (always nf4_linear) or more, got {min_rows}")
     layers = _nf4_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer)
-    for layer in layers.values():
-        rows = default_min_rows(layer.weight.device) if min_rows is None else min_rows
-        exchange_class(layer, _patched_class(type(layer), rows))
-    return Patch(layers)
+    exchange_classes((layer, _patched_class(type(layer), _min_rows(layer, min_rows))) for layer in layers.values())
+    return Linear4bitPatch(layers)
 
 
-class Patch:
-    """What `patch_linear4bit` did. Undone by `undo()` or at the end of a `with` block; a second time does nothing."""
+class Linear4bitPatch:
+    """What `patch_linear4bit` did. Undone by `undo()` or at the end of a `with` block; a second time does nothing.
+
+    Attributes:
+        names: of the patched layers in the model.
+    """
 
     def __init__(self, layers: dict[str, torch.nn.Module]):
         self._layers = layers
         self.names = tuple(layers)
 
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Linear4bitPatch":
+        """The patch of a model that is a copy of a patched one."""
+        return cls({name: layer for name, layer in model.named_modules() if _is_patched(layer)})
+
     def undo(self) -> None:
-        """Give every layer its class back. Raises RuntimeError if another library has exchanged it since."""
+        """Give every layer its class back.
+
+        Raises:
+            RuntimeError: another library has exchanged the class of a layer since.
+        """
         for name, layer in self._layers.items():
             if not _is_patched(layer) or "forward" not in vars(type(layer)):
-                raise RuntimeError(f"{name}: is a {type(layer).__name__} by now, so the patch cannot be undone")
-        for layer in self._layers.values():
-            exchange_class(layer, type(layer).bitsandbytes_class)
+                raise RuntimeError(
+                    f"{name} must still be of the class that patch_linear4bit gave it, got a {type(layer).__name__}; "
+                    "undo first what exchanged it since"
+                )
+        exchange_classes((layer, type(layer).bitsandbytes_class) for layer in self._layers.values())
         self._layers = {}
 
-    def __enter__(self) -> "Patch":
+    def __enter__(self) -> "Linear4bitPatch":
         return self
 
     def __exit__(self, *exception) -> None:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"Patch({len(self._layers)} of {len(self.names)} NF4 layers patched)"
+        return f"Linear4bitPatch({len(self._layers)} of {len(self.names)} NF4 layers patched)"
+
+
+def default_min_rows(device: torch.device) -> int:
+    """The fewest rows for which a layer on `device` is de-quantised when no gradient is wanted."""
+    return MIN_ROWS.get(capability(device), MIN_ROWS_ELSEWHERE)
+
+
+def _min_rows(layer, given: int | None) -> int:
+    return default_min_rows(layer.weight.device) if given is None else given
 
 
 def _nf4_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -121,7 +127,7 @@ def _nf4_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
     if not layers:
         raise ValueError(
-            f"model: needs bitsandbytes Linear4bit layers with quant_type 'nf4', got {listed or 'no Linear4bit'}; "
+            f"model must have bitsandbytes Linear4bit layers with quant_type 'nf4', got {listed or 'no Linear4bit'}; "
             "load the model with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
         )
     if others:
@@ -146,50 +152,36 @@ def _check_layer(name: str, layer) -> None:
     from bitsandbytes.nn import Linear4bit
 
     if _is_patched(layer):
-        raise ValueError(f"model: {name} is patched already; undo that patch first")
+        raise ValueError(f"model must not be patched yet, got {name}, which is; undo that patch first")
     own = vars(layer).get("forward")  # with `_old_forward` it is a hook of accelerate, which calls that one
     if type(layer).forward is not Linear4bit.forward or not (
-        own is None or _is_forward(own, type(layer)) or "_old_forward" in vars(layer)
+        own is None or is_forward_of(type(layer), own) or "_old_forward" in vars(layer)
     ):
-        raise ValueError(f"model: {name} has a forward of its own, so there is none of bitsandbytes to replace")
+        raise ValueError(f"model must have bitsandbytes' forward in its layers, got {name} with a forward of its own")
     state = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"model: {name} has run in eval mode on a CPU with AVX-512 bf16, for which bitsandbytes re-packed the "
-            "weight and rounded its absmax; patch a freshly loaded model"
+            f"model must be in bitsandbytes' GPU format, got {name}, whose weight was re-packed and its absmax rounded "
+            "when it ran in eval mode on a CPU with AVX-512 bf16; patch a freshly loaded model"
         )
 
 
-def _is_forward(function, cls: type) -> bool:
-    return hasattr(function, "__func__") and function.__func__ is cls.forward
-
-
-def exchange_class(layer, cls: type) -> None:
-    """Make `layer` a `cls`, also where accelerate keeps the bound `forward` of its class on the instance."""
-    kept = [key for key in ("forward", "_old_forward") if _is_forward(vars(layer).get(key), type(layer))]
-    layer.__class__ = cls
-    for key in kept:
-        setattr(layer, key, MethodType(cls.forward, layer))
-
-
-def exchange_classes(chosen: Iterable[tuple[torch.nn.Module | torch.Tensor, type]]) -> Callable[[], None]:
-    """Make each of `chosen` one of the class beside it; returns what makes them what they were."""
-    chosen = list(chosen)
-    before = [(one, type(one)) for one, _ in chosen]
-    for one, cls in chosen:
-        exchange_class(one, cls)
-
-    def undo() -> None:
-        for one, cls in before:
-            exchange_class(one, cls)
-
-    return undo
+@cache
+def _wants_a_row() -> bool:
+    """Whether bitsandbytes' `matmul_4bit` tells W from its transpose by the packed weight's shape: before 0.50."""
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) < (0, 50)
 
 
 @cache
 def _patched_class(cls: type, min_rows: int) -> type:
     from bitsandbytes import matmul_4bit
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+    wants_a_row = _wants_a_row()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if getattr(self.weight, "quant_state", None) is None:  # FSDP converts the parameter; the module still has it
@@ -205,8 +197,9 @@ def _patched_class(cls: type, min_rows: int) -> type:
         if torch.is_grad_enabled() or x.numel() >= min_rows * x.shape[-1]:
             y = nf4_linear(x, self.weight, state, bias)
         else:
-            packed = self.weight.t() if _WANTS_A_ROW else self.weight
+            packed = self.weight.t() if wants_a_row else self.weight
             y = matmul_4bit(x, packed, bias=bias, quant_state=state)
         return y.to(input_dtype)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "bitsandbytes_class": cls, "__doc__": cls.__doc__})
+    # PEFT (DoRA) and accelerate (device maps) know 4-bit layers by the name of their class.
+    return subclass(cls, cls.__name__, forward=forward, bitsandbytes_class=cls)
