@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.compiled.offload import Store
 from unsloth_puzzles.compiled.subclass import subclass
-from unsloth_puzzles.nf4.patch import exchange_classes
+from unsloth_puzzles.nf4.exchange import exchange_classes
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
 

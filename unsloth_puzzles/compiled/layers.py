@@ -12,7 +12,7 @@ from unsloth_puzzles.compiled.checks import uses
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.subclass import subclass
 from unsloth_puzzles.compiled.variants import Variants, mark
-from unsloth_puzzles.nf4.patch import exchange_classes
+from unsloth_puzzles.nf4.exchange import exchange_classes
 
 
 def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.subclass import subclass
-from unsloth_puzzles.nf4.patch import exchange_classes
+from unsloth_puzzles.nf4.exchange import exchange_classes
 
 
 def scale_low_rank(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:

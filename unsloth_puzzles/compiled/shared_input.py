@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import plain_adapter, scales_low_rank, takes_low_rank
 from unsloth_puzzles.compiled.subclass import subclass
-from unsloth_puzzles.nf4.patch import exchange_classes
+from unsloth_puzzles.nf4.exchange import exchange_classes
 
 _NAMES = ("q_proj", "k_proj", "v_proj")
 

@@ -23,7 +23,7 @@ from unsloth_puzzles.compiled.lora import add_adapter, plain_adapter, takes_low_
 from unsloth_puzzles.compiled.shared_input import StandIn, low_rank_products
 from unsloth_puzzles.compiled.subclass import subclass
 from unsloth_puzzles.compiled.swiglu_kernels import lora_swiglu, lora_swiglu_backward
-from unsloth_puzzles.nf4.patch import exchange_classes
+from unsloth_puzzles.nf4.exchange import exchange_classes
 
 
 def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
