@@ -37,8 +37,8 @@
 # - **What is kept for the backward** is the partitioner's choice. Told to save a tenth (`activation_memory_budget=0.9`)
 #   it makes again whatever costs no matrix product: the MLP's activation, the normed inputs.
 # - **Adapters are cheap in FLOPs and dear in traffic and launches.** Their scaling is moved to where they have r
-#   columns (`lora.py`); those that read the same input share their first product (`siblings.py`); the outputs of gate's
-#   and up's exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
+#   columns (`lora.py`); those that read the same input share their first product (`shared_input.py`); the outputs of
+#   gate and up exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
 #   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
 # - **The host does not wait for the GPU** where it need not. transformers searches the positions of each batch for
 #   packed documents, also positions that it has made itself, and waits for the answer. A batch that comes without mask

@@ -198,7 +198,7 @@ def closing_over(shift):
 @pytest.mark.parametrize("takes", ["logits", "linear"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_gradient_that_no_argument_could_bring_is_refused(reduction, takes):
-    """Also when the function was called before with a tensor that wants none, and again after a refusal."""
+    """Also when the function was called before with a tensor that wants none or without gradients, and again."""
     trained = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)
 
     def loss(shift):
@@ -207,11 +207,24 @@ def test_a_gradient_that_no_argument_could_bring_is_refused(reduction, takes):
         return call(function, reduction=reduction, function_takes=takes, chunk_size=16).sum()
 
     loss(trained.detach()).backward()
+    with torch.no_grad():
+        loss(trained)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^forward_function must .*\(11,\) that requires grad.*shared_args"):
             loss(trained).backward()
     with torch.no_grad():
         loss(trained)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("compile", [True, False])
+def test_rows_are_refused_as_a_sum_though_nothing_is_tried(gradients, compile):
+    options = {"check_additive": False, "compile": compile, "chunk_size": 16}
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(Exception, match=r"forward_function must return a 0-dim floating tensor, got shape"),
+    ):
+        call(token_losses, **SUM, **options)
 
 
 def test_a_weight_that_the_function_has_kept_is_refused():

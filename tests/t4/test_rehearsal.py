@@ -152,10 +152,12 @@ def test_watcher_kills_the_process_tree_when_time_is_up():
 
 
 def test_watcher_adds_up_the_memory_of_all_children():
-    code = "x = bytearray(200_000_000); import time; time.sleep(3)"
-    with limits.Watcher(seconds=60, interval=0.2) as watcher:
+    code = "x = bytearray(200_000_000); import time; time.sleep(60)"
+    with limits.Watcher(seconds=120, interval=0.2) as watcher:
         processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-        time.sleep(2)
+        end = time.monotonic() + 30
+        while watcher.ram_gb <= 0.4 and time.monotonic() < end:
+            time.sleep(0.1)
         for process in processes:
             process.kill()
             process.wait()

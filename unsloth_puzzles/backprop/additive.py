@@ -8,7 +8,7 @@ import torch
 from unsloth_puzzles.backprop.arguments import Arguments
 from unsloth_puzzles.backprop.call import Call
 from unsloth_puzzles.backprop.gradients import Gradients
-from unsloth_puzzles.backprop.results import check_leaves, check_scalar
+from unsloth_puzzles.backprop.results import check_leaves
 
 
 def additive_loss(call: Call) -> tuple[torch.Tensor, Gradients, torch.Tensor]:
@@ -38,7 +38,7 @@ def _through_logits(call: Call, x, arguments: Arguments, factor, gradients: Grad
     """One chunk of a function of logits; the gradient overwrites the logits."""
     logits, over = call.head.project(x, call.vocab_size, record=call.differentiate)  # [chunk, vocab], same memory
     if not call.differentiate:
-        return check_scalar(call.function.value(over, arguments))
+        return call.function.value(over, arguments)
     value = call.function.value_and_gradient(over, arguments, factor, partial(gradients.add_arguments, start))
     if logits.requires_grad:  # else only the function's arguments want gradients
         into = gradients.of_x(start, len(x))
@@ -50,7 +50,6 @@ def _through_head(call: Call, x, arguments: Arguments, factor, gradients: Gradie
     """One chunk of a function that projects it itself."""
     leaves = arguments.leaves()
     value = call.head.call(call.user_function, x, arguments.labels, *leaves, record=call.differentiate)
-    check_scalar(value)
     check_leaves(call.user_function, [value], [x, *arguments.chosen(leaves), *call.head.leaves.values()])
     with torch.enable_grad():
         value = call.reduction.contribution(value, arguments.labels)

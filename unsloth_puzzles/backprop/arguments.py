@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth_puzzles.backprop.results import check_scalar
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -54,6 +56,7 @@ class Reduction:
     def contribution(self, value: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """What a chunk's `value` adds to the loss, in float32 or wider: a mean that fits 16 bits may add up to a sum
         that does not. A chunk without valid labels has no mean (0/0); it adds nothing."""
+        check_scalar(value)
         weight, value = self.weight(labels), value.to(torch.promote_types(value.dtype, torch.float32))
         return value if weight is None else torch.where(weight > 0, value * weight, 0.0)
 

@@ -46,6 +46,8 @@ def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[to
     if not is_new(function, "leaves"):
         return
     waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
+    if not waiting:  # nothing was recorded, so nothing can be said of the function
+        return
     while waiting:
         node = waiting.pop()
         if node in seen:

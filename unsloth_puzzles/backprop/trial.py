@@ -6,7 +6,7 @@ import torch
 
 from unsloth_puzzles.backprop.arguments import as_tuple
 from unsloth_puzzles.backprop.call import Call
-from unsloth_puzzles.backprop.results import check_rows, check_scalar, check_unchanged
+from unsloth_puzzles.backprop.results import check_rows, check_unchanged
 from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.backprop.trust import is_new, trust
 
@@ -40,7 +40,7 @@ def try_function(call: Call) -> None:
         else:
             result = call.head.call(call.user_function, call.x[rows], cut.labels, *cut.all)
         if additive:
-            found = call.reduction.contribution(check_scalar(result), cut.labels)
+            found = call.reduction.contribution(result, cut.labels)
             return (found.to(result.dtype),)  # which says how far it may be rounded
         results = as_tuple(result)
         check_rows(results, stop - start, (stop - start) * call.vocab_size)
