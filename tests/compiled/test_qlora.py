@@ -148,7 +148,7 @@ def test_bad_arguments_are_refused_by_name():
         compile_qlora(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none"):
         compile_qlora(nf4_llama())
-    with pytest.raises(ValueError, match=r"^model: needs bitsandbytes Linear4bit layers"):
+    with pytest.raises(ValueError, match=r"^model must have bitsandbytes Linear4bit layers"):
         compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
     model = make_model()
     for budget in (0, -1, 1.5):
