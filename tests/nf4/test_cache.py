@@ -181,13 +181,15 @@ def test_entry_is_dropped_with_any_of_its_objects(name):
     assert not is_remembered(state)
 
 
-def test_only_nested_weights_with_elements_and_a_fixed_shape_are_remembered():
+def test_plain_empty_and_row_weights_and_mutable_shapes_are_not_remembered():
     for change in ({"nested": False}, {"shape": (0, 5)}):
         packed, state = Weight(**{"shape": (64, 512), **change}).make("cpu")
         numel = torch.Size(state.shape).numel()
         remember(Launch(None, 1, (), (), (), numel, (), (), state.dtype, 0), packed, state)
         assert not is_remembered(state)
     packed, state = Weight(shape=(64, 512)).make("cpu")
+    remember(Launch(None, 1, (), (), (), 64 * 512, (), (), state.dtype, 0), packed.t(), state)
+    assert not is_remembered(state)
     state.shape = [64, 512]  # could be changed in place
     remember(Launch(None, 1, (), (), (), 64 * 512, (), (), state.dtype, 0), packed, state)
     assert not is_remembered(state)

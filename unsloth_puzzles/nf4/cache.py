@@ -34,9 +34,13 @@ def recall(packed: torch.Tensor, state, dtype: torch.dtype | None = None) -> Lau
 
 
 def remember(launch: Launch, packed: torch.Tensor, state) -> None:
-    """Keep a launch into a new tensor in the usual case: a nested absmax, on a GPU. Its weight has been checked."""
+    """Keep a launch into a new tensor in the usual case: a nested absmax, not a row, on a GPU.
+
+    Its weight has been checked. The weight of a row is handed out transposed, which recalled launches need not ask.
+    """
     state2 = state.state2
-    if not isinstance(launch, Launch) or state2 is None or not launch.numel or not isinstance(state.shape, tuple):
+    usual = isinstance(launch, Launch) and state2 is not None and launch.numel and packed.shape[0] != 1
+    if not usual or not isinstance(state.shape, tuple):
         return
     key = id(state)
 

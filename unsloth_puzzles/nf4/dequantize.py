@@ -1,7 +1,7 @@
 """bitsandbytes NF4 -> float16, bfloat16 or float32: one kernel launch, one allocation, the same bits.
 
-    dequantize_nf4    finds the packed tensor and its state
-    dequantize        recalls the launch of a weight that was checked before, or checks it and prepares one
+    dequantize_nf4    finds the packed tensor and its state, and recalls the launch of a weight that was checked before
+    dequantize        else checks the weight, prepares its launch and remembers it
     Launch.run        allocates the result and enqueues the kernel
 
 In traced code (torch.compile, dispatch modes) the operator `unsloth_puzzles::dequantize_nf4` stands for the last step.
@@ -44,6 +44,9 @@ def dequantize_nf4(weight, quant_state=None, *, out: torch.Tensor | None = None)
         result = result if out is None else out.copy_(result)
         return result.t() if packed.shape[0] == 1 else result
     with DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
+        launch = recall(packed, state) if out is None else None
+        if launch is not None:  # never of a row
+            return launch.run()
         result = dequantize(packed, state, out=out)
         return result.t() if packed.shape[0] == 1 else result
 
@@ -59,20 +62,17 @@ def is_traced(packed: torch.Tensor) -> bool:
 
 
 def dequantize(packed: torch.Tensor, state, dtype: torch.dtype | None = None, out=None) -> torch.Tensor:
-    """De-quantise outside of traced code.
+    """Check a weight and de-quantise it, outside of traced code.
 
     Args:
         packed: the packed tensor, however it lies; torch functions of its class must be disabled.
-        state: its `QuantState`. Both are checked unless they are what they were in an earlier call.
+        state: its `QuantState`.
         dtype: of the result; None for the state's.
         out: where to write, None for a new tensor.
 
     Returns:
         The weight, `state.shape` in `dtype`, never transposed.
     """
-    launch = recall(packed, state, dtype) if out is None else None
-    if launch is not None:
-        return launch.run()
     check(packed, state)
     if out is None:
         launch = prepare(nf4_weight(packed, state, dtype))

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from unsloth_puzzles.nf4.cache import is_remembered
+from unsloth_puzzles.nf4.cache import is_remembered, recall
 from unsloth_puzzles.nf4.dequantize import dequantize, is_traced
 from unsloth_puzzles.nf4.launch import prepare
 from unsloth_puzzles.nf4.state import NF4Weight, check, nf4_weight, resolve
@@ -49,7 +49,7 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
         bias = weight.bias
     traced = is_traced(packed)
     with nullcontext() if traced else torch._C.DisableTorchFunctionSubclass():  # see dequantize_nf4
-        if traced or not is_remembered(state):  # else `dequantize` sees whether anything has changed
+        if traced or not is_remembered(state):  # else `recall` sees whether anything has changed
             check(packed, state)
         _check_input(x, packed, state, bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -110,7 +110,8 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
     """
     if not is_traced(packed):
         with torch._C.DisableTorchFunctionSubclass():
-            return dequantize(packed, state, dtype)
+            launch = recall(packed, state, dtype)
+            return dequantize(packed, state, dtype) if launch is None else launch.run()
     weight = nf4_weight(packed, state, dtype)
     if again_for is None:
         return torch.ops.unsloth_puzzles.dequantize_nf4(*weight)
