@@ -356,7 +356,9 @@ per_row = partial(tiny, function=losses.token_log_probs_and_entropy, reduction="
 checks["gradcheck, two results a row"] = torch.autograd.gradcheck(per_row, small)
 sources = {path.name: path.read_text() for path in Path("unsloth_puzzles/backprop").glob("*.py")}
 by_hand = {name for name, source in sources.items() if "def backward(ctx" in source}
-checks["no backward but the operator's and its matrix product's"] = by_hand == {"linear.py", "heads.py"}
+checks["no backward but the operator's two and its matrix product's"] = by_hand == {
+    "linear.py", "rowwise.py", "heads.py"
+}  # fmt: skip
 judge(results, "derivatives by autograd", checks)
 
 # %% [markdown]
