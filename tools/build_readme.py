@@ -16,7 +16,7 @@ import pandas
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.measured_tables import gpu_tests, metric_table, provenance
-from tools.readme_contents import FIGURES, FOLDERS, TABLES
+from tools.readme_contents import FIGURES, FOLDERS, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.markdown import table
@@ -75,8 +75,19 @@ def results(resources: Path) -> str:
         measured = json.loads(path.read_text(encoding="utf-8"))
         parts.append(provenance(measured))
         parts += [metric_table(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
+        parts += _swept(resources / "measurements", *SWEPT[file]) if file in SWEPT else []
         parts += [_image(figure, resources) for figure in _figures(path.stem, resources)]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
+
+
+def _swept(measurements: Path, file: str, tables: tuple[tuple[str, str], ...]) -> list[str]:
+    """What `make sweeps` kept in `file`, with its own provenance."""
+    path = measurements / file
+    if not path.exists():
+        return ["By `make sweeps`: not measured yet."]
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    head = f"By `make sweeps`, a run of its own: {provenance(measured)}"
+    return [head, *(metric_table(measured["records"], metric, caption) for metric, caption in tables)]
 
 
 def rehearsal(path: Path, release_digest: str) -> str:

@@ -4,16 +4,11 @@
 TABLES = {
     "a_nf4.json": (
         ("official_harness_speedup", "Official harness: three launches' time over ours, wall clock"),
-        ("harness_speedup_beside_unsloth", "The same harness in one process with the real Unsloth"),
         ("speedup_vs_unsloth_device", "Three launches' time over ours, device time"),
         ("device_us", "Device time of one matrix"),
-        ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
-        ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
-        ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
         ("mismatched_weights", "Weights that differ from bitsandbytes"),
-        ("sanitizer_errors", "compute-sanitizer errors"),
         ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
     ),
@@ -47,6 +42,18 @@ TABLES = {
         ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
         ("grpo_reward_rise", "GRPO: by how much the reward, a number from 0 to 1, rose"),
         ("checks_passed", "Named checks that passed"),
+    ),
+}
+SWEPT = {  # the same for what `make sweeps` measured, by the file beside whose tables it stands
+    "a_nf4.json": (
+        "a_nf4_sweeps.json",
+        (
+            ("harness_speedup_beside_unsloth", "The official harness in one process with the real Unsloth"),
+            ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
+            ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
+            ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
+            ("sanitizer_errors", "compute-sanitizer errors"),
+        ),
     ),
 }
 FIGURES = {  # what a figure shows, for who cannot see it
