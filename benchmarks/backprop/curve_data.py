@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from benchmarks.models import SEED
-from benchmarks.text import paragraphs
+from unsloth_puzzles.bench.text import paragraphs
 
 STANDARD, OURS = "standard", "ours"
 SCALED, PER_CHUNK = "gradients x 1.01", "a mean per chunk"

@@ -22,8 +22,8 @@ from trl.trainer.utils import entropy_from_logits
 from benchmarks.backprop.candidates import OURS, measure_candidates, peak_gib
 from benchmarks.backprop.grpo_head import FULL, TRL
 from benchmarks.models import SEED, llama_1b_config, tiny_llama_config
-from benchmarks.text import paragraphs
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
+from unsloth_puzzles.bench.text import paragraphs
 
 
 def whole_step(

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.models import SEED, llama_1b_config, random_nf4_llama, tiny_llama_config
-from benchmarks.text import paragraphs
+from unsloth_puzzles.bench.text import paragraphs
 
 
 def qlora_model(device: str, dtype: torch.dtype, tiny: bool, drawn: torch.dtype | None = None):

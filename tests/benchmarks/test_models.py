@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import models
 from benchmarks.models import llama_1b_config, load_llama, random_llama, random_nf4_llama, tiny_llama_config
-from benchmarks.text import paragraphs
+from unsloth_puzzles.bench.text import paragraphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

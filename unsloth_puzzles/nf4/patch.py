@@ -121,11 +121,14 @@ def _nf4_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     from bitsandbytes.nn import Linear4bit
 
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    ready = [name for name, layer in found.items() if getattr(type(layer), "uses_nf4_kernel", False)]  # packed ones
+    for name in ready:
+        del found[name]
     kinds = {name: _quant_type(layer) for name, layer in found.items()}
     layers = {name: layer for name, layer in found.items() if kinds[name] == "nf4"}
     others = Counter(kind for kind in kinds.values() if kind != "nf4")
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-    if not layers:
+    if not (layers or ready):
         raise ValueError(
             f"model must have bitsandbytes Linear4bit layers with quant_type 'nf4', got {listed or 'no Linear4bit'}; "
             "load the model with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"

@@ -1,0 +1,157 @@
+"""Packed layers compute the same bits as before, and give every byte back; what cannot be packed is refused by name."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from benchmarks.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.nf4 import patch_linear4bit
+
+VOCABULARY = 64
+
+
+def layer(rows=48, columns=40, *, nested=True, bias=False, blocksize=64, quant_type="nf4", storage=torch.uint8):
+    """A quantised layer with random weights."""
+    made = Linear4bit(columns, rows, bias=bias, compute_dtype=torch.float32, device="cpu")
+    made.weight = Params4bit(
+        torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type=quant_type,
+        blocksize=blocksize, quant_storage=storage,
+    )  # fmt: skip
+    made.to("cpu")
+    if made.weight.quant_state is None:
+        made.weight._quantize("cpu")
+    return made
+
+
+def qlora(**config):
+    model = random_nf4_llama(tiny_llama_config(VOCABULARY), "cpu", torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0, 0.1)
+    return model
+
+
+def losses_and_gradients(model):
+    ids = torch.arange(20).view(2, 10)
+    loss = model(input_ids=ids, labels=ids).loss
+    return loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_packed_model_has_the_same_losses_and_gradients(world_size):
+    model = qlora()
+    with patch_linear4bit(model):
+        expected = losses_and_gradients(model)
+    packed = pack_nf4(model, world_size)
+    assert len(packed.names) == 14 and all(size % (8 * world_size) == 0 for size in _sizes(model))
+    for ours, theirs in zip(losses_and_gradients(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _sizes(model):
+    return [module.weight.numel() for module in model.modules() if isinstance(module, StreamLinear4bit)]
+
+
+def test_undo_gives_every_byte_back():
+    model = qlora()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    packed = pack_nf4(model, 2)
+    packed.undo()
+    packed.undo()
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(isinstance(module, StreamLinear4bit) for module in model.modules())
+    merged = model.merge_and_unload()
+    assert merged(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nested": False},
+        {"blocksize": 128},
+        {"bias": True},
+        {"rows": 3, "columns": 5},
+        {"storage": torch.bfloat16},
+        {"storage": torch.float32},
+    ],
+)
+def test_kinds_of_layers(options):
+    torch.manual_seed(1)
+    model = nn.Sequential(layer(**options))
+    weight = model[0].weight
+    x = torch.randn(4, model[0].in_features, requires_grad=True)
+    with patch_linear4bit(model):
+        expected = model(x)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    bytes_before = weight.data.view(-1).view(torch.uint8).clone()
+    packed = pack_nf4(model, 3)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], gradient)
+    packed.undo()
+    assert model[0].weight.dtype == weight.dtype and type(model[0].weight) is Params4bit
+    assert torch.equal(model[0].weight.data.view(-1).view(torch.uint8), bytes_before)
+    assert torch.equal(model[0].weight.quant_state.absmax, weight.quant_state.absmax)
+    with patch_linear4bit(model):
+        assert torch.equal(model(x), expected)
+
+
+def test_state_dict_holds_a_stub_and_adapters_load():
+    model = qlora()
+    pack_nf4(model, 2)
+    state = model.state_dict()
+    stubs = [name for name, value in state.items() if name.endswith("base_layer.weight")]
+    assert len(stubs) == 14 and all(state[name].numel() == 0 for name in stubs)
+    assert model.load_state_dict(state).missing_keys == []
+    state[stubs[0]] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="must be the stub of a packed layer"):
+        model.load_state_dict(state)
+
+
+def _tied():
+    model = nn.Sequential(layer(), layer())
+    model[1].weight = model[0].weight
+    return model
+
+
+def _patched():
+    model = nn.Sequential(layer())
+    patch_linear4bit(model)
+    return model
+
+
+def _packed():
+    model = nn.Sequential(layer())
+    pack_nf4(model, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Linear(2, 2), "model must have bitsandbytes NF4 layers, got none"),
+        (lambda: nn.Sequential(layer(quant_type="fp4")), "model must have NF4 layers only, got fp4 in 0"),
+        (lambda: nn.Sequential(layer(), Linear8bitLt(4, 4)), "model must have no 8-bit layers, .* got 1"),
+        (_tied, "model must not tie 4-bit weights, got 0 and 1"),
+        (_patched, "model must have bitsandbytes' own layers, got .* in 0"),
+        (_packed, "model must not be packed already, got 0"),
+        (lambda: nn.Sequential(Linear4bit(4, 4, quant_type="nf4")), "model must be quantised, got 0"),
+        (lambda: qlora(use_dora=True), "model must have no DoRA adapters"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        pack_nf4(make(), 2)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        pack_nf4([], 2)
+    for world_size in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="world_size must be an integer of at least 1, got"):
+            pack_nf4(nn.Sequential(layer()), world_size)

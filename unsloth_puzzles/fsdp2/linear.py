@@ -1,0 +1,91 @@
+"""The NF4 layer over a byte stream: gather, slice, de-quantise by challenge A's kernel, multiply.
+
+Only the parameter is kept for the backward, which FSDP2 frees after the forward and fills again.
+"""
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+import unsloth_puzzles.nf4.linear  # noqa: F401  (registers the operators)
+from unsloth_puzzles.fsdp2.stream import Layout, stream_of
+
+_OPS = torch.ops.unsloth_puzzles
+
+
+class StreamLinear4bit(Linear4bit):
+    """A bitsandbytes NF4 layer over a byte stream: `weight` is a `ByteStream`, or what FSDP2 has gathered of it.
+
+    Attributes:
+        layout: Where the parts of the stream lie.
+        code, code2, offset: Buffers, the same on every rank: the NF4 table [16], the table of the absmax [256] and
+            their mean [], float32; the last two are None without double quantisation.
+    """
+
+    uses_nf4_kernel = True  # `patch_linear4bit` has nothing to exchange here
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features] -> [..., out_features] in the dtype of x, computed in `compute_dtype`."""
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            inputs = inputs.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        tables = self.code, self.code2, self.offset
+        return _StreamLinear.apply(inputs, bias, self.weight, *tables, self.layout).to(x.dtype)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, [out_features, in_features] in `compute_dtype` or float32; the stream must be gathered."""
+        return _dequantize(
+            self.weight, self.code, self.code2, self.offset, self.layout, self.compute_dtype or torch.float32
+        )
+
+    # The model's state dict names the frozen weight: torch's `ignore_frozen_params` removes a key that must exist. A
+    # stub stands for it, so that saving a checkpoint never gathers 4-bit weights.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        nn.Linear._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination[prefix + "weight"] = torch.empty(0, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        given = state_dict.pop(prefix + "weight", None)
+        if given is not None and given.numel():
+            errors.append(f"{prefix}weight must be the stub of a packed layer, got a tensor of {tuple(given.shape)}")
+        bias = state_dict.get(prefix + "bias")
+        if self.bias is not None and bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+class _StreamLinear(torch.autograd.Function):
+    """x W^T + b. What is kept for the backward is the parameter, never W."""
+
+    @staticmethod
+    def forward(x, bias, weight, code, code2, offset, layout):
+        return F.linear(x, _dequantize(weight, code, code2, offset, layout, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, weight, code, code2, offset, ctx.layout = inputs
+        ctx.save_for_backward(weight, code, code2, offset)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight, *tables = ctx.saved_tensors
+            grad_x = grad_output @ _dequantize(weight, *tables, ctx.layout, grad_output.dtype, again_for=grad_output)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+        return grad_x, grad_bias, None, None, None, None, None
+
+
+def _dequantize(weight, code, code2, offset, layout: Layout, dtype: torch.dtype, again_for=None) -> torch.Tensor:
+    """W [out_features, in_features]; the backward's call depends on the gradient, so that a compiler keeps no W."""
+    packed, absmax, absmax2 = layout.split(stream_of(weight))
+    sizes = layout.blocksize, layout.blocksize2 or 1, layout.shape, dtype
+    if again_for is None:
+        return _OPS.dequantize_nf4(packed, absmax, code, code2, absmax2, offset, *sizes)
+    return _OPS.dequantize_nf4_again(again_for, packed, absmax, code, code2, absmax2, offset, *sizes)

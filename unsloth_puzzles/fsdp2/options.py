@@ -1,0 +1,98 @@
+"""FSDP2 under transformers' Trainer and TRL's: the arguments it needs, and what is set once it exists.
+
+arguments = SFTConfig(..., **fsdp2_arguments(model))
+trainer = SFTTrainer(model, arguments, ...)
+prepare_trainer(trainer)
+with compile_qlora(trainer):
+    trainer.train()
+"""
+
+import os
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
+
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.shard import check_uniform, embeddings
+
+_STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fsdp2_arguments(
+    model: nn.Module,
+    *,
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+    state_dict_type: str = "FULL_STATE_DICT",
+) -> dict[str, object]:
+    """Keyword arguments for `TrainingArguments`, `SFTConfig` and their kind.
+
+    Call it before the arguments are made: with `offload` it sets ACCELERATE_USE_FSDP and FSDP_OFFLOAD_PARAMS in the
+    environment, from which accelerate chooses a process group that also moves CPU tensors.
+
+    Args:
+        model: The model that `pack_nf4` has packed.
+        offload: Keep shards, gradients and optimizer states in CPU memory.
+        reshard_after_forward: Free a layer's gathered weights after its forward.
+        state_dict_type: "FULL_STATE_DICT" or "SHARDED_STATE_DICT", the form of checkpoints.
+
+    Returns:
+        {"fsdp": True, "fsdp_config": {...}} with the class of the decoder layers.
+
+    Raises:
+        ValueError: `model` is not packed, or an unknown `state_dict_type`.
+    """
+    if state_dict_type not in _STATE_DICTS:
+        raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
+    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
+        raise ValueError("model must be packed by pack_nf4, got no packed layer")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if offload:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
+    config = {
+        "version": 2,
+        "cpu_offload": offload,
+        "reshard_after_forward": reshard_after_forward,
+        "state_dict_type": state_dict_type,
+        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in base.base_model.layers}),
+        "cpu_ram_efficient_loading": False,  # looks for Params4bit, which a packed model no longer has
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None:
+    """Set what `TrainingArguments` cannot say. Call it between making the trainer and `train()`.
+
+    Adapters become float32 again, which TRL casts to bfloat16, also on GPUs without it. Gradients are reduced in
+    float32 also with `fp16` and `bf16`; accelerate's preset reduces in 16 bits.
+
+    Args:
+        trainer: Of a packed model, with the arguments of `fsdp2_arguments`.
+        shard_embeddings: Shard embedding and head as well, which then are gathered in every step.
+
+    Raises:
+        ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: bitsandbytes' optimizers,
+            `torch_compile`, `cpu_ram_efficient_loading`.
+    """
+    arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
+    if plugin is None or plugin.fsdp_version != 2:
+        raise ValueError("trainer must use FSDP2, got none; make its arguments with **fsdp2_arguments(model)")
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if "bnb" in optimizer or "8bit" in optimizer:
+        raise ValueError(f"optim must be one of PyTorch's, got {optimizer!r}: its kernels cannot take sharded states")
+    if arguments.torch_compile:
+        raise ValueError("torch_compile must be False, got True: it breaks at FSDP2's hooks; use compile_qlora")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    check_uniform(trainer.model)
+    if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if not shard_embeddings:
+        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        plugin.ignored_modules = embeddings(base)

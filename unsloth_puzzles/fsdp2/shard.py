@@ -1,0 +1,75 @@
+"""Shard a packed model by FSDP2, for training loops without a Trainer."""
+
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+
+
+def shard_qlora(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+    param_dtype: torch.dtype | None = None,
+    shard_embeddings: bool = False,
+) -> nn.Module:
+    """Apply `fully_shard` to each decoder layer of a model that `pack_nf4` has packed, then to the model.
+
+    Args:
+        model: A causal LM of transformers with adapters of PEFT, packed, on its device.
+        mesh: One dimension, over all ranks; None is FSDP2's default. Where two ranks share a GPU through gloo, give
+            `DeviceMesh.from_group(dist.group.WORLD, "cuda")`.
+        reshard_after_forward: Free a layer's gathered weights after its forward and gather them again for its backward.
+        offload: Keep shards, gradients and optimizer states in pinned CPU memory. The process group needs a backend
+            for CPU tensors as well ("cuda:nccl,cpu:gloo").
+        param_dtype: The dtype in which adapters and norms compute (float16, bfloat16); gradients are reduced in
+            float32. None keeps each parameter's own.
+        shard_embeddings: Shard embedding and head as well, which then are gathered in every step.
+
+    Returns:
+        `model`, whose parameters are DTensors but for the embeddings that are not sharded.
+
+    Raises:
+        ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group.
+    """
+    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
+        raise ValueError("model must be packed by pack_nf4, got no packed layer")
+    check_uniform(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    options = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+        "mp_policy": policy,
+    }
+    if not shard_embeddings:
+        options["ignored_params"] = {module.weight for module in embeddings(base)}
+    for layer in base.base_model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The input embedding of `model` and its head; one module where both share a weight."""
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights: set[int] = set()
+    return [one for one in found if one is not None and not (id(one.weight) in weights or weights.add(id(one.weight)))]
+
+
+def check_uniform(model: nn.Module) -> None:
+    """Raise ValueError if the parameters that are trained have several dtypes."""
+    dtypes = Counter(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    if len(dtypes) > 1:
+        counted = ", ".join(f"{count} of {dtype}" for dtype, count in dtypes.items())
+        raise ValueError(
+            f"model must train parameters of one dtype, which FSDP2 needs, got {counted}; "
+            "cast the adapters, for instance to float32"
+        )

@@ -1,0 +1,235 @@
+"""Fine-tune a causal LM by QLoRA on one GPU, or on several with FSDP2, through TRL's SFTTrainer.
+
+    torchrun --nproc_per_node 2 -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
+    python -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
+
+Both train on the same rows in the same order when `--rows` counts the rows of all ranks. A line of JSON a step goes to
+`--log-file`: loss, gradient norm, tokens a second, peak memory of each rank.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from unsloth_puzzles.bench.text import paragraphs
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.nf4.patch import patch_linear4bit
+
+SEED = 3407
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if options.rows % world:
+        raise ValueError(f"--rows must be divisible by the {world} ranks, got {options.rows}")
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    set_seed(SEED)
+    dtype = _dtype(options.dtype, device)
+    model = load(options.model, device, dtype, layers=options.layers)
+    model = get_peft_model(model, LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if world > 1:
+        if not dist.is_initialized():
+            backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES))
+        pack_nf4(model, world)
+    trainer = make_trainer(model, options, world, device, dtype)
+    with _kernels(trainer, options, world):
+        trainer.train(resume_from_checkpoint=options.resume)
+    if options.output:
+        trainer.save_model(options.output)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """The model in NF4 on `device`; what is not quantised is in `dtype`.
+
+    Args:
+        name: A model of the hub or a folder: pre-quantised by bitsandbytes, or in 16 bits and then quantised while it
+            is loaded. With `layers` only its configuration is read.
+        device: Where it goes, tensor by tensor.
+        dtype: What it computes in.
+        layers: Make a model of that many layers with random weights instead of loading them.
+
+    Raises:
+        ValueError: The checkpoint is quantised by another method than bitsandbytes' NF4.
+    """
+    config = AutoConfig.from_pretrained(name)
+    config.use_cache = False
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    if layers is not None:
+        return _random(config, layers, device, dtype, quantization)
+    given = getattr(config, "quantization_config", None)
+    if given is not None and dict(given).get("bnb_4bit_quant_type") != "nf4":
+        raise ValueError(f"model must be in 16 bits or in bitsandbytes' NF4, got {dict(given)}")
+    chosen = {} if given is not None else {"quantization_config": quantization}
+    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, device_map={"": device}, **chosen)
+
+
+def make_trainer(
+    model: PreTrainedModel, options: argparse.Namespace, world: int, device: torch.device, dtype: torch.dtype
+) -> SFTTrainer:
+    """TRL's trainer for `options`; with several ranks its model is sharded in `train()`."""
+    sharded = {}
+    if world > 1:
+        sharded = fsdp2_arguments(
+            model, offload=options.offload, reshard_after_forward=options.reshard, state_dict_type=options.state_dict
+        )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    settings = SFTConfig(
+        output_dir=options.output or "build/fsdp2",
+        per_device_train_batch_size=options.rows // world,
+        gradient_accumulation_steps=options.accumulate,
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_length=options.length,
+        logging_steps=1,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        gradient_checkpointing=options.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        seed=SEED,
+        data_seed=SEED,
+        **sharded,
+    )
+    rows = rows_of(tokenizer, options.length)
+    log = StepLog(options.log_file, options.rows * options.length * options.accumulate)
+    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[log])
+    for parameter in trainer.model.parameters():  # TRL casts adapters to bfloat16, also on GPUs without it
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if world > 1:
+        prepare_trainer(trainer, shard_embeddings=options.shard_embeddings)
+    return trainer
+
+
+def rows_of(tokenizer, length: int) -> Dataset:
+    """Rows of `length` tokens of Python's language reference, laid end to end."""
+    ids = tokenizer("\n\n".join(paragraphs()))["input_ids"]
+    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    if not rows:
+        raise ValueError(f"length must be at most {len(ids)} tokens, the whole text, got {length}")
+    return Dataset.from_dict({"input_ids": rows})
+
+
+class StepLog(TrainerCallback):
+    """Writes a line of JSON a step, from the first rank."""
+
+    def __init__(self, path: str | None, tokens: int):
+        self.path, self.tokens, self.began = Path(path) if path else None, tokens, time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self.began  # logging has waited for the loss
+        peaks = [torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None]
+        if dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, peaks[0])
+            peaks = gathered
+        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs.get("grad_norm")}
+        line |= {"seconds": seconds, "tokens_per_s": self.tokens / seconds, "peak_gib": peaks}
+        if state.is_world_process_zero and self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _kernels(trainer: SFTTrainer, options: argparse.Namespace, world: int):
+    if options.compile:
+        return compile_qlora(trainer)
+    if world == 1 and options.dequantize == "ours":
+        return patch_linear4bit(trainer.model)
+    return contextlib.nullcontext()
+
+
+def _random(config, layers: int, device: torch.device, dtype: torch.dtype, quantization) -> PreTrainedModel:
+    """`layers` layers of the architecture with random weights, drawn on `device` and quantised there."""
+    config.num_hidden_layers = layers
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(SEED)
+        drawn = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return type(drawn).from_pretrained(
+        None, config=config, state_dict=drawn.state_dict(), dtype=dtype, device_map={"": device},
+        quantization_config=quantization,
+    )  # fmt: skip
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="QLoRA on one GPU, or on several with FSDP2.")
+    # No flag may begin one of torchrun's (--log-dir, --role, ...), which would take it for its own.
+    parser.add_argument("--model", required=True, help="of the hub, or a folder")
+    parser.add_argument("--layers", type=int, help="random weights, and this many layers of the architecture")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=2, help="of a step, of all ranks together")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--lora-rank", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="on one GPU")
+    for flag, default, text in (
+        ("compile", True, "decoder layers, norm and loss by compile_qlora"),
+        ("checkpointing", True, "compute activations again in the backward"),
+        ("reshard", True, "free gathered weights after the forward"),
+        ("offload", False, "keep shards and optimizer states in CPU memory"),
+        ("shard-embeddings", False, "shard embedding and head as well"),
+    ):
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=default, help=text)
+    parser.add_argument("--output", help="a folder for the adapters and checkpoints")
+    parser.add_argument("--save-steps", type=int, help="a checkpoint every so many steps")
+    parser.add_argument("--state-dict", choices=("FULL_STATE_DICT", "SHARDED_STATE_DICT"), default="FULL_STATE_DICT")
+    parser.add_argument("--resume", help="a checkpoint folder of this script")
+    parser.add_argument("--log-file", help="a file for a line of JSON a step")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
