@@ -51,6 +51,10 @@ def test_compiled_stands_on_the_solutions_that_it_compiles():
     assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "code_object"}
 
 
+def test_fsdp2_stands_on_nf4_and_compiled():
+    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench"}
+
+
 def test_the_package_imports_no_benchmark():
     importing = [
         path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.M)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import unsloth_puzzles.nf4.linear  # noqa: F401  (registers the operators)
-from unsloth_puzzles.fsdp2.stream import Layout, stream_of
+from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
 
 _OPS = torch.ops.unsloth_puzzles
 
@@ -51,7 +52,8 @@ class StreamLinear4bit(Linear4bit):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         given = state_dict.pop(prefix + "weight", None)
-        if given is not None and given.numel():
+        own = isinstance(given, DTensor | ByteStream)  # torch fills what a checkpoint lacks with the model's own
+        if given is not None and given.numel() and not own:
             errors.append(f"{prefix}weight must be the stub of a packed layer, got a tensor of {tuple(given.shape)}")
         bias = state_dict.get(prefix + "bias")
         if self.bias is not None and bias is not None:

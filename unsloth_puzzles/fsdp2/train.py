@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.nf4.patch import patch_linear4bit
@@ -199,7 +200,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if capability(device) >= 80 else torch.float16
 
 
 def _parser() -> argparse.ArgumentParser:

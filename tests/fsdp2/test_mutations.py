@@ -1,0 +1,78 @@
+"""The suite notices a broken byte stream: each mutation of a copy of the source makes the test named with it fail."""
+
+import pytest
+
+from tests.mutants import (
+    Run,
+    assert_caught,
+    assert_unmutated_passes,
+    by_tier,
+    mutation,
+    run_mutants,
+    selected,
+)
+
+NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
+HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
+MODEL = "test_pack.py::test_packed_model_has_the_same_losses_and_gradients"
+REFUSED = "test_pack.py::test_what_cannot_be_packed_is_refused"
+SHARDED = "test_sharding.py::test_gathering_changes_no_byte[plain]"
+MUTATIONS = {
+    "arithmetic on bytes": mutation("stream.py", "if func not in _MOVES:", "if False:", NUMBERS),
+    "casts of bytes": mutation("stream.py", "not in (None, DTYPE):", "is Ellipsis:", NUMBERS),
+    "the collective gets numbers": mutation(
+        "stream.py", "return (self._words.view(torch.uint8),), None", "return (self._words,), None", HOOKS
+    ),
+    "absmax of the neighbour block": mutation(
+        "stream.py",
+        "absmax = stream[self.absmax_start : self.absmax_start + self.blocks]",
+        "absmax = stream[self.absmax_start + 1 : self.absmax_start + 1 + self.blocks]",
+        MODEL,
+    ),
+    "parts that are not aligned": mutation(
+        "stream.py",
+        "return _aligned(self.packed_bytes, _ALIGNMENT)",
+        "return self.packed_bytes",
+        "test_stream.py::test_parts_hold_every_byte_and_lie_apart",
+    ),
+    "a second absmax that overlaps": mutation(
+        "stream.py",
+        "self.absmax_start + self.blocks * (1 if self.blocksize2 else 4)",
+        "self.absmax_start",
+        "test_stream.py::test_parts_hold_every_byte_and_lie_apart",
+    ),
+    "no gradient of the input": mutation("linear.py", "if ctx.needs_input_grad[0]:", "if False:", MODEL),
+    "weights that are tied, packed twice": mutation(
+        "pack.py",
+        "if len(names) > 1), None)",
+        "if False), None)",
+        REFUSED,
+    ),
+    "DoRA over bytes": mutation(
+        "pack.py",
+        'getattr(module, "use_dora", {}).values()',
+        "()",
+        REFUSED,
+    ),
+    "the other rank's share": mutation(
+        "stream.py",
+        "(stream,) = all_gather_outputs",
+        "(stream,) = all_gather_outputs\n        stream = torch.cat(stream.chunk(2)[::-1])",
+        SHARDED,
+    ),
+}
+FAST = ("arithmetic on bytes", "the collective gets numbers", "absmax of the neighbour block")
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory) -> dict[str, Run]:
+    return run_mutants("fsdp2", selected(request, MUTATIONS), tmp_path_factory)
+
+
+def test_the_unmutated_copy_passes(runs):
+    assert_unmutated_passes(runs)
+
+
+@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
+def test_mutation_is_caught(runs, name):
+    assert_caught(runs, name)
