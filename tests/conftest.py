@@ -17,7 +17,14 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Files of few tests, each of many seconds.
-LONG = ("test_mutations.py", "test_notebook.py", "test_cross_compile.py", "test_qlora.py", "test_trainer.py")
+LONG = (
+    "test_mutations.py",
+    "test_notebook.py",
+    "test_notebook_failures.py",
+    "test_cross_compile.py",
+    "test_qlora.py",
+    "test_trainer.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

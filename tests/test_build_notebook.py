@@ -150,7 +150,7 @@ def test_equal_cells_get_ids_of_their_own(tree: Path) -> None:
         ("unsloth_puzzles/solution.py", "x = 1\n\n", "end with one newline"),
     ],
 )
-def test_what_the_builder_refuses(tree: Path, path: str, content: str, message: str) -> None:
+def test_builder_refuses_bad_sources(tree: Path, path: str, content: str, message: str) -> None:
     _write(tree / path, content)
     with pytest.raises(ValueError, match=message):
         build(tree)

@@ -18,7 +18,7 @@ def test_a_cpu_has_none(monkeypatch):
     assert capability() == capability("cpu") == capability("cuda") == capability(0) == 0
 
 
-def test_a_gpu_is_what_it_is(an_h200):
+def test_capability_is_the_one_that_pytorch_reports(an_h200):
     assert capability() == capability("cuda") == capability(0) == capability(torch.device("cuda", 1)) == 90
     assert capability("cpu") == 0
 

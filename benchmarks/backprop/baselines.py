@@ -80,13 +80,13 @@ def gemm_floor(
     CPU, GPUs before sm_80).
     """
     if rows < 1:
-        raise ValueError(f"rows: got {rows}, need at least 1")
+        raise ValueError(f"rows must be at least 1, got {rows}")
     x, w = hidden_states.detach(), weight.detach()
     total = accumulate_dtype or w.dtype
     if train_head and total != w.dtype and not _adds_to_float32(w, total):
         raise ValueError(
-            f"accumulate_dtype: got {total} for {w.dtype} on {w.device.type}, need the same dtype here, "
-            "or 16 bits into float32 on a GPU from sm_80 on"
+            f"accumulate_dtype must be {w.dtype} on {w.device.type}, or float32 for 16 bits on a GPU from sm_80 on, "
+            f"got {total}"
         )
     options = {} if total == w.dtype else {"out_dtype": total}
 

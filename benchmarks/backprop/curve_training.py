@@ -158,24 +158,15 @@ def _model(settings: Settings):
     if four_bit:
         from peft import LoraConfig, get_peft_model
 
-        layers = _patched(model)
+        from unsloth_puzzles.nf4.patch import patch_linear4bit
+
+        patch_linear4bit(model)
+        layers = "NF4 by patch_linear4bit"
         torch.manual_seed(settings.seed)
         lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)  # keeps the adapters in float32
     path = source.removeprefix("real weights, ") if source.startswith("real") else None
     return model.train(), source, path, layers
-
-
-def _patched(model) -> str:
-    """Challenge A's kernel in the 4-bit layers; bitsandbytes' own where section A of the notebook has not been run."""
-    try:
-        from unsloth_puzzles.nf4.patch import patch_linear4bit
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("unsloth_puzzles.nf4"):
-            raise
-        return "NF4 by bitsandbytes"
-    patch_linear4bit(model)
-    return "NF4 by patch_linear4bit"
 
 
 def _learning_rate(settings: Settings, source: str) -> float:

@@ -124,7 +124,7 @@ class FullLogitsGRPOTrainer(GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **inputs
     ):
         if inputs.get("compute_aux_loss"):
-            raise ValueError("compute_aux_loss: got True, need False: the reference is for dense models")
+            raise ValueError("compute_aux_loss must be False, got True: the reference is for dense models")
         with self.accelerator.autocast():
             outputs = model(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1)
         logits = outputs.logits[:, :-1]

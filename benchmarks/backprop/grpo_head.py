@@ -20,7 +20,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_ent
 
 from benchmarks.backprop.candidates import OURS, OURS_FLOAT32, measure_candidates, peak_gib
 from benchmarks.models import SEED
-from unsloth_puzzles.backprop.grpo import kept_bytes, row_scores
+from unsloth_puzzles.backprop.grpo import default_keep_logits, row_scores
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 
 TRL, LIGER, LIGER_TF32 = "TRL", "Liger", "Liger, TF32"
@@ -123,7 +123,7 @@ def _losses(case: _Case, chunk_size: int | str) -> dict[str, Callable[[], torch.
 
     def ours(accumulate_dtype=None):
         options = {"chunk_size": chunk_size, "compile": compile, "accumulate_dtype": accumulate_dtype}
-        options |= {"reduction": "none", "keep_logits": kept_bytes(case.head)}
+        options |= {"reduction": "none", "keep_logits": default_keep_logits(case.head)}
         return case.loss(memory_efficient_linear(case.x, case.head, case.tokens, scores, **options)[0])
 
     def fused_head():

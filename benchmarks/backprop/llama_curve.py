@@ -16,7 +16,6 @@ order, which training then amplifies. A comparison that does not see a planted f
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -28,6 +27,7 @@ from benchmarks.backprop.curve_data import FAULTS, RUNS, Settings
 from benchmarks.backprop.curve_training import train
 from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.experiments import free_memory
+from unsloth_puzzles.bench.record import write_json
 
 _OF_A_RUN = {"run", "losses", "gradient_norms", "labels", "loss_calls", "peak_gib", "before_gib", "seconds"}
 
@@ -167,15 +167,8 @@ def main(given: list[str]) -> None:
                 of_mode[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
                 print(f"FAILED: {settings.mode}, {name}: {of_mode[name]}", flush=True)
                 traceback.clear_frames(error.__traceback__)
-            _write(arguments.out, found)
+            write_json(arguments.out, found)
             free_memory()
-
-
-def _write(path: Path, found: dict) -> None:
-    """All of the file or nothing, so that whoever reads it after a kill finds the runs before."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(found))
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

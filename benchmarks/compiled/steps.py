@@ -11,7 +11,6 @@ each byte a token.
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.compiled.clock import free_pinned, kernels_of, milliseconds, now, pinned_gib
 from benchmarks.compiled.model import qlora_model, renew, text_batch
+from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
@@ -74,9 +74,9 @@ def measure(
     each of `KINDS` the GPU's time and the launches of a step; and the settings.
     """
     if candidate not in CANDIDATES:
-        raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
+        raise ValueError(f"candidate must be one of {', '.join(map(repr, CANDIDATES))}, got {candidate!r}")
     if sdpa is not None and sdpa not in KERNELS:
-        raise ValueError(f"sdpa: got {sdpa!r}, need None or one of {', '.join(map(repr, KERNELS))}")
+        raise ValueError(f"sdpa must be None or one of {', '.join(map(repr, KERNELS))}, got {sdpa!r}")
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     settings = {name: value for name, value in locals().items() if name not in _NO_SETTINGS}
     if memory_gib and device == "cuda":
@@ -194,7 +194,7 @@ def run(parser: argparse.ArgumentParser, measure: Callable[..., dict]) -> None:
     parser.add_argument("--out", required=True, help="the JSON file to write")
     given = vars(parser.parse_args())
     out, ready = Path(given.pop("out")), _wait if given.pop("wait") else lambda: None
-    out.write_text(json.dumps(measure(**given, ready=ready)))
+    write_json(out, measure(**given, ready=ready))
 
 
 def _wait() -> None:

@@ -54,7 +54,7 @@ def measure(
     Dynamo allows; the settings.
     """
     if candidate not in CANDIDATES:
-        raise ValueError(f"candidate: got {candidate!r}, need one of {', '.join(map(repr, CANDIDATES))}")
+        raise ValueError(f"candidate must be one of {', '.join(map(repr, CANDIDATES))}, got {candidate!r}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     model = qlora_model(device, torch.float32, tiny) if model is None else renew(model, torch.float32)

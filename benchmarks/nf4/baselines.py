@@ -33,7 +33,7 @@ def three_launches(layer) -> torch.Tensor:
     packed, state = layer.weight.data, layer.weight.quant_state
     if state.shape.numel() >= 2**31:
         raise ValueError(
-            f"layer: bitsandbytes counts in 32 bits, so it needs fewer than 2^31 weights, got {state.shape}"
+            f"layer must have fewer than 2^31 weights, which bitsandbytes counts in 32 bits, got {state.shape}"
         )
     device, stream = packed.device, torch._C._cuda_getCurrentRawStream(packed.device.index)
     absmax = torch.empty(state.absmax.numel(), dtype=torch.float32, device=device)

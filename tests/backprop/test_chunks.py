@@ -35,13 +35,13 @@ def test_bytes_are_of_logits_in_their_dtype():
 @pytest.mark.parametrize(
     "chunk_size", [0, -1, "12 parsecs", "MiB", "", "-1MiB", "255999", "1.5.2MB", "autos", "1e6", "512000"]
 )
-def test_what_is_no_size(chunk_size):
+def test_bad_chunk_sizes_are_refused(chunk_size):
     with pytest.raises(ValueError, match=r"^chunk_size must be .*, got "):
         chunk_rows(chunk_size, 128000, BF16, CPU)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1.5, True, (1,), torch.tensor(4)])
-def test_what_is_no_number(chunk_size):
+def test_chunk_sizes_of_a_wrong_type_are_refused(chunk_size):
     with pytest.raises(TypeError, match=r"^chunk_size must be .*, got "):
         chunk_rows(chunk_size, 128000, BF16, CPU)
 

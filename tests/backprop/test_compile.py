@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.backprop.reference import as_tuple, assert_same, draw, draw_labels, eager, make_linear
-from unsloth_puzzles.backprop import compiled, memory_efficient_linear
+from unsloth_puzzles.backprop import compiled, losses, memory_efficient_linear
 from unsloth_puzzles.backprop.results import check_compiled
+from unsloth_puzzles.backprop.trust import is_new
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "untried")
 HIDDEN, VOCABULARY, ROUNDING = 32, 200, 2e-6
@@ -86,6 +88,7 @@ def test_the_compiled_gradient_is_compared_with_eager_modes_the_first_time(name,
         looked.append(gradient.shape)
         if fails:
             raise RuntimeError("not the same")
+        return True
 
     monkeypatch.setattr(compiled, "check_compiled", look)
     head = make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
@@ -117,6 +120,47 @@ def test_a_wrong_compiled_gradient_is_refused(dtype):
         check_compiled(exact * 1.05, exact)
     with pytest.raises(RuntimeError, match=r"^forward_function must have eager mode's gradient"):
         check_compiled(torch.full_like(exact, torch.nan), exact)
+
+
+def test_a_first_gradient_that_overflows_says_nothing_of_the_function():
+    """Eager mode gives NaN as well; the function is looked at again when there are numbers."""
+    function, head = functools.partial(losses.cross_entropy), make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
+    x, labels, *_ = problem(20)
+    x = x.detach()
+    broken = x.clone()
+    broken[0, 0] = torch.nan
+    for data in (broken, x):
+        data.requires_grad_()
+        form = {"reduction": "sum", "normalizer": "labels"}
+        loss = memory_efficient_linear(data, head, labels, function, compile=True, **form)
+        expected = memory_efficient_linear(data, head, labels, function, **form)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        ours, theirs = (torch.autograd.grad(one, data)[0] for one in (loss, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert is_new(function, "compiled", "sum") == (data is broken)
+
+
+@pytest.mark.parametrize("hooks", ["checkpoint", "save_on_cpu"])
+def test_first_compiled_call_under_saved_tensor_hooks(hooks):
+    """`torch.func` refuses such hooks while it is traced, and would leave them refused for the whole process."""
+    function, head = functools.partial(losses.cross_entropy), make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
+    x, labels, *_ = problem(20)
+
+    def loss(x):
+        return memory_efficient_linear(
+            x, head, labels, function, compile=True, reduction="sum", normalizer="labels", chunk_size=7
+        )
+
+    if hooks == "checkpoint":
+        found = checkpoint(loss, x, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            found = loss(x)
+    (gradient,) = torch.autograd.grad(found, x)
+    (expected,) = torch.autograd.grad(F.cross_entropy(head(x), labels), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    with torch.autograd.graph.save_on_cpu():
+        pass
 
 
 def test_a_method_is_compiled_once(monkeypatch):

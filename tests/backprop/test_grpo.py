@@ -20,7 +20,7 @@ from benchmarks.backprop.grpo import (
 from benchmarks.backprop.grpo_head import head_only
 from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop import grpo
-from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, kept_bytes
+from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, default_keep_logits
 
 VOCAB, PROMPT, COMPLETION, SEQUENCES = 131, 5, 7, 8
 CHUNK = 6  # rows: many chunks, the last one ragged
@@ -288,7 +288,7 @@ def test_what_may_be_kept_is_not_computed_again(tmp_path):
     step(trainer, inputs)
     trainer.model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits.shape[:-1].numel()))
     step(trainer, inputs)
-    assert kept_bytes(trainer.model.lm_head) >= 4 * VOCAB * int(inputs["completion_mask"].sum())  # all of them
+    assert default_keep_logits(trainer.model.lm_head) >= 4 * VOCAB * int(inputs["completion_mask"].sum())  # all of them
     assert sum(n for n in rows if n > 1) <= int(inputs["completion_mask"].sum())
 
 

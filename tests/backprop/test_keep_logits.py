@@ -88,7 +88,7 @@ def test_what_is_no_number_of_bytes_is_refused(data, keep):
         run(data, keep)
 
 
-def test_it_is_for_results_per_row(data):
+def test_keep_logits_needs_results_per_row(data):
     x, head, labels, _ = data
     with pytest.raises(ValueError, match="keep_logits"):
         memory_efficient_linear(x, head, labels, losses.cross_entropy, reduction="sum", keep_logits=1)

@@ -201,7 +201,7 @@ def test_derivatives_of_derivatives_are_refused(name):
     x, linear, labels = problem()
     result, _ = ours_and_eager(name, x, linear, labels, chunk_size=4)
     first = result[0] if isinstance(result, tuple) else result
-    with pytest.raises(RuntimeError, match="memory_efficient_linear: its gradient has no derivative"):
+    with pytest.raises(RuntimeError, match="create_graph must be False, got True"):
         torch.autograd.grad(first.sum(), x, create_graph=True)
 
 
@@ -209,7 +209,7 @@ def test_derivatives_of_derivatives_are_refused(name):
 def test_torch_func_is_refused(transform):
     x, linear, labels = problem()
     run = lambda x: memory_efficient_linear(x, linear, labels, mean_loss)  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"memory_efficient_linear: torch\.func"):
+    with pytest.raises(RuntimeError, match=r"^hidden_states must be plain, got a tensor of torch\.func"):
         if transform == "grad":
             torch.func.grad(run)(x.detach())
         elif transform == "vmap":

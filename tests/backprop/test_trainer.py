@@ -170,7 +170,7 @@ def test_a_tied_head_that_peft_saves(saved):
 
 
 @pytest.mark.parametrize("offloaded", ["model.embed_tokens", "model.layers.0", "lm_head", ""])
-def test_what_accelerate_offloads(offloaded):
+def test_offloaded_output_embeddings_are_refused(offloaded):
     from accelerate.hooks import attach_align_device_hook
 
     model = llama(tie_word_embeddings=False).train()
@@ -425,7 +425,7 @@ def test_settings_of_the_loss_that_change_after_the_patch_are_refused():
         assert torch.equal(model(**given).loss, before)
 
 
-def test_what_is_not_the_same_loss_is_refused_by_name(tmp_path):
+def test_models_and_trainers_with_another_loss_are_refused(tmp_path):
     small = {k: v for k, v in SMALL.items() if k != "head_dim"}
     with pytest.raises(TypeError, match="must be a PreTrainedModel, a PEFT model or a Trainer, got Linear"):
         use_memory_efficient_loss(torch.nn.Linear(2, 2))

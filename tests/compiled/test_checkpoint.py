@@ -1,5 +1,6 @@
 """Checkpointed inputs: gradients are those of the layer without checkpointing, with dropout, autocast and hooks."""
 
+import copy
 import gc
 import warnings
 from functools import partial
@@ -274,3 +275,13 @@ def test_offloaded_inputs_are_bit_identical_and_leave_the_gpu(offload):
     held = (torch.cuda.memory_allocated() - before) / wide.nbytes
     inputs = 1 if offload else 2  # beside the output; the first layer's is there before
     assert abs(held - 1 - inputs) < 0.1
+
+
+def test_copy_made_before_undo_can_be_trained_afterwards():
+    layers, x = make(), torch.randn(4, 6)
+    expected = step(make(on=False), x)
+    undo = checkpoint_inputs(layers)
+    copied = copy.deepcopy(layers)
+    undo()
+    for ours, theirs in zip(step(copied, x), expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -403,3 +403,15 @@ def test_four_dimensional_mask_is_refused():
     model = make_model()
     with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask must be 2-D .* got a Tensor"):
         model(**batch(9), attention_mask=torch.zeros(2, 1, 9, 9))
+
+
+@pytest.mark.parametrize("unload", ["merge_and_unload", "unload"])
+def test_model_without_its_adapters_runs_inside_the_context(unload):
+    """What an export of a merged model does before the context ends."""
+    ids = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(3))
+    expected = getattr(make_model().eval(), unload)()(input_ids=ids, use_cache=False).logits
+    model = make_model().eval()
+    with compiled_by("aot_eager") as options, compile_qlora(model, **options), torch.no_grad():
+        base = getattr(model, unload)()
+        assert (base(input_ids=ids, use_cache=False).logits - expected).abs().max() <= 1e-4
+        assert base.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 12)

@@ -100,9 +100,8 @@ class CompiledFunction(EagerFunction):
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             # By a name of its own, too: another function's vocabulary would make this one's a variable.
-            self._compiled[key] = torch.compile(
-                with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options
-            )
+            run = torch.compile(with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options)
+            self._compiled[key] = run
         return self._compiled[key]
 
 
@@ -145,9 +144,9 @@ class VerifiedFunction(EagerFunction):
         return None if self._verified else logits[_FEW].clone()
 
     def _compare(self, gradient: torch.Tensor, eager: torch.Tensor) -> None:
-        self._verified = True
-        check_compiled(gradient[: len(eager)], eager)
-        trust(self.function, "compiled", self._purpose)
+        self._verified = check_compiled(gradient[: len(eager)], eager)
+        if self._verified:
+            trust(self.function, "compiled", self._purpose)
 
 
 def _drop(start, found) -> None:

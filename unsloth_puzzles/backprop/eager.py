@@ -12,19 +12,42 @@ BYTES_PER_LOGIT = 16 / _PIECES  # float32 copies, softmax and gradients that suc
 
 
 class EagerFunction:
-    """The function as it is, run by autograd in eager mode on pieces of a chunk."""
+    """The function as it is, run by autograd in eager mode on pieces of a chunk.
+
+    Args:
+        function: `function(logits, labels, *arguments)`, the user's.
+        reduction: How its value enters the loss.
+    """
 
     def __init__(self, function: Callable, reduction: Reduction):
         self.function, self.reduction = function, reduction
 
     def value(self, logits: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """The chunk's contribution to the loss, before it is normalised: a 0-dim tensor."""
+        """The chunk's contribution to the loss, before it is normalised.
+
+        Args:
+            logits: [chunk, vocab].
+            arguments: Of the chunk.
+
+        Returns:
+            A 0-dim tensor, float32 or wider.
+        """
         with torch.no_grad():
             pieces = [weighted(self.function, self.reduction, *piece) for piece in _pieces(logits, arguments)]
         return torch.stack(pieces).sum()
 
     def value_and_gradient(self, logits: torch.Tensor, arguments: Arguments, scale: torch.Tensor, add: Callable):
-        """The value; `scale` times its gradient is written over `logits`, those of the arguments go to `add`."""
+        """The value, and its gradient times `scale`, which is written over the logits.
+
+        Args:
+            logits: [chunk, vocab], overwritten.
+            arguments: Of the chunk.
+            scale: [].
+            add: `add(start, gradients)` takes those of the arguments that want one, of the rows from `start` on.
+
+        Returns:
+            As `value`.
+        """
         values = []
         start = 0
         for piece, cut in _pieces(logits, arguments):
@@ -44,7 +67,15 @@ class EagerFunction:
         return torch.stack(values).sum()
 
     def rows(self, logits: torch.Tensor, arguments: Arguments) -> tuple[torch.Tensor, ...]:
-        """Per-row results, by the pieces of the backward, so that a function draws the same random numbers there."""
+        """Per-row results, by the pieces of the backward, so that a function draws the same random numbers there.
+
+        Args:
+            logits: [chunk, vocab].
+            arguments: Of the chunk.
+
+        Returns:
+            The function's results, [chunk, ...] each.
+        """
         found = []
         with torch.no_grad():
             for piece, cut in _pieces(logits, arguments) if len(logits) else [(logits, arguments)]:
@@ -53,7 +84,14 @@ class EagerFunction:
         return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
     def rows_gradient(self, logits: torch.Tensor, arguments: Arguments, upstream: tuple, add: Callable) -> None:
-        """`upstream` (one per result, None where there is no gradient) times the Jacobian, over `logits`."""
+        """Upstream gradients times the Jacobian, written over the logits.
+
+        Args:
+            logits: [chunk, vocab], overwritten.
+            arguments: Of the chunk.
+            upstream: [chunk, ...] for each result, None where there is no gradient.
+            add: As for `value_and_gradient`.
+        """
         start = 0
         for piece, cut in _pieces(logits, arguments):
             stop = start + len(piece)

@@ -28,6 +28,7 @@ from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log
 from unsloth_puzzles.backprop.probe import logit_transform
 
 TRL = (1, 16)
+IGNORED = -100  # the label that counts nothing, for every function of `losses`
 
 
 class MemoryEfficientGRPOTrainer(GRPOTrainer):
@@ -102,7 +103,7 @@ def row_scores(
     return (token_log_probs_and_entropy if with_entropy else token_log_probs)(z, labels, temperature)
 
 
-def kept_bytes(head: nn.Module) -> int:
+def default_keep_logits(head: nn.Module) -> int:
     """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise."""
     return 3 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
 
@@ -133,10 +134,10 @@ def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module,
     """hidden_states (batch, length, hidden), labels (batch, length) -> two (batch, length - 1), the second or None."""
     device = next(head.parameters()).device  # a model spread over devices may end on another
     hidden_states, labels = hidden_states[:, :-1].to(device), labels[:, 1:].to(device)
-    valid = labels != -100
+    valid = labels != IGNORED
     # Only the completion's rows: prompts and padding would cost as much and count nothing.
     if options["keep_logits"] is None:
-        options = {**options, "keep_logits": kept_bytes(head)}
+        options = {**options, "keep_logits": default_keep_logits(head)}
     rows = memory_efficient_linear(hidden_states[valid], head, labels[valid], scores, reduction="none", **options)
     rows = rows if isinstance(rows, tuple) else (rows, None)
     return [None if x is None else x.new_zeros(valid.shape).masked_scatter(valid, x) for x in rows]

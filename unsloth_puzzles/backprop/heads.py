@@ -17,7 +17,12 @@ class Head:
     """`linear` with its trainable parameters replaced by leaves whose gradients are summed over the chunks.
 
     The leaves share the parameters' memory, so nothing is ever written to a parameter's `.grad`. Frozen parameters get
-    no gradient and no buffer. `accumulate_dtype` is the dtype of the sums, by default each parameter's own.
+    no gradient and no buffer.
+
+    Args:
+        linear: The projection, [rows, hidden] -> [rows, vocab].
+        parameters: Those of `linear` that are trained, by name.
+        accumulate_dtype: Of the sums; None is each parameter's own.
     """
 
     def __init__(self, linear: nn.Module, parameters: dict[str, torch.Tensor], accumulate_dtype: torch.dtype | None):
@@ -31,9 +36,16 @@ class Head:
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
     def call(self, function: Callable | None, x: torch.Tensor, *arguments: object, record: bool = False) -> object:
-        """`linear(x)`, or `function(x, linear, *arguments)`, with `record` recorded by autograd.
+        """Call the head, or a function with it.
 
-        x: (rows, hidden).
+        Args:
+            function: Called as `function(x, linear, *arguments)`; None for `linear(x)`.
+            x: [rows, hidden].
+            arguments: Of the function.
+            record: Whether autograd records the call.
+
+        Returns:
+            What `linear` or the function returns.
         """
         with torch.set_grad_enabled(record), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
@@ -57,15 +69,26 @@ class Head:
         return logits, logits.detach() if _forgets(logits) else logits.detach().clone()
 
     def backward(self, outputs, gradients, x, others, into=None, live=None) -> list[torch.Tensor | None]:
-        """Gradients of x (None if it requires none) and `others`; those of the parameters are added to their sums.
+        """Differentiate what a call returned; gradients of the parameters are added to their sums.
 
-        `into`, shaped like x, may be overwritten: the first product that gives a gradient of that shape goes there, so
-        the gradient of x need not be copied to where it belongs. `live`, a 0-dim bool: where it is False the outputs do
-        not count and all gradients are zero, even if NaN.
+        Args:
+            outputs: Tensors with a graph that `call` or `project` made.
+            gradients: The upstream gradient of each; None for 1.
+            x: [rows, hidden], what the head was called with.
+            others: Further leaves.
+            into: [rows, hidden], which may be overwritten: the first product that gives a gradient of that shape goes
+                there, so that the gradient of x need not be copied to where it belongs.
+            live: [] bool; where it is False the outputs do not count and all gradients are zero, even if NaN.
+
+        Returns:
+            The gradients of x (None if it requires none) and of `others`.
         """
         inputs = [x] * x.requires_grad + [*others, *self.leaves.values()]
         self._mode.live, self._mode.into = live, into
-        found = list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
+        try:
+            found = list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
+        finally:
+            self._mode.live = self._mode.into = None
         if live is not None:
             found = [g if g is None else torch.where(live, g, 0) for g in found]
         if not x.requires_grad:
@@ -76,7 +99,7 @@ class Head:
         return found[: 1 + len(others)]
 
     def results(self, parameters: list[torch.Tensor], scaled: bool) -> list[tuple]:
-        """The summed gradients with their scales, None where a parameter was never used: see `Sum.result`."""
+        """The summed gradients of `parameters` with their scales, None where one was never used: see `Sum.result`."""
         return [total.result(parameter, scaled) for total, parameter in zip(self.sums, parameters, strict=True)]
 
 

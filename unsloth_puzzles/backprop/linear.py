@@ -10,6 +10,7 @@ from unsloth_puzzles.backprop.call import Operands, check_all_labels, prepare
 from unsloth_puzzles.backprop.checks import check_inputs
 from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.rowwise import row_by_row
+from unsloth_puzzles.backprop.saved_tensors import no_saved_tensor_hooks
 from unsloth_puzzles.backprop.scale import scale_in_place
 from unsloth_puzzles.backprop.trial import try_function
 
@@ -79,9 +80,16 @@ def memory_efficient_linear(
     not.
     """
     options = Options(
-        reduction, function_takes, normalizer, ignore_index, chunk_size, accumulate_dtype, compile, check_additive,
-        keep_logits,
-    )  # fmt: skip
+        reduction=reduction,
+        function_takes=function_takes,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        accumulate_dtype=accumulate_dtype,
+        compile=compile,
+        check_additive=check_additive,
+        keep_logits=keep_logits,
+    )
     return MemoryEfficientLinear.apply(hidden_states, linear, labels, forward_function, options, row_args, shared_args)
 
 
@@ -98,7 +106,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
     @torch.compiler.disable(reason="it loops over chunks and calls autograd; its function is compiled by compile=True")
     def apply(cls, X, linear, labels, forward_function, options=None, row_args=(), shared_args=()):
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError("memory_efficient_linear: torch.func transforms (grad, vmap, jvp) are not supported")
+            raise RuntimeError("hidden_states must be plain, got a tensor of torch.func (grad, vmap, jvp)")
         options = options or Options()
         check_inputs(X, linear, labels, forward_function, row_args, shared_args)
         if labels is None and options.counts_labels:
@@ -121,7 +129,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
     @torch.compiler.disable  # Dynamo calls the forward of an autograd function itself, past `apply`
     def forward(ctx, call, X, *tensors):
         ctx.set_materialize_grads(False)
-        loss, gradients, missing = additive_loss(call)
+        with no_saved_tensor_hooks():
+            loss, gradients, missing = additive_loss(call)
         (of_x, scale), of_arguments = gradients.results(X.shape[:-1], call.arguments, scaled=True)
         of_parameters = call.head.results(tensors[: len(call.head.leaves)], scaled=True)
         found = [(of_x, scale), *of_parameters, *of_arguments]
@@ -132,7 +141,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         if torch.is_grad_enabled():  # once_differentiable lets a gradient pass as a constant if the upstream one is
-            raise RuntimeError("memory_efficient_linear: its gradient has no derivative (create_graph=True)")
+            raise RuntimeError("create_graph must be False, got True: the gradient has no derivative")
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         # A graph that is kept may be walked again: then what was saved has to stay what it is.

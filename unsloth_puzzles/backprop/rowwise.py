@@ -16,10 +16,11 @@ from unsloth_puzzles.backprop.heads import Head
 from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.results import check_leaves, check_rows
 from unsloth_puzzles.backprop.rng import RandomStates
+from unsloth_puzzles.backprop.saved_tensors import no_saved_tensor_hooks
 
 
 @dataclass
-class Kept:
+class KeptLogits:
     """What the backward needs of the forward.
 
     Attributes:
@@ -32,9 +33,9 @@ class Kept:
     head: Head | None = None
     chunks: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def take(self) -> "Kept":
+    def take(self) -> "KeptLogits":
         """All of it, of which only the states stay here."""
-        taken = Kept(self.states, self.head, self.chunks)
+        taken = KeptLogits(self.states, self.head, self.chunks)
         self.head, self.chunks = None, {}
         return taken
 
@@ -89,17 +90,17 @@ class _RowByRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         if torch.is_grad_enabled():
-            raise RuntimeError("memory_efficient_linear: its gradient has no derivative (create_graph=True)")
+            raise RuntimeError("create_graph must be False, got True: the gradient has no derivative")
         linear, function, options, operands, constants, wanted, autocast = ctx.again
         X, labels, *saved = ctx.saved_tensors
         # zip ends with `constants`: what was saved behind are the frozen parameters
         tensors = tuple(other if given is None else given for given, other in zip(saved, constants, strict=False))
         # A graph that is kept may be walked again: then what the forward kept has to stay.
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        kept = Kept(ctx.kept.states) if retained else ctx.kept.take()
+        kept = KeptLogits(ctx.kept.states) if retained else ctx.kept.take()
         leading = X.dim() - 1
         upstream = [None if u is None else u.reshape(-1, *u.shape[leading:]) for u in upstream]  # [rows, *]
-        with torch.autocast(**autocast):
+        with torch.autocast(**autocast), no_saved_tensor_hooks():
             call = prepare(X, linear, labels, function, options, operands, tensors, wanted, kept.head)
             gradients = row_gradients(call, upstream, kept)
         (of_x, _), of_arguments = gradients.results(X.shape[:-1], call.arguments, scaled=False)
@@ -107,9 +108,9 @@ class _RowByRow(torch.autograd.Function):
         return None, None, of_x, None, *(gradient for gradient, _ in [*of_parameters, *of_arguments])
 
 
-def row_results(call: Call) -> tuple[list[torch.Tensor], Kept]:
+def row_results(call: Call) -> tuple[list[torch.Tensor], KeptLogits]:
     """The results [rows, ...] of the function over all chunks."""
-    kept = Kept(RandomStates(call.x.device))
+    kept = KeptLogits(RandomStates(call.x.device))
     first_kept = _first_kept(call)
     whole: list[torch.Tensor] = []
     for i, (start, stop) in enumerate(call.spans or [(0, 0)]):
@@ -131,7 +132,7 @@ def row_results(call: Call) -> tuple[list[torch.Tensor], Kept]:
     return whole, kept
 
 
-def row_gradients(call: Call, upstream: list[torch.Tensor | None], kept: Kept) -> Gradients:
+def row_gradients(call: Call, upstream: list[torch.Tensor | None], kept: KeptLogits) -> Gradients:
     """Upstream gradients, [rows, ...] or None for each result, times the Jacobian."""
     gradients = Gradients(call.x if call.needs_x else None, call.arguments)
     if all(slope is None for slope in upstream):
@@ -146,9 +147,9 @@ def row_gradients(call: Call, upstream: list[torch.Tensor | None], kept: Kept) -
             arguments = call.arguments.cut(slice(start, stop))
             chunk = chunk or (call.leaf(start, stop),)
             if call.options.function_takes == "logits":
-                _through_logits(call, chunk, arguments, slopes, gradients, start)
+                _rows_by_logits(call, chunk, arguments, slopes, gradients, start)
             else:
-                _through_head(call, chunk, arguments, slopes, gradients, start)
+                _rows_by_head(call, chunk, arguments, slopes, gradients, start)
     return gradients
 
 
@@ -158,7 +159,7 @@ def _results(call: Call, x: torch.Tensor, arguments: Arguments) -> tuple[torch.T
     return call.function.rows(call.head.project(x, call.vocab_size)[1], arguments)
 
 
-def _through_logits(call: Call, chunk: tuple, arguments: Arguments, slopes, gradients: Gradients, start: int) -> None:
+def _rows_by_logits(call: Call, chunk: tuple, arguments: Arguments, slopes, gradients: Gradients, start: int) -> None:
     """One chunk of a function of logits; the gradient overwrites the logits."""
     x, *projected = chunk
     logits, over = projected or call.head.project(x, call.vocab_size, record=True)  # [chunk, vocab], same memory
@@ -168,7 +169,7 @@ def _through_logits(call: Call, chunk: tuple, arguments: Arguments, slopes, grad
         gradients.add_x(start, call.head.backward(logits, over, x, [], into)[0], len(x))
 
 
-def _through_head(call: Call, chunk: tuple, arguments: Arguments, slopes, gradients: Gradients, start: int) -> None:
+def _rows_by_head(call: Call, chunk: tuple, arguments: Arguments, slopes, gradients: Gradients, start: int) -> None:
     """One chunk of a function that projects it itself."""
     (x,), leaves = chunk, arguments.leaves()
     results = as_tuple(call.head.call(call.user_function, x, arguments.labels, *leaves, record=True))

@@ -16,6 +16,10 @@ class Sum:
     Hoelder's inequality no entry of G^T X is larger than the largest column sum of |G| times the largest |X|. So
     thousands of rows that pull one way do not overflow, whose mean would fit. The scale stays on the device: nothing
     waits for it.
+
+    Args:
+        tensor: Whose gradient it is, of any shape.
+        dtype: Of the sum, for a matrix.
     """
 
     def __init__(self, tensor: torch.Tensor, dtype: torch.dtype):
@@ -35,7 +39,12 @@ class Sum:
             self.total += gradient
 
     def add_product(self, gradient: torch.Tensor, x: torch.Tensor) -> None:
-        """Add gradient^T x. gradient: (rows, out), x: (rows, in), of one dtype."""
+        """Add gradient^T x.
+
+        Args:
+            gradient: [rows, out].
+            x: [rows, in], of the same dtype.
+        """
         if self.scale is not None:
             columns = torch.linalg.vector_norm(gradient, 1, dim=0, dtype=torch.float32)  # [out]
             self._make_room(_largest(columns) * _largest(x))
@@ -59,10 +68,14 @@ class Sum:
                 torch.mm(block, x, out=self.total[rows]) if first else self.total[rows].addmm_(block, x)
 
     def result(self, tensor: torch.Tensor, scaled: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The sum, in the dtype that the gradient of `tensor` must have, and the power of two that it is multiplied by.
+        """The sum in the dtype that the gradient of `tensor` must have, and the power of two that it is multiplied by.
 
-        That is a 0-dim tensor, or None for 1. `scaled` False: always None, and a sum that does not fit is infinite.
-        The sum itself is None if nothing was added.
+        Args:
+            tensor: Whose gradient it is.
+            scaled: Whether there may be such a power. If not, a sum that does not fit is infinite.
+
+        Returns:
+            The sum, None if nothing was added; and the power, [], None for 1.
         """
         if self.total is None:
             return None, None

@@ -107,7 +107,7 @@ class PatchedLoss:
         self._previous = vars(causal_lm).get(self._name)
         self._forward = MethodType(_make_forward(self, type(causal_lm).forward, self._previous), causal_lm)
         setattr(causal_lm, self._name, self._forward)
-        causal_lm._memory_efficient_loss = self
+        causal_lm._memory_efficient_loss = True  # said to whoever would patch it again
 
     def undo(self) -> None:
         """Give the model its own loss back, also where another library has wrapped its forward since."""

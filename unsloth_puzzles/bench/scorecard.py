@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas
 
 from unsloth_puzzles.bench import markdown
+from unsloth_puzzles.bench.criterion import Condition, Criterion
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.bench.rubric import FILES, RUBRIC, TITLES, Condition, Criterion
+from unsloth_puzzles.bench.rubric import FILES, RUBRIC, TITLES
 
 MET, PARTLY_MET, NOT_MET, NOT_MEASURED = "met", "partly met", "not met", "not measured here"
 

@@ -86,6 +86,8 @@ def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tenso
         raise ValueError(f"args must be the hidden states alone, got {len(others)} more; pass them by keyword")
     if not torch.is_grad_enabled():
         return run(hidden_states)
+    if store.closed:  # a copy of the model, made before undo
+        return checkpoint(run, hidden_states, use_reentrant=False)
     if hooked(layer):
         text = "has hooks; meanwhile torch.utils.checkpoint checkpoints it, and its inputs are not offloaded"
         warnings.warn(f"hooks: {type(layer).__name__} {text}", stacklevel=2)

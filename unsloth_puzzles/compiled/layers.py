@@ -72,8 +72,8 @@ def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Mask):
             raise ValueError(
-                f"attention_mask must be 2-D (padding at the ends of rows) or left to position_ids, got a "
-                f"{type(mask).__name__} that is not"
+                f"attention_mask must be 2-D (padding at the ends of rows) or left to position_ids, got "
+                f"{type(mask).__name__}"
             )
         check_lengths(mask, kwargs)
         kwargs = {name: given for name, given in kwargs.items() if name not in unused}

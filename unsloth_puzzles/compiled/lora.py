@@ -82,7 +82,7 @@ def plain_adapter(layer: LoraLayer) -> str | None:
 def takes_low_rank(layer: LoraLayer, x: torch.Tensor) -> bool:
     """Whether x A' may be computed outside of `layer`: its one adapter is plain, has no dropout before A, and computes
     in the dtype of x."""
-    name = plain_adapter(layer)
+    name = plain_adapter(layer) if isinstance(layer, LoraLayer) else None  # PEFT may have unloaded its adapters
     if name is None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
         return False
     return torch.is_autocast_enabled(x.device.type) or layer.lora_A[name].weight.dtype == x.dtype

@@ -16,17 +16,17 @@ class Store:
     def __init__(self, offload: bool):
         self.offload, self.closed, self._waiting = offload, False, []
 
-    def put(self, tensor: torch.Tensor) -> "Kept":
+    def put(self, tensor: torch.Tensor) -> "OffloadedTensor":
         """Keep `tensor`; the one that was put before it starts its way to the CPU."""
         while self._waiting and self._waiting[-1]() is None:
             self._waiting.pop()
         if self._waiting and self.offload:
             self._waiting[-1]().leave()
-        kept = Kept(tensor.detach())
+        kept = OffloadedTensor(tensor.detach())
         self._waiting.append(weakref.ref(kept))  # a graph that is dropped takes its own with it
         return kept
 
-    def take(self, kept: "Kept") -> torch.Tensor:
+    def take(self, kept: "OffloadedTensor") -> torch.Tensor:
         """The tensor; RuntimeError if it has been taken."""
         tensor = kept.take()
         self._waiting = [other for other in self._waiting if other() not in (None, kept)]
@@ -35,7 +35,7 @@ class Store:
         return tensor
 
 
-class Kept:
+class OffloadedTensor:
     """A tensor on the GPU or, since it had to leave, in pinned memory."""
 
     def __init__(self, tensor: torch.Tensor):

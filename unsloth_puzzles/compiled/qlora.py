@@ -4,9 +4,9 @@
         trainer.train()
 
 One compiled function serves all layers, whatever the length of a batch: sizes that vary are marked, attention takes its
-mask from tensors, and NF4 weights come out of A's operator. Calls that differ in more than
-numbers (gradients or not, the kind of mask) have functions of their own, so that none is compiled again for a reason
-that could have been foreseen.
+mask from tensors, and NF4 weights come out of A's operator. Calls that differ in more than numbers (gradients or not,
+the kind of mask) have functions of their own, so that none is compiled again for a reason that could have been
+foreseen.
 
 Modules change only by their class, which is exchanged for a subclass:
 

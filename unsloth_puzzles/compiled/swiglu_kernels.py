@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from unsloth_puzzles.nf4.build import INTERPRETED
 from unsloth_puzzles.nf4.kernel import round_bfloat16
-from unsloth_puzzles.nf4.launch import INTERPRETED
 
 # 16 elements a thread: no spills from sm_75 on. H200: forward 0.84, backward 0.78 of the copy bandwidth; more tiles a
 # program, which then reads A and B once for all of them, are no faster.

@@ -100,9 +100,9 @@ def test_the_floor_does_no_more_flops_and_takes_no_more_memory_than_predicted(ro
 
 def test_the_floor_needs_rows_and_a_product_that_adds_to_float32():
     case = make_case(dataclasses.replace(SMALL, dtype=torch.bfloat16), "cpu")
-    with pytest.raises(ValueError, match="rows: got 0"):
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         gemm_floor(case.hidden_states, case.weight, 0)
-    with pytest.raises(ValueError, match=r"accumulate_dtype: got torch\.float32 for torch\.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"accumulate_dtype must be torch\.bfloat16 on cpu.*got torch\.float32"):
         gemm_floor(case.hidden_states, case.weight, 8, accumulate_dtype=torch.float32)
     gemm_floor(case.hidden_states, case.weight, 8, accumulate_dtype=torch.float32, train_head=False)()
 

@@ -206,7 +206,7 @@ def test_failed_run_is_kept_as_its_reason_and_the_others_go_on(tmp_path, monkeyp
 def test_timeout_keeps_the_runs_that_are_finished(monkeypatch):
     def killed(module, *arguments, timeout, env, show):
         out = next(each for each in arguments if each.startswith("--out=")).removeprefix("--out=")
-        llama_curve._write(llama_curve.Path(out), {"full": {STANDARD: {"losses": [1.0]}}})
+        llama_curve.write_json(llama_curve.Path(out), {"full": {STANDARD: {"losses": [1.0]}}})
         raise llama_curve.child.ChildError(f"{module} took longer than {timeout:.0f} s", "")
 
     monkeypatch.setattr(llama_curve.child, "run", killed)
@@ -267,7 +267,7 @@ def test_modes_side_by_side_have_a_process_each(monkeypatch):
 def test_modes_one_after_the_other_share_a_process(monkeypatch):
     def started(module, out, *settings, timeout, env, show):
         asked.append((settings, timeout))
-        llama_curve._write(llama_curve.Path(out.removeprefix("--out=")), {"qlora": {OURS: {"losses": [1.0]}}})
+        llama_curve.write_json(llama_curve.Path(out.removeprefix("--out=")), {"qlora": {OURS: {"losses": [1.0]}}})
 
     asked = []
     monkeypatch.setattr(llama_curve.child, "run", started)

@@ -21,5 +21,5 @@ def test_batches_and_bad_input():
     rows = list(Batches(3, 30, packed=True))
     assert [row["input_ids"].shape for row in rows] == [(2, n) for n in Batches(3, 30).lengths]
     assert (rows[0]["position_ids"] == 0).sum() == 4 and "position_ids" not in next(iter(Batches(3, 30)))
-    with pytest.raises(ValueError, match=r"^candidate: got 'fast', need one of 'eager', 'compiled'"):
+    with pytest.raises(ValueError, match=r"^candidate must be one of 'eager', 'compiled', got 'fast'"):
         measure("fast")
