@@ -401,7 +401,7 @@ def test_process_settings_are_restored_in_any_order():
 
 def test_four_dimensional_mask_is_refused():
     model = make_model()
-    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask must be 2-D .* got a Tensor"):
+    with compile_qlora(model), pytest.raises(ValueError, match=r"^attention_mask must be 2-D .* got Tensor"):
         model(**batch(9), attention_mask=torch.zeros(2, 1, 9, 9))
 
 
