@@ -47,6 +47,7 @@ def measure(path: str | os.PathLike, hardware: Hardware, *, quick: bool = False)
     else:
         for tool, count in errors.items():
             found.add("sanitizer_errors", tool, count, "errors")
+        found.save()
     fitting = 0.7 * hardware.memory_gib * 2**30 / BYTES_PER_WEIGHT
     shapes = [shape for shape in MATRICES + SQUARES if shape[0] * shape[1] < fitting]
     peer = measure_unsloth(shapes, ROUNDS) if hardware.device == "cuda" else "Unsloth's kernels need a GPU"

@@ -14,8 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
-from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
-from unsloth_puzzles.fsdp2.shard import check_uniform, embeddings
+from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, embeddings, float32_adapters
 
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,9 +46,7 @@ def fsdp2_arguments(
     """
     if state_dict_type not in _STATE_DICTS:
         raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
-    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
-        raise ValueError("model must be packed by pack_nf4, got no packed layer")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_packed(model)
     if offload:
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
     config = {
@@ -57,7 +54,7 @@ def fsdp2_arguments(
         "cpu_offload": offload,
         "reshard_after_forward": reshard_after_forward,
         "state_dict_type": state_dict_type,
-        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in base.base_model.layers}),
+        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in base_of(model).base_model.layers}),
         "cpu_ram_efficient_loading": False,  # looks for Params4bit, which a packed model no longer has
     }
     return {"fsdp": True, "fsdp_config": config}
@@ -87,12 +84,9 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
         raise ValueError("torch_compile must be False, got True: it breaks at FSDP2's hooks; use compile_qlora")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    float32_adapters(trainer.model)
     check_uniform(trainer.model)
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if not shard_embeddings:
-        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-        plugin.ignored_modules = embeddings(base)
+        plugin.ignored_modules = embeddings(base_of(trainer.model))

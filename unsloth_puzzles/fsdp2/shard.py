@@ -39,10 +39,9 @@ def shard_qlora(
     Raises:
         ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group.
     """
-    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
-        raise ValueError("model must be packed by pack_nf4, got no packed layer")
+    check_packed(model)
     check_uniform(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
     options = {
         "mesh": mesh,
@@ -62,6 +61,24 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
     found = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights: set[int] = set()
     return [one for one in found if one is not None and not (id(one.weight) in weights or weights.add(id(one.weight)))]
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_packed(model: nn.Module) -> None:
+    """Raise ValueError if `pack_nf4` has packed no layer of the model."""
+    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
+        raise ValueError("model must be packed by pack_nf4, got no packed layer")
+
+
+def float32_adapters(model: nn.Module) -> None:
+    """Make what is trained float32: TRL casts adapters to bfloat16, also on GPUs without it."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def check_uniform(model: nn.Module) -> None:

@@ -33,17 +33,18 @@ from trl import SFTConfig, SFTTrainer
 from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.device import capability
+from unsloth_puzzles.fsdp2.flags import DTYPES, parser
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.shard import float32_adapters
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 SEED = 3407
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if options.rows % world:
         raise ValueError(f"--rows must be divisible by the {world} ranks, got {options.rows}")
@@ -129,9 +130,7 @@ def make_trainer(
     rows = rows_of(tokenizer, options.length)
     log = StepLog(options.log_file, options.rows * options.length * options.accumulate)
     trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[log])
-    for parameter in trainer.model.parameters():  # TRL casts adapters to bfloat16, also on GPUs without it
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    float32_adapters(trainer.model)
     if world > 1:
         prepare_trainer(trainer, shard_embeddings=options.shard_embeddings)
     return trainer
@@ -201,35 +200,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if capability(device) >= 80 else torch.float16
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="QLoRA on one GPU, or on several with FSDP2.")
-    # No flag may begin one of torchrun's (--log-dir, --role, ...), which would take it for its own.
-    parser.add_argument("--model", required=True, help="of the hub, or a folder")
-    parser.add_argument("--layers", type=int, help="random weights, and this many layers of the architecture")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=2, help="of a step, of all ranks together")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--lora-rank", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="on one GPU")
-    for flag, default, text in (
-        ("compile", True, "decoder layers, norm and loss by compile_qlora"),
-        ("checkpointing", True, "compute activations again in the backward"),
-        ("reshard", True, "free gathered weights after the forward"),
-        ("offload", False, "keep shards and optimizer states in CPU memory"),
-        ("shard-embeddings", False, "shard embedding and head as well"),
-    ):
-        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=default, help=text)
-    parser.add_argument("--output", help="a folder for the adapters and checkpoints")
-    parser.add_argument("--save-steps", type=int, help="a checkpoint every so many steps")
-    parser.add_argument("--state-dict", choices=("FULL_STATE_DICT", "SHARDED_STATE_DICT"), default="FULL_STATE_DICT")
-    parser.add_argument("--resume", help="a checkpoint folder of this script")
-    parser.add_argument("--log-file", help="a file for a line of JSON a step")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""The command line of the training script."""
+
+import argparse
+
+import torch
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `unsloth_puzzles.fsdp2.train`."""
+    made = argparse.ArgumentParser(description="QLoRA on one GPU, or on several with FSDP2.")
+    # No flag may begin one of torchrun's (--log-dir, --role, ...), which would take it for its own.
+    made.add_argument("--model", required=True, help="of the hub, or a folder")
+    made.add_argument("--layers", type=int, help="random weights, and this many layers of the architecture")
+    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--rows", type=int, default=2, help="of a step, of all ranks together")
+    made.add_argument("--length", type=int, default=512, help="tokens of a row")
+    made.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    made.add_argument("--learning-rate", type=float, default=2e-4)
+    made.add_argument("--lora-rank", type=int, default=16, help="rank of the adapters")
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    made.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="on one GPU")
+    for flag, default, text in (
+        ("compile", True, "decoder layers, norm and loss by compile_qlora"),
+        ("checkpointing", True, "compute activations again in the backward"),
+        ("reshard", True, "free gathered weights after the forward"),
+        ("offload", False, "keep shards and optimizer states in CPU memory"),
+        ("shard-embeddings", False, "shard embedding and head as well"),
+    ):
+        made.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=default, help=text)
+    made.add_argument("--output", help="a folder for the adapters and checkpoints")
+    made.add_argument("--save-steps", type=int, help="a checkpoint every so many steps")
+    made.add_argument("--state-dict", choices=("FULL_STATE_DICT", "SHARDED_STATE_DICT"), default="FULL_STATE_DICT")
+    made.add_argument("--resume", help="a checkpoint folder of this script")
+    made.add_argument("--log-file", help="a file for a line of JSON a step")
+    return made
