@@ -122,9 +122,9 @@ from matplotlib.colors import to_rgb
 from benchmarks.compiled import steps as qlora_steps
 from benchmarks.compiled.model import qlora_model
 from unsloth_puzzles.attention import BACKENDS, attention, backend_table
+from unsloth_puzzles.bench.compilations import Capture, Counts, count_compilations
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.compiled.count import Capture, Counts, count_compilations
 from unsloth_puzzles.device import capability
 
 DEVICE = hardware.device

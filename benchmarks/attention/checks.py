@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.models import SEED
 from unsloth_puzzles.attention import BACKENDS, attention
-from unsloth_puzzles.compiled.count import Counts, count_compilations
+from unsloth_puzzles.bench.compilations import Counts, count_compilations
 from unsloth_puzzles.device import capability
 
 REQUESTS = {

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.compiled.clock import free_pinned, kernels_of, milliseconds, now, pinned_gib
 from benchmarks.compiled.model import qlora_model, renew, text_batch
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.record import write_json
-from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 CANDIDATES = ("eager", "compiled")

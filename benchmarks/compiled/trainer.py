@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from benchmarks.compiled.model import qlora_model, renew, text_batch
 from benchmarks.compiled.steps import CANDIDATES, run
 from benchmarks.models import SEED
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 AFTERWARDS = 3  # packed batches, and batches of the evaluation

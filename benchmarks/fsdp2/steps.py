@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
 from benchmarks.models import random_nf4_llama
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4

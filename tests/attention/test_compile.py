@@ -16,7 +16,7 @@ from unsloth_puzzles.attention import attention
 from unsloth_puzzles.attention.blocks import Blocks
 from unsloth_puzzles.attention.flex import _flex
 from unsloth_puzzles.attention.pattern import Pattern
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LENGTHS = (300, 17, 2, 128, 129, 64, 511, 256)

@@ -8,7 +8,7 @@ from tests.attention.conftest import draw, draw_documents, make_batch
 from tests.attention.test_interface import REFUSED, REQUESTS, request
 from unsloth_puzzles.attention import BACKENDS, attention
 from unsloth_puzzles.attention.pattern import Pattern, dense_mask
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 
 pytestmark = pytest.mark.gpu
 KERNELS = ("flash", "flex", "xformers", "sdpa")

@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from tests.compiled.models import nf4_llama, traced_only
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.checks import KINDS
-from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
 

@@ -7,7 +7,7 @@ from peft import prepare_model_for_kbit_training
 
 from tests.compiled.models import nf4_llama, with_adapters
 from unsloth_puzzles.attention import BACKENDS
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
 

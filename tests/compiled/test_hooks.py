@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch.nn.modules import module as torch_module
 
 from tests.compiled.models import nf4_llama, traced_only, with_adapters
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.hooks import hooked, hooked_below
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit

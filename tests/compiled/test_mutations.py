@@ -94,13 +94,6 @@ MUTATIONS = {
         "qlora.py", "fuse_swiglu(found, eager_rounding)", "fuse_swiglu(found, False)",
         "test_qlora.py::test_eager_rounding_reaches_every_step",
     ),
-    "backwards not counted": mutation(
-        "count.py", "one.backward += sum(backward)", "one.backward += 0",
-        "test_count.py::test_backward_is_counted_beside_forward[True]",
-    ),
-    "graph breaks not counted": mutation(
-        "count.py", "if count > breaks.get(reason, 0)", "if False", "test_count.py::test_graph_breaks_are_counted"
-    ),
     "weights stay plain": mutation(
         "plain_params4bit.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",
         "test_plain_params4bit.py::test_types_are_exchanged_and_restored",

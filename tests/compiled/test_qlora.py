@@ -15,8 +15,8 @@ from transformers import masking_utils
 
 from benchmarks.models import random_llama, tiny_llama_config
 from tests.compiled.models import BACKENDS, compiled_by, nf4_llama, with_adapters
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled import layers, qlora, variants
-from unsloth_puzzles.compiled.count import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
 

@@ -10,7 +10,7 @@ from peft.utils import load_peft_weights
 from transformers import Trainer, TrainingArguments
 
 from tests.compiled.models import BACKENDS, compiled_by, nf4_llama, with_adapters
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.qlora import compile_qlora
 
 LENGTHS = (40, 24, 17, 31, 9, 26)  # two batches a step, the second of them packed

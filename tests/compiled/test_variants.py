@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unsloth_puzzles.compiled.count import count_compilations
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.compiled.variants import Variants
 
 

@@ -1,1 +1,1 @@
-"""QLoRA under torch.compile, and counts of what the compiler does."""
+"""QLoRA under torch.compile."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unsloth_puzzles.compiled.count import _captures, count_compilations
+from unsloth_puzzles.bench.compilations import _captures, count_compilations
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
