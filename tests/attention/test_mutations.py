@@ -1,16 +1,6 @@
 """The suite notices a broken mask: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
-
-from tests.mutants import (
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    by_tier,
-    mutation,
-    run_mutants,
-    selected,
-)
+from tests.mutants import mutation, mutation_tests
 
 DEFINITION = "test_pattern.py::test_dense_mask_equals_the_definition"
 INSIDE = "test_blocks.py::test_mask_inside_a_block_equals_the_dense_mask"
@@ -74,23 +64,10 @@ MUTATIONS = {
     ),
 }  # fmt: skip
 
-
 FAST = (  # bugs that others have made
     "window off by one",
     "documents leak into each other",
     "padding seen",
 )
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("attention", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_the_unmutated_copy_passes(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
-def test_mutation_is_caught(runs, name: str):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("attention", MUTATIONS, FAST)

@@ -1,17 +1,6 @@
 """The suite notices a broken op: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
-
-from tests.mutants import (
-    Mutation,
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    by_tier,
-    mutation,
-    run_mutants,
-    selected,
-)
+from tests.mutants import Mutation, mutation, mutation_tests
 
 MEAN, ROWS = (f"test_linear.py::test_unchecked[{name}]" for name in ("mean", "rows"))
 COUNT = "count = (labels != call.options.ignore_index).sum()"
@@ -134,7 +123,6 @@ MUTATIONS = {
     ),
 }  # fmt: skip
 
-
 FAST = (  # bugs that others have made
     "gradient times the number of chunks",
     "mean of the chunks' means",
@@ -143,16 +131,4 @@ FAST = (  # bugs that others have made
     "dW of the last chunk only",
 )
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("backprop", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_the_unmutated_copy_passes(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
-def test_mutation_is_caught(runs, name):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("backprop", MUTATIONS, FAST)

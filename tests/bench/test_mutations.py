@@ -1,17 +1,7 @@
 """The suite notices a broken count: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
+from tests.mutants import mutation, mutation_tests
 
-from tests.mutants import (
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    mutation,
-    run_mutants,
-    selected,
-)
-
-pytestmark = pytest.mark.slow
 MUTATIONS = {
     "backwards not counted": mutation(
         "compilations.py",
@@ -27,16 +17,4 @@ MUTATIONS = {
     ),
 }
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("bench", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_the_unmutated_copy_passes(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_is_caught(runs, name):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("bench", MUTATIONS)

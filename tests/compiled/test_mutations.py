@@ -1,16 +1,6 @@
 """The suite notices broken compilation: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
-
-from tests.mutants import (
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    by_tier,
-    mutation,
-    run_mutants,
-    selected,
-)
+from tests.mutants import mutation, mutation_tests
 
 SAME_BITS = "test_checkpoint.py::test_checkpointed_gradients_are_bit_identical"
 LENGTHS = "test_variants.py::test_lengths_and_modules_share_one_compiled_function"
@@ -108,7 +98,6 @@ MUTATIONS = {
     ),
 }  # fmt: skip
 
-
 FAST = (  # bugs that others have made
     "gradients of parameters dropped",
     "random state not restored",
@@ -116,16 +105,4 @@ FAST = (  # bugs that others have made
     "DoRA taken for plain LoRA",
 )
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("compiled", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_without_a_mutation_the_tests_pass(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
-def test_mutation_is_caught(runs, name: str):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("compiled", MUTATIONS, FAST)

@@ -1,16 +1,6 @@
 """The suite notices a broken byte stream: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
-
-from tests.mutants import (
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    by_tier,
-    mutation,
-    run_mutants,
-    selected,
-)
+from tests.mutants import mutation, mutation_tests
 
 NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
 HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
@@ -63,16 +53,4 @@ MUTATIONS = {
 }
 FAST = ("arithmetic on bytes", "the collective gets numbers", "absmax of the neighbour block")
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("fsdp2", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_the_unmutated_copy_passes(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
-def test_mutation_is_caught(runs, name):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("fsdp2", MUTATIONS, FAST)

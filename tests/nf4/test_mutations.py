@@ -1,16 +1,6 @@
 """The suite notices broken kernels: each mutation of a copy of the source makes the test named with it fail."""
 
-import pytest
-
-from tests.mutants import (
-    Run,
-    assert_caught,
-    assert_unmutated_passes,
-    by_tier,
-    mutation,
-    run_mutants,
-    selected,
-)
+from tests.mutants import mutation, mutation_tests
 
 WHOLE_AND_TAIL = "test_dequantize.py::test_whole_programs_and_odd_tails"
 MUTATIONS = {
@@ -57,7 +47,6 @@ MUTATIONS = {
     ),
 }
 
-
 FAST = (  # bugs that others have made
     "nibbles swapped",
     "offset dropped",
@@ -65,16 +54,4 @@ FAST = (  # bugs that others have made
     "contraction on",
 )
 
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    return run_mutants("nf4", selected(request, MUTATIONS), tmp_path_factory)
-
-
-def test_the_unmutated_copy_passes(runs):
-    assert_unmutated_passes(runs)
-
-
-@pytest.mark.parametrize("name", by_tier(MUTATIONS, FAST))
-def test_mutation_is_caught(runs, name):
-    assert_caught(runs, name)
+runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("nf4", MUTATIONS, FAST)
