@@ -120,6 +120,12 @@ else:
 # show: unsloth_puzzles/backprop/losses.py
 
 # %% [markdown]
+# Those that give a number per row, for policy gradients and preferences:
+
+# %%
+# show: unsloth_puzzles/backprop/log_probs.py
+
+# %% [markdown]
 # The rest of `unsloth_puzzles/backprop/` is in the set-up: the size of a chunk (`chunks.py`; "auto" asks the machine
 # how many FLOPs it does while it moves a byte), refusals, random numbers, arithmetic in place, the loss under
 # transformers' and TRL's trainers, and GRPO. The baselines are in `benchmarks/backprop/`.

@@ -43,7 +43,7 @@ def chunk_rows(
     bytes_per_logit: float | None = None,
     hidden_size: int = 4096,
 ) -> int:
-    """Rows of a chunk, from `chunk_size`: a number of rows, bytes of logits such as "256MiB", or "auto".
+    """Rows of a chunk.
 
     "auto" is four times the machine's balance (FLOPs it does while it moves a byte). A chunk of R rows does 6 R FLOPs
     per weight and moves 8 bytes per weight that a bigger chunk would not have moved again: W is read for the logits and
@@ -51,11 +51,20 @@ def chunk_rows(
     it hides behind the arithmetic, and the matrix products reach 94 to 96 % of their full rate (904 rows, H200). With
     hidden states narrower than 4096 there are more rows in proportion, since dX (rows x hidden) has to be large enough
     to occupy all multiprocessors (2048: 88 % of the full rate at 904 rows, 95 % at 1800), and with a vocabulary so
-    small that the host could not keep up. Never more than a quarter of the free memory, at `bytes_per_logit` (default:
-    the logit itself). The same answer for the same arguments, so a run's memory does not depend on its history, and
-    nothing waits for the device. The op then makes the chunks of a call even (`even_rows`).
+    small that the host could not keep up. Never more than a quarter of the free memory. The same answer for the same
+    arguments, so a run's memory does not depend on its history, and nothing waits for the device. The op then makes the
+    chunks of a call even (`even_rows`).
 
-    Raises ValueError or TypeError, naming `chunk_size`, for anything else.
+    Args:
+        chunk_size: Rows, bytes of logits such as "256MiB", or "auto".
+        vocab_size: Columns of the logits.
+        dtype: Of the logits.
+        device: Where they are made.
+        bytes_per_logit: Of a chunk's logits and temporaries, for "auto"; None counts the logits alone.
+        hidden_size: Columns of the hidden states, for "auto".
+
+    Raises:
+        ValueError, TypeError: `chunk_size` is something else, or less than one row.
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     if chunk_size == "auto":
@@ -80,8 +89,15 @@ def even_rows(rows: int, of: int) -> int:
     """`rows` of a chunk, changed a little so that `of` rows make chunks of about one size.
 
     16384 rows in chunks of 904 would leave a nineteenth of 112, which costs three or four products and does the work of
-    an eighth of one; 18 chunks of 920 do not. At most 5 % (and 15 rows) more than `rows`; fewer than 256, which is
-    what little memory leaves, stay as they are.
+    an eighth of one; 18 chunks of 920 do not. Fewer rows than 256, which is what little memory leaves, stay as they
+    are.
+
+    Args:
+        rows: Of a chunk.
+        of: All rows.
+
+    Returns:
+        At most 5 % and 15 rows more than `rows`.
     """
     if of == 0 or rows < _LEAST:
         return rows
@@ -89,7 +105,14 @@ def even_rows(rows: int, of: int) -> int:
 
 
 def kept_bytes(keep_logits: int | str) -> int:
-    """`keep_logits` in bytes: an int, or a text such as "1GiB". Raises ValueError or TypeError that names it."""
+    """The bytes that `keep_logits` says.
+
+    Args:
+        keep_logits: Bytes, an int or a text such as "1GiB".
+
+    Raises:
+        ValueError, TypeError: It is something else, or negative.
+    """
     size = _bytes(keep_logits) if isinstance(keep_logits, str) else keep_logits
     if not isinstance(size, int | None) or isinstance(size, bool):
         raise TypeError(f"keep_logits must be bytes, an int or a text such as '1GiB', got {keep_logits!r}")

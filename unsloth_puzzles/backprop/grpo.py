@@ -24,7 +24,8 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.losses import soft_cap, token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.losses import soft_cap
 from unsloth_puzzles.backprop.probe import logit_transform
 
 TRL = (1, 16)
@@ -32,14 +33,19 @@ IGNORED = -100  # the label that counts nothing, for every function of `losses`
 
 
 class MemoryEfficientGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` (the same arguments), in which no more logits exist than one chunk's.
+    """`trl.GRPOTrainer`, in which no more logits exist than one chunk's.
 
-    `chunk_size` and `accumulate_dtype` are `memory_efficient_linear`'s; `compile` too, where None stands for True on a
-    GPU and False elsewhere; `keep_logits` too, where None stands for three times the head's own memory, which is what
-    its gradient and Adam's two moments take together. Temperature, soft cap (`final_logit_softcapping`), the logit
-    multipliers of the architectures and the auxiliary loss of mixtures of experts are honoured. At construction the
-    model is tried (see `logit_transform`), so an unknown scaling is refused, not overlooked.
-    Entropies cost nothing in the backward unless there is an entropy bonus: without one nobody asks for their gradient.
+    Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the architectures and the auxiliary loss
+    of mixtures of experts are honoured. At construction the model is tried (see `logit_transform`), so an unknown
+    scaling is refused, not overlooked. Entropies cost nothing in the backward unless there is an entropy bonus: without
+    one nobody asks for their gradient.
+
+    Args:
+        *args: Those of `trl.GRPOTrainer`, as `**kwargs`.
+        chunk_size: See `memory_efficient_linear`, as for the next three.
+        compile: None stands for True on a GPU and False elsewhere.
+        accumulate_dtype: In which the gradient of the head's weight is summed.
+        keep_logits: Bytes of logits that are kept for the backward; None stands for `default_keep_logits`.
 
     Raises:
         RuntimeError: another TRL than 1.16.
@@ -81,8 +87,13 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL reads: (batch, length - 1) float32 log-probabilities of each next token and entropies (None for the
-    reference model), 0 where the label is -100, and the auxiliary loss."""
+    """What TRL reads of a model's output.
+
+    Attributes:
+        log_probs: [batch, length - 1] float32, of each next token, in nats; 0 where the label is -100.
+        entropy: The same of entropies; None for the reference model.
+        aux_loss: The auxiliary loss of a mixture of experts, 0-dim, or None.
+    """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -98,13 +109,32 @@ def row_scores(
     cap: float | None,
     with_entropy: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and, `with_entropy`, entropies, each (rows,), of logits (rows, vocabulary) from the head."""
+    """Log-probabilities and perhaps entropies from the head's logits: the function that is run on each chunk.
+
+    Args:
+        logits: [rows, vocab], a floating dtype.
+        labels: [rows] integers, -100 where a row does not count.
+        temperature: By which the logits are divided, after scale and cap.
+        scale: By which they are multiplied.
+        cap: Of `soft_cap` after that; None without.
+        with_entropy: Whether entropies are wanted.
+
+    Returns:
+        Log-probabilities [rows] in nats, float32 or wider; `with_entropy` a pair of these and entropies.
+    """
     z = _scaled(logits, scale, cap)
     return (token_log_probs_and_entropy if with_entropy else token_log_probs)(z, labels, temperature)
 
 
 def default_keep_logits(head: nn.Module) -> int:
-    """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise."""
+    """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise.
+
+    Args:
+        head: The projection to the vocabulary.
+
+    Returns:
+        Three times the memory of its parameters: what their gradients and Adam's two moments take together.
+    """
     return 3 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from unsloth_puzzles.backprop.losses import token_log_probs, token_log_probs_and_entropy
+from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.probe import transform
 
 
@@ -31,17 +31,42 @@ class PerTokenOutput(ModelOutput):
 
 
 def transformed(loss, scale, cap, logits, labels):
+    """A loss of the logits that the model makes of its head's.
+
+    Args:
+        loss: `loss(logits, labels)`.
+        scale: See `transform`, as for `cap`.
+        logits: [rows, vocab] from the head, a floating dtype.
+        labels: [rows] integers.
+
+    Returns:
+        What `loss` returns.
+    """
     return loss(transform(logits, scale, cap), labels)
 
 
 def token_predictions(scale, cap, logits, labels):
-    """Likeliest class and the label's log-probability, row by row."""
+    """Likeliest class and the label's log-probability, row by row.
+
+    Args:
+        scale, cap, logits, labels: As for `transformed`.
+
+    Returns:
+        [rows] int64 and [rows] in nats, float32 or wider, 0 where there is no label.
+    """
     logits = transform(logits, scale, cap)
     return logits.argmax(-1), token_log_probs(logits, labels)
 
 
 def token_statistics(scale, cap, logits, labels):
-    """The label's log-probability, with a gradient, and for the metrics entropy and whether the label is likeliest."""
+    """The label's log-probability, with a gradient, and for the metrics entropy and whether the label is likeliest.
+
+    Args:
+        scale, cap, logits, labels: As for `transformed`.
+
+    Returns:
+        Two [rows] in nats, float32 or wider, 0 where there is no label, and [rows] bool.
+    """
     logits = transform(logits, scale, cap)
     entropies = token_log_probs_and_entropy(logits.detach(), labels)[1]
     return token_log_probs(logits, labels), entropies, logits.detach().argmax(-1) == labels

@@ -12,11 +12,18 @@ _PIECE = 2**22  # values at a time where Triton does not run: a float32 temporar
 
 
 def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiply `tensor` (contiguous, any floating dtype) by `factor` (0-dim) and return it.
+    """Multiply a tensor by a scalar that is on its device.
 
     The product is formed in float32 (float64 for float64) and rounded once. `Tensor.mul_` would round the factor to
     the tensor's dtype first: 1/3 in bfloat16 is 0.3340. On a GPU the kernel reads the factor itself, so nothing waits
     for the device, and returns at once when it is 1: a loss that is the root of the graph costs no pass over dW.
+
+    Args:
+        tensor: Contiguous, any floating dtype and shape; overwritten.
+        factor: 0-dim, a floating dtype, on the device of `tensor`.
+
+    Returns:
+        `tensor`.
     """
     if tensor.dtype == torch.float64 or not _triton_runs(tensor):
         exact = torch.promote_types(tensor.dtype, torch.float32)
@@ -32,11 +39,21 @@ def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def narrow_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` (contiguous float32) rounded to 16-bit `dtype`, in the first half of its own memory.
+    """Round a float32 tensor to 16 bits, in the first half of its own memory.
 
-    The result keeps the whole storage alive, and `tensor` must not be used afterwards. The values are converted in runs
-    of doubling length: the values [n, 2n) lie at bytes [4n, 8n) and go to [2n, 4n), which no later run reads and which
-    does not overlap them. So 2.0 GiB of float32 gradient become bfloat16 without another 1.0 GiB at the peak.
+    The values are converted in runs of doubling length: the values [n, 2n) lie at bytes [4n, 8n) and go to [2n, 4n),
+    which no later run reads and which does not overlap them. So 2.0 GiB of float32 gradient become bfloat16 without
+    another 1.0 GiB at the peak.
+
+    Args:
+        tensor: Contiguous float32, any shape; not to be used afterwards.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        A tensor of the same shape in `dtype`, which keeps the whole storage alive.
+
+    Raises:
+        ValueError: `tensor` is not float32, or `dtype` not of 16 bits.
     """
     if tensor.dtype != torch.float32 or dtype.itemsize != 2:
         raise ValueError(f"tensor must be float32, to be narrowed to a 16-bit dtype, got {tensor.dtype} and {dtype}")
