@@ -9,12 +9,13 @@ from torch import nn
 from unsloth_puzzles.backprop.arguments import Arguments, Reduction
 from unsloth_puzzles.backprop.checks import check_labels, features
 from unsloth_puzzles.backprop.chunks import chunk_spans
-from unsloth_puzzles.backprop.compiled import VerifiedFunction, compiled_function
+from unsloth_puzzles.backprop.compiled import CompiledFunction, VerifiedFunction, compiled_function
 from unsloth_puzzles.backprop.eager import BYTES_PER_LOGIT, EagerFunction
 from unsloth_puzzles.backprop.heads import Head
 from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.trust import is_new
 
+OnLogits = EagerFunction | CompiledFunction | VerifiedFunction  # of one interface, which the first describes
 _BYTES_PER_LOGIT_OF_A_WHOLE = 16  # a function that projects itself: a float32 copy, its softmax, both gradients
 
 
@@ -48,7 +49,7 @@ class Call:
     arguments: Arguments
     head: Head
     user_function: object
-    function: EagerFunction
+    function: OnLogits
     reduction: Reduction
     options: Options
     spans: list[tuple[int, int]]
@@ -120,7 +121,7 @@ def check_all_labels(call: Call) -> None:
     check_labels(call.arguments.labels, call.vocab_size, call.options.ignore_index)
 
 
-def _on_logits(function, reduction: Reduction, options: Options) -> EagerFunction:
+def _on_logits(function, reduction: Reduction, options: Options) -> OnLogits:
     if not options.compile:
         return EagerFunction(function, reduction)
     compiled = compiled_function(function, reduction)

@@ -53,8 +53,8 @@ class _Weak:
         return alive(*arguments) if self.of_class is None else self.of_class(alive, *arguments)
 
 
-class CompiledFunction(EagerFunction):
-    """The same, compiled by Inductor: value and gradient of a whole chunk in one pass over the logits.
+class CompiledFunction:
+    """As `EagerFunction`, compiled by Inductor: value and gradient of a whole chunk in one pass over the logits.
 
     On a GPU the compiled code writes the gradient over the logits itself (an input that it mutates). On the CPU it
     returns the gradient, since Inductor's outer-loop fusion there moves reads of an input behind its overwriting
@@ -62,7 +62,7 @@ class CompiledFunction(EagerFunction):
     """
 
     def __init__(self, function: Callable, reduction: Reduction):
-        super().__init__(function, reduction)
+        self.function, self.reduction = function, reduction
         self._compiled = {}
 
     def value(self, logits, arguments):
@@ -105,8 +105,8 @@ class CompiledFunction(EagerFunction):
         return self._compiled[key]
 
 
-class VerifiedFunction(EagerFunction):
-    """A compiled function whose first gradient is held, for a few rows, against eager mode's.
+class VerifiedFunction:
+    """As `CompiledFunction`, whose first gradient is held, for a few rows, against eager mode's.
 
     Args:
         compiled: What `compiled_function` returned.
@@ -115,8 +115,8 @@ class VerifiedFunction(EagerFunction):
     """
 
     def __init__(self, compiled: CompiledFunction, function: Callable, purpose: str):
-        super().__init__(function, compiled.reduction)
-        self._compiled, self._purpose, self._verified = compiled, purpose, False
+        self._compiled, self._eager = compiled, EagerFunction(function, compiled.reduction)
+        self._purpose, self._verified = purpose, False
 
     def value(self, logits, arguments):
         return self._compiled.value(logits, arguments)
@@ -128,7 +128,7 @@ class VerifiedFunction(EagerFunction):
         before = self._copy(logits)
         value = self._compiled.value_and_gradient(logits, arguments, scale, add)
         if before is not None:
-            super().value_and_gradient(before, arguments.cut(_FEW), scale, _drop)
+            self._eager.value_and_gradient(before, arguments.cut(_FEW), scale, _drop)
             self._compare(logits, before)
         return value
 
@@ -137,7 +137,7 @@ class VerifiedFunction(EagerFunction):
         self._compiled.rows_gradient(logits, arguments, upstream, add)
         if before is not None:
             few = tuple(None if slope is None else slope[_FEW] for slope in upstream)
-            super().rows_gradient(before, arguments.cut(_FEW), few, _drop)
+            self._eager.rows_gradient(before, arguments.cut(_FEW), few, _drop)
             self._compare(logits, before)
 
     def _copy(self, logits: torch.Tensor) -> torch.Tensor | None:
@@ -146,7 +146,7 @@ class VerifiedFunction(EagerFunction):
     def _compare(self, gradient: torch.Tensor, eager: torch.Tensor) -> None:
         self._verified = check_compiled(gradient[: len(eager)], eager)
         if self._verified:
-            trust(self.function, "compiled", self._purpose)
+            trust(self._eager.function, "compiled", self._purpose)
 
 
 def _drop(start, found) -> None:
