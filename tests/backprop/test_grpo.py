@@ -268,6 +268,30 @@ def test_compiled_function(tmp_path, pairs):
     assert_same(step(compiled, inputs), step(theirs, inputs), TIGHT[torch.float32])
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_undo_gives_trls_head_back(tmp_path, monkeypatch, wrapped):
+    llama().save_pretrained(tmp_path / "model")  # from where TRL takes the reference model
+    ours, theirs = (
+        trainer_of(make, LlamaForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path), beta=0.1)
+        for make in (Ours, GRPOTrainer)
+    )
+    models = ours.model, ours.ref_model
+    of_ours = [model.forward for model in models]
+    if wrapped:
+        for model, forward in zip(models, of_ours, strict=True):
+            model.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)
+    ours.undo()
+    ours.undo()
+    assert wrapped or not any(model.forward is forward for model, forward in zip(models, of_ours, strict=True))
+    monkeypatch.delattr(grpo, "memory_efficient_linear")  # nobody may call it now
+    inputs = batch()
+    assert_same(step(ours, inputs), step(theirs, inputs), TIGHT[torch.float32])
+    ids = inputs["prompt_ids"]
+    mine, right = (each.ref_model(ids, labels=ids, fused_lm_head=True).log_probs for each in (ours, theirs))
+    assert (mine - right).norm() <= TIGHT[torch.float32] * right.norm()
+    assert ours.model(ids).logits.shape == (SEQUENCES, PROMPT, VOCAB)
+
+
 # ---------------------------------------------------------------------------------------------------- limits
 
 

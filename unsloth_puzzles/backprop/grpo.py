@@ -13,6 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +81,18 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
         }
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        _install(policy, self.temperature, True, options)
-        if self.ref_model is not None:
-            _install(self.ref_model, self.temperature, False, options)
+        with ExitStack() as undoing:
+            undoing.callback(_install(policy, self.temperature, True, options))
+            if self.ref_model is not None:
+                undoing.callback(_install(self.ref_model, self.temperature, False, options))
+            self._undoing = undoing.pop_all()
+
+    def undo(self) -> None:
+        """Give the models TRL's own head back, also where another library has wrapped their forward since.
+
+        A second time does nothing.
+        """
+        self._undoing.close()
 
 
 @dataclass
@@ -138,26 +148,34 @@ def default_keep_logits(head: nn.Module) -> int:
     return 3 * sum(weight.numel() * weight.element_size() for weight in head.parameters())
 
 
-def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> None:
-    """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`."""
+def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> Callable[[], None]:
+    """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`; returns the undo."""
     if model.base_model is model:
         raise ValueError(f"model must have a backbone (`base_model`) apart from the head, got {type(model).__name__}")
     scale, cap = logit_transform(model, of_loss=False) or (1.0, None)
     # One object for the whole training: compiled code belongs to it.
     scores = functools.partial(row_scores, temperature=temperature, scale=scale, cap=cap, with_entropy=with_entropy)
-    before = model.forward
+    before, active = model.forward, True  # TRL's, which knows `fused_lm_head`
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self, *args, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs):
-        if not fused_lm_head:
-            return before(*args, **(kwargs if labels is None else {**kwargs, "labels": labels}))
+        if not (active and fused_lm_head):
+            kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
+            return before(*args, fused_lm_head=fused_lm_head, **kwargs)
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False})  # looked up now: PEFT and DDP come later
         head = self.get_output_embeddings()
         log_probs, entropies = _next_tokens(scores, outputs.last_hidden_state, head, labels, options)
         aux_loss = _aux_loss(self, outputs, kwargs) if kwargs.get("output_router_logits") else None
         return TokenScores(log_probs=log_probs, entropy=entropies, aux_loss=aux_loss)
 
-    model.forward = types.MethodType(forward, model)
+    def undo() -> None:
+        nonlocal active
+        active = False  # so a forward that somebody has wrapped passes everything on
+        if vars(model).get("forward") is installed:
+            model.forward = before
+
+    model.forward = installed = types.MethodType(forward, model)
+    return undo
 
 
 def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module, labels: torch.Tensor, options: dict):
