@@ -25,11 +25,11 @@ MUTATIONS = {
         f"{SAME_BITS}[enable_grad-0.0]",
     ),
     "random state not restored": mutation(
-        "checkpoint.py", "_restored(ctx.random_state,", "_restored((),", f"{SAME_BITS}[enable_grad-0.4]"
+        "checkpoint.py", "_as_before(ctx.random_states)", "_as_before(None)", f"{SAME_BITS}[enable_grad-0.4]"
     ),
     "the backward moves the generator on": mutation(
-        "checkpoint.py", "with torch.random.fork_rng(devices=[device] if device.type == \"cuda\" else []):",
-        "with contextlib.nullcontext():", f"{SAME_BITS}[enable_grad-0.4]",
+        "../backprop/rng.py", "with torch.random.fork_rng(devices=self._gpus()):", "if True:",
+        f"{SAME_BITS}[enable_grad-0.4]",
     ),
     "autocast forgotten in the backward": mutation(
         "checkpoint.py", "ctx.autocast(),", "contextlib.nullcontext(),", f"{SAME_BITS}[autocast-0.0]"

@@ -9,7 +9,7 @@ copying 32 MiB (8192 tokens, hidden size 2048, 16 bits) takes less than a millis
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.compiled.offload import Store
 from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
@@ -122,10 +123,10 @@ class _Checkpoint(torch.autograd.Function):
         ctx.autocast = _autocast(hidden_states.device.type)
         ctx.state = _state(layer, parameters)
         ctx.kept = store.put(hidden_states)
-        before = _random_state(hidden_states.device)
+        states = RandomStates(hidden_states.device)
+        states.record("forward")
         output = run(hidden_states)
-        drawn = not all(map(torch.equal, before, _random_state(hidden_states.device)))
-        ctx.random_state = before if drawn else ()
+        ctx.random_states = states if states.moved("forward") else None
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"layer must return a tensor to be checkpointed, got a {type(output).__name__}")
         return output
@@ -144,7 +145,7 @@ class _Checkpoint(torch.autograd.Function):
             )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
-        with torch.enable_grad(), ctx.autocast(), _restored(ctx.random_state, hidden_states.device):
+        with torch.enable_grad(), ctx.autocast(), _as_before(ctx.random_states):
             output = ctx.run(hidden_states)
         inputs = (hidden_states, *ctx.parameters)
         reached, given = _leaves(output), set(map(id, inputs))
@@ -195,19 +196,12 @@ def _autocast(kind: str) -> Callable:
     )
 
 
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    """The states of the generators that a layer on `device` may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
 @contextlib.contextmanager
-def _restored(states: list[torch.Tensor], device: torch.device):
+def _as_before(states: RandomStates | None) -> Iterator[None]:
     """The generators as they were before the forward, if it has drawn any numbers."""
-    if not states:
+    if states is None:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, device)
+    with states.replay() as at:
+        at("forward")
         yield
