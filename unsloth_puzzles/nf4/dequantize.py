@@ -1,7 +1,7 @@
 """bitsandbytes NF4 -> float16, bfloat16 or float32: one kernel launch, one allocation, the same bits.
 
-    dequantize_nf4    finds the packed tensor and its state, and recalls the launch of a weight that was checked before
-    dequantize        else checks the weight, prepares its launch and remembers it
+    dequantize_nf4    finds the packed tensor and its state
+    dequantize        recalls the launch of a weight that was checked before; else checks, prepares and remembers it
     Launch.run        allocates the result and enqueues the kernel
 
 In traced code (torch.compile, dispatch modes) the operator `unsloth_puzzles::dequantize_nf4` stands for the last step.
@@ -44,11 +44,7 @@ def dequantize_nf4(weight, quant_state=None, *, out: torch.Tensor | None = None)
         result = result if out is None else out.copy_(result)
         return result.t() if packed.shape[0] == 1 else result
     with DisableTorchFunctionSubclass():  # else Params4bit sends each attribute and method through Python
-        launch = recall(packed, state) if out is None else None
-        if launch is not None:  # never of a row
-            return launch.run()
-        result = dequantize(packed, state, out=out)
-        return result.t() if packed.shape[0] == 1 else result
+        return dequantize(packed, state, out=out, transpose_row=True)
 
 
 def is_traced(packed: torch.Tensor) -> bool:
@@ -61,28 +57,35 @@ def is_traced(packed: torch.Tensor) -> bool:
     )
 
 
-def dequantize(packed: torch.Tensor, state, dtype: torch.dtype | None = None, out=None) -> torch.Tensor:
-    """Check a weight and de-quantise it, outside of traced code.
+def dequantize(
+    packed: torch.Tensor, state, dtype: torch.dtype | None = None, out=None, *, transpose_row: bool = False
+) -> torch.Tensor:
+    """De-quantise a weight, outside of traced code: by the launch that is remembered, or else checked.
 
     Args:
         packed: the packed tensor, however it lies; torch functions of its class must be disabled.
         state: its `QuantState`.
         dtype: of the result; None for the state's.
         out: where to write, None for a new tensor.
+        transpose_row: whether the weight of a packed row is handed out transposed, as bitsandbytes does.
 
     Returns:
-        The weight, `state.shape` in `dtype`, never transposed.
+        The weight, `state.shape` in `dtype`.
     """
+    launch = recall(packed, state, dtype) if out is None else None
+    if launch is not None:  # never of a row
+        return launch.run()
     check(packed, state)
     if out is None:
         launch = prepare(nf4_weight(packed, state, dtype))
         remember(launch, packed, state)
-        return launch.run()
-    _check_out(out, packed, state)
-    prepare(nf4_weight(packed, state), out).run(out)
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # or a backward that saved `out` would not notice the write
-    return out
+        out = launch.run()
+    else:
+        _check_out(out, packed, state)
+        prepare(nf4_weight(packed, state), out).run(out)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # or a backward that saved `out` would not notice the write
+    return out.t() if transpose_row and packed.shape[0] == 1 else out
 
 
 def _check_out(out, packed: torch.Tensor, state) -> None:

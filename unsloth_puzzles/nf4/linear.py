@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from unsloth_puzzles.nf4.cache import is_remembered, recall
+from unsloth_puzzles.nf4.cache import is_remembered
 from unsloth_puzzles.nf4.dequantize import dequantize, is_traced
 from unsloth_puzzles.nf4.launch import prepare
 from unsloth_puzzles.nf4.state import NF4Weight, check, nf4_weight, resolve
@@ -110,8 +110,7 @@ def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = 
     """
     if not is_traced(packed):
         with torch._C.DisableTorchFunctionSubclass():
-            launch = recall(packed, state, dtype)
-            return dequantize(packed, state, dtype) if launch is None else launch.run()
+            return dequantize(packed, state, dtype)
     weight = nf4_weight(packed, state, dtype)
     if again_for is None:
         return torch.ops.unsloth_puzzles.dequantize_nf4(*weight)
