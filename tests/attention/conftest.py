@@ -8,7 +8,8 @@ from unsloth_puzzles.attention.pattern import Batch, Pattern, number_documents
 
 def make_batch(length, q_length=None, *, documents=None, size=2, dtype=torch.float32, **changed):
     options = {"heads": 4, "kv_heads": 2, "head_size": 16, "device": torch.device("cpu"), **changed}
-    return Batch(size, q_length or length, length, dtype=dtype, documents=documents, **options)
+    lengths = {"q_length": q_length or length, "kv_length": length}
+    return Batch(size=size, **lengths, dtype=dtype, documents=documents, **options)
 
 
 def draw_documents(length, share, size=2, seed=0):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, masking_utils
 
+from tests.attention.conftest import make_batch
 from unsloth_puzzles.attention import masks
 from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
 from unsloth_puzzles.attention.model_mask import ModelMask
 from unsloth_puzzles.attention.models import make_mask, register
-from unsloth_puzzles.attention.pattern import Batch, dense_mask
+from unsloth_puzzles.attention.pattern import dense_mask
 
 ROWS = 2
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -20,7 +21,7 @@ def seen(mask_function, lengths, attention_mask=None):
     """(batch, q_length, kv_length) as we read it."""
     pattern, documents = read(mask_function, lengths, attention_mask)
     size = (lengths.batch_size, lengths.q_length, lengths.kv_length)
-    found = dense_mask(pattern, Batch(*size, 1, 1, 16, torch.float32, torch.device("cpu"), documents))
+    found = dense_mask(pattern, make_batch(size[2], size[1], size=size[0], documents=documents))
     return torch.ones(size, dtype=torch.bool) if found is None else found.expand(size[0], 1, *size[1:])[:, 0]
 
 

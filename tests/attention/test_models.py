@@ -16,9 +16,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from tests.attention.conftest import make_batch
 from unsloth_puzzles.attention import BACKENDS, flex
 from unsloth_puzzles.attention.models import NAME, attention_forward, implementation, make_mask, register
-from unsloth_puzzles.attention.pattern import Batch, Pattern
+from unsloth_puzzles.attention.pattern import Pattern
 
 NAMES = register()
 SMALL = {
@@ -180,7 +181,7 @@ def test_packing_by_lengths_without_position_ids_is_refused():
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_tiles_of_flex_attention_fit_a_t4(monkeypatch, head_size, dtype):
-    batch = Batch(2, 8, 8, 4, 2, head_size, dtype, torch.device("cuda"))
+    batch = make_batch(8, head_size=head_size, dtype=dtype, device=torch.device("cuda"))
     monkeypatch.setattr(flex, "capability", lambda device: 75)
     if (head_size, dtype) == (256, torch.float32):  # 16 rows of it are too many
         assert "shared memory" in BACKENDS["flex"].refuses(Pattern(), batch)
@@ -198,8 +199,8 @@ def test_tiles_of_large_float32_heads_fit_newer_gpus(monkeypatch, head_size, val
     monkeypatch.setattr(flex, "capability", lambda device: 80)
 
     def options(dtype):
-        given = Batch(2, 8, 8, 4, 2, head_size, dtype, torch.device("cuda"), value_head_size=value_size)
-        return flex.kernel_options(given)
+        changed = {"head_size": head_size, "value_head_size": value_size, "device": torch.device("cuda")}
+        return flex.kernel_options(make_batch(8, dtype=dtype, **changed))
 
     tiles = options(torch.float32)
     assert {tiles[name] for name in flex._TILES} == {16} and tiles["num_stages"] == 1

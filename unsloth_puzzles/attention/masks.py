@@ -157,6 +157,8 @@ def check() -> None:
     """
     ids, padding = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), torch.tensor([1])
     window = masking_utils.sliding_window_causal_mask_function(3)
+    sizes = {"size": 1, "q_length": 6, "kv_length": 8, "heads": 1, "kv_heads": 1, "head_size": 8}
+    sizes |= {"dtype": torch.float32, "device": torch.device("cpu")}
     for name, function in {
         "causal_mask_function": masking_utils.causal_mask_function,
         "bidirectional_mask_function": masking_utils.bidirectional_mask_function,
@@ -167,7 +169,7 @@ def check() -> None:
     }.items():
         lengths = Lengths(1, 6, 8, 2, 0)
         pattern, documents = read(function, lengths, None)
-        seen = dense_mask(pattern, Batch(1, 6, 8, 1, 1, 8, torch.float32, torch.device("cpu"), documents))
+        seen = dense_mask(pattern, Batch(documents=documents, **sizes))
         seen = torch.ones(1, 1, 6, 8, dtype=torch.bool) if seen is None else seen
         theirs = masking_utils.sdpa_mask(1, 6, 8, 2, 0, mask_function=function, allow_is_causal_skip=False)
         if not torch.equal(seen.expand(1, 1, 6, 8), theirs):

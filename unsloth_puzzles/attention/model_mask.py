@@ -85,9 +85,18 @@ class ModelMask(Mask):
         kind = (*sizes, dtype, gradients)
         if kind not in self._prepared:
             batch = Batch(
-                lengths.batch_size, lengths.q_length, lengths.kv_length, heads, kv_heads, head_size, dtype, device,
-                self._documents, gradients, value_size,
-            )  # fmt: skip
+                size=lengths.batch_size,
+                q_length=lengths.q_length,
+                kv_length=lengths.kv_length,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_size=head_size,
+                dtype=dtype,
+                device=device,
+                documents=self._documents,
+                gradients=gradients,
+                value_head_size=value_size,
+            )
             self._prepared[kind] = prepare(self.pattern, batch, self._name, fullgraph=self._name == "auto")
         return self._prepared[kind]
 

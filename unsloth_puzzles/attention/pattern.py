@@ -35,7 +35,7 @@ class Pattern:
             raise ValueError(f"soft_cap must be a number above 0 or None, got {self.soft_cap!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one batch looks like to attention; the queries are the last `q_length` of the `kv_length` positions.
 
@@ -79,10 +79,20 @@ class Batch:
     def of(cls, query, key, value, documents: torch.Tensor | None = None, *, gradients: bool) -> "Batch":
         """The batch of query [batch, heads, q_length, head size], key and value [batch, key heads, kv_length, size]."""
         size, heads, q_length, head_size = query.shape
+        _, kv_heads, kv_length, _ = key.shape
         return cls(
-            size, q_length, key.shape[2], heads, key.shape[1], head_size, query.dtype, query.device, documents,
-            gradients, value.shape[3],
-        )  # fmt: skip
+            size=size,
+            q_length=q_length,
+            kv_length=kv_length,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            dtype=query.dtype,
+            device=query.device,
+            documents=documents,
+            gradients=gradients,
+            value_head_size=value.shape[3],
+        )
 
     @property
     def offset(self) -> int:
