@@ -82,7 +82,7 @@ MUTATIONS = {
     ),
     "eager mode's roundings not asked of the MLP": mutation(
         "qlora.py", "fuse_swiglu(found, eager_rounding)", "fuse_swiglu(found, False)",
-        "test_qlora.py::test_eager_rounding_reaches_every_step",
+        "test_qlora_steps.py::test_eager_rounding_reaches_every_step",
     ),
     "weights stay plain": mutation(
         "plain_params4bit.py", "(weight, PlainParams4bit)", "(weight, Params4bit)",

@@ -1,52 +1,20 @@
 """A tiny model that bitsandbytes has quantised, compiled: few graphs, the same losses and gradients, and all undone."""
 
-import json
 import warnings
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model_state_dict, prepare_model_for_kbit_training
 from peft.tuners.lora.bnb import Linear4bit
-from torch._functorch import config as functorch_config
-from torch.fx.experimental import _config as fx_config
 from transformers import masking_utils
 
-from benchmarks.models import random_llama, tiny_llama_config
 from tests.compiled.models import BACKENDS, compiled_by, nf4_llama, with_adapters
+from tests.compiled.training_step import LENGTHS, assert_same, batch, make_model, step
 from unsloth_puzzles.bench.compilations import count_compilations
-from unsloth_puzzles.compiled import layers, qlora, variants
+from unsloth_puzzles.compiled import variants
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
-
-LENGTHS = (24, 17, 40, 9)
-
-
-def make_model(**checkpointing):
-    model = with_adapters(nf4_llama())
-    if checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
-        model.enable_input_require_grads()
-    return model
-
-
-def batch(length):
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(64, (2, length), generator=generator)
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(length) < length // 4, -100)}
-
-
-def step(model, length):
-    model.zero_grad()
-    loss = model(**batch(length)).loss
-    loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def assert_same(found, expected):
-    assert (found[0] - expected[0]).abs() <= 2e-6 * expected[0].abs()
-    assert (found[1] - expected[1]).norm() <= 5e-6 * expected[1].norm()
 
 
 @pytest.fixture(scope="module")
@@ -137,123 +105,6 @@ def test_gradient_checkpointing_matches_uncompiled_model(backend):
     assert {type(layer) for layer in model.get_base_model().model.layers} == {kind}
 
 
-def test_reentrant_checkpointing_warns():
-    model = make_model(use_reentrant=True)
-    with pytest.warns(UserWarning, match=r"^use_reentrant: was True"):
-        compile_qlora(model).undo()
-
-
-def test_bad_arguments_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"^model must be a PreTrainedModel, .* got a Linear"):
-        compile_qlora(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none"):
-        compile_qlora(nf4_llama())
-    with pytest.raises(ValueError, match=r"^model must have bitsandbytes Linear4bit layers"):
-        compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
-    model = make_model()
-    for budget in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=r"^activation_memory_budget must be a number above 0, at most 1, got"):
-            compile_qlora(model, activation_memory_budget=budget)
-    hooked = make_model()
-    add_hook_to_module(hooked.get_base_model().model.layers[1], ModelHook())
-    with pytest.raises(ValueError, match=r"^model must be on one GPU, got layers with accelerate's hooks"):
-        compile_qlora(hooked)
-    with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
-        compile_qlora(torch.nn.DataParallel(model))
-    before, classes = model.get_base_model().config._attn_implementation, [type(module) for module in model.modules()]
-    for backend in ("fast", "xformers"):
-        with pytest.raises(ValueError, match=rf"^attention must be one of 'auto', 'flash', 'flex'.* got '{backend}'"):
-            compile_qlora(model, attention=backend)
-    assert model.get_base_model().config._attn_implementation == before
-    assert [type(module) for module in model.modules()] == classes
-
-
-def test_kv_cache_is_off_by_default_and_config_is_unchanged(tmp_path):
-    """Calls that do not pass `use_cache` have no cache. The config can be saved while the model is compiled."""
-    model, ids = make_model(), batch(7)["input_ids"]
-    config = model.get_base_model().config
-
-    @torch.compiler.set_stance("force_eager")
-    @torch.no_grad()
-    def has_cache():
-        calls = (model(ids), model(ids, use_cache=False), model(ids, use_cache=True))
-        return [call.past_key_values is not None for call in calls]
-
-    config.use_cache = True
-    with pytest.warns(UserWarning, match=r"^use_cache: False until undo"):
-        compiled = compile_qlora(model)
-    assert has_cache() == [False, False, True]
-    config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is config.use_cache is True
-    compiled.undo()
-    assert has_cache() == [True, False, True]
-    config.use_cache = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        compile_qlora(model).undo()
-
-
-def test_eager_rounding_reaches_every_step(monkeypatch):
-    model, asked = make_model(), []
-    undo = lambda: None  # noqa: E731
-    monkeypatch.setattr(qlora, "scale_low_rank", lambda model, rounding: asked.append(rounding) or undo)
-    monkeypatch.setattr(qlora, "fuse_swiglu", lambda model, rounding: asked.append(rounding) or undo)
-    made = lambda forward, name, options: asked.extend(  # noqa: E731
-        [options["emulate_precision_casts"], not options["epilogue_fusion"]]
-    )
-    monkeypatch.setattr(layers, "Variants", made)
-    for options, expected in (({}, True), ({"eager_rounding": False}, False)):
-        compile_qlora(model, **options).undo()
-        assert len(asked) >= 4 and set(asked) == {expected}
-        asked.clear()
-
-
-def test_steps_are_named_in_order_and_undone_in_reverse_order(monkeypatch):
-    model, undone = make_model(), []
-    monkeypatch.setattr(qlora, "scale_low_rank", lambda *_: lambda: undone.append("LoRA layers"))
-    monkeypatch.setattr(qlora, "fuse_swiglu", lambda *_: lambda: undone.append("gated MLPs"))
-    compiled = compile_qlora(model)
-    assert [name.partition(":")[0] for name in compiled.steps] == [
-        "NF4 linears", "LoRA layers", "attentions", "gated MLPs", "NF4 weights", "causal LM", "backbone", "backbone",
-        "backbone", "process", "decoder layers", "final norm", "decoder layers",
-    ]  # fmt: skip
-    compiled.undo()
-    compiled.undo()
-    assert undone == ["gated MLPs", "LoRA layers"]
-
-
-def test_steps_before_one_that_fails_are_undone(monkeypatch):
-    model = make_model()
-    before = [type(one) for one in (*model.modules(), *model.parameters())]
-    budget, config = functorch_config.activation_memory_budget, model.get_base_model().config
-    attention = config._attn_implementation
-    monkeypatch.setattr(qlora, "checkpoint_inputs", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        compile_qlora(model, activation_memory_budget=0.7)
-    assert [type(one) for one in (*model.modules(), *model.parameters())] == before
-    assert (functorch_config.activation_memory_budget, config._attn_implementation) == (budget, attention)
-    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
-
-
-def test_exchanged_classes_are_those_of_the_table():
-    model = make_model()
-    parts = [*model.modules(), *model.parameters()]
-    before = [type(part) for part in parts]
-    with compile_qlora(model):
-        exchanged = {
-            (old, type(part).__name__) for old, part in zip(before, parts, strict=True) if type(part) is not old
-        }
-    assert {(old.__module__.partition(".")[0], old.__name__, new) for old, new in exchanged} == {
-        ("bitsandbytes", "Linear4bit", "Linear4bit"),
-        ("peft", "Linear4bit", "LowRankScaledLora"),
-        ("transformers", "LlamaAttention", "SharedInputLlamaAttention"),
-        ("transformers", "LlamaMLP", "FusedLlamaMLP"),
-        ("bitsandbytes", "Params4bit", "Params4bit"),
-        ("transformers", "LlamaDecoderLayer", "LlamaDecoderLayer"),
-        ("transformers", "LlamaRMSNorm", "CompiledLlamaRMSNorm"),
-    }
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_switching_autocast_recompiles_nothing(backend):
     """Adapters are not shared without autocast, where they compute in float32 under a model in bfloat16."""
@@ -313,19 +164,6 @@ def test_call_without_inputs_raises_transformers_error():
         model()
 
 
-def test_dropout_sets_activation_memory_budget_to_one():
-    """Below a budget of 1 the compiler may recompute random numbers, which are others then."""
-    model, budget = with_adapters(nf4_llama(), lora_dropout=0.5), functorch_config.activation_memory_budget
-    with pytest.warns(UserWarning, match=r"^activation_memory_budget: is 1\.0, not 0\.9"):
-        compiled = compile_qlora(model)
-    assert functorch_config.activation_memory_budget == 1.0
-    compiled.undo()
-    assert functorch_config.activation_memory_budget == budget
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        compile_qlora(model, activation_memory_budget=1.0).undo()
-
-
 def test_document_lengths_are_checked_and_dropped():
     model, given = make_model(), batch(16)
     packed = {**given, "position_ids": torch.cat([torch.arange(6), torch.arange(10)]).expand(2, -1)}
@@ -379,24 +217,6 @@ def test_compile_key_includes_adapters(monkeypatch):
             model(**batch(9))
     layers = [name for name in made if name.startswith("LlamaDecoderLayer")]
     assert len(layers) == 4  # two ranks under the first, the other, none
-
-
-def test_process_settings_are_restored_in_any_order():
-    def settings():
-        budget, duck_shape = functorch_config.activation_memory_budget, fx_config.use_duck_shape
-        return budget, duck_shape, torch._C._is_multithreading_enabled()
-
-    before, models = settings(), [make_model() for _ in range(3)]
-    first, second = (compile_qlora(model, activation_memory_budget=0.5) for model in models[:2])
-    with pytest.raises(ValueError, match=r"^activation_memory_budget must be 0\.5, that of a model .* got 0\.9"):
-        compile_qlora(models[2])
-    assert type(models[2].get_base_model().model.layers[0].mlp).__name__ == "LlamaMLP"
-    first.undo()
-    assert settings() == (0.5, False, False)
-    second.undo()
-    assert settings() == before
-    compile_qlora(models[2]).undo()
-    assert settings() == before
 
 
 def test_four_dimensional_mask_is_refused():

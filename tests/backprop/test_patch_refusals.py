@@ -1,0 +1,122 @@
+"""use_memory_efficient_loss: what it refuses, by name."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import CPTConfig, get_peft_model
+from transformers import (
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from benchmarks.models import tiny_llama_config
+from tests.backprop.patched import SMALL, arguments, batch, llama
+from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+
+
+def test_settings_of_the_loss_that_change_after_the_patch_are_refused():
+    model, given = llama(), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4).long()}
+    with use_memory_efficient_loss(model):
+        before = model(**given).loss
+        model.config.final_logit_softcapping = 2.0
+        with pytest.raises(ValueError, match=r"^final_logit_softcapping must be as when the model was patched"):
+            model(**given)
+        model.config.final_logit_softcapping = None
+        own, model.loss_function = model.loss_function, partial(F.cross_entropy, reduction="sum")
+        with pytest.raises(ValueError, match=r"^loss_function must be as when the model was patched"):
+            model(**given)
+        model.loss_function = own
+        assert torch.equal(model(**given).loss, before)
+
+
+def test_models_and_trainers_with_another_loss_are_refused(tmp_path):
+    small = {k: v for k, v in SMALL.items() if k != "head_dim"}
+    with pytest.raises(TypeError, match="must be a PreTrainedModel, a PEFT model or a Trainer, got Linear"):
+        use_memory_efficient_loss(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="a head on its backbone, got LlamaModel"):
+        use_memory_efficient_loss(LlamaModel(tiny_llama_config()))
+    with pytest.raises(TypeError, match="a head on its backbone, got LlamaForSequenceClassification"):
+        use_memory_efficient_loss(LlamaForSequenceClassification(tiny_llama_config()))
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    with pytest.raises(ValueError, match="got an encoder-decoder, T5ForConditionalGeneration"):
+        use_memory_efficient_loss(T5ForConditionalGeneration(t5))
+    other = llama()
+    other.loss_function = partial(F.cross_entropy, reduction="sum")
+    with pytest.raises(ValueError, match=r"loss_function must be ForCausalLMLoss, got .*cross_entropy.* of Llama"):
+        use_memory_efficient_loss(other)
+    minicpm = MiniCPM3Config(
+        **{**small, "num_key_value_heads": 2},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        dim_model_base=8,
+    )
+    with pytest.raises(ValueError, match=r"must do no more .* \(logits_scaling, final_logit_soft"):
+        use_memory_efficient_loss(MiniCPM3ForCausalLM(minicpm))
+    cpt = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1])
+    with pytest.raises(ValueError, match=r"got PEFT's CPT \('default'\), which needs logits"):
+        use_memory_efficient_loss(get_peft_model(llama(), cpt))
+    mixtral = MixtralForCausalLM(MixtralConfig(**small, num_local_experts=2, output_router_logits=False))
+    with use_memory_efficient_loss(mixtral), pytest.raises(ValueError, match="output_router_logits must be False"):
+        mixtral(**batch(), output_router_logits=True)
+    with use_memory_efficient_loss(mixtral):
+        mixtral.config.output_router_logits = True
+        with pytest.raises(ValueError, match="output_router_logits must be False"):
+            mixtral(**batch())
+        assert mixtral(**batch(), output_router_logits=False).loss > 0
+    with pytest.raises(ValueError, match="output_router_logits must be False"):
+        use_memory_efficient_loss(mixtral)
+    with use_memory_efficient_loss(other := llama()) as patch:
+        with pytest.raises(ValueError, match="must not be patched, got a LlamaForCausalLM"):
+            use_memory_efficient_loss(other)
+        with pytest.raises(ValueError, match="fused_lm_head must be None"):
+            other(**batch(), fused_lm_head=True)
+        for kept in (1, torch.tensor([0, 1])):
+            with pytest.raises(ValueError, match="logits_to_keep must be 0 with labels"):
+                other(**batch(), logits_to_keep=kept)
+        patch.undo()
+    smoothing = Trainer(llama(), arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must not be set, got .* needs the logits"):
+        use_memory_efficient_loss(smoothing)
+    custom = Trainer(llama(), arguments(tmp_path), compute_loss_func=lambda *_: 0)
+    with pytest.raises(ValueError, match=r"compute_loss_func must not be set, got .* needs the logits"):
+        use_memory_efficient_loss(custom)
+    metrics = Trainer(llama(), arguments(tmp_path), compute_metrics=lambda evaluated: {})
+    with pytest.raises(
+        ValueError,
+        match=r"compute_metrics must not be set, got .*needs the logits.* pass predictions=True, and compute_metr",
+    ):
+        use_memory_efficient_loss(metrics)
+    metrics = Trainer(llama(), arguments(tmp_path), preprocess_logits_for_metrics=lambda logits, labels: logits)
+    with pytest.raises(
+        ValueError,
+        match=r"preprocess_logits_for_metrics must not be set, got .*needs the logits.* take it away and pass pred",
+    ):
+        use_memory_efficient_loss(metrics, predictions=True)
+    with pytest.raises(ValueError, match=r"^model_init must be None.*make the Trainer with model=model_init\(\)"):
+        use_memory_efficient_loss(Trainer(args=arguments(tmp_path), model_init=lambda: llama()))
+
+
+def test_data_parallel_is_refused_by_name():
+    model = llama()
+    with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
+        use_memory_efficient_loss(torch.nn.DataParallel(model))
+    trainer = Trainer(model, TrainingArguments("unused", report_to=[], use_cpu=True))
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"^args\.n_gpu must be 1, got 2.*CUDA_VISIBLE_DEVICES"):
+        use_memory_efficient_loss(trainer)
+    trainer.args._n_gpu = 1
+    with use_memory_efficient_loss(trainer) as patch:
+        assert patch.active
