@@ -119,7 +119,7 @@ def assert_same(found, expected, bound):
 def test_every_peft_type_is_listed():
     names = {name.split(",")[0] for name in (*COMPILED, *REFUSED)} | set(NOT_OVER_NF4)
     assert names == {kind.name for kind in PeftType}
-    assert {name.split(",")[0] for name in COMPILED} | {"ADAPTION_PROMPT"} == {kind.name for kind in KINDS}
+    assert {name.split(",")[0] for name in COMPILED} == {kind.name for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", tiers([*COMPILED, *REFUSED]))
@@ -193,7 +193,6 @@ def assert_compiled_is_the_same(name, checkpointing, how, options):
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_adapters_are_refused_by_name(name):
     argument = {
-        "ADAPTION_PROMPT": "model must be patched before it is wrapped",
         "LORA, DoRA": "lora_variant must be .* got DoraLinearVariant",
         "LORA, activated": "lora_variant must be .* got ALoraLinearVariant",
         "LORA, layers used twice": "layer_replication",

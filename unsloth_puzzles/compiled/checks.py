@@ -16,7 +16,6 @@ from unsloth_puzzles.nf4.exchange import original_class
 KINDS = (
     PeftType.LORA,
     PeftType.ADALORA,
-    PeftType.ADAPTION_PROMPT,
     PeftType.BEFT,
     PeftType.BOFT,
     PeftType.C3A,
