@@ -1,44 +1,53 @@
 """What only a GPU shows: 16-bit storage loses bytes in FSDP2's copies, and the byte stream does not."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.fsdp2.corruption import CASES, FLOAT16, changed_by_copy
+from benchmarks.fsdp2.features import FEATURES, allowed, differences
+from benchmarks.fsdp2.ranks import start_ranks
+
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype, kept", [(torch.float16, False), (torch.bfloat16, False), (torch.uint8, True)])
 def test_foreach_copy_changes_nan_patterns_of_16_bit_floats(dtype, kept):
     """The cause of the corruption: this operator of PyTorch copies 16-bit floats by way of float32 on CUDA."""
-    source = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda").view(dtype)
-    target = torch.empty_like(source)
-    torch._foreach_copy_([target], [source])
-    assert torch.equal(target.view(torch.uint8), source.view(torch.uint8)) == kept
+    assert (changed_by_copy(dtype, "cuda") == 0) == kept
 
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
     out = tmp_path_factory.mktemp("bytes") / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("bytes_on_gpu.py")), str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_ranks("benchmarks.fsdp2.corruption", str(out), ranks=2, timeout=300)
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("case", ["byte stream", "byte stream, float16 policy", "byte stream, offloaded"])
+@pytest.mark.parametrize("case", [name for name in CASES if name != FLOAT16])
 def test_a_byte_stream_arrives_unchanged_on_both_ranks(changed, case):
-    assert [rank[case] for rank in changed] == [0, 0]
+    assert changed[case] == [0, 0]
 
 
 def test_float16_storage_is_corrupted_on_both_ranks(changed):
-    assert all(rank["float16 storage, float16 policy"] > 0 for rank in changed)
+    assert min(changed[FLOAT16]) > 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process and two ranks, which may share a GPU, write."""
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp("features") / "out.json"
+        start_ranks("benchmarks.fsdp2.features", str(out), ranks=ranks, timeout=400)
+        found.append(json.loads(out.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_on_a_gpu(runs, name):
+    one, two = runs
+    (loss, norm), (most, most_norm) = differences(name, two, one), allowed(name, one)
+    assert loss <= most and norm <= most_norm
+    assert two[name]["changed"] == 0 and two[name]["share"] == 0.5 and two[name]["reduced"] == ["torch.float32"]

@@ -6,7 +6,7 @@ NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
 HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
 MODEL = "test_pack.py::test_packed_model_has_the_same_losses_and_gradients"
 REFUSED = "test_pack.py::test_what_cannot_be_packed_is_refused"
-SHARDED = "test_sharding.py::test_gathering_changes_no_byte[plain]"
+SHARDED = "test_sharding.py::test_gathering_changes_no_byte[per-parameter sharding]"
 MUTATIONS = {
     "arithmetic on bytes": mutation("stream.py", "if func not in _MOVES:", "if False:", NUMBERS),
     "casts of bytes": mutation("stream.py", "not in (None, DTYPE):", "is Ellipsis:", NUMBERS),

@@ -1,0 +1,268 @@
+"""Each feature of FSDP2, on QLoRA of a small Llama: losses, gradient norms and bytes of two ranks beside one process.
+
+    python -m benchmarks.fsdp2.features OUT                                       one process
+    torchrun --nproc_per_node 2 -m benchmarks.fsdp2.features OUT                  two
+
+Every process draws the same weights, adapters and rows; a rank takes its share of the rows.
+"""
+
+import contextlib
+import math
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from benchmarks.fsdp2 import formula, ranks
+from benchmarks.fsdp2.ranks import RANK, WORLD
+from benchmarks.models import random_nf4_llama, tiny_llama_config
+from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.bench.record import write_json
+from unsloth_puzzles.fsdp2 import linear
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.shard import shard_qlora
+from unsloth_puzzles.fsdp2.stream import stream_of
+
+STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 17, 256
+OVERFLOWING = 1  # the step of "GradScaler" in which one rank's gradients hold an infinity
+FEATURES = {  # by name: options of `train`
+    "per-parameter sharding": {},
+    "gathered weights kept after the forward": {"reshard_after_forward": False},
+    "CPU offload": {"offload": True},
+    "activation checkpointing": {"checkpointing": True},
+    "embedding and head sharded": {"shard_embeddings": True},
+    "chunked loss, replicated head": {"chunked": True},
+    "chunked loss, sharded head": {"chunked": True, "shard_embeddings": True},
+    "layers compiled one by one": {"compiled": True},
+    "fused AdamW": {"fused": True},
+    "accumulation without communication": {"accumulation": 2},
+    "GradScaler, an infinity on one rank": {"scaler": True},
+    "mixed precision": {"mixed": True},
+    "all together": {
+        "offload": True, "checkpointing": True, "shard_embeddings": True, "chunked": True, "compiled": True,
+        "accumulation": 2,
+    },
+}  # fmt: skip
+PLAIN, SCALER, MIXED = "per-parameter sharding", "GradScaler, an infinity on one rank", "mixed precision"
+REGROUPED = "mixed precision, rows summed in another order"
+ALONE = {  # what one process runs; a feature that has no run of its own there must not change PLAIN's losses
+    PLAIN: {}, SCALER: {"scaler": True}, MIXED: {"mixed": True}, REGROUPED: {"mixed": True, "accumulation": 2}
+}  # fmt: skip
+LARGEST_DIFFERENCE = 1e-5  # of a loss, float32: two halves of a batch are summed in another order than the whole
+LARGEST_NORM_DIFFERENCE = 1e-4  # relative, of the gradients' norm
+
+
+def qlora(checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training."""
+    device = ranks.device()
+    torch.manual_seed(11)
+    model = random_nf4_llama(tiny_llama_config(VOCABULARY), device, dtype)
+    model.config.use_cache = False
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(12)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(device) * 0.1
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def train(
+    *,
+    checkpointing: bool = False,
+    chunked: bool = False,
+    compiled: bool = False,
+    accumulation: int = 1,
+    fused: bool = False,
+    scaler: bool = False,
+    mixed: bool = False,
+    **sharding: bool,
+) -> dict[str, object]:
+    """Train STEPS steps of ROWS rows, in one process without FSDP2, in several with it.
+
+    Args:
+        checkpointing: Compute activations again in the backward.
+        chunked: Compute the loss by `use_memory_efficient_loss`.
+        compiled: Compile each decoder layer's forward without a graph break, inside FSDP2's hooks.
+        accumulation: Micro-batches of a step; several ranks communicate gradients after the last one only.
+        fused: Use AdamW's fused kernel.
+        scaler: Use a GradScaler, and put an infinity into the last rank's gradients in step OVERFLOWING.
+        mixed: Compute in 16 bits (bfloat16, float16 below sm_80); reduce gradients in float32.
+        sharding: Options of `shard_qlora`.
+
+    Returns:
+        "losses" over all rows and "norms" of the gradients, by step; "scales" of the scaler. Of several ranks also
+        "share" of the 4-bit bytes that this rank holds, "changed" (bytes that a layer saw changed), "compared" (its
+        layers), "reduced" (dtypes in which gradients were reduced) and "scattered" (reduce-scatters by micro-batch).
+    """
+    dtype = _half() if mixed else None
+    model, watch = qlora(checkpointing, dtype or torch.float32), _Watch()
+    with contextlib.ExitStack() as stack:
+        if WORLD > 1:
+            pack_nf4(model)
+            watch.streams(model)
+        if chunked:
+            stack.enter_context(use_memory_efficient_loss(model, chunk_size=16))
+        if compiled:
+            backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+            for layer in model.get_base_model().model.layers:
+                layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=True)
+        if WORLD > 1:
+            shard_qlora(model, ranks.mesh(), param_dtype=dtype, **sharding)
+            if not compiled:
+                watch.layers(model)
+        found = _steps(model, watch, accumulation, fused, scaler, dtype)
+    return found | watch.found(model)
+
+
+def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: torch.dtype | None) -> dict:
+    device = ranks.device()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
+    scale = torch.amp.GradScaler(device.type, init_scale=8.0, growth_interval=100, enabled=scaler)
+    losses, norms, scales = [], [], []
+    for step in range(STEPS):
+        rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+        own, total = rows.chunk(WORLD)[RANK], 0.0
+        for number, batch in enumerate(own.to(device).chunk(accumulation), 1):
+            if WORLD > 1:
+                model.set_requires_gradient_sync(number == accumulation)
+            with watch.micro_batch(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = model(input_ids=batch, labels=batch).loss / accumulation
+                scale.scale(loss).backward()
+            total += loss.detach().float()
+        if scaler and step == OVERFLOWING and RANK == WORLD - 1:
+            gradient = trained[0].grad
+            (gradient.to_local() if WORLD > 1 else gradient).view(-1)[0] = math.inf
+        scale.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        scale.step(optimizer)
+        scale.update()
+        optimizer.zero_grad()
+        losses.append(ranks.average(total))
+        norms.append((norm.full_tensor() if WORLD > 1 else norm).item())
+        scales.append(scale.get_scale())
+    norms = [norm if math.isfinite(norm) else None for norm in norms]  # JSON has no infinity
+    return {"losses": losses, "norms": norms, "scales": scales}
+
+
+class _Watch:
+    """What several ranks do besides training; of one process it notes nothing."""
+
+    def __init__(self):
+        self.whole: dict[str, torch.Tensor] = {}
+        self.changed: dict[str, int] = {}
+        self.scattered: list[int] = []
+        self.reduced: set[str] = set()
+
+    def streams(self, model: torch.nn.Module) -> None:
+        """Keep each layer's bytes from before they are sharded."""
+        self.whole = {name: stream_of(layer.weight).clone() for name, layer in _packed(model)}
+
+    def layers(self, model: torch.nn.Module) -> None:
+        """Compare the bytes that a layer computes with."""
+
+        def compare(name, layer, args):
+            apart = (stream_of(layer.weight) != self.whole[name]).sum().item()
+            self.changed[name] = self.changed.get(name, 0) + apart
+
+        for name, layer in _packed(model):
+            layer.register_forward_pre_hook(partial(compare, name))
+
+    @contextlib.contextmanager
+    def micro_batch(self):
+        """Count the reduce-scatters of a forward and backward."""
+        if WORLD == 1:
+            yield
+            return
+        plain, started = dist.reduce_scatter_tensor, []
+
+        def counted(output, input, *args, **kwargs):
+            started.append(str(input.dtype))
+            return plain(output, input, *args, **kwargs)
+
+        dist.reduce_scatter_tensor = counted
+        try:
+            yield
+        finally:
+            dist.reduce_scatter_tensor = plain
+        self.scattered.append(len(started))
+        self.reduced |= set(started)
+
+    def found(self, model: torch.nn.Module) -> dict[str, object]:
+        if WORLD == 1:
+            return {}
+        held = sum(2 * layer.weight.to_local().numel() for _, layer in _packed(model))
+        return {
+            "share": held / sum(len(stream) for stream in self.whole.values()),
+            "changed": sum(self.changed.values()),
+            "compared": len(self.changed),
+            "reduced": sorted(self.reduced),
+            "scattered": self.scattered,
+        }
+
+
+def _packed(model: torch.nn.Module) -> list[tuple[str, StreamLinear4bit]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, StreamLinear4bit)]
+
+
+def _half() -> torch.dtype:
+    has_bf16 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def differences(name: str, two: dict[str, dict], one: dict[str, dict]) -> tuple[float, float]:
+    """Of the losses, absolute, and of the gradients' norms, relative, over the steps; infinite where a run is not.
+
+    Args:
+        name: Of the feature.
+        two: What `main` has written of several ranks.
+        one: The same of one process.
+    """
+    ours, alone = two[name], one[name if name in ALONE else PLAIN]
+    return _apart(ours, alone)
+
+
+def allowed(name: str, one: dict[str, dict]) -> tuple[float, float]:
+    """The largest `differences` that may be: in 16 bits twice those of one process that sums its rows in two orders."""
+    if name != MIXED:
+        return LARGEST_DIFFERENCE, LARGEST_NORM_DIFFERENCE
+    loss, norm = _apart(one[MIXED], one[REGROUPED])
+    return 2 * loss, 2 * norm
+
+
+def _apart(a: dict, b: dict) -> tuple[float, float]:
+    losses = (abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
+    norms = (_relative(x, y) for x, y in zip(a["norms"], b["norms"], strict=True))
+    return max(losses), max(norms)
+
+
+def _relative(a: float | None, b: float | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    return abs(a - b) / b
+
+
+def main(out: str, *names: str) -> None:
+    """Train with the features of these names, or with all; one process makes the runs of ALONE."""
+    ranks.start()
+    found = {}
+    for name, options in (ALONE if WORLD == 1 else FEATURES).items():
+        if WORLD > 1 and names and name not in names:
+            continue
+        if not torch.cuda.is_available():  # Triton's interpreter takes seconds a step
+            linear._OPS = torch.ops.unsloth_puzzles if name == PLAIN else formula.OPERATORS
+        found[name] = train(**options)
+        if RANK == 0:
+            write_json(out, found)
+            print(f"{name}: {STEPS} steps", flush=True)
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

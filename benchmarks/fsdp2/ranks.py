@@ -1,0 +1,94 @@
+"""Processes that train together: how a benchmark starts them, and what each of them does first and last.
+
+start_ranks("benchmarks.fsdp2.features", "out.json", ranks=2, timeout=300)      from a notebook
+start(); ...; finish()                                                        in each rank
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from unsloth_puzzles.bench import child
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks(
+    module: str,
+    *arguments: str,
+    ranks: int,
+    timeout: float,
+    gpus: str | None = None,
+    show: Callable[[str], None] | None = print,
+    **variables: str,
+) -> list[str]:
+    """Run a module in one process, or by torchrun in several on this machine.
+
+    Args:
+        module: Its name.
+        arguments: Its command line.
+        ranks: 1 for a plain process.
+        timeout: Seconds, after which all are killed.
+        gpus: CUDA_VISIBLE_DEVICES of the processes; None for this process's own.
+        show: Is given the lines of output.
+        variables: More variables of the environment.
+
+    Returns:
+        The output, a line each.
+
+    Raises:
+        ChildError: A process failed, or the time was over.
+    """
+    own = {"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {}
+    # Two interpreters of Triton and two compilers share the cores.
+    env = child.environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", **own, **variables)
+    if ranks == 1:
+        return child.run(module, *arguments, timeout=timeout, env=env, show=show)
+    launcher = ("--standalone", "--nproc_per_node", str(ranks), "-m", module)
+    return child.run("torch.distributed.run", *launcher, *arguments, timeout=timeout, env=env, show=show)
+
+
+def device() -> torch.device:
+    """This rank's: a GPU of its own if there are enough, the one GPU for all, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def backend() -> str:
+    """NCCL takes one rank a GPU; gloo moves everything through the CPU's memory."""
+    has_own = torch.cuda.is_available() and torch.cuda.device_count() >= WORLD
+    return "cuda:nccl,cpu:gloo" if has_own else "gloo"
+
+
+def start() -> None:
+    """Set the device, and with several ranks make the process group."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if WORLD > 1:
+        dist.init_process_group(backend())
+
+
+def mesh() -> DeviceMesh:
+    """All ranks in one dimension, also where they share a GPU."""
+    return DeviceMesh.from_group(dist.group.WORLD, device().type)
+
+
+def finish() -> None:
+    """Let no rank end while another still needs it."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def average(value: torch.Tensor) -> float:
+    """The mean over the ranks of a number that each has."""
+    mean = value.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(mean)
+        mean /= WORLD
+    return mean.item()
