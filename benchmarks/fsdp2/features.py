@@ -9,22 +9,19 @@ Every process draws the same weights, adapters and rows; a rank takes its share 
 import contextlib
 import math
 import sys
-from functools import partial
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.fsdp2 import formula, ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
+from benchmarks.fsdp2.watch import Watch
 from benchmarks.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.fsdp2 import linear
-from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
-from unsloth_puzzles.fsdp2.stream import stream_of
 
 STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 17, 256
 OVERFLOWING = 1  # the step of "GradScaler" in which one rank's gradients hold an infinity
@@ -101,7 +98,7 @@ def train(
         layers), "reduced" (dtypes in which gradients were reduced) and "scattered" (reduce-scatters by micro-batch).
     """
     dtype = _half() if mixed else None
-    model, watch = qlora(checkpointing, dtype or torch.float32), _Watch()
+    model, watch = qlora(checkpointing, dtype or torch.float32), Watch()
     with contextlib.ExitStack() as stack:
         if WORLD > 1:
             pack_nf4(model)
@@ -149,66 +146,6 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
         scales.append(scale.get_scale())
     norms = [norm if math.isfinite(norm) else None for norm in norms]  # JSON has no infinity
     return {"losses": losses, "norms": norms, "scales": scales}
-
-
-class _Watch:
-    """What several ranks do besides training; of one process it notes nothing."""
-
-    def __init__(self):
-        self.whole: dict[str, torch.Tensor] = {}
-        self.changed: dict[str, int] = {}
-        self.scattered: list[int] = []
-        self.reduced: set[str] = set()
-
-    def streams(self, model: torch.nn.Module) -> None:
-        """Keep each layer's bytes from before they are sharded."""
-        self.whole = {name: stream_of(layer.weight).clone() for name, layer in _packed(model)}
-
-    def layers(self, model: torch.nn.Module) -> None:
-        """Compare the bytes that a layer computes with."""
-
-        def compare(name, layer, args):
-            apart = (stream_of(layer.weight) != self.whole[name]).sum().item()
-            self.changed[name] = self.changed.get(name, 0) + apart
-
-        for name, layer in _packed(model):
-            layer.register_forward_pre_hook(partial(compare, name))
-
-    @contextlib.contextmanager
-    def micro_batch(self):
-        """Count the reduce-scatters of a forward and backward."""
-        if WORLD == 1:
-            yield
-            return
-        plain, started = dist.reduce_scatter_tensor, []
-
-        def counted(output, input, *args, **kwargs):
-            started.append(str(input.dtype))
-            return plain(output, input, *args, **kwargs)
-
-        dist.reduce_scatter_tensor = counted
-        try:
-            yield
-        finally:
-            dist.reduce_scatter_tensor = plain
-        self.scattered.append(len(started))
-        self.reduced |= set(started)
-
-    def found(self, model: torch.nn.Module) -> dict[str, object]:
-        if WORLD == 1:
-            return {}
-        held = sum(2 * layer.weight.to_local().numel() for _, layer in _packed(model))
-        return {
-            "share": held / sum(len(stream) for stream in self.whole.values()),
-            "changed": sum(self.changed.values()),
-            "compared": len(self.changed),
-            "reduced": sorted(self.reduced),
-            "scattered": self.scattered,
-        }
-
-
-def _packed(model: torch.nn.Module) -> list[tuple[str, StreamLinear4bit]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, StreamLinear4bit)]
 
 
 def _half() -> torch.dtype:

@@ -8,7 +8,6 @@ CASES.json is a list of keyword arguments of `measure`. Every case draws the sam
 
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,25 +16,33 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
+from benchmarks.fsdp2 import ranks
+from benchmarks.fsdp2.ranks import RANK, WORLD
+from benchmarks.fsdp2.training import Run
 from benchmarks.models import random_nf4_llama
 from unsloth_puzzles.bench.compilations import count_compilations
+from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SHAPES = {  # of decoder layers: hidden size, inner size, heads, heads of keys and values
+    "Llama 3.1 8B": (4096, 14336, 32, 8),
+    "Llama 3.2 1B": (2048, 8192, 32, 8),
+    "tiny": (64, 128, 4, 2),
+}
 
 
-def llama_8b_config(layers: int, vocabulary: int = 128256) -> LlamaConfig:
-    """The layer shapes of Llama 3.1 8B."""
+def shaped_config(shapes: str, layers: int, vocabulary: int) -> LlamaConfig:
+    """A Llama with decoder layers of these SHAPES."""
+    hidden, inner, heads, kv_heads = SHAPES[shapes]
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, use_cache=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, use_cache=False,
     )  # fmt: skip
 
 
@@ -43,43 +50,46 @@ def measure(
     *,
     rows: int,
     length: int = 2048,
+    shapes: str = "Llama 3.1 8B",
     layers: int = 16,
     vocabulary: int = 128256,
     steps: int = 8,
+    accumulation: int = 1,
     dtype: str = "bfloat16",
     kernels: str = "ours",
     compiled: bool = False,
     checkpointing: bool = True,
-    offload: bool = False,
-    reshard_after_forward: bool = True,
-    shard_embeddings: bool = False,
+    profiled: bool = False,
     seed: int = 5,
+    **sharding: bool,
 ) -> dict:
-    """Train `steps` steps of `rows` rows a GPU.
+    """Train `steps` steps of `rows` rows a rank.
 
     Args:
-        rows: Of each GPU; with one GPU, of all.
+        rows: Of each rank; with one process, of all.
         length: Tokens of a row.
+        shapes: A key of SHAPES.
         layers: Of the model.
         vocabulary: Of the model.
         steps: With AdamW; the first half is warm-up.
+        accumulation: Micro-batches of a step.
         dtype: That everything but the adapters computes in.
-        kernels: "ours" or "bitsandbytes", for de-quantisation on one GPU.
+        kernels: "ours" or "bitsandbytes", for de-quantisation in one process.
         compiled: By `compile_qlora`.
         checkpointing: Compute activations again in the backward.
-        offload: See `shard_qlora`, as for the next two.
-        reshard_after_forward: See there.
-        shard_embeddings: See there.
+        profiled: Make one more step under PyTorch's profiler.
         seed: Of the rows.
+        sharding: `offload`, `reshard_after_forward`, `shard_embeddings` of `shard_qlora`.
 
     Returns:
         The settings; "losses" over all rows and "norms" of the gradients a step; "step_ms", all of them; "tokens_per_s"
-        of all GPUs, of the median step; "rest_gib" allocated between steps and "peak_gib" of this rank; "share" of the
-        4-bit bytes that this rank holds; "compilations" and "graph_breaks".
+        of all ranks, of the median step; "rest_gib" allocated between steps and "peak_gib" by rank; "share" of the
+        4-bit bytes that this rank holds; "compilations" and "graph_breaks"; "launches" of challenge A's kernel in the
+        profiled step, beside "weights" and "passes" over each, and the step's "timeline".
     """
     settings = dict(locals())
-    device, kind = torch.device("cuda", torch.cuda.current_device()), getattr(torch, dtype)
-    model = random_nf4_llama(llama_8b_config(layers, vocabulary), device, kind)
+    device, kind = ranks.device(), getattr(torch, dtype)
+    model = random_nf4_llama(shaped_config(shapes, layers, vocabulary), device, kind)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
     generator = torch.Generator(device).manual_seed(3)
@@ -100,82 +110,52 @@ def measure(
         elif WORLD == 1 and kernels == "ours":
             stack.enter_context(patch_linear4bit(model))
         if WORLD > 1:
-            options = {"offload": offload, "shard_embeddings": shard_embeddings}
-            shard_qlora(model, _mesh(), reshard_after_forward=reshard_after_forward, param_dtype=kind, **options)
-        found = _train(model, rows, length, vocabulary, steps, kind, seed)
+            shard_qlora(model, ranks.mesh(), param_dtype=None if kind == torch.float32 else kind, **sharding)
+        run = Run(model, rows, length, vocabulary, accumulation, kind, seed)
+        found = run.train(steps)
+        if profiled:
+            found |= run.profile()
     packed = [module.weight for module in model.modules() if isinstance(module, StreamLinear4bit)]
     held = sum(2 * weight.to_local().numel() for weight in packed) if WORLD > 1 else whole
     found |= {"share": held / whole if whole else 1.0, "compilations": counts.compilations}
-    return {**settings, "world": WORLD, **found, "graph_breaks": counts.graph_breaks}
+    found |= {"weights": len(targets) * layers, "passes": 3 if checkpointing else 2}
+    return {**settings, "world": WORLD, **found, "graph_breaks": sum(counts.graph_breaks.values())}
 
 
-def _mesh() -> DeviceMesh:
-    return DeviceMesh.from_group(dist.group.WORLD, "cuda")
-
-
-def _train(model, rows: int, length: int, vocabulary: int, steps: int, dtype: torch.dtype, seed: int) -> dict:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=all(p.is_cuda for p in trained))
-    generator, times, losses, norms = torch.Generator().manual_seed(seed), [], [], []
-    for step in range(steps):
-        ids = torch.randint(0, vocabulary, (rows * WORLD, length), generator=generator)  # [all rows, length]
-        own = ids.chunk(WORLD)[RANK].cuda()
-        if step == steps // 2:
-            torch.cuda.reset_peak_memory_stats()
-        _wait()
-        began = time.perf_counter()
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=own, labels=own).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-        mean = loss.detach().clone()
-        if WORLD > 1:
-            dist.all_reduce(mean, op=dist.ReduceOp.AVG)
-            norm = norm.full_tensor()
-        losses.append(mean.item())
-        norms.append(norm.item())
-    middle = statistics.median(times[steps // 2 :])
-    return {
-        "losses": losses,
-        "norms": norms,
-        "step_ms": times,
-        "tokens_per_s": rows * WORLD * length / middle * 1e3,
-        "rest_gib": torch.cuda.memory_allocated() / 2**30,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
-
-
-def _wait() -> None:
-    torch.cuda.synchronize()
-    if WORLD > 1:
+def gather_bandwidth(megabytes: int = 128, rounds: int = 8) -> float:
+    """Bytes a second that a rank receives in an all-gather of a decoder layer's size, the median of `rounds`."""
+    share = torch.zeros(megabytes * 2**20 // WORLD, dtype=torch.uint8, device=ranks.device())
+    whole, times = share.new_empty(len(share) * WORLD), []
+    for _ in range(rounds + 2):
         dist.barrier()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_gather_into_tensor(whole, share)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return len(share) * (WORLD - 1) / statistics.median(times[2:])
 
 
-def main() -> None:
-    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1:
-        dist.init_process_group("cuda:nccl,cpu:gloo")
+def main(out: str, cases: str) -> None:
+    """Measure every case; the file is written after each. A case for which the memory does not suffice says so."""
+    ranks.start()
     found = []
-    for case in cases:
+    for case in json.loads(Path(cases).read_text()):
         try:
             found.append(measure(**case))
         except torch.OutOfMemoryError as error:
             found.append({**case, "world": WORLD, "error": str(error).splitlines()[0]})
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if RANK == 0:
-            out.write_text(json.dumps(found))
-            one = found[-1]
-            shown = {key: one.get(key) for key in ("rows", "compiled", "tokens_per_s", "peak_gib", "error")}
-            print("RESULT", shown, [round(ms) for ms in one.get("step_ms", [])], flush=True)
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+            write_json(out, {"cases": found})
+            shown = {key: found[-1].get(key) for key in ("rows", "compiled", "tokens_per_s", "error")}
+            print("done:", shown, [round(ms) for ms in found[-1].get("step_ms", [])][-8:], flush=True)
+    bandwidth = gather_bandwidth() if WORLD > 1 and torch.cuda.is_available() else None
+    if RANK == 0:
+        write_json(out, {"cases": found, "gather_bytes_per_s": bandwidth})
+    ranks.finish()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

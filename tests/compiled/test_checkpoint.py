@@ -211,7 +211,7 @@ def test_gradients_flow_through_tensors_that_hooks_keep():
     assert not any(torch.equal(one, other) for one, other in zip(found, without, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:hooks. FSDPLayer has hooks")
+@pytest.mark.filterwarnings("error:hooks. FSDPLayer has hooks")
 @pytest.mark.parametrize("whole", [False, True])
 def test_under_fsdp2_gradients_reach_the_shards(whole):
     expected = gradients(make(on=False))

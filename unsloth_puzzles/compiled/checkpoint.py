@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -87,7 +88,7 @@ def _checkpointed(layer, store: Store, run: Callable, hidden_states: torch.Tenso
         raise ValueError(f"args must be the hidden states alone, got {len(others)} more; pass them by keyword")
     if not torch.is_grad_enabled():
         return run(hidden_states)
-    if store.closed:  # a copy of the model, made before undo
+    if store.closed or isinstance(layer, FSDPModule):  # a copy made before undo; weights that hooks gather again
         return checkpoint(run, hidden_states, use_reentrant=False)
     if hooked(layer):
         text = "has hooks; meanwhile torch.utils.checkpoint checkpoints it, and its inputs are not offloaded"

@@ -1,0 +1,111 @@
+"""Training steps of a model whose every rank draws the same rows: losses, norms, times, memory, and a profile."""
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.fsdp2 import ranks
+from benchmarks.fsdp2.ranks import RANK, WORLD
+
+KERNEL = "dequantize_nf4_kernel"  # in the names of challenge A's kernels
+
+
+class Run:
+    """A model with its optimizer and its rows."""
+
+    def __init__(self, model, rows: int, length: int, vocabulary: int, accumulation: int, dtype, seed: int):
+        self.model, self.rows, self.length, self.vocabulary = model, rows, length, vocabulary
+        self.accumulation, self.dtype, self.device = accumulation, dtype, ranks.device()
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = all(parameter.device.type == "cuda" for parameter in self.trained)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def train(self, steps: int) -> dict:
+        times, losses, norms, gpu = [], [], [], self.device.type == "cuda"
+        for step in range(steps):
+            if gpu and step == steps // 2:
+                torch.cuda.reset_peak_memory_stats()
+            own = self._batch()
+            self._wait()
+            began = time.perf_counter()
+            loss, norm = self._step(own)
+            self._wait(barrier=False)
+            times.append(1e3 * (time.perf_counter() - began))
+            losses.append(ranks.average(loss))
+            norms.append((norm.full_tensor() if WORLD > 1 else norm).item())
+            if RANK == 0 and step % 10 == 9:
+                print(f"step {step + 1} of {steps}: loss {losses[-1]:.4f}", flush=True)
+        middle = statistics.median(times[steps // 2 :])
+        return {
+            "losses": losses,
+            "norms": [norm if norm < float("inf") else None for norm in norms],
+            "step_ms": times,
+            "tokens_per_s": self.rows * WORLD * self.length / middle * 1e3,
+            "rest_gib": torch.cuda.memory_allocated() / 2**30 if gpu else None,
+            "peak_gib": _everyones(torch.cuda.max_memory_allocated() / 2**30 if gpu else None),
+        }
+
+    def profile(self) -> dict:
+        """One more step: launches of challenge A's kernel, and when the GPU worked on what."""
+        if self.device.type != "cuda":
+            return {}
+        own = self._batch()
+        self._wait()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self._step(own)
+            torch.cuda.synchronize()
+        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        began = min(event.time_range.start for event in events)
+        timeline = [
+            (_lane(event.name), round(event.time_range.start - began, 1), round(event.time_range.elapsed_us(), 1))
+            for event in events
+        ]
+        return {"launches": sum(KERNEL in event.name for event in events), "timeline": timeline}
+
+    def _batch(self) -> torch.Tensor:
+        ids = torch.randint(0, self.vocabulary, (self.rows * WORLD, self.length), generator=self.generator)
+        return ids.chunk(WORLD)[RANK].to(self.device)  # [rows, length]
+
+    def _step(self, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = 0.0
+        for number, batch in enumerate(own.chunk(self.accumulation), 1):
+            if WORLD > 1:
+                self.model.set_requires_gradient_sync(number == self.accumulation)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.model(input_ids=batch, labels=batch).loss / self.accumulation
+            self.scaler.scale(loss).backward()
+            total = total + loss.detach().float()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return total, norm
+
+    def _wait(self, barrier: bool = True) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if barrier and WORLD > 1:
+            dist.barrier()
+
+
+def _lane(name: str) -> str:
+    lower = name.lower()
+    if "nccl" not in lower:
+        return "compute"
+    return "all-gather" if "allgather" in lower else "reduce-scatter" if "reducescatter" in lower else "other"
+
+
+def _everyones(value: float | None) -> list[float | None]:
+    """By rank."""
+    found = [value]
+    if WORLD > 1:
+        found = [None] * WORLD
+        dist.all_gather_object(found, value)
+    return found
