@@ -129,12 +129,12 @@ def _need_source(name: str) -> None:
         raise FileNotFoundError(f"neither a directory nor a name on the hub (OWNER/MODEL): {name!r}")
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
-    if refusal := _hub_refuses():
+    if refusal := hub_refuses():
         raise OSError(refusal)
 
 
 @cache
-def _hub_refuses() -> str:
+def hub_refuses() -> str:
     """Why the hub does not answer, or an empty text; asked once a process, since no answer takes five seconds."""
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()

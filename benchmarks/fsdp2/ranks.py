@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from unsloth_puzzles.bench import child
 
+NOISE = ("Failed to load CPU gemm_4bit", "No CUDA runtime is found", "OMP_NUM_THREADS environment variable")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -33,7 +34,7 @@ def start_ranks(
         ranks: 1 for a plain process.
         timeout: Seconds, after which all are killed.
         gpus: CUDA_VISIBLE_DEVICES of the processes; None for this process's own.
-        show: Is given the lines of output.
+        show: Is given the lines of output that say something of the run.
         variables: More variables of the environment.
 
     Returns:
@@ -45,10 +46,15 @@ def start_ranks(
     own = {"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {}
     # Two interpreters of Triton and two compilers share the cores.
     env = child.environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", **own, **variables)
-    if ranks == 1:
-        return child.run(module, *arguments, timeout=timeout, env=env, show=show)
-    launcher = ("--standalone", "--nproc_per_node", str(ranks), "-m", module)
-    return child.run("torch.distributed.run", *launcher, *arguments, timeout=timeout, env=env, show=show)
+    command = (module, *arguments)
+    if ranks > 1:
+        command = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", *command)
+
+    def show_news(line: str) -> None:
+        if show is not None and line.strip() and not any(noise in line for noise in NOISE):
+            show(line)
+
+    return child.run(*command, timeout=timeout, env=env, show=show_news)
 
 
 def device() -> torch.device:

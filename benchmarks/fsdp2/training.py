@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.fsdp2 import ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
 
+DISTINCT = 6  # batches, which come again and again, so that a loss falls
 KERNEL = "dequantize_nf4_kernel"  # in the names of challenge A's kernels
 
 
@@ -24,7 +25,7 @@ class Run:
         fused = all(parameter.device.type == "cuda" for parameter in self.trained)
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, fused=fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.drawn = seed, 0
 
     def train(self, steps: int) -> dict:
         times, losses, norms, gpu = [], [], [], self.device.type == "cuda"
@@ -69,7 +70,9 @@ class Run:
         return {"launches": sum(KERNEL in event.name for event in events), "timeline": timeline}
 
     def _batch(self) -> torch.Tensor:
-        ids = torch.randint(0, self.vocabulary, (self.rows * WORLD, self.length), generator=self.generator)
+        generator = torch.Generator().manual_seed(self.seed * DISTINCT + self.drawn % DISTINCT)
+        self.drawn += 1
+        ids = torch.randint(0, self.vocabulary, (self.rows * WORLD, self.length), generator=generator)
         return ids.chunk(WORLD)[RANK].to(self.device)  # [rows, length]
 
     def _step(self, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

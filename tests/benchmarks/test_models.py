@@ -87,18 +87,18 @@ def test_a_seed_decides_the_weights_that_are_not_quantised():
 
 @pytest.mark.parametrize("name", ["no/such directory", "unsloth/Llama-3.2-1B", None])
 def test_no_weights_is_said_aloud(name, monkeypatch):
-    models._hub_refuses.cache_clear()
+    models.hub_refuses.cache_clear()
     monkeypatch.setattr(models.constants, "ENDPOINT", "http://localhost:9")  # nobody listens there
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
     with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for") as caught:
         model, provenance = load_llama(name, device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=3)
     assert (name or models.MIRROR) in str(caught[0].message)
     assert provenance == "random weights, seed 3"
-    asked = models._hub_refuses.cache_info().misses
+    asked = models.hub_refuses.cache_info().misses
     with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for"):
         load_llama(name, device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=3)
-    assert models._hub_refuses.cache_info().misses == asked  # the hub is asked once a process
-    models._hub_refuses.cache_clear()
+    assert models.hub_refuses.cache_info().misses == asked  # the hub is asked once a process
+    models.hub_refuses.cache_clear()
     expected = random_nf4_llama(tiny_llama_config(), DEVICE, torch.float32, seed=3)
     assert torch.equal(model.model.embed_tokens.weight, expected.model.embed_tokens.weight)
 

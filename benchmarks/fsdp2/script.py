@@ -1,0 +1,64 @@
+"""The training script on one GPU and on two: the same rows in the same order, and what its log says."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from benchmarks.backprop.grpo import tiny_tokenizer
+from benchmarks.fsdp2.ranks import start_ranks
+from benchmarks.fsdp2.steps import shaped_config
+from benchmarks.models import hub_refuses
+
+MODEL = "unsloth/Meta-Llama-3.1-8B-bnb-4bit"
+DISK_GB = 7  # the checkpoint has 5.7
+LAYERS = 4  # of the architecture, where the checkpoint is not to be had
+STEPS, LENGTH = 60, 512
+RUNS = (  # name, ranks, flags
+    ("one GPU, 2 rows", 1, ("--rows", "2")),
+    ("one GPU, 2 x 1 rows", 1, ("--rows", "1", "--accumulate", "2")),
+    ("two GPUs, 1 row each", 2, ("--rows", "2")),
+)
+
+
+def choose_model(folder: str) -> tuple[str, tuple[str, ...], str]:
+    """What the script is to train: the checkpoint, or the architecture with random weights.
+
+    Args:
+        folder: Where configuration and tokenizer of the architecture are written.
+
+    Returns:
+        The model's name, flags of the script, and a text that says which it is and why.
+    """
+    reason = hub_refuses()
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if not reason and free_gb >= DISK_GB:
+        return MODEL, (), f"real weights, {MODEL}"
+    path = Path(folder, "llama-3.1-8b")
+    shaped_config("Llama 3.1 8B", LAYERS, 128256).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    because = reason or f"{free_gb:.1f} GB of disk are free, and the checkpoint needs {DISK_GB}"
+    return str(path), ("--layers", str(LAYERS)), f"{LAYERS} layers of Llama 3.1 8B, random weights ({because})"
+
+
+def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: float = 900) -> dict:
+    """Train STEPS steps of rows of LENGTH tokens.
+
+    Returns:
+        "losses" of the steps; of the second half of them the median "seconds" and "tokens_per_s"; the largest
+        "peak_gib" of each GPU; and the last line of the log: "share" of the 4-bit bytes that a GPU holds,
+        "compilations", "graph_breaks".
+    """
+    log = Path(folder, f"log_{ranks}_{len(flags)}.jsonl")
+    log.unlink(missing_ok=True)
+    given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), "--log-file", str(log), *flags)
+    start_ranks("unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=gpus)
+    *steps, summary = (json.loads(line) for line in log.read_text().splitlines())
+    late = steps[len(steps) // 2 :]
+    return {
+        "losses": [line["loss"] for line in steps],
+        "seconds": statistics.median(line["seconds"] for line in late),
+        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in late),
+        "peak_gib": [max(peaks) for peaks in zip(*(line["peak_gib"] for line in steps), strict=True)],
+        **summary,
+    }
