@@ -12,6 +12,7 @@ import sys
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from benchmarks.fsdp2 import formula, ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
@@ -38,30 +39,41 @@ FEATURES = {  # by name: options of `train`
     "accumulation without communication": {"accumulation": 2},
     "GradScaler, an infinity on one rank": {"scaler": True},
     "mixed precision": {"mixed": True},
+    "DoRA": {"dora": True},
     "all together": {
         "offload": True, "checkpointing": True, "shard_embeddings": True, "chunked": True, "compiled": True,
         "accumulation": 2,
     },
 }  # fmt: skip
 PLAIN, SCALER, MIXED = "per-parameter sharding", "GradScaler, an infinity on one rank", "mixed precision"
+DORA = "DoRA"
 REGROUPED = "mixed precision, rows summed in another order"
 ALONE = {  # what one process runs; a feature that has no run of its own there must not change PLAIN's losses
-    PLAIN: {}, SCALER: {"scaler": True}, MIXED: {"mixed": True}, REGROUPED: {"mixed": True, "accumulation": 2}
+    PLAIN: {}, SCALER: {"scaler": True}, MIXED: {"mixed": True}, REGROUPED: {"mixed": True, "accumulation": 2},
+    DORA: {"dora": True},
 }  # fmt: skip
 LARGEST_DIFFERENCE = 1e-5  # of a loss, float32: two halves of a batch are summed in another order than the whole
 LARGEST_NORM_DIFFERENCE = 1e-4  # relative, of the gradients' norm
 
 
-def qlora(checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training."""
+def qlora(checkpointing: bool = False, dtype: torch.dtype = torch.float32, dora: bool = False) -> torch.nn.Module:
+    """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training.
+
+    Half of the adapters of `dora` have a function in place of dropout, on which PEFT's layer takes another path.
+    """
     device = ranks.device()
     torch.manual_seed(11)
     model = random_nf4_llama(tiny_llama_config(VOCABULARY), device, dtype)
     model.config.use_cache = False
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
+    model = get_peft_model(model, config)
+    for layer in model.base_model.model.model.layers[::2] if dora else ():
+        for module in layer.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout["default"] = torch.nn.Tanh()
     generator = torch.Generator().manual_seed(12)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_A" in name or "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(device) * 0.1
     if checkpointing:
         model.enable_input_require_grads()
@@ -78,6 +90,7 @@ def train(
     fused: bool = False,
     scaler: bool = False,
     mixed: bool = False,
+    dora: bool = False,
     **sharding: bool,
 ) -> dict[str, object]:
     """Train STEPS steps of ROWS rows, in one process without FSDP2, in several with it.
@@ -90,15 +103,17 @@ def train(
         fused: Use AdamW's fused kernel.
         scaler: Use a GradScaler, and put an infinity into the last rank's gradients in step OVERFLOWING.
         mixed: Compute in 16 bits (bfloat16, float16 below sm_80); reduce gradients in float32.
+        dora: Train DoRA adapters.
         sharding: Options of `shard_qlora`.
 
     Returns:
-        "losses" over all rows and "norms" of the gradients, by step; "scales" of the scaler. Of several ranks also
+        "losses" over all rows and "norms" of the gradients, by step; "scales" of the scaler; "magnitudes", of
+        DoRA's the gradients of the first step. Of several ranks also
         "share" of the 4-bit bytes that this rank holds, "changed" (bytes that a layer saw changed), "compared" (its
         layers), "reduced" (dtypes in which gradients were reduced) and "scattered" (reduce-scatters by micro-batch).
     """
     dtype = _half() if mixed else None
-    model, watch = qlora(checkpointing, dtype or torch.float32), Watch()
+    model, watch = qlora(checkpointing, dtype or torch.float32, dora), Watch()
     with contextlib.ExitStack() as stack:
         if WORLD > 1:
             pack_nf4(model)
@@ -122,7 +137,7 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
     scale = torch.amp.GradScaler(device.type, init_scale=8.0, growth_interval=100, enabled=scaler)
-    losses, norms, scales = [], [], []
+    losses, norms, scales, magnitudes = [], [], [], []
     for step in range(STEPS):
         rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
         own, total = rows.chunk(WORLD)[RANK], 0.0
@@ -137,15 +152,21 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
             gradient = trained[0].grad
             (gradient.to_local() if WORLD > 1 else gradient).view(-1)[0] = math.inf
         scale.unscale_(optimizer)
+        if step == 0:
+            magnitudes = [_whole(one.grad).tolist() for one in trained if one.ndim == 1]
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         scale.step(optimizer)
         scale.update()
         optimizer.zero_grad()
         losses.append(ranks.average(total))
-        norms.append((norm.full_tensor() if WORLD > 1 else norm).item())
+        norms.append(_whole(norm).item())
         scales.append(scale.get_scale())
     norms = [norm if math.isfinite(norm) else None for norm in norms]  # JSON has no infinity
-    return {"losses": losses, "norms": norms, "scales": scales}
+    return {"losses": losses, "norms": norms, "scales": scales, "magnitudes": magnitudes}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if WORLD > 1 else value
 
 
 def _half() -> torch.dtype:

@@ -6,6 +6,7 @@ NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
 HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
 MODEL = "test_pack.py::test_packed_model_has_the_same_losses_and_gradients"
 REFUSED = "test_pack.py::test_what_cannot_be_packed_is_refused"
+DORA = "test_dora.py::test_packed_layer_has_the_output_and_gradients_of_bitsandbytes[dropout-True]"
 SHARDED = "test_sharding.py::test_gathering_changes_no_byte[per-parameter sharding]"
 MUTATIONS = {
     "arithmetic on bytes": mutation("stream.py", "if func not in _MOVES:", "if False:", NUMBERS),
@@ -38,11 +39,8 @@ MUTATIONS = {
         "if False), None)",
         REFUSED,
     ),
-    "DoRA over bytes": mutation(
-        "pack.py",
-        'getattr(module, "use_dora", {}).values()',
-        "()",
-        REFUSED,
+    "the bias of DoRA's base twice": mutation(
+        "dora.py", "base_layer.multiply(x), None", "base_layer.multiply(x), bias", DORA
     ),
     "the other rank's share": mutation(
         "stream.py",

@@ -6,40 +6,10 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.models import random_nf4_llama, tiny_llama_config
+from tests.fsdp2.models import layer, losses_and_gradients, qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.nf4 import patch_linear4bit
-
-VOCABULARY = 64
-
-
-def layer(rows=48, columns=40, *, nested=True, bias=False, blocksize=64, quant_type="nf4", storage=torch.uint8):
-    """A quantised layer with random weights."""
-    made = Linear4bit(columns, rows, bias=bias, compute_dtype=torch.float32, device="cpu")
-    made.weight = Params4bit(
-        torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type=quant_type,
-        blocksize=blocksize, quant_storage=storage,
-    )  # fmt: skip
-    made.to("cpu")
-    if made.weight.quant_state is None:
-        made.weight._quantize("cpu")
-    return made
-
-
-def qlora(**config):
-    model = random_nf4_llama(tiny_llama_config(VOCABULARY), "cpu", torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, 0, 0.1)
-    return model
-
-
-def losses_and_gradients(model):
-    ids = torch.arange(20).view(2, 10)
-    loss = model(input_ids=ids, labels=ids).loss
-    return loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -131,6 +101,13 @@ def _packed():
     return model
 
 
+def _dora_of_another_kind():
+    model = get_peft_model(nn.Sequential(layer()), LoraConfig(target_modules=["0"], use_dora=True))
+    magnitudes = model.base_model.model[0].lora_magnitude_vector["default"]
+    magnitudes.__class__ = type("Other", (type(magnitudes),), {})
+    return model
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -141,7 +118,10 @@ def _packed():
         (_patched, "model must have bitsandbytes' own layers, got .* in 0"),
         (_packed, "model must not be packed already, got 0"),
         (lambda: nn.Sequential(Linear4bit(4, 4, quant_type="nf4")), "model must be quantised, got 0"),
-        (lambda: qlora(use_dora=True), "model must have no DoRA adapters"),
+        (
+            _dora_of_another_kind,
+            r"model must have PEFT's own DoRA layers, got Other in .*0\.lora_magnitude_vector\.default",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused(make, message):

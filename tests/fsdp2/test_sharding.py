@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.fsdp2.features import (
     ALONE,
+    DORA,
     FEATURES,
     MIXED,
     OVERFLOWING,
@@ -50,6 +52,13 @@ def test_one_process_in_16_bits_differs_from_float32(one):
     """Or the bound of the mixed-precision runs would prove nothing."""
     assert one.keys() == ALONE.keys()
     assert one[MIXED]["losses"] != one[PLAIN]["losses"] and one[MIXED]["losses"] != one[REGROUPED]["losses"]
+
+
+def test_magnitudes_of_dora_have_the_gradients_of_one_process(one, two):
+    ours, theirs = two[DORA]["magnitudes"], one[DORA]["magnitudes"]
+    assert len(ours) == len(theirs) == 14
+    for found, expected in zip(map(torch.tensor, ours), map(torch.tensor, theirs), strict=True):
+        assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -31,18 +31,25 @@ class StreamLinear4bit(Linear4bit):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias as `forward` computes it."""
         inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
         if torch.is_autocast_enabled(x.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        bias = None if bias is None else bias.to(inputs.dtype)
         tables = self.code, self.code2, self.offset
         return _StreamLinear.apply(inputs, bias, self.weight, *tables, self.layout).to(x.dtype)
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight, [out_features, in_features] in `compute_dtype` or float32; the stream must be gathered."""
-        return _dequantize(
-            self.weight, self.code, self.code2, self.offset, self.layout, self.compute_dtype or torch.float32
-        )
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight, [out_features, in_features] in `dtype`; the stream must be gathered.
+
+        Args:
+            dtype: None is `compute_dtype`, or float32 without one.
+        """
+        dtype = dtype or self.compute_dtype or torch.float32
+        return _dequantize(self.weight, self.code, self.code2, self.offset, self.layout, dtype)
 
     # The model's state dict names the frozen weight: torch's `ignore_frozen_params` removes a key that must exist. A
     # stub stands for it, so that saving a checkpoint never gathers 4-bit weights.

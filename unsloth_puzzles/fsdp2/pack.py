@@ -6,15 +6,16 @@ packed.undo()                     # of a model that is not sharded
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from unsloth_puzzles.fsdp2.dora import StreamDoraLayer, dora_layers
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
 from unsloth_puzzles.nf4.exchange import exchange_classes
@@ -24,7 +25,8 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     """Give every NF4 `Linear4bit` of `model` one byte stream as its weight.
 
     The results of a layer do not change. Nothing is copied to the host; a layer's old tensors are freed before the next
-    layer is packed. FP4 layers are refused, since only NF4 is packed.
+    layer is packed. FP4 layers are refused, since only NF4 is packed. DoRA adapters read the de-quantised weight from
+    the packed layers. Add adapters before: PEFT cannot add DoRA to a packed layer.
 
     Args:
         model: A model with bitsandbytes NF4 layers, with or without adapters of PEFT, before `fully_shard` or a Trainer
@@ -37,8 +39,8 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     Raises:
         TypeError: `model` is not a module.
         ValueError: `world_size` below 1; no NF4 layer; an FP4 or 8-bit layer; two layers that share a weight; a layer
-            that is patched, packed, sharded or re-packed by bitsandbytes for a CPU; adapters with DoRA, which read the
-            weight itself; a rank whose layers differ from the first rank's.
+            that is patched, packed, sharded or re-packed by bitsandbytes for a CPU; DoRA layers that are not PEFT's
+            own; a rank whose layers differ from the first rank's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -48,18 +50,19 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
         raise ValueError(f"world_size must be an integer of at least 1, got {world_size!r}")
     layers = _nf4_layers(model)
     layouts = {name: _layout(layer, world_size) for name, layer in layers.items()}
+    adapters = dora_layers(model, set(layers.values()))
     _compare_ranks(layouts)
     tables: dict[tuple, torch.Tensor] = {}
     for name, layer in layers.items():
         _pack(layer, layouts[name], tables)
-    return PackedModel(layers)
+    return PackedModel(layers, exchange_classes((adapter, StreamDoraLayer) for adapter in adapters))
 
 
 class PackedModel:
     """What `pack_nf4` did. `names` of the packed layers; a second `undo()` does nothing."""
 
-    def __init__(self, layers: dict[str, Linear4bit]):
-        self._layers = layers
+    def __init__(self, layers: dict[str, Linear4bit], undo_adapters: Callable[[], None]):
+        self._layers, self._undo_adapters = layers, undo_adapters
         self.names = tuple(layers)
 
     def undo(self) -> None:
@@ -77,16 +80,13 @@ class PackedModel:
                 )
         for layer in self._layers.values():
             _unpack(layer)
-        self._layers = {}
+        self._undo_adapters()
+        self._layers, self._undo_adapters = {}, lambda: None
 
 
 def _nf4_layers(model: nn.Module) -> dict[str, Linear4bit]:
     layers, owners = {}, defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and any(getattr(module, "use_dora", {}).values()):
-            raise ValueError(
-                f"model must have no DoRA adapters, which read the packed weight itself, got one in {name}"
-            )
         if isinstance(module, Linear8bitLt):
             raise ValueError(f"model must have no 8-bit layers, which FSDP2 cannot shard, got {name}")
         if not isinstance(module, Linear4bit):
