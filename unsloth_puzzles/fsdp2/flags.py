@@ -9,7 +9,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `unsloth_puzzles.fsdp2.train`."""
-    made = argparse.ArgumentParser(description="QLoRA on one GPU, or on several with FSDP2.")
+    made = argparse.ArgumentParser(description="QLoRA on one GPU, or by torchrun on any number with FSDP2.")
     # No flag may begin one of torchrun's (--log-dir, --role, ...), which would take it for its own.
     made.add_argument("--model", required=True, help="of the hub, or a folder")
     made.add_argument("--layers", type=int, help="random weights, and this many layers of the architecture")
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--learning-rate", type=float, default=2e-4)
     made.add_argument("--lora-rank", type=int, default=16, help="rank of the adapters")
     made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    made.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="on one GPU")
+    made.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="without torchrun")
     for flag, default, text in (
         ("compile", True, "decoder layers, norm and loss by compile_qlora"),
         ("checkpointing", True, "compute activations again in the backward"),
@@ -32,6 +32,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", help="a folder for the adapters and checkpoints")
     made.add_argument("--save-steps", type=int, help="a checkpoint every so many steps")
     made.add_argument("--state-dict", choices=("FULL_STATE_DICT", "SHARDED_STATE_DICT"), default="FULL_STATE_DICT")
-    made.add_argument("--resume", help="a checkpoint folder of this script")
+    made.add_argument("--resume", help="a checkpoint folder of this script, of any number of ranks")
     made.add_argument("--log-file", help="a file for a line of JSON a step")
     return made

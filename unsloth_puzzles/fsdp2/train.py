@@ -1,19 +1,18 @@
-"""Fine-tune a causal LM by QLoRA on one GPU, or on several with FSDP2, through TRL's SFTTrainer.
+"""Fine-tune a causal LM by QLoRA on one GPU, or on any number of them with FSDP2, through TRL's SFTTrainer.
 
     torchrun --nproc_per_node 2 -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
     python -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
 
-Both train on the same rows in the same order when `--rows` counts the rows of all ranks. A line of JSON a step goes to
-`--log-file`: loss, gradient norm, tokens a second, peak memory of each rank.
+Both train on the same rows in the same order: `--rows` counts the rows of all ranks. torchrun takes the way of FSDP2
+with one rank, too, so that a checkpoint of two ranks can be resumed by one and the reverse. A checkpoint of `python`
+can be resumed by `python` alone. A line of JSON a step goes to `--log-file`.
 """
 
 import argparse
 import contextlib
 import datetime
-import json
 import os
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,16 +36,24 @@ from unsloth_puzzles.fsdp2.flags import DTYPES, parser
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import float32_adapters
+from unsloth_puzzles.fsdp2.step_log import StepLog
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 SEED = 3407
 COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Train as the command line says.
+
+    Args:
+        arguments: The command line; None is the process's own.
+        callbacks: Of the trainer, besides the log.
+    """
     options = parser().parse_args(arguments)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if options.rows % world:
+    world = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None  # of torchrun, also with one rank
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if options.rows % (world or 1):
         raise ValueError(f"--rows must be divisible by the {world} ranks, got {options.rows}")
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -55,13 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = _dtype(options.dtype, device)
     model = load(options.model, device, dtype, layers=options.layers)
     model = get_peft_model(model, LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if world > 1:
+    if world:
         if not dist.is_initialized():
             backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES))
         pack_nf4(model, world)
-    trainer = make_trainer(model, options, world, device, dtype)
-    with _kernels(trainer, options, world):
+    trainer = make_trainer(model, options, world, device, dtype, callbacks)
+    with _kernels(trainer, options):
         trainer.train(resume_from_checkpoint=options.resume)
     if options.output:
         trainer.save_model(options.output)
@@ -97,18 +104,23 @@ def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None
 
 
 def make_trainer(
-    model: PreTrainedModel, options: argparse.Namespace, world: int, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    options: argparse.Namespace,
+    world: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
-    """TRL's trainer for `options`; with several ranks its model is sharded in `train()`."""
+    """TRL's trainer for `options`, whose `train()` shards the model over `world` ranks; with None it does not."""
     sharded = {}
-    if world > 1:
+    if world:
         sharded = fsdp2_arguments(
             model, offload=options.offload, reshard_after_forward=options.reshard, state_dict_type=options.state_dict
         )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     settings = SFTConfig(
         output_dir=options.output or "build/fsdp2",
-        per_device_train_batch_size=options.rows // world,
+        per_device_train_batch_size=options.rows // (world or 1),
         gradient_accumulation_steps=options.accumulate,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
@@ -129,9 +141,9 @@ def make_trainer(
     )
     rows = rows_of(tokenizer, options.length)
     log = StepLog(options.log_file, options.rows * options.length * options.accumulate)
-    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[log])
+    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[log, *callbacks])
     float32_adapters(trainer.model)
-    if world > 1:
+    if world:
         prepare_trainer(trainer, shard_embeddings=options.shard_embeddings)
     return trainer
 
@@ -145,37 +157,10 @@ def rows_of(tokenizer, length: int) -> Dataset:
     return Dataset.from_dict({"input_ids": rows})
 
 
-class StepLog(TrainerCallback):
-    """Writes a line of JSON a step, from the first rank."""
-
-    def __init__(self, path: str | None, tokens: int):
-        self.path, self.tokens, self.began = Path(path) if path else None, tokens, time.perf_counter()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
-            return
-        seconds = time.perf_counter() - self.began  # logging has waited for the loss
-        peaks = [torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None]
-        if dist.is_initialized():
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, peaks[0])
-            peaks = gathered
-        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs.get("grad_norm")}
-        line |= {"seconds": seconds, "tokens_per_s": self.tokens / seconds, "peak_gib": peaks}
-        if state.is_world_process_zero and self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _kernels(trainer: SFTTrainer, options: argparse.Namespace, world: int):
+def _kernels(trainer: SFTTrainer, options: argparse.Namespace):
     if options.compile:
         return compile_qlora(trainer)
-    if world == 1 and options.dequantize == "ours":
+    if not trainer.is_fsdp_enabled and options.dequantize == "ours":
         return patch_linear4bit(trainer.model)
     return contextlib.nullcontext()
 
