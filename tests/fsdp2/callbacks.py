@@ -8,6 +8,14 @@ from transformers import TrainerCallback
 RANK = int(os.environ.get("RANK", 0))
 
 
+class Fail(TrainerCallback):
+    """The last of two ranks fails in the second step; the first one waits for it in a collective."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and RANK == 1:
+            raise ValueError("this rank cannot read its rows")
+
+
 class Kill(TrainerCallback):
     """The process dies in step 4, between the backward and the optimizer."""
 

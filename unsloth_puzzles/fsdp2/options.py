@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
+from unsloth_puzzles.fsdp2.ranks import compare_trained
 from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, embeddings, float32_adapters
 
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -72,7 +73,8 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
 
     Raises:
         ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: bitsandbytes' optimizers,
-            `torch_compile`, `cpu_ram_efficient_loading`.
+            `torch_compile`, `cpu_ram_efficient_loading`. On all ranks, if the trained parameters of one differ from the
+            first rank's.
     """
     arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
     if plugin is None or plugin.fsdp_version != 2:
@@ -85,6 +87,7 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
     float32_adapters(trainer.model)
+    compare_trained(trainer.model)
     check_uniform(trainer.model)
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from unsloth_puzzles.fsdp2.dora import StreamDoraLayer, dora_layers
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.ranks import compare_ranks
 from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
 from unsloth_puzzles.nf4.exchange import exchange_classes
 
@@ -40,7 +41,8 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
         TypeError: `model` is not a module.
         ValueError: `world_size` below 1; no NF4 layer; an FP4 or 8-bit layer; two layers that share a weight; a layer
             that is patched, packed, sharded or re-packed by bitsandbytes for a CPU; DoRA layers that are not PEFT's
-            own; a rank whose layers differ from the first rank's.
+            own; a rank whose layers differ from the first rank's,
+            on all ranks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -51,7 +53,12 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     layers = _nf4_layers(model)
     layouts = {name: _layout(layer, world_size) for name, layer in layers.items()}
     adapters = dora_layers(model, set(layers.values()))
-    _compare_ranks(layouts)
+    compare_ranks("NF4 layers", layouts)
+    if not layers:
+        raise ValueError(
+            "model must have bitsandbytes NF4 layers, got none; "
+            "load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
+        )
     tables: dict[tuple, torch.Tensor] = {}
     for name, layer in layers.items():
         _pack(layer, layouts[name], tables)
@@ -94,11 +101,6 @@ def _nf4_layers(model: nn.Module) -> dict[str, Linear4bit]:
         _check_layer(name, module)
         layers[name] = module
         owners[id(module.weight)].append(name)
-    if not layers:
-        raise ValueError(
-            "model must have bitsandbytes NF4 layers, got none; "
-            "load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
-        )
     if tied := next((names for names in owners.values() if len(names) > 1), None):
         raise ValueError(f"model must not tie 4-bit weights, got {' and '.join(tied)}")
     return layers
@@ -128,18 +130,6 @@ def _layout(layer: Linear4bit, world_size: int) -> Layout:
     state = getattr(layer.weight, "quant_state", None) or layer.quant_state
     blocksize2 = state.state2.blocksize if state.nested else None
     return Layout(tuple(state.shape), state.blocksize, blocksize2, world_size)
-
-
-def _compare_ranks(layouts: dict[str, Layout]) -> None:
-    """Every rank must pack the same layers, or the first gather would never return."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, list(layouts.items()))
-    for rank, theirs in enumerate(everyones):
-        if theirs != everyones[0]:
-            differing = next((a[0] for a, b in zip(everyones[0], theirs, strict=False) if a != b), "their number")
-            raise ValueError(f"model must have the same layers on all ranks, got another {differing} on rank {rank}")
 
 
 def _pack(layer: Linear4bit, layout: Layout, tables: dict[tuple, torch.Tensor]) -> None:

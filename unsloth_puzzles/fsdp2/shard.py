@@ -9,6 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.ranks import compare_trained
 
 
 def shard_qlora(
@@ -37,9 +38,11 @@ def shard_qlora(
         `model`, whose parameters are DTensors but for the embeddings that are not sharded.
 
     Raises:
-        ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group.
+        ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group; on
+            all ranks, if the trained parameters of one differ from the first rank's.
     """
     check_packed(model)
+    compare_trained(model)
     check_uniform(model)
     base = base_of(model)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)

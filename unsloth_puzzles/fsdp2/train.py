@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,7 @@ SEED = 3407
 COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
 
 
+@record  # torchrun ends the other ranks and shows the message of the one that failed first
 def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Train as the command line says.
 

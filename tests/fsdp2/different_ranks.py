@@ -1,0 +1,81 @@
+"""Two ranks whose models differ, and the error that each rank gets.
+
+torchrun --nproc_per_node 2 -m tests.fsdp2.different_ranks OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from benchmarks.fsdp2 import ranks
+from benchmarks.fsdp2.ranks import RANK
+from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
+from tests.fsdp2 import accelerate_on_cpu  # noqa: F401
+from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.shard import shard_qlora
+
+
+def qlora(layers: int = 2, four_bit: bool = True, **config: object) -> nn.Module:
+    make = random_nf4_llama if four_bit else random_llama
+    model = make(tiny_llama_config(64, layers), "cpu", torch.float32)
+    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+
+
+def pack(**of_the_second: object) -> None:
+    pack_nf4(qlora(**(of_the_second if RANK else {})))
+
+
+def shard(dtype: torch.dtype = torch.float32, frozen: str = "none", **of_the_second: object) -> None:
+    model = qlora(**(of_the_second if RANK else {}))
+    pack_nf4(model)
+    for name, parameter in model.named_parameters():
+        if RANK and parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad = frozen not in name
+    shard_qlora(model, ranks.mesh())
+
+
+def prepare(**of_the_second: object) -> None:
+    model = qlora(**(of_the_second if RANK else {}))
+    pack_nf4(model)
+    prepare_trainer(Trainer(model, TrainingArguments(use_cpu=True, report_to=[], **fsdp2_arguments(model))))
+
+
+CASES = {
+    "packed layers": lambda: pack(layers=1),
+    "no packed layer": lambda: pack(four_bit=False),
+    "shapes": lambda: shard(r=8),
+    "names": lambda: shard(frozen="k_proj"),
+    "dtypes": lambda: shard(dtype=torch.bfloat16),
+    "one more": lambda: shard(modules_to_save=["lm_head"]),
+    "the same": shard,
+    "shapes, under a Trainer": lambda: prepare(r=8),
+    "the same, under a Trainer": prepare,
+}
+
+
+def main(out: str) -> None:
+    ranks.start()
+    found = {}
+    for name, case in CASES.items():
+        error, everyones = None, [None, None]
+        try:
+            case()
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        dist.all_gather_object(everyones, error)
+        found[name] = everyones
+    if RANK == 0:
+        Path(out).write_text(json.dumps(found))
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""No rank waits for one that has failed or that has another model."""
+
+import json
+import time
+
+import pytest
+
+from benchmarks.fsdp2.ranks import start_ranks
+from tests.fsdp2.script import start
+
+SAME = "ValueError: model must have the same {} on all ranks, got "
+Q, K, V = (f"base_model.model.model.layers.0.self_attn.{name}_proj.lora_A.default.weight: " for name in "qkv")
+FIRST, SECOND = " on rank 0 and ", " on rank 1"
+A = "(4, 64) of torch.float32"
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks") / "out.json"
+    start_ranks("tests.fsdp2.different_ranks", str(out), ranks=2, timeout=300, TRITON_INTERPRET="1")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    "name, what, differing",
+    [
+        ("packed layers", "NF4 layers", f"14 of them{FIRST}7 of them"),
+        ("no packed layer", "NF4 layers", f"14 of them{FIRST}0 of them"),
+        ("shapes", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
+        ("names", "trained parameters", f"{K}{A}{FIRST}{V}{A}"),
+        ("dtypes", "trained parameters", f"{Q}{A}{FIRST}{Q}(4, 64) of torch.bfloat16"),
+        ("one more", "trained parameters", f"28 of them{FIRST}29 of them"),
+        ("shapes, under a Trainer", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
+    ],
+)
+def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
+    first, second = errors[name]
+    assert first == second == SAME.format(what) + differing + SECOND
+
+
+@pytest.mark.parametrize("name", ["the same", "the same, under a Trainer"])
+def test_models_that_are_the_same_are_taken(errors, name):
+    assert errors[name] == [None, None]
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(architecture, tmp_path):
+    began = time.monotonic()
+    failed = start(architecture, tmp_path / "log.jsonl", "--steps", 3, ranks=2, callback="Fail")
+    assert failed.returncode != 0 and time.monotonic() - began < 200
+    of_the_rank, summary = failed.stderr.split("ChildFailedError", 1)
+    assert all("ValueError: this rank cannot read its rows" in part for part in (of_the_rank, summary))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1

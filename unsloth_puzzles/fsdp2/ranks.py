@@ -1,0 +1,44 @@
+"""What all ranks must have in common, compared before the first collective that would wait for it forever."""
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import nn
+
+
+def compare_ranks(what: str, own: Mapping[str, object]) -> None:
+    """Raise the same ValueError on every rank if ranks differ. Every rank must call it.
+
+    Args:
+        what: The entries' name in the error, in the plural.
+        own: This rank's entries, in order; what can be pickled and compared.
+
+    Raises:
+        ValueError: The first rank has other entries than another one, or the same in another order.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyones: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, list(own.items()))
+    for rank, theirs in enumerate(everyones):
+        if theirs != everyones[0]:
+            pairs = zip(everyones[0], theirs, strict=False)
+            counts = f"{len(everyones[0])} of them", f"{len(theirs)} of them"
+            first, other = next(((f"{a[0]}: {a[1]}", f"{b[0]}: {b[1]}") for a, b in pairs if a != b), counts)
+            raise ValueError(
+                f"model must have the same {what} on all ranks, got {first} on rank 0 and {other} on rank {rank}"
+            )
+
+
+def compare_trained(model: nn.Module) -> None:
+    """Raise ValueError on every rank if the parameters that are trained differ in name, shape or dtype.
+
+    Args:
+        model: Before it is sharded.
+    """
+    trained = {
+        name: f"{tuple(parameter.shape)} of {parameter.dtype}"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    compare_ranks("trained parameters", trained)
