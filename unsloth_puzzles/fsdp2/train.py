@@ -79,13 +79,18 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """The model in NF4 on `device`; what is not quantised is in `dtype`.
+    """The model in NF4 on `device`, double-quantised unless its checkpoint says otherwise.
+
+    Both kinds of checkpoints become the same layers, on any number of ranks. Each rank reads the whole checkpoint:
+
+    - in 16 bits, whose linear layers bitsandbytes quantises on `device`, tensor by tensor; the head stays as it is;
+    - pre-quantised by bitsandbytes as NF4, whose bytes are taken as they are. `dtype` replaces the compute dtype that
+      the checkpoint names, which is often bfloat16: a GPU below sm_80 emulates that.
 
     Args:
-        name: A model of the hub or a folder: pre-quantised by bitsandbytes, or in 16 bits and then quantised while it
-            is loaded. With `layers` only its configuration is read.
+        name: A model of the hub, or a folder. With `layers` only its configuration is read.
         device: Where it goes, tensor by tensor.
-        dtype: What it computes in.
+        dtype: What it computes in, and the dtype of what is not quantised.
         layers: Make a model of that many layers with random weights instead of loading them.
 
     Raises:
@@ -101,6 +106,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None
     given = getattr(config, "quantization_config", None)
     if given is not None and dict(given).get("bnb_4bit_quant_type") != "nf4":
         raise ValueError(f"model must be in 16 bits or in bitsandbytes' NF4, got {dict(given)}")
+    if given is not None:
+        config.quantization_config = {**given, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     chosen = {} if given is not None else {"quantization_config": quantization}
     return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, device_map={"": device}, **chosen)
 
