@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
 from unsloth_puzzles.fsdp2.ranks import compare_trained
-from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, embeddings, float32_adapters
+from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, float32_adapters, frozen_embeddings
 
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +69,8 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
 
     Args:
         trainer: Of a packed model, with the arguments of `fsdp2_arguments`.
-        shard_embeddings: Shard embedding and head as well, which then are gathered in every step.
+        shard_embeddings: Shard embedding and head as well, which then are gathered in every step. What is trained of
+            them is sharded in any case.
 
     Raises:
         ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: bitsandbytes' optimizers,
@@ -92,4 +93,4 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if not shard_embeddings:
-        plugin.ignored_modules = embeddings(base_of(trainer.model))
+        plugin.ignored_modules = frozen_embeddings(base_of(trainer.model))

@@ -32,7 +32,8 @@ def shard_qlora(
             for CPU tensors as well ("cuda:nccl,cpu:gloo").
         param_dtype: The dtype in which adapters and norms compute (float16, bfloat16); gradients are reduced in
             float32. None keeps each parameter's own.
-        shard_embeddings: Shard embedding and head as well, which then are gathered in every step.
+        shard_embeddings: Shard embedding and head as well, which then are gathered in every step. What is trained of
+            them is sharded in any case.
 
     Returns:
         `model`, whose parameters are DTensors but for the embeddings that are not sharded.
@@ -53,17 +54,25 @@ def shard_qlora(
         "mp_policy": policy,
     }
     if not shard_embeddings:
-        options["ignored_params"] = {module.weight for module in embeddings(base)}
+        options["ignored_params"] = {one for module in frozen_embeddings(base) for one in module.parameters()}
     for layer in base.base_model.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
 
 
-def embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    """The input embedding of `model` and its head; one module where both share a weight."""
-    found = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights: set[int] = set()
-    return [one for one in found if one is not None and not (id(one.weight) in weights or weights.add(id(one.weight)))]
+def frozen_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold the frozen weights of input embedding and head; one of two that share a weight.
+
+    What is trained there is not among them (adapters, `modules_to_save`): its gradients must be reduced.
+    """
+    chosen, seen = [], set()
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for module in () if embedding is None else embedding.modules():
+            own = list(module.parameters())
+            if own and not any(one.requires_grad or id(one) in seen for one in own):
+                chosen.append(module)
+                seen |= {id(one) for one in own}
+    return chosen
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
