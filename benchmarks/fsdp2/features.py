@@ -98,7 +98,8 @@ def train(
     Args:
         checkpointing: Compute activations again in the backward.
         chunked: Compute the loss by `use_memory_efficient_loss`.
-        compiled: Compile each decoder layer's forward without a graph break, inside FSDP2's hooks.
+        compiled: Capture each decoder layer's forward without a graph break, inside FSDP2's hooks; Inductor, which
+            takes minutes, is left to `steps`.
         accumulation: Micro-batches of a step; several ranks communicate gradients after the last one only.
         fused: Use AdamW's fused kernel.
         scaler: Use a GradScaler, and put an infinity into the last rank's gradients in step OVERFLOWING.
@@ -121,9 +122,8 @@ def train(
         if chunked:
             stack.enter_context(use_memory_efficient_loss(model, chunk_size=16))
         if compiled:
-            backend = "inductor" if torch.cuda.is_available() else "aot_eager"
             for layer in model.get_base_model().model.layers:
-                layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=True)
+                layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=True)
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=dtype, **sharding)
             if not compiled:
