@@ -46,19 +46,19 @@ def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: fl
 
     Returns:
         "losses" of the steps; of the second half of them the median "seconds" and "tokens_per_s"; the largest
-        "peak_gib" of each GPU; and the last line of the log: "share" of the 4-bit bytes that a GPU holds,
-        "compilations", "graph_breaks".
+        "peak_gib" of each GPU; and "share" of the 4-bit bytes that a GPU holds, "compilations", "graph_breaks".
     """
-    log = Path(folder, f"log_{ranks}_{len(flags)}.jsonl")
+    log, summary = Path(folder, f"log_{ranks}_{len(flags)}.jsonl"), Path(folder, "summary.json")
     log.unlink(missing_ok=True)
-    given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), "--log-file", str(log), *flags)
+    given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *flags)
+    given += ("--log-file", str(log), "--summary-file", str(summary))
     start_ranks("unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=gpus)
-    *steps, summary = (json.loads(line) for line in log.read_text().splitlines())
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
     late = steps[len(steps) // 2 :]
     return {
         "losses": [line["loss"] for line in steps],
         "seconds": statistics.median(line["seconds"] for line in late),
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in late),
         "peak_gib": [max(peaks) for peaks in zip(*(line["peak_gib"] for line in steps), strict=True)],
-        **summary,
+        **json.loads(summary.read_text()),
     }

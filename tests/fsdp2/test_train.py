@@ -1,5 +1,7 @@
 """The script on one process and on two: the same losses, and adapters that load in one process."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -18,7 +20,7 @@ def one(architecture, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(architecture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    flags = ("--steps", 3, "--save-steps", 2, "--output", folder / "out")
+    flags = ("--steps", 3, "--save-steps", 2, "--output", folder / "out", "--summary-file", folder / "summary.json")
     return folder, run(architecture, folder / "log.jsonl", *flags, ranks=2)
 
 
@@ -28,6 +30,11 @@ def test_two_ranks_have_the_losses_and_norms_of_one(one, two):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert theirs["grad_norm"] > 0.01 and len(ours["peak_gib"]) == 2
+
+
+def test_summary_of_a_rank(two):
+    found = json.loads((two[0] / "summary.json").read_text())
+    assert found == {"share": 0.5, "compilations": 0, "graph_breaks": 0}
 
 
 def test_saved_adapters_load_in_one_process(two, architecture):

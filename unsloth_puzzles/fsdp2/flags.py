@@ -34,4 +34,5 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--state-dict", choices=("FULL_STATE_DICT", "SHARDED_STATE_DICT"), default="FULL_STATE_DICT")
     made.add_argument("--resume", help="a checkpoint folder of this script, of any number of ranks")
     made.add_argument("--log-file", help="a file for a line of JSON a step")
+    made.add_argument("--summary-file", help="a JSON file: share of the 4-bit bytes, compilations, graph breaks")
     return made

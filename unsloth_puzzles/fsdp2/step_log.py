@@ -1,4 +1,4 @@
-"""A line of JSON a step: loss, gradient norm, tokens a second, peak memory of each rank."""
+"""What a run says of itself: a line of JSON a step (loss, gradient norm, tokens a second, peaks), and a summary."""
 
 import json
 import time
@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+
+from unsloth_puzzles.bench.compilations import Counts
+from unsloth_puzzles.bench.record import write_json
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 
 
 class StepLog(TrainerCallback):
@@ -34,3 +40,18 @@ class StepLog(TrainerCallback):
         if state.is_world_process_zero and self.path:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def write_summary(path: str, model: nn.Module, counts: Counts) -> None:
+    """Write {"share", "compilations", "graph_breaks"} of this rank as JSON.
+
+    Args:
+        path: The file.
+        model: Trained; "share" is the part of its packed 4-bit bytes that this rank holds, 1.0 without any.
+        counts: Of the training.
+    """
+    streams = [module.weight for module in model.modules() if isinstance(module, StreamLinear4bit)]
+    whole = sum(weight.numel() for weight in streams)
+    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in streams)
+    found = {"share": held / whole if whole else 1.0, "compilations": counts.compilations}
+    write_json(path, {**found, "graph_breaks": sum(counts.graph_breaks.values())})

@@ -30,6 +30,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.device import capability
@@ -37,7 +38,7 @@ from unsloth_puzzles.fsdp2.flags import DTYPES, parser
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import float32_adapters
-from unsloth_puzzles.fsdp2.step_log import StepLog
+from unsloth_puzzles.fsdp2.step_log import StepLog, write_summary
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 SEED = 3407
@@ -70,11 +71,14 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES))
         pack_nf4(model, world)
     trainer = make_trainer(model, options, world, device, dtype, callbacks)
-    with _kernels(trainer, options):
+    with count_compilations() as counts, _kernels(trainer, options):
         trainer.train(resume_from_checkpoint=options.resume)
+    if options.summary_file and trainer.is_world_process_zero():
+        write_summary(options.summary_file, trainer.model, counts)
     if options.output:
         trainer.save_model(options.output)
     if dist.is_initialized():
+        dist.barrier()  # a rank that ends takes its part of the store with it
         dist.destroy_process_group()
 
 
