@@ -4,6 +4,7 @@
 # make publish       on a GPU: test-slow unless it passed with this code; then the run, kept as notebook, resources/, README
 # make publish UNTESTED=1    the same without test-slow, which the release then says
 # make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
+# make sweeps-gpus   on two GPUs: one GPU and both compared, kept in resources/measurements/
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
 # make colab-check   the notebook alone in an environment with the versions of Colab's runtime
@@ -28,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help notebook test test-slow publish sweeps gpu-test rehearsal colab-check build clean
+.PHONY: help notebook test test-slow publish sweeps sweeps-gpus gpu-test rehearsal colab-check build clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -64,6 +65,9 @@ sweeps: $(READY)
 	$(RUN) -m benchmarks.nf4.sweeps $(MEASURED)/a_nf4_sweeps.json
 	$(RUN) -m benchmarks.backprop.sweeps $(MEASURED)/e_backprop_sweeps.json
 	$(RUN) -m benchmarks.compiled.sweeps $(MEASURED)/c_compile_sweeps.json
+
+sweeps-gpus: $(READY)
+	$(RUN) -m benchmarks.fsdp2.sweeps $(MEASURED)/b_fsdp2_sweeps.json
 
 gpu-test: $(READY)
 	$(RUN) -m tools.gpu_tests
