@@ -126,7 +126,7 @@ def _need_source(name: str) -> None:
     if Path(name).is_dir():
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"neither a directory nor a name on the hub (OWNER/MODEL): {name!r}")
+        raise FileNotFoundError(f"path_or_name must be a directory or a name on the hub (OWNER/MODEL), got {name!r}")
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     if refusal := hub_refuses():

@@ -678,8 +678,9 @@ judge(results, "errors of the linear layer", no_worse)
 # %% [markdown]
 # `patch_linear4bit(model)` puts it under every 4-bit layer of a transformers or PEFT model. Without gradients and for
 # few rows, which is decoding, bitsandbytes' fused 4-bit GEMM stays in use: it never writes the 16-bit matrix. Where the
-# two cross, and how fast a model generates before and after, a script measures (`make sweeps`), which also times the
-# real Unsloth beside ours. What follows is from its file, says on what hardware and when, and is no part of the score.
+# two cross, and how fast a model generates before and after, a script measures (`make sweeps`). Where Unsloth is
+# installed it times that, too. What follows is from its file, says on what hardware and when, and is no part of the
+# score.
 
 # %%
 SWEEPS = Path("resources/measurements/a_nf4_sweeps.json")
@@ -738,9 +739,8 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 # - It was not run on a T4. The kernels are compiled for it, and its time is predicted above from bytes and
 #   instructions; no speed shown here was measured on one.
 # - Triton does not officially support sm_75; kernels without a matrix product, such as this one, work there.
-# - Against an Unsloth whose kernel is fused as well, the advantage is smaller (see "the real Unsloth", where it is
-#   installed): on large matrices both are near the memory's speed; small ones and the host's share make most of the
-#   difference.
+# - A newer Unsloth has a fused kernel of its own. The speed-up above is over the three launches of the puzzle, not over
+#   that kernel.
 # - A patched model does not generate faster. One row a step stays with bitsandbytes' kernel before and after; what
 #   differs is a little work on the host around it, and the spread of so short a measurement is wide.
 # - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), as exact but slower.

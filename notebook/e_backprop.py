@@ -1100,9 +1100,8 @@ plt.close(figure)
 # The head alone: from hidden states of 16 x 1024 completion tokens (4 x 1024 on a GPU with less than 40 GiB) to the
 # gradients of hidden states and head, for the same clipped loss; and a whole step of Llama 3.2 1B (forward, loss,
 # backward; gradient checkpointing, no generation). "Full logits" holds them all in float32, as one would write it;
-# TRL's own trainer has had a fused head since 1.16. Liger's GRPO loss multiplies the gradients in float32, without
-# tensor cores unless TF32 is allowed (both are shown; below sm_80 it is left out), and has no part in the whole step,
-# since TRL 1.16 no longer calls it.
+# TRL's own trainer has had a fused head since 1.16. Liger's GRPO loss is shown with and without TF32 (below sm_80
+# it is left out). It has no part in the whole step, since TRL 1.16 no longer calls it.
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:
@@ -1247,16 +1246,9 @@ AIMS = [  # metric, case, at most
     ("grpo_time_over_trl", "head only", 1.00),
     ("grpo_peak_over_liger", "head only", 1.00),
 ]
-bf16_dw = results.find("gradient_error_over_eager", f"head trained, {short} dW")
-if bf16_dw and baselines.LIGER in bf16_dw[0]["baselines"]:  # the aim is what Liger reaches in this run
-    AIMS.append(("gradient_error_over_eager", f"head trained, {short} dW", bf16_dw[0]["baselines"][baselines.LIGER]))
-swept_ratios = sweeps.find("frontier_time_over_liger") if sweeps else []
-fastest = min(swept_ratios, key=lambda found: found["value"], default=None)
-if fastest and sweeps.hardware["name"] == hardware.name:
-    AIMS.append(("frontier_time_over_liger", fastest["case"], 0.97))
 lines, reached = ["| metric | case | at most | measured | |", "|---|---|---|---|---|"], 0
 for metric, case, aim in AIMS if GPU else ():
-    found = (sweeps if metric.startswith("frontier") else results).find(metric, case)
+    found = results.find(metric, case)
     good = bool(found) and found[0]["value"] <= aim
     reached += good
     text = f"{found[0]['value']:.4g} {found[0]['unit']}" if found else "SKIPPED: not measured here"

@@ -45,7 +45,10 @@ TABLES = {
         ("time_over_liger", "Our time over Liger's"),
         ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
         ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step, nats"),
-        ("loss_curve_gradient_norm_difference", "The same of the gradients' norms, relative"),
+        (
+            "loss_curve_gradient_norm_difference",
+            "Standard loss and ours: relative difference of gradient norms, largest",
+        ),
         ("planted_fault_difference", "Faults planted into ours: largest difference from the standard loss, nats"),
         ("loss_fall", "By how much the loss fell in those steps, nats"),
         ("training_peak_gib", "Peak memory of each training"),

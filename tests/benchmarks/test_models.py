@@ -110,5 +110,5 @@ def test_offline_text_is_english_prose():
     assert 0.03 < words.count("the") / len(words) < 0.12
     assert all(len(text) >= 100 and "\n" not in text for text in found)
     assert not any(mark in text for text in found for mark in (">>>", "::="))
-    with pytest.raises(ValueError, match="min_characters: needs 1 or more, got 0"):
+    with pytest.raises(ValueError, match="min_characters must be at least 1, got 0"):
         paragraphs(0)

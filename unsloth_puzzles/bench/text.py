@@ -12,7 +12,7 @@ def paragraphs(min_characters: int = 100) -> tuple[str, ...]:
     there is neither a prompt (>>>) nor a production (::=).
     """
     if min_characters < 1:
-        raise ValueError(f"min_characters: needs 1 or more, got {min_characters}")
+        raise ValueError(f"min_characters must be at least 1, got {min_characters}")
     found = {}
     for topic in sorted(topics):
         for block in topics[topic].split("\n\n"):

@@ -161,9 +161,9 @@ class ByteStream(torch.Tensor):
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         if func not in _MOVES:
-            raise TypeError(f"{func}: the packed weight must stay bytes, got an operator on numbers")
-        if kwargs.pop("dtype", None) not in (None, DTYPE):
-            raise TypeError(f"{func}: the packed weight must stay bytes, got a cast")
+            raise TypeError(f"func must move bytes of the packed weight, got {func}")
+        if (cast := kwargs.pop("dtype", None)) not in (None, DTYPE):
+            raise TypeError(f"dtype must be that of the packed weight, got {cast} for {func}")
         found = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
         if func is aten.copy_.default:
             return args[0]

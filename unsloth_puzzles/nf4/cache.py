@@ -1,4 +1,4 @@
-"""Remember the launch of a weight that passed every check: half of the host's time for a call.
+"""Remember the launch of a weight that passed every check, so that a later call makes none of them.
 
 A launch is remembered for the very objects it was prepared from, at the addresses they had. No tensor is kept alive:
 the launch is dropped as soon as one of those objects goes, so that no `id` known here can become another object's.

@@ -100,7 +100,7 @@ def _check_out(out, packed: torch.Tensor, state) -> None:
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if out.requires_grad:
-        raise ValueError("out must not require gradients, as the kernel writes into it; got requires_grad=True")
+        raise ValueError("out must not require gradients, since the kernel writes into it, got requires_grad=True")
 
 
 # The fields of NF4Weight: an operator takes plain tensors.

@@ -1,8 +1,8 @@
 """Launch the compiled kernel by its handle.
 
-`kernel[grid](...)` inspects every argument at every call: 20 us on an H200's host, more than the kernel itself runs for
-a small matrix. Here `prepare` looks the compiled kernel up by what it depends on, and `Launch.run` gives plain
-addresses to its C launcher: 6 us together without checks and allocation, and 4 where `cache` recalls the launch.
+`kernel[grid](...)` inspects every argument at every call, which can take the host longer than a small matrix takes the
+GPU. Here `prepare` looks the compiled kernel up by what it depends on, and `Launch.run` gives plain addresses to its C
+launcher. `cache` recalls the launch of a weight that was seen before.
 """
 
 import math
