@@ -377,6 +377,43 @@ if len(runs) == len(script.RUNS):
     })  # fmt: skip
 
 # %% [markdown]
+# ### Prefetch: what the gathers cost
+#
+# FSDP2 gathers the next layer's bytes while this layer computes. Four layers of 8B's shapes, compiled, by a plain loop,
+# on one GPU and on two with the same rows a GPU. The bound from above, now with the bandwidth that this machine has.
+
+# %%
+if TWO_GPUS:
+    from benchmarks.fsdp2 import timeline
+
+    ROW = 2048 if hardware.memory_gib >= 20 else 1024
+    case = {"rows": 1, "length": ROW, "layers": 4, "vocabulary": 32000, "steps": 12, "compiled": True, "profiled": True}
+    case["dtype"] = "bfloat16" if hardware.bf16 else "float16"
+    path = os.path.join(folder, "prefetch.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump([case], file)
+    measured = {ranks: run_ranks("benchmarks.fsdp2.steps", path, ranks=ranks, timeout=600) for ranks in (1, RANKS)}
+    one, mine = (measured[ranks]["cases"][0] for ranks in (1, RANKS))
+    bandwidth, rate = measured[RANKS]["gather_bytes_per_s"], hardware.matmul_flops[case["dtype"]]
+    gather_ms = 1e3 * sum(streams) * (RANKS - 1) / RANKS / bandwidth
+    product_ms = 1e3 * 2 * weights * ROW / rate
+    print(f"all-gather: {bandwidth / 1e9:.1f} GB/s; predicted for a layer: {gather_ms:.2f} ms to gather,")
+    print(f"{product_ms:.2f} ms of products in its forward, {2 * product_ms:.2f} ms in its backward")
+    ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
+    share = timeline.hidden(mine["timeline"])
+    print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two; {share:.0%} of the gathers' time is hidden")
+    results.add("step_over_one_gpu", f"4 layers of 8B, 1 x {ROW} a GPU", ms[RANKS] / ms[1], "x")
+    results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
+    results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")
+    figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
+    timeline.draw(axes, mine["timeline"])
+    axes.set_title(f"A step of 4 layers of Llama 3.1 8B's shapes, 1 x {ROW} a GPU, random weights; {WHERE}", fontsize=9)
+    figure.savefig("resources/b_fsdp2_prefetch.png", dpi=110)
+    plt.show()
+else:
+    print("SKIPPED: gathers beside products are seen on two GPUs")
+
+# %% [markdown]
 # ### What this does not do
 #
 # - 8-bit and FP4 layers, tied quantised weights and bitsandbytes' optimizers are refused by name.

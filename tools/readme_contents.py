@@ -60,6 +60,16 @@ TABLES = {
     ),
 }
 SWEPT = {  # the same for what `make sweeps` measured, by the file beside whose tables it stands
+    "b_fsdp2.json": (
+        "b_fsdp2_sweeps.json",
+        (
+            ("scaling", "Tokens a second of two GPUs over those of one"),
+            ("step_over_one_gpu", "A step over the same rows on one GPU, without communication"),
+            ("loss_difference", "Two GPUs and one over 60 steps: largest difference of the loss, nats"),
+            ("peak_gib", "Peak memory of a GPU"),
+            ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
+        ),
+    ),
     "a_nf4.json": (
         "a_nf4_sweeps.json",
         (
@@ -77,6 +87,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
     "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
     "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
     "b_fsdp2_loss": "Loss of QLoRA over 60 steps in one process and on two ranks, and their difference below",
+    "b_fsdp2_prefetch": "When a GPU gathered, reduced and computed in one step on two GPUs",
     "b_fsdp2_stream": "Where codes and scales of one weight lie in its byte stream, and where two ranks split it",
     "c_compile_frontier": "Time of a QLoRA step over its peak memory, eager and compiled, checkpointed and not",
     "c_compile_parity": "Loss, time and memory over 60 steps of as many lengths, three uncompiled runs and ours",

@@ -1,0 +1,44 @@
+"""When a GPU computed and when it communicated in a step: how much of the gathers was hidden, and a picture."""
+
+from collections.abc import Iterable
+
+Events = list[tuple[str, float, float]]  # lane, start and duration in us, as `training.Run.profile` gives them
+LANES = ("all-gather", "reduce-scatter", "compute")
+
+
+def hidden(events: Events, lane: str = "all-gather") -> float | None:
+    """The share of a lane's time in which the GPU also computed.
+
+    Args:
+        events: Of one step.
+        lane: "all-gather" or "reduce-scatter".
+
+    Returns:
+        From 0 to 1; None if the lane has no events.
+    """
+    spans = [(start, start + length) for one, start, length in events if one == lane]
+    work = _union((start, start + length) for one, start, length in events if one == "compute")
+    total = sum(end - start for start, end in spans)
+    if not total:
+        return None
+    both = sum(max(0.0, min(end, until) - max(start, since)) for start, end in spans for since, until in work)
+    return both / total
+
+
+def draw(axes, events: Events) -> None:
+    """A row a lane, time to the right in ms."""
+    for row, (lane, color) in enumerate(zip(LANES, ("tab:orange", "tab:red", "tab:blue"), strict=True)):
+        spans = [(start / 1e3, length / 1e3) for one, start, length in events if one == lane]
+        axes.broken_barh(spans, (row - 0.4, 0.8), color=color)
+    axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="ms from the step's first kernel")
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans, those that overlap joined."""
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return joined
