@@ -11,9 +11,9 @@ SCRIPT = Path(__file__).with_name("train_on_cpu.py")
 TIMEOUT = 300  # seconds, after which a run counts as one that hangs
 
 
-def run(model: Path, log: Path, *flags: object, ranks: int | None = None, layers: int | None = 2) -> list[dict]:
-    """The lines of the log of a run that must not fail."""
-    done = start(model, log, *flags, ranks=ranks, layers=layers)
+def run(model: Path, log: Path, *flags: object, **options: object) -> list[dict]:
+    """The lines of the log of a run that must not fail; see `start`."""
+    done = start(model, log, *flags, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return lines_of(log)
 
@@ -29,7 +29,7 @@ def start(
         flags: More flags of the script.
         ranks: Of torchrun; None runs the script without it.
         layers: Of a model with random weights; None loads those in the folder.
-        callback: A class in `callbacks.py` whose instance the trainer gets.
+        callback: A class in `callbacks.py` whose instance the trainer gets. It may write to the folder of the log.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks) if ranks else ()
     random = ("--layers", layers) if layers else ()

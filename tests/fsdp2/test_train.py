@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.backprop.grpo import tiny_tokenizer
 from tests.fsdp2.script import run
 from unsloth_puzzles.fsdp2.train import load, rows_of
+from unsloth_puzzles.nf4 import patch_linear4bit
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def one(architecture, tmp_path_factory):
 def two(architecture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     flags = ("--steps", 3, "--save-steps", 2, "--output", folder / "out", "--summary-file", folder / "summary.json")
-    return folder, run(architecture, folder / "log.jsonl", *flags, ranks=2)
+    return folder, run(architecture, folder / "log.jsonl", *flags, ranks=2, callback="Logits")
 
 
 def test_two_ranks_have_the_losses_and_norms_of_one(one, two):
@@ -43,6 +45,9 @@ def test_saved_adapters_load_in_one_process(two, architecture):
     assert len(weights) == 28 and all(value.dtype == torch.float32 for value in weights.values())
     base = load(str(architecture), torch.device("cpu"), torch.float32, layers=2)
     model = PeftModel.from_pretrained(base, saved)
+    with patch_linear4bit(model), torch.no_grad():
+        logits = model(input_ids=torch.arange(20)[None]).logits
+    assert all(torch.equal(logits, torch.load(two[0] / f"logits{rank}.pt")) for rank in (0, 1))
     loaded = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     assert len(loaded) == 28
     for name, value in loaded.items():
@@ -57,6 +62,15 @@ def test_a_run_of_two_ranks_goes_on_in_one(two, architecture, tmp_path):
     assert rest["step"] == 3 and len(rest["peak_gib"]) == 1
     assert rest["loss"] == pytest.approx(whole[2]["loss"], abs=1e-5)
     assert rest["grad_norm"] == pytest.approx(whole[2]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_adapters_are_saved_with_sharded_checkpoints(architecture, tmp_path, two):
+    flags = ("--steps", 3, "--output", tmp_path / "out", "--state-dict", "SHARDED_STATE_DICT")
+    run(architecture, tmp_path / "log.jsonl", *flags, ranks=2)
+    ours, theirs = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (tmp_path, two[0]))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").vocab_size > 20
 
 
 @pytest.mark.slow

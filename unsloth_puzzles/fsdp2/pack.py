@@ -76,14 +76,14 @@ class PackedModel:
         """Give each layer bitsandbytes' own weight and quantisation state back, byte for byte.
 
         Raises:
-            RuntimeError: The model is sharded: its hooks would put the streams back. Save the adapters, and load them
-                over the base model in one process.
+            RuntimeError: The model is sharded: its hooks would put the streams back. Use `save_adapters`, and load
+                them over the base model in one process.
         """
         for name, layer in self._layers.items():
             if isinstance(layer.weight, DTensor):
                 raise RuntimeError(
                     f"model must not be sharded, got a DTensor in {name}; "
-                    "save the adapters, and load them over the base model in one process"
+                    "use save_adapters, and load them over the base model in one process"
                 )
         for layer in self._layers.values():
             _unpack(layer)

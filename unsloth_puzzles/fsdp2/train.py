@@ -6,6 +6,9 @@
 Both train on the same rows in the same order: `--rows` counts the rows of all ranks. torchrun takes the way of FSDP2
 with one rank, too, so that a checkpoint of two ranks can be resumed by one and the reverse. A checkpoint of `python`
 can be resumed by `python` alone. A line of JSON a step goes to `--log-file`.
+
+The adapters go to `--output` in PEFT's format: `PeftModel.from_pretrained(load(...), output)` is a model of ordinary
+layers in one process, to generate with or to merge.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from unsloth_puzzles.device import capability
 from unsloth_puzzles.fsdp2.flags import DTYPES, parser
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.fsdp2.shard import float32_adapters
 from unsloth_puzzles.fsdp2.step_log import StepLog, write_summary
 from unsloth_puzzles.nf4.patch import patch_linear4bit
@@ -76,9 +80,13 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
     if options.summary_file and trainer.is_world_process_zero():
         write_summary(options.summary_file, trainer.model, counts)
     if options.output:
-        trainer.save_model(options.output)
+        save_adapters(trainer.model, options.output)  # the Trainer saves none of a SHARDED_STATE_DICT
+        if trainer.is_world_process_zero():
+            trainer.processing_class.save_pretrained(options.output)
     if dist.is_initialized():
-        dist.barrier()  # a rank that ends takes its part of the store with it
+        # A rank that ends takes its part of the store with it. And gloo's threads must free the last tensors before
+        # Python ends, or the process aborts.
+        dist.barrier()
         dist.destroy_process_group()
 
 

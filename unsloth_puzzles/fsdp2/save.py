@@ -1,0 +1,47 @@
+"""After training: the adapters of a sharded model, in PEFT's own format.
+
+save_adapters(model, "out")                                       # on every rank
+
+model = load(name, device, dtype)                                 # later, in one process: ordinary layers
+model = PeftModel.from_pretrained(model, "out")                   # the same logits, bit for bit
+model.generate(...); model.merge_and_unload()
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+
+
+def save_adapters(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapters and what else is trained, as `PeftModel.save_pretrained` does for a model that is not sharded.
+
+    Parameters are gathered one by one; the frozen weights never are. A sharded model cannot become an ordinary one
+    again: to merge adapters or to generate text fast, load them over the base model in one process.
+
+    Args:
+        model: With adapters of PEFT, sharded or not. Every rank must call it.
+        folder: Where the first rank writes. All ranks return when the files are complete.
+
+    Raises:
+        TypeError: `model` has no adapters of PEFT.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or model.base_model.prefix in name:  # an adapter that is not active is frozen
+            whole = _whole(parameter.detach())
+            if first:
+                state[name] = whole.cpu()
+    if first:
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
