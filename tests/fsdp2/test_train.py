@@ -74,6 +74,18 @@ def test_adapters_are_saved_with_sharded_checkpoints(architecture, tmp_path, two
 
 
 @pytest.mark.slow
+def test_gradients_are_reduced_after_the_last_micro_batch_only(architecture, tmp_path):
+    """Two ranks with three micro-batches of a row each, beside one process with all six rows at once."""
+    one = run(architecture, tmp_path / "one.jsonl", "--steps", 2, "--rows", 6)
+    flags = ("--steps", 2, "--rows", 2, "--accumulate", 3)
+    two = run(architecture, tmp_path / "two.jsonl", *flags, ranks=2, callback="Count")
+    counts = [json.loads((tmp_path / f"counts{rank}.json").read_text()) for rank in (0, 1)]
+    assert counts[0] == counts[1] == [0, 0, 2] * 2  # one a decoder layer
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-5)
+    assert [line["grad_norm"] for line in two] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [("--offload",), ("--no-checkpointing",), ("--no-reshard",), ("--shard-embeddings",), ("--accumulate", "2")],
