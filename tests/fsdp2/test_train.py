@@ -97,6 +97,18 @@ def test_flags_do_not_change_the_losses(flags, architecture, tmp_path):
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--no-checkpointing", "--shard-embeddings")])
+def test_compiled_ranks_have_the_losses_of_one_process(one, flags, architecture, tmp_path):
+    """By `compile_qlora` and Inductor: decoder layers, norm and chunked loss, the head replicated or sharded."""
+    more = ("--steps", 3, "--compile", "--summary-file", tmp_path / "summary.json", *flags)
+    two = run(architecture, tmp_path / "log.jsonl", *more, ranks=2)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-5)
+    assert [line["grad_norm"] for line in two] == pytest.approx([line["grad_norm"] for line in one], rel=1e-3)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["share"] == 0.5 and found["graph_breaks"] == 0 and 0 < found["compilations"] <= 8
+
+
 def test_rows_have_the_length_and_no_token_twice(architecture):
     tokenizer = tiny_tokenizer()
     rows = rows_of(tokenizer, 50)["input_ids"]
