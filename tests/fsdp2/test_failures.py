@@ -13,6 +13,16 @@ Q, K, V = (f"base_model.model.model.layers.0.self_attn.{name}_proj.lora_A.defaul
 FIRST, SECOND = " on rank 0 and ", " on rank 1"
 A = "(4, 64) of torch.float32"
 
+DIFFERENT = [
+    ("packed layers", "NF4 layers", f"14 of them{FIRST}7 of them"),
+    ("no packed layer", "NF4 layers", f"14 of them{FIRST}0 of them"),
+    ("shapes", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
+    ("names", "trained parameters", f"{K}{A}{FIRST}{V}{A}"),
+    ("dtypes", "trained parameters", f"{Q}{A}{FIRST}{Q}(4, 64) of torch.bfloat16"),
+    ("one more", "trained parameters", f"28 of them{FIRST}29 of them"),
+    ("shapes, under a Trainer", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
+]
+
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
@@ -21,18 +31,7 @@ def errors(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(
-    "name, what, differing",
-    [
-        ("packed layers", "NF4 layers", f"14 of them{FIRST}7 of them"),
-        ("no packed layer", "NF4 layers", f"14 of them{FIRST}0 of them"),
-        ("shapes", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
-        ("names", "trained parameters", f"{K}{A}{FIRST}{V}{A}"),
-        ("dtypes", "trained parameters", f"{Q}{A}{FIRST}{Q}(4, 64) of torch.bfloat16"),
-        ("one more", "trained parameters", f"28 of them{FIRST}29 of them"),
-        ("shapes, under a Trainer", "trained parameters", f"{Q}{A}{FIRST}{Q}(8, 64) of torch.float32"),
-    ],
-)
+@pytest.mark.parametrize("name, what, differing", DIFFERENT, ids=[case[0] for case in DIFFERENT])
 def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
     first, second = errors[name]
     assert first == second == SAME.format(what) + differing + SECOND

@@ -42,6 +42,24 @@ MUTATIONS = {
     "the bias of DoRA's base twice": mutation(
         "dora.py", "base_layer.multiply(x), None", "base_layer.multiply(x), bias", DORA
     ),
+    "trained embeddings kept whole": mutation(
+        "shard.py",
+        "one.requires_grad or id(one) in seen",
+        "id(one) in seen",
+        "test_embeddings.py::test_frozen_weights_alone_are_kept_whole",
+    ),
+    "the checkpoint's compute dtype": mutation(
+        "train.py",
+        '{**given, "bnb_4bit_compute_dtype"',
+        '{**given, "ignored"',
+        "test_load.py::test_both_kinds_become_the_same_model",
+    ),
+    "trained parameters that nobody compares": mutation(
+        "ranks.py",
+        'compare_ranks("trained parameters", trained)',
+        "pass",
+        "test_failures.py::test_both_ranks_refuse_models_that_differ[dtypes]",
+    ),
     "the other rank's share": mutation(
         "stream.py",
         "(stream,) = all_gather_outputs",
