@@ -56,17 +56,14 @@ LARGEST_NORM_DIFFERENCE = 1e-4  # relative, of the gradients' norm
 
 
 def qlora(checkpointing: bool = False, dtype: torch.dtype = torch.float32, dora: bool = False) -> torch.nn.Module:
-    """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training.
-
-    Half of the adapters of `dora` have a function in place of dropout, on which PEFT's layer takes another path.
-    """
+    """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training."""
     device = ranks.device()
     torch.manual_seed(11)
     model = random_nf4_llama(tiny_llama_config(VOCABULARY), device, dtype)
     model.config.use_cache = False
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
     model = get_peft_model(model, config)
-    for layer in model.base_model.model.model.layers[::2] if dora else ():
+    for layer in model.base_model.model.model.layers[::2] if dora else ():  # PEFT's DoRA has a path for dropout
         for module in layer.modules():
             if isinstance(module, LoraLayer):
                 module.lora_dropout["default"] = torch.nn.Tanh()
@@ -152,20 +149,16 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
             (gradient.to_local() if WORLD > 1 else gradient).view(-1)[0] = math.inf
         scale.unscale_(optimizer)
         if step == 0:
-            magnitudes = [_whole(one.grad).tolist() for one in trained if one.ndim == 1]
+            magnitudes = [ranks.whole(one.grad).tolist() for one in trained if one.ndim == 1]
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         scale.step(optimizer)
         scale.update()
         optimizer.zero_grad()
         losses.append(ranks.average(total))
-        norms.append(_whole(norm).item())
+        norms.append(ranks.whole(norm).item())
         scales.append(scale.get_scale())
     norms = [norm if math.isfinite(norm) else None for norm in norms]  # JSON has no infinity
     return {"losses": losses, "norms": norms, "scales": scales, "magnitudes": magnitudes}
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if WORLD > 1 else value
 
 
 def _half() -> torch.dtype:

@@ -98,3 +98,8 @@ def average(value: torch.Tensor) -> float:
         dist.all_reduce(mean)
         mean /= WORLD
     return mean.item()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """What the ranks' shares make together."""
+    return value.full_tensor() if WORLD > 1 else value
