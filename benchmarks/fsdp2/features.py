@@ -119,7 +119,7 @@ def train(
             stack.enter_context(use_memory_efficient_loss(model, chunk_size=16))
         if compiled:
             for layer in model.get_base_model().model.layers:
-                layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=True)
+                layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=False)
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=dtype, **sharding)
             if not compiled:

@@ -12,7 +12,9 @@ from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.nf4 import patch_linear4bit
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_packed_model_has_the_same_losses_and_gradients(world_size):
     model = qlora()
     with patch_linear4bit(model):
