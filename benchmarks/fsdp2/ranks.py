@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from unsloth_puzzles.bench import child
+from unsloth_puzzles.bench.t4 import CONTEXT_GIB
 
 NOISE = ("Failed to load CPU gemm_4bit", "No CUDA runtime is found", "OMP_NUM_THREADS environment variable")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -47,14 +48,24 @@ def start_ranks(
     # Two interpreters of Triton and two compilers share the cores.
     env = child.environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", **own, **variables)
     command = (module, *arguments)
-    if ranks > 1:
-        command = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", *command)
+    if ranks > 1:  # each rank by way of `child`, which holds it to its part of a limited GPU
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m")
+        command = (*launcher, child.__name__, *command)
 
     def show_news(line: str) -> None:
         if show is not None and line.strip() and not any(noise in line for noise in NOISE):
             show(line)
 
-    return child.run(*command, timeout=timeout, env=env, show=show_news)
+    shared = ranks if gpus is None or len(gpus.split(",")) < ranks else 1
+    return child.run(*command, timeout=timeout, env=env, show=show_news, gpu_gib=_gib_each(shared))
+
+
+def _gib_each(processes: int) -> float | None:
+    """GPU memory for each of the processes that share one GPU; None if this process has no limit on its own."""
+    if not torch.cuda.is_initialized() or (part := torch.cuda.get_per_process_memory_fraction()) == 1:
+        return None
+    left = part * torch.cuda.mem_get_info()[1] - torch.cuda.memory_reserved()
+    return left / 2**30 / processes - CONTEXT_GIB
 
 
 def device() -> torch.device:

@@ -1,6 +1,6 @@
 """Rehearse a T4 on the GPU that is here, section by section.
 
-    python -m tools.t4 [--sections A,E,C,D] [--out build/rehearsal] [--resume] [--keep PATH]
+    python -m tools.t4 [--sections A,B,E,C,D] [--out build/rehearsal] [--resume] [--keep PATH]
 
 Each section runs in a kernel and an empty folder of its own: the package is told that the compute capability is 7.5
 (libraries are told the truth), two CPU cores, 14.5 GiB of GPU memory, empty compiler caches. Every Triton kernel that
@@ -22,7 +22,7 @@ from unsloth_puzzles.bench.record import write_json
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rehearse a T4.")
-    parser.add_argument("--sections", default="A,E,C,D")
+    parser.add_argument("--sections", default="A,B,E,C,D")
     parser.add_argument("--out", type=Path, default=ROOT / "build/rehearsal")
     parser.add_argument(
         "--resume", action="store_true", help="leave out the sections that OUT has results of this code of"
