@@ -22,9 +22,13 @@ from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
 
 
-def qlora(layers: int = 2, four_bit: bool = True, **config: object) -> nn.Module:
+def qlora(
+    layers: int = 2, four_bit: bool = True, seed: int = 0, embeddings: float = 1.0, **config: object
+) -> nn.Module:
     make = random_nf4_llama if four_bit else random_llama
-    model = make(tiny_llama_config(64, layers), "cpu", torch.float32)
+    model = make(tiny_llama_config(64, layers), "cpu", torch.float32, seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(embeddings)
     return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
 
 
@@ -55,6 +59,8 @@ CASES = {
     "names": lambda: shard(frozen="k_proj"),
     "dtypes": lambda: shard(dtype=torch.bfloat16),
     "one more": lambda: shard(modules_to_save=["lm_head"]),
+    "other 4-bit weights": lambda: shard(seed=1),
+    "other embeddings": lambda: shard(embeddings=2.0),
     "the same": shard,
     "shapes, under a Trainer": lambda: prepare(r=8),
     "the same, under a Trainer": prepare,

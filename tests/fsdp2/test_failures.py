@@ -37,6 +37,12 @@ def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
     assert first == second == SAME.format(what) + differing + SECOND
 
 
+@pytest.mark.parametrize("name", ["other 4-bit weights", "other embeddings"])
+def test_both_ranks_refuse_frozen_weights_that_differ(errors, name):
+    first, second = errors[name]
+    assert first == second and first.startswith(SAME.format("frozen weights"))
+
+
 @pytest.mark.parametrize("name", ["the same", "the same, under a Trainer"])
 def test_models_that_are_the_same_are_taken(errors, name):
     assert errors[name] == [None, None]

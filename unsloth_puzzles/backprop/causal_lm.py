@@ -1,6 +1,7 @@
 """The causal LM inside a model, checked as far as can be seen without running it."""
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -62,3 +63,21 @@ def refuse_data_parallel(model: object, gpus: int = 1) -> None:
             f"args.n_gpu must be 1, got {gpus}: this Trainer takes all GPUs for one process, as nn.DataParallel does; "
             "set CUDA_VISIBLE_DEVICES=0 before CUDA starts, or start one process per GPU with torchrun"
         )
+
+
+def refuse_sharded_head(head: torch.nn.Module) -> None:
+    """Raise ValueError if FSDP2 shards the head in a group apart from the whole model, as accelerate has it do.
+
+    FSDP2 gathers a group's weights and reduces its gradients around the forward of the group's modules. The loss calls
+    the head once a chunk, without a graph: the gradients of the group would stay on their rank, and ranks with other
+    numbers of chunks would wait for each other. A group is safe if it trains nothing and holds no weight of the head.
+    """
+    group = head._get_fsdp_state()._fsdp_param_group if isinstance(head, FSDPModule) else None
+    own = set(head.modules())
+    for managed in () if group is None else group.fsdp_params:
+        if managed.sharded_param.requires_grad or managed._module_info.module in own:
+            raise ValueError(
+                f"model must not have its head in a group of FSDP2 that shards it or trains, got {managed._param_fqn} "
+                "in the group; keep head and final norm frozen and the head replicated, or shard the model by "
+                "unsloth_puzzles.fsdp2.shard_qlora"
+            )

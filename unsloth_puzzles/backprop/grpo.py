@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
+from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.losses import soft_cap
@@ -162,8 +163,9 @@ def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, opt
         if not (active and fused_lm_head):
             kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
-        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})  # looked up now: PEFT and DDP come later
-        head = self.get_output_embeddings()
+        head = self.get_output_embeddings()  # looked up now: PEFT and DDP come later
+        refuse_sharded_head(head)
+        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
         log_probs, entropies = _next_tokens(scores, outputs.last_hidden_state, head, labels, options)
         aux_loss = _aux_loss(self, outputs, kwargs) if kwargs.get("output_router_logits") else None
         return TokenScores(log_probs=log_probs, entropy=entropies, aux_loss=aux_loss)

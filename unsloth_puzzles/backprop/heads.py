@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
 from unsloth_puzzles.backprop.sums import Sum
@@ -116,9 +117,13 @@ class _Call(nn.Module):
     def __init__(self, linear: nn.Module):
         super().__init__()
         self.linear = linear
+        # FSDP2's hooks belong around a whole forward: chunk by chunk they would end in a crash of the backward.
+        self._without_hooks = isinstance(linear, FSDPModule)
 
     def forward(self, function: Callable | None, x: torch.Tensor, *arguments: object) -> object:
-        return self.linear(x) if function is None else function(x, self.linear, *arguments)
+        if function is not None:
+            return function(x, self.linear, *arguments)
+        return self.linear.forward(x) if self._without_hooks else self.linear(x)
 
 
 class _LeanLinear(TorchFunctionMode):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import ModelOutput
 
-from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_parallel, routes
+from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_parallel, refuse_sharded_head, routes
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.outputs import (
@@ -158,8 +158,9 @@ class PatchedLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = _with_usual_index(shift_labels, ignore_index)
         inputs.setdefault("use_cache", False)
-        found = causal_lm.base_model(**inputs)
         head = causal_lm.get_output_embeddings()
+        refuse_sharded_head(head)
+        found = causal_lm.base_model(**inputs)
         device = next(head.parameters()).device  # with a `device_map` the backbone may end elsewhere
         normalizer = "labels" if num_items_in_batch is None else num_items_in_batch
         if isinstance(normalizer, torch.Tensor):

@@ -14,9 +14,10 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
-from unsloth_puzzles.fsdp2.ranks import compare_trained
+from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
 from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, float32_adapters, frozen_embeddings
 
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,6 +49,7 @@ def fsdp2_arguments(
     if state_dict_type not in _STATE_DICTS:
         raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
     check_packed(model)
+    os.environ.pop("FSDP_OFFLOAD_PARAMS", None)  # of an earlier call
     if offload:
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
     config = {
@@ -73,22 +75,24 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
             them is sharded in any case.
 
     Raises:
-        ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: bitsandbytes' optimizers,
-            `torch_compile`, `cpu_ram_efficient_loading`. On all ranks, if the trained parameters of one differ from the
-            first rank's.
+        ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: another optimizer than AdamW and SGD,
+            `torch_compile`, `cpu_ram_efficient_loading`. On all ranks, if trained parameters or frozen weights of one
+            differ from the first rank's.
     """
     arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
     if plugin is None or plugin.fsdp_version != 2:
         raise ValueError("trainer must use FSDP2, got none; make its arguments with **fsdp2_arguments(model)")
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    if "bnb" in optimizer or "8bit" in optimizer:
-        raise ValueError(f"optim must be one of PyTorch's, got {optimizer!r}: its kernels cannot take sharded states")
+    if optimizer not in _OPTIMIZERS:
+        raise ValueError(f"optim must be one of {', '.join(_OPTIMIZERS)}, which take sharded states, got {optimizer!r}")
     if arguments.torch_compile:
         raise ValueError("torch_compile must be False, got True: it breaks at FSDP2's hooks; use compile_qlora")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
+    check_packed(trainer.model, trainer.accelerator.num_processes)
     float32_adapters(trainer.model)
     compare_trained(trainer.model)
+    compare_frozen(trainer.model)
     check_uniform(trainer.model)
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -5,6 +5,7 @@ packed = pack_nf4(model)          # after PEFT, before fully_shard or the Traine
 packed.undo()                     # of a model that is not sharded
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -32,7 +33,8 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     Args:
         model: A model with bitsandbytes NF4 layers, with or without adapters of PEFT, before `fully_shard` or a Trainer
             has seen it.
-        world_size: The number of ranks that will share the model; None is that of the default process group, or 1.
+        world_size: The number of ranks that will share the model; None is that of the default process group, of
+            torchrun where there is no group yet, or 1.
 
     Returns:
         A handle: `.names` of the packed layers, `.undo()`.
@@ -46,8 +48,8 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if world_size is None:
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size is None:  # a Trainer's arguments make the group, perhaps later
+        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size must be an integer of at least 1, got {world_size!r}")
     layers = _nf4_layers(model)

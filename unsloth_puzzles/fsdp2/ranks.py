@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import nn
+
+from unsloth_puzzles.fsdp2.stream import ByteStream, stream_of
 
 
 def compare_ranks(what: str, own: Mapping[str, object]) -> None:
@@ -42,3 +45,22 @@ def compare_trained(model: nn.Module) -> None:
         if parameter.requires_grad
     }
     compare_ranks("trained parameters", trained)
+
+
+def compare_frozen(model: nn.Module) -> None:
+    """Raise ValueError on every rank if the bytes of frozen weights differ: a rank would train by weights of its own.
+
+    Args:
+        model: Before it is sharded. The sum of each weight's bytes is compared.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    sums = {name: int(_bytes(parameter).sum(dtype=torch.int64)) for name, parameter in frozen.items()}
+    compare_ranks("frozen weights", {name: f"bytes that add up to {one}" for name, one in sums.items()})
+
+
+def _bytes(parameter: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, ByteStream):
+        return stream_of(parameter)
+    return parameter.detach().reshape(-1).view(torch.uint8)

@@ -32,8 +32,9 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or model.base_model.prefix in name:  # an adapter that is not active is frozen
+    kept = (model.base_model.prefix, ".modules_to_save.")  # an adapter that is not active is frozen
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # PEFT looks for both of two that are tied
+        if parameter.requires_grad or any(sign in name for sign in kept):
             whole = _whole(parameter.detach())
             if first:
                 state[name] = whole.cpu()

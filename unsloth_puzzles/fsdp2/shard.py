@@ -3,13 +3,14 @@
 from collections import Counter
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
-from unsloth_puzzles.fsdp2.ranks import compare_trained
+from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
 
 
 def shard_qlora(
@@ -40,10 +41,11 @@ def shard_qlora(
 
     Raises:
         ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group; on
-            all ranks, if the trained parameters of one differ from the first rank's.
+            all ranks, if trained parameters or frozen weights of one differ from the first rank's.
     """
-    check_packed(model)
+    check_packed(model, dist.get_world_size() if mesh is None else mesh.size())
     compare_trained(model)
+    compare_frozen(model)
     check_uniform(model)
     base = base_of(model)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
@@ -80,10 +82,13 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def check_packed(model: nn.Module) -> None:
-    """Raise ValueError if `pack_nf4` has packed no layer of the model."""
-    if not any(isinstance(module, StreamLinear4bit) for module in model.modules()):
+def check_packed(model: nn.Module, ranks: int | None = None) -> None:
+    """Raise ValueError if `pack_nf4` has packed no layer of the model, or has not packed it for `ranks` ranks."""
+    packed = next((module for module in model.modules() if isinstance(module, StreamLinear4bit)), None)
+    if packed is None:
         raise ValueError("model must be packed by pack_nf4, got no packed layer")
+    if ranks is not None and packed.layout.world_size % ranks:
+        raise ValueError(f"model must be packed for {ranks} ranks, got {packed.layout.world_size}; give world_size")
 
 
 def float32_adapters(model: nn.Module) -> None:
