@@ -60,10 +60,12 @@ MUTATIONS = {
         "pass",
         "test_failures.py::test_both_ranks_refuse_models_that_differ[dtypes]",
     ),
-    "the other rank's share": mutation(
+    "codes of the other rank's share": mutation(
         "stream.py",
         "(stream,) = all_gather_outputs",
-        "(stream,) = all_gather_outputs\n        stream = torch.cat(stream.chunk(2)[::-1])",
+        "(stream,) = all_gather_outputs\n"
+        "        half = len(stream) // 2\n"
+        "        stream = torch.cat([stream[half : half + 16], stream[16:half], stream[:16], stream[half + 16 :]])",
         SHARDED,
     ),
 }

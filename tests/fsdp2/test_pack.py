@@ -42,6 +42,22 @@ def test_undo_gives_every_byte_back():
     assert merged(input_ids=torch.arange(5)[None]).logits.isfinite().all()
 
 
+def test_a_packed_model_is_not_merged_and_not_saved_whole(tmp_path):
+    model = qlora()
+    packed = pack_nf4(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AttributeError, match=r"^model must not be packed to merge .*; undo pack_nf4 first$"):
+            merge()
+    for one in (model.get_base_model(), model.get_base_model().model):
+        with pytest.raises(ValueError, match=r"^model must not be packed to be saved whole; undo pack_nf4 first"):
+            one.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)  # the adapters alone
+    packed.undo()
+    model.get_base_model().save_pretrained(tmp_path / "whole")  # layers share no table
+    assert (tmp_path / "adapter_model.safetensors").exists() and (tmp_path / "whole/model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [

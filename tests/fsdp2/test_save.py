@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.fsdp2.ranks import start_ranks
+from benchmarks.models import random_nf4_llama, tiny_llama_config
 from tests.fsdp2.save_on_two import CASES, base, logits_of
 from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -46,3 +47,42 @@ def test_loaded_model_has_the_logits_of_the_sharded_one(folders, name):
 def test_model_must_have_adapters(tmp_path):
     with pytest.raises(TypeError, match="model must be a PeftModel, got Linear"):
         save_adapters(torch.nn.Linear(2, 2), tmp_path)
+
+
+CONFIGS = {
+    "LoRA": {},
+    "LoRA with biases": {"bias": "all"},
+    "embedding by LoRA": {"target_modules": ["q_proj", "embed_tokens"]},
+    "some tokens": {"trainable_token_indices": [1, 5]},
+    "tied and whole": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "DoRA": {"use_dora": True},
+    "norm": {"modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_that_is_trained_is_saved(name, tmp_path):
+    config = tiny_llama_config(64, 1)
+    model = random_nf4_llama(config, "cpu", torch.float32)
+    model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **CONFIGS[name]}), "one")
+    if name != "some tokens":  # PEFT cannot save these beside another adapter
+        model.add_adapter("two", LoraConfig(target_modules=["v_proj"], r=2))
+    with torch.no_grad():
+        for one in model.parameters():
+            if one.requires_grad:
+                one.add_(torch.randn_like(one))
+    save_adapters(model, tmp_path)
+    loaded = PeftModel.from_pretrained(random_nf4_llama(config, "cpu", torch.float32), tmp_path / "one")
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_what_is_trained_and_not_saved_is_refused(tmp_path):
+    model = get_peft_model(random_nf4_llama(tiny_llama_config(64, 1), "cpu"), LoraConfig(target_modules=["q_proj"]))
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^model must train only what PEFT saves, got .*norm.weight, and 2 more"):
+        save_adapters(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
 from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
-from unsloth_puzzles.fsdp2.shard import base_of, check_packed, check_uniform, float32_adapters, frozen_embeddings
+from unsloth_puzzles.fsdp2.shard import (
+    base_of,
+    check_packed,
+    check_uniform,
+    float32_adapters,
+    follow_requires_grad,
+    frozen_embeddings,
+)
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -96,5 +103,6 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     check_uniform(trainer.model)
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    follow_requires_grad(trainer.model)
     if not shard_embeddings:
         plugin.ignored_modules = frozen_embeddings(base_of(trainer.model))

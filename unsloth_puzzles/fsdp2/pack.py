@@ -8,6 +8,7 @@ packed.undo()                     # of a model that is not sharded
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.dora import StreamDoraLayer, dora_layers
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
@@ -43,8 +45,7 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
         TypeError: `model` is not a module.
         ValueError: `world_size` below 1; no NF4 layer; an FP4 or 8-bit layer; two layers that share a weight; a layer
             that is patched, packed, sharded or re-packed by bitsandbytes for a CPU; DoRA layers that are not PEFT's
-            own; a rank whose layers differ from the first rank's,
-            on all ranks.
+            own; a rank whose layers differ from the first rank's, on all ranks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -64,14 +65,17 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     tables: dict[tuple, torch.Tensor] = {}
     for name, layer in layers.items():
         _pack(layer, layouts[name], tables)
-    return PackedModel(layers, exchange_classes((adapter, StreamDoraLayer) for adapter in adapters))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = partial(_save_pretrained, module)
+    return PackedModel(model, layers, exchange_classes((adapter, StreamDoraLayer) for adapter in adapters))
 
 
 class PackedModel:
     """What `pack_nf4` did. `names` of the packed layers; a second `undo()` does nothing."""
 
-    def __init__(self, layers: dict[str, Linear4bit], undo_adapters: Callable[[], None]):
-        self._layers, self._undo_adapters = layers, undo_adapters
+    def __init__(self, model: nn.Module, layers: dict[str, Linear4bit], undo_adapters: Callable[[], None]):
+        self._model, self._layers, self._undo_adapters = model, layers, undo_adapters
         self.names = tuple(layers)
 
     def undo(self) -> None:
@@ -89,8 +93,17 @@ class PackedModel:
                 )
         for layer in self._layers.values():
             _unpack(layer)
+        for module in self._model.modules():
+            vars(module).pop("save_pretrained", None)
         self._undo_adapters()
         self._layers, self._undo_adapters = {}, lambda: None
+
+
+def _save_pretrained(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+    """Refuse to save a packed model, whose state dict has stubs for its weights, but for its adapters alone."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("model must not be packed to be saved whole; undo pack_nf4 first, or use save_adapters")
+    type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _nf4_layers(model: nn.Module) -> dict[str, Linear4bit]:
@@ -161,9 +174,9 @@ def _unpack(layer: StreamLinear4bit) -> None:
     packed, absmax, absmax2 = (None if part is None else part.clone() for part in layout.split(stream_of(layer.weight)))
     second = None
     if absmax2 is not None:
-        second = QuantState(absmax=absmax2, blocksize=layout.blocksize2, code=layer.code2, dtype=torch.float32)
+        second = QuantState(absmax=absmax2, blocksize=layout.blocksize2, code=layer.code2.clone(), dtype=torch.float32)
     state = QuantState(
-        absmax=absmax, shape=torch.Size(layout.shape), code=layer.code, blocksize=layout.blocksize, quant_type="nf4",
+        absmax=absmax, shape=torch.Size(layout.shape), code=layer.code.clone(), blocksize=layout.blocksize, quant_type="nf4",
         dtype=original["dtype"], offset=layer.offset, state2=second,
     )  # fmt: skip
     del layer._parameters["weight"], layer.layout, layer.original

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
 
@@ -27,9 +27,11 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
 
     Raises:
         TypeError: `model` has no adapters of PEFT.
+        ValueError: A parameter is trained that PEFT does not save, such as the weight of a norm.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    _refuse_lost(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
     kept = (model.base_model.prefix, ".modules_to_save.")  # an adapter that is not active is frozen
@@ -42,6 +44,22 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _refuse_lost(model: PeftModel) -> None:
+    """Refuse what is trained outside of the adapters, which PEFT's format has no place for."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    saved = {
+        id(one)
+        for adapter in model.peft_config
+        for one in get_peft_model_state_dict(model, own, adapter, save_embedding_layers=False).values()
+    }
+    lost = [name for name, parameter in own.items() if parameter.requires_grad and id(parameter) not in saved]
+    if lost:
+        raise ValueError(
+            f"model must train only what PEFT saves, got {lost[0]}, and {len(lost) - 1} more; "
+            "name its module in modules_to_save"
+        )
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
@@ -37,7 +44,8 @@ def shard_qlora(
             them is sharded in any case.
 
     Returns:
-        `model`, whose parameters are DTensors but for the embeddings that are not sharded.
+        `model`, whose parameters are DTensors but for the embeddings that are not sharded. Every rank must call its
+        `forward` and its `generate` together.
 
     Raises:
         ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group; on
@@ -57,9 +65,34 @@ def shard_qlora(
     }
     if not shard_embeddings:
         options["ignored_params"] = {one for module in frozen_embeddings(base) for one in module.parameters()}
+    follow_requires_grad(model)
     for layer in base.base_model.layers:
         fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+    return model
+
+
+def follow_requires_grad(model: nn.Module) -> None:
+    """Keep the adapters trained that PEFT disables and enables while their group of FSDP2 is gathered.
+
+    PEFT's `disable_adapter` and `set_adapter` flip `requires_grad` of the parameters that a module shows: of a gathered
+    group the gathered copies, which FSDP2 sets back to those of the shards with the next gather. Each forward of
+    `model` writes what a gathered copy says to its shard. Call it before the model is sharded.
+    """
+    model.register_forward_pre_hook(_write_requires_grad)
+
+
+def _write_requires_grad(model: nn.Module, _: tuple) -> None:
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is None or not group.is_unsharded:
+            continue
+        for parameter in group.fsdp_params:
+            trained = parameter.unsharded_param.requires_grad
+            if parameter.sharded_param.requires_grad != trained:
+                parameter.sharded_param.requires_grad_(trained)
 
 
 def frozen_embeddings(model: PreTrainedModel) -> list[nn.Module]:

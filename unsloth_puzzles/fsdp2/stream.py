@@ -135,6 +135,11 @@ class ByteStream(torch.Tensor):
     def __repr__(self) -> str:
         return f"ByteStream({2 * self.numel()} bytes, {self.device})"
 
+    @property
+    def quant_state(self) -> None:
+        """PEFT reads it to merge adapters and to add DoRA."""
+        raise AttributeError("model must not be packed to merge or add adapters like this; undo pack_nf4 first")
+
     def __tensor_flatten__(self):
         return ["_words"], None
 
