@@ -176,8 +176,8 @@ def _unpack(layer: StreamLinear4bit) -> None:
     if absmax2 is not None:
         second = QuantState(absmax=absmax2, blocksize=layout.blocksize2, code=layer.code2.clone(), dtype=torch.float32)
     state = QuantState(
-        absmax=absmax, shape=torch.Size(layout.shape), code=layer.code.clone(), blocksize=layout.blocksize, quant_type="nf4",
-        dtype=original["dtype"], offset=layer.offset, state2=second,
+        absmax=absmax, shape=torch.Size(layout.shape), code=layer.code.clone(), blocksize=layout.blocksize,
+        quant_type="nf4", dtype=original["dtype"], offset=layer.offset, state2=second,
     )  # fmt: skip
     del layer._parameters["weight"], layer.layout, layer.original
     for name in ("code", "code2", "offset"):
