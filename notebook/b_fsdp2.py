@@ -41,6 +41,7 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import pandas
+from matplotlib.ticker import MultipleLocator
 
 from unsloth_puzzles.bench import experiments, section
 from unsloth_puzzles.bench.experiments import free_memory, judge
@@ -91,7 +92,8 @@ def draw_stream(axes, layout, begin, end):
         axes.text(border / 2, 0.5, "rank 0", ha="center")
         axes.text(1.5 * border, 0.5, "rank 1", ha="center")
     axes.set(xlim=(begin, end), ylim=(-0.5, 0.8), yticks=[])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 2**20:.3f}")
+    axes.xaxis.set_major_locator(MultipleLocator((1 << 18) if end - begin > 1 << 20 else 1 << 14))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:.0f}")
 
 
 layout = Layout(LLAMA_8B["k_proj"], 64, 256, RANKS)
@@ -99,8 +101,8 @@ figure, panes = plt.subplots(2, 1, figsize=(9, 3.2), layout="constrained")
 draw_stream(panes[0], layout, 0, layout.size)
 draw_stream(panes[1], layout, layout.absmax_start - 3000, layout.size)
 figure.suptitle(f"k_proj of Llama 3.1 8B, {layout.shape[0]} x {layout.shape[1]}: {layout.size} bytes", fontsize=9)
-figure.legend(*panes[1].get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=3)
-panes[1].set_xlabel("MiB from the start of the stream; below: its last 3 %, enlarged")
+figure.legend(*panes[1].get_legend_handles_labels(), loc="outside lower right", fontsize=8, ncols=3)
+panes[1].set_xlabel("KiB from the start of the stream; below: its last 3 %, enlarged")
 figure.savefig("resources/b_fsdp2_stream.png", dpi=110)
 plt.show()
 
@@ -223,7 +225,8 @@ results.add("local_share", "4-bit bytes and scales", max(found["share"] for foun
 # ### Check 3: the loss of one GPU over 60 steps, compiled and not
 #
 # Decoder layers of Llama 3.2 1B's shapes (on a CPU tiny ones) with random weights in float32, by a plain loop: two
-# ranks with a row each beside one process with both rows. Activation checkpointing is on.
+# ranks with a row each, uncompiled and compiled, beside one uncompiled process with both rows. Activation checkpointing
+# is on.
 
 # %%
 STEPS = 60
@@ -232,27 +235,27 @@ if hardware.rehearsal or hardware.memory_gib < 20:
     PARITY |= {"length": 256}
 
 
-def parity_cases(rows, **more):
-    """A file of two cases, uncompiled and compiled."""
-    path = os.path.join(folder, f"cases_{rows}.json")
+def parity_runs(ranks, *compiled):
+    """What the steps module measures with the rows split over this many ranks, a case for each of `compiled`."""
+    path = os.path.join(folder, f"cases_{ranks}.json")
+    more = {"rows": RANKS // ranks, "profiled": ranks > 1, **PARITY}
     with open(path, "w", encoding="utf-8") as file:
-        json.dump([{"rows": rows, "compiled": compiled, **PARITY, **more} for compiled in (False, True)], file)
-    return path
+        json.dump([{"compiled": one, **more} for one in compiled], file)
+    return run_ranks("benchmarks.fsdp2.steps", path, ranks=ranks, timeout=900)["cases"]
 
 
 parity = {}
-for ranks in (1, RANKS) if GPU else ():
-    cases = parity_cases(RANKS // ranks, profiled=ranks == RANKS)
-    found = run_ranks("benchmarks.fsdp2.steps", cases, ranks=ranks, timeout=900)
-    parity |= {(ranks, case["compiled"]): case for case in found["cases"]}
-if not GPU:
+if GPU:
+    (parity["one process"],) = parity_runs(1, False)
+    parity["uncompiled"], parity["compiled"] = parity_runs(RANKS, False, True)
+else:
     print("SKIPPED: 60 steps at a model's shapes need a GPU; check 2 has compared tiny ones")
 
 # %%
 TEXT = f"{PARITY['layers']} layers of {PARITY['shapes']}'s shapes, float32, {RANKS} rows of {PARITY['length']} tokens"
 apart, checks = {}, {}
 for name in ("uncompiled", "compiled") if parity else ():
-    one, mine = (parity[ranks, name == "compiled"] for ranks in (1, RANKS))
+    one, mine = parity["one process"], parity[name]
     apart[name] = [abs(a - b) for a, b in zip(mine["losses"], one["losses"], strict=True)]
     norms = [abs(a - b) / b for a, b in zip(mine["norms"], one["norms"], strict=True)]
     launches = mine["launches"] / (mine["weights"] * mine["passes"])
@@ -278,16 +281,17 @@ if parity:
 if parity:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
     shown = range(1, STEPS + 1)
-    upper.plot(shown, parity[1, False]["losses"], color="tab:orange", linewidth=3, label="one process")
-    upper.plot(shown, parity[RANKS, True]["losses"], color="tab:blue", linewidth=1.2, label="two ranks, compiled")
+    upper.plot(shown, parity["one process"]["losses"], color="tab:orange", linewidth=3, label="one process")
+    upper.plot(shown, parity["compiled"]["losses"], color="tab:blue", linewidth=1.2, label="two ranks, compiled")
     for name, gaps in apart.items():
         lower.semilogy(shown, [max(gap, 1e-8) for gap in gaps], ".-", label=f"two ranks, {name}")
     lower.axhline(1e-5, color="tab:red", linestyle=":", label="limit, 1e-5")
     upper.set_ylabel("loss, nats a token")
     lower.set(xlabel="step", ylabel="difference of losses,\nnats a token\n(0 drawn at 1e-8)")
     upper.set_title(f"QLoRA, {TEXT}, random weights\n{WHERE}", fontsize=9)
-    for axes in (upper, lower):
-        axes.legend(fontsize=8)
+    lower.set_ylim(5e-9, 3e-4)
+    upper.legend(fontsize=8)
+    lower.legend(fontsize=8, loc="upper right", ncols=3)
     figure.savefig("resources/b_fsdp2_loss.png", dpi=110)
     plt.show()
 

@@ -149,7 +149,7 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
             (gradient.to_local() if WORLD > 1 else gradient).view(-1)[0] = math.inf
         scale.unscale_(optimizer)
         if step == 0:
-            magnitudes = [ranks.whole(one.grad).tolist() for one in trained if one.ndim == 1]
+            magnitudes = [ranks.gathered(one.grad) for one in trained if one.ndim == 1]
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         scale.step(optimizer)
         scale.update()

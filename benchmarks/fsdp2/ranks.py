@@ -46,7 +46,8 @@ def start_ranks(
     """
     own = {"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {}
     # Two interpreters of Triton and two compilers share the cores.
-    env = child.environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", **own, **variables)
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}  # of libraries, once a rank
+    env = child.environment(OMP_NUM_THREADS="1", **quiet, **own, **variables)
     command = (module, *arguments)
     if ranks > 1:  # each rank by way of `child`, which holds it to its part of a limited GPU
         launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m")
@@ -114,3 +115,15 @@ def average(value: torch.Tensor) -> float:
 def whole(value: torch.Tensor) -> torch.Tensor:
     """What the ranks' shares make together."""
     return value.full_tensor() if WORLD > 1 else value
+
+
+def gathered(values: torch.Tensor) -> list[float]:
+    """The numbers of a tensor of one dimension that is split over the ranks.
+
+    They travel as Python's: gloo's functional all-gather of tensors on one shared GPU crashes the process (torch 2.11).
+    """
+    if WORLD == 1:
+        return values.tolist()
+    parts: list = [None] * WORLD
+    dist.all_gather_object(parts, values.to_local().tolist())
+    return [number for part in parts for number in part]
