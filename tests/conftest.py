@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Inductor compiles and loads test programs to see whether the compiler knows the vector instructions of the CPU, which
 # takes up to 70 s a process. It does; the environment passes that on to subprocesses.
@@ -15,6 +16,10 @@ GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton.language" not in sys.modules, "TRITON_INTERPRET must be set before triton is imported"
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How fast hypothesis draws depends on what else the machine does.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 # Files of few tests, each of many seconds.
 LONG = (

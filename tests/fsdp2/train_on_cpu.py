@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,5 +14,11 @@ import torch
 from unsloth_puzzles.fsdp2.train import main
 
 torch.set_num_threads(1)
+if rank := os.environ.get("RANK"):  # Inductor may load a library that another rank is still writing
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/inductor_of_rank_{rank}"
 chosen = os.environ.get("CALLBACK")
 main(callbacks=[getattr(callbacks, chosen)()] if chosen else [])
+if rank:  # a thread of gloo that frees a tensor while Python ends aborts the process
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
