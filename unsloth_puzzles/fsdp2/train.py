@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -84,9 +85,7 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
         if trainer.is_world_process_zero():
             trainer.processing_class.save_pretrained(options.output)
     if dist.is_initialized():
-        # A rank that ends takes its part of the store with it. And gloo's threads must free the last tensors before
-        # Python ends, or the process aborts.
-        dist.barrier()
+        dist.barrier()  # a rank that ends takes its part of the store with it
         dist.destroy_process_group()
 
 
@@ -210,3 +209,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 if __name__ == "__main__":
     main()
+    if "WORLD_SIZE" in os.environ:  # a thread of gloo that frees its last tensor while Python ends aborts the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
