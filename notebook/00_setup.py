@@ -49,7 +49,7 @@ FOR_GPUS = {  # a backend of attention, and other people's kernels to time besid
     "liger-kernel": "0.8.5",
     "cut-cross-entropy": "25.1.1",
 }
-OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 10), "numpy": (2, 0)}
+OLDEST = {"bitsandbytes": (0, 48), "transformers": (5, 0), "peft": (0, 20), "accelerate": (1, 13), "numpy": (2, 0)}
 OLDEST["datasets"] = (4, 7)  # what TRL 1.16 asks for; Colab has 4.0
 
 

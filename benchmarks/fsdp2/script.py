@@ -44,6 +44,14 @@ def choose_model(folder: str) -> tuple[str, tuple[str, ...], str]:
 def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: float = 900) -> dict:
     """Train STEPS steps of rows of LENGTH tokens.
 
+    Args:
+        model: A name or a folder.
+        flags: More of the script's.
+        ranks: Each on a GPU of its own.
+        gpus: CUDA_VISIBLE_DEVICES, of which the first `ranks` are used.
+        folder: For the log and the summary.
+        timeout: Seconds.
+
     Returns:
         "losses" of the steps; of the second half of them the median "seconds" and "tokens_per_s"; the largest
         "peak_gib" of each GPU; and "share" of the 4-bit bytes that a GPU holds, "compilations", "graph_breaks".
@@ -52,7 +60,8 @@ def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: fl
     log.unlink(missing_ok=True)
     given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *flags)
     given += ("--log-file", str(log), "--summary-file", str(summary))
-    start_ranks("unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=gpus)
+    own = ",".join(gpus.split(",")[:ranks])
+    start_ranks("unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=own)
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     late = steps[len(steps) // 2 :]
     return {

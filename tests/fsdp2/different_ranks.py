@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 -m tests.fsdp2.different_ranks OUT
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -23,22 +24,38 @@ from unsloth_puzzles.fsdp2.shard import shard_qlora
 
 
 def qlora(
-    layers: int = 2, four_bit: bool = True, seed: int = 0, embeddings: float = 1.0, **config: object
+    layers: int = 2,
+    four_bit: bool = True,
+    seed: int = 0,
+    embeddings: float = 1.0,
+    reverse: bool = False,
+    adapters: float = 1.0,
+    **config: object,
 ) -> nn.Module:
     make = random_nf4_llama if four_bit else random_llama
     model = make(tiny_llama_config(64, layers), "cpu", torch.float32, seed)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(embeddings)
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+        weight = model.get_input_embeddings().weight.mul_(embeddings)
+        weight.copy_(weight.flip(0) if reverse else weight.clone())
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data *= adapters
+    return model
 
 
 def pack(**of_the_second: object) -> None:
     pack_nf4(qlora(**(of_the_second if RANK else {})))
 
 
-def shard(dtype: torch.dtype = torch.float32, frozen: str = "none", **of_the_second: object) -> None:
+def shard(
+    dtype: torch.dtype = torch.float32, frozen: str = "none", table: float = 1.0, **of_the_second: object
+) -> None:
     model = qlora(**(of_the_second if RANK else {}))
     pack_nf4(model)
+    if RANK:
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.code *= table
     for name, parameter in model.named_parameters():
         if RANK and parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -46,10 +63,19 @@ def shard(dtype: torch.dtype = torch.float32, frozen: str = "none", **of_the_sec
     shard_qlora(model, ranks.mesh())
 
 
-def prepare(**of_the_second: object) -> None:
+def prepare(optimizer: tuple | None = None, arguments: dict = MappingProxyType({}), **of_the_second: object) -> None:
     model = qlora(**(of_the_second if RANK else {}))
     pack_nf4(model)
-    prepare_trainer(Trainer(model, TrainingArguments(use_cpu=True, report_to=[], **fsdp2_arguments(model))))
+    settings = TrainingArguments(use_cpu=True, report_to=[], **arguments, **fsdp2_arguments(model))
+    prepare_trainer(Trainer(model, settings, optimizer_cls_and_kwargs=optimizer))
+    model(input_ids=torch.arange(6).view(1, 6))  # nothing refuses it any more
+
+
+def forget_to_prepare() -> None:
+    model = qlora()
+    pack_nf4(model)
+    fsdp2_arguments(model)
+    model(input_ids=torch.arange(6).view(1, 6))
 
 
 CASES = {
@@ -61,9 +87,16 @@ CASES = {
     "one more": lambda: shard(modules_to_save=["lm_head"]),
     "other 4-bit weights": lambda: shard(seed=1),
     "other embeddings": lambda: shard(embeddings=2.0),
+    "other adapters": lambda: shard(adapters=2.0),
+    "rows in another order": lambda: shard(reverse=True),
+    "another table": lambda: shard(table=2.0),
     "the same": shard,
     "shapes, under a Trainer": lambda: prepare(r=8),
     "the same, under a Trainer": prepare,
+    "an optimizer by name": lambda: prepare(arguments={"optim": "adafactor"}),
+    "an optimizer by class": lambda: prepare((torch.optim.RMSprop, {})),
+    "compiled by the Trainer": lambda: prepare(arguments={"torch_compile": True}),
+    "not prepared": forget_to_prepare,
 }
 
 

@@ -37,10 +37,36 @@ def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
     assert first == second == SAME.format(what) + differing + SECOND
 
 
-@pytest.mark.parametrize("name", ["other 4-bit weights", "other embeddings"])
-def test_both_ranks_refuse_frozen_weights_that_differ(errors, name):
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("other adapters", "values of trained parameters"),
+        ("other 4-bit weights", "frozen weights"),
+        ("other embeddings", "frozen weights"),
+        ("rows in another order", "frozen weights"),
+        ("another table", "frozen weights"),
+    ],
+)
+def test_both_ranks_refuse_values_that_differ(errors, name, what):
     first, second = errors[name]
-    assert first == second and first.startswith(SAME.format("frozen weights"))
+    assert first == second and first.startswith(SAME.format(what))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("an optimizer by name", "ValueError: optim must be one of adamw_torch, adamw_torch_fused, sgd, which take"),
+        (
+            "an optimizer by class",
+            "ValueError: optimizer_cls_and_kwargs must be of Adam, AdamW, SGD of torch.optim, got",
+        ),
+        ("compiled by the Trainer", "ValueError: torch_compile must be False, got True"),
+        ("not prepared", "RuntimeError: trainer must be prepared before it trains; call prepare_trainer(trainer)"),
+    ],
+)
+def test_what_fsdp2_breaks_is_refused(errors, name, message):
+    first, second = errors[name]
+    assert first == second and first.startswith(message)
 
 
 @pytest.mark.parametrize("name", ["the same", "the same, under a Trainer"])

@@ -1,10 +1,29 @@
 """The command line of the training script."""
 
 import argparse
+import os
 
 import torch
 
+_OF_FSDP2 = (("reshard", True), ("offload", False), ("shard_embeddings", False), ("state_dict", "FULL_STATE_DICT"))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line; those that would have no effect end the process with a message.
+
+    Args:
+        arguments: The command line; None is the process's own.
+    """
+    made = parser()
+    options = made.parse_args(arguments)
+    sharded = "WORLD_SIZE" in os.environ
+    if options.dequantize == "bitsandbytes" and (sharded or options.compile):
+        made.error("argument --dequantize: bitsandbytes needs --no-compile, and no torchrun")
+    for flag, default in () if sharded else _OF_FSDP2:
+        if getattr(options, flag) != default:
+            made.error(f"argument --{flag.replace('_', '-')}: it needs torchrun, also with one rank")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--learning-rate", type=float, default=2e-4)
     made.add_argument("--lora-rank", type=int, default=16, help="rank of the adapters")
     made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    made.add_argument("--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="without torchrun")
+    made.add_argument(
+        "--dequantize", choices=("ours", "bitsandbytes"), default="ours", help="without torchrun and compile"
+    )
     for flag, default, text in (
         ("compile", True, "decoder layers, norm and loss by compile_qlora"),
         ("checkpointing", True, "compute activations again in the backward"),

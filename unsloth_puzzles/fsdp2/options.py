@@ -25,6 +25,7 @@ from unsloth_puzzles.fsdp2.shard import (
 )
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +39,8 @@ def fsdp2_arguments(
 ) -> dict[str, object]:
     """Keyword arguments for `TrainingArguments`, `SFTConfig` and their kind.
 
-    Call it before the arguments are made: with `offload` it sets ACCELERATE_USE_FSDP and FSDP_OFFLOAD_PARAMS in the
+    Until `prepare_trainer` has seen the trainer, the model's forward raises RuntimeError. Call it before the arguments
+    are made: with `offload` it sets ACCELERATE_USE_FSDP and FSDP_OFFLOAD_PARAMS in the
     environment, from which accelerate chooses a process group that also moves CPU tensors.
 
     Args:
@@ -56,6 +58,7 @@ def fsdp2_arguments(
     if state_dict_type not in _STATE_DICTS:
         raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
     check_packed(model)
+    _until_prepared(model)
     os.environ.pop("FSDP_OFFLOAD_PARAMS", None)  # of an earlier call
     if offload:
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
@@ -70,6 +73,22 @@ def fsdp2_arguments(
     return {"fsdp": True, "fsdp_config": config}
 
 
+def _until_prepared(model: nn.Module) -> None:
+    """Refuse to run without `prepare_trainer`: gradients would be reduced in 16 bits, and adapters trained in them."""
+
+    def refuse(*_):
+        raise RuntimeError("trainer must be prepared before it trains; call prepare_trainer(trainer)")
+
+    _allow(model)
+    model._until_prepared = model.register_forward_pre_hook(refuse)
+
+
+def _allow(model: nn.Module) -> None:
+    for module in model.modules():
+        if handle := vars(module).pop("_until_prepared", None):
+            handle.remove()
+
+
 def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None:
     """Set what `TrainingArguments` cannot say. Call it between making the trainer and `train()`.
 
@@ -82,7 +101,7 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
             them is sharded in any case.
 
     Raises:
-        ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: another optimizer than AdamW and SGD,
+        ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: another optimizer than Adam and SGD,
             `torch_compile`, `cpu_ram_efficient_loading`. On all ranks, if trained parameters or frozen weights of one
             differ from the first rank's.
     """
@@ -92,6 +111,9 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if optimizer not in _OPTIMIZERS:
         raise ValueError(f"optim must be one of {', '.join(_OPTIMIZERS)}, which take sharded states, got {optimizer!r}")
+    if (chosen := trainer.optimizer_cls_and_kwargs) is not None and chosen[0] not in _CLASSES:
+        names = ", ".join(one.__name__ for one in _CLASSES)
+        raise ValueError(f"optimizer_cls_and_kwargs must be of {names} of torch.optim, got {chosen[0].__name__}")
     if arguments.torch_compile:
         raise ValueError("torch_compile must be False, got True: it breaks at FSDP2's hooks; use compile_qlora")
     if plugin.cpu_ram_efficient_loading:
@@ -103,6 +125,7 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     check_uniform(trainer.model)
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    _allow(trainer.model)
     follow_requires_grad(trainer.model)
     if not shard_embeddings:
         plugin.ignored_modules = frozen_embeddings(base_of(trainer.model))

@@ -1,12 +1,15 @@
 """What all ranks must have in common, compared before the first collective that would wait for it forever."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from unsloth_puzzles.fsdp2.stream import ByteStream, stream_of
+
+_WORDS = 1 << 23
 
 
 def compare_ranks(what: str, own: Mapping[str, object]) -> None:
@@ -33,34 +36,55 @@ def compare_ranks(what: str, own: Mapping[str, object]) -> None:
             )
 
 
+def use_one_gpu() -> None:
+    """Hide all GPUs but the first: a Trainer feeds those that it sees from one process, and scales the loss by them.
+
+    Raises:
+        ValueError: This process uses CUDA already, and sees several.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if (count := torch.cuda.device_count()) > 1:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES must name one GPU, got {count} in use already; start one rank a GPU")
+
+
 def compare_trained(model: nn.Module) -> None:
-    """Raise ValueError on every rank if the parameters that are trained differ in name, shape or dtype.
+    """Raise ValueError on every rank if the parameters that are trained differ in name, shape, dtype or value.
+
+    FSDP2 keeps each rank's own part of what that rank holds: parts of adapters that were drawn with another seed do not
+    make one adapter.
 
     Args:
         model: Before it is sharded.
     """
-    trained = {
-        name: f"{tuple(parameter.shape)} of {parameter.dtype}"
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    compare_ranks("trained parameters", trained)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kinds = {name: f"{tuple(parameter.shape)} of {parameter.dtype}" for name, parameter in trained}
+    compare_ranks("trained parameters", kinds)
+    _compare_bytes("values of trained parameters", trained)
 
 
 def compare_frozen(model: nn.Module) -> None:
-    """Raise ValueError on every rank if the bytes of frozen weights differ: a rank would train by weights of its own.
+    """Raise ValueError on every rank if frozen weights or buffers differ: a rank would train by weights of its own.
 
     Args:
-        model: Before it is sharded. The sum of each weight's bytes is compared.
+        model: Before it is sharded.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    sums = {name: int(_bytes(parameter).sum(dtype=torch.int64)) for name, parameter in frozen.items()}
-    compare_ranks("frozen weights", {name: f"bytes that add up to {one}" for name, one in sums.items()})
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _compare_bytes("frozen weights", [*frozen, *model.named_buffers()])
 
 
-def _bytes(parameter: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, ByteStream):
-        return stream_of(parameter)
-    return parameter.detach().reshape(-1).view(torch.uint8)
+def _compare_bytes(what: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        compare_ranks(what, {name: f"bytes with checksum {_checksum(tensor):016x}" for name, tensor in tensors})
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of the bytes and their order: the sum of 8-byte words times odd numbers that grow, modulo 2^64."""
+    stored = stream_of(tensor) if isinstance(tensor, ByteStream) else tensor.detach().contiguous().view(-1)
+    stored = stored.view(torch.uint8)
+    words = nn.functional.pad(stored, (0, -len(stored) % 8)).view(torch.int64)
+    total, factor = 0, 1
+    for part in words.split(_WORDS):  # what is multiplied must not double a large weight
+        factors = torch.arange(len(part), device=part.device) * 2 + factor
+        total += int((part * factors).sum())
+        factor += 2 * len(part)
+    return total % 2**64

@@ -31,6 +31,9 @@ def shard_qlora(
 ) -> nn.Module:
     """Apply `fully_shard` to each decoder layer of a model that `pack_nf4` has packed, then to the model.
 
+    FSDP2 averages gradients over the ranks. Where ranks have unequal numbers of labels, the mean of their losses is not
+    the loss of the whole batch: call the model with `num_items_in_batch`, the labels of all ranks over their number.
+
     Args:
         model: A causal LM of transformers with adapters of PEFT, packed, on its device.
         mesh: One dimension, over all ranks; None is FSDP2's default. Where two ranks share a GPU through gloo, give

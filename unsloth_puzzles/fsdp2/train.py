@@ -38,9 +38,10 @@ from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.device import capability
-from unsloth_puzzles.fsdp2.flags import DTYPES, parser
+from unsloth_puzzles.fsdp2.flags import DTYPES, parse
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.ranks import use_one_gpu
 from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.fsdp2.shard import float32_adapters
 from unsloth_puzzles.fsdp2.step_log import StepLog, write_summary
@@ -58,9 +59,11 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
         arguments: The command line; None is the process's own.
         callbacks: Of the trainer, besides the log.
     """
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     world = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None  # of torchrun, also with one rank
     rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world is None:
+        use_one_gpu()
     if options.rows % (world or 1):
         raise ValueError(f"--rows must be divisible by the {world} ranks, got {options.rows}")
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
