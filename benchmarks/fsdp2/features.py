@@ -51,6 +51,7 @@ ALONE = {  # what one process runs; a feature that has no run of its own there m
     PLAIN: {}, SCALER: {"scaler": True}, MIXED: {"mixed": True}, REGROUPED: {"mixed": True, "accumulation": 2},
     DORA: {"dora": True},
 }  # fmt: skip
+LINEAR = 14  # 4-bit layers of the model
 LARGEST_DIFFERENCE = 1e-5  # of a loss, float32: two halves of a batch are summed in another order than the whole
 LARGEST_NORM_DIFFERENCE = 1e-4  # relative, of the gradients' norm
 

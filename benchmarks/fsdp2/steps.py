@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig
 
 from benchmarks.fsdp2 import ranks
@@ -35,6 +35,7 @@ SHAPES = {  # of decoder layers: hidden size, inner size, heads, heads of keys a
     "Llama 3.2 1B": (2048, 8192, 32, 8),
     "tiny": (64, 128, 4, 2),
 }
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def shaped_config(shapes: str, layers: int, vocabulary: int) -> LlamaConfig:
@@ -44,6 +45,21 @@ def shaped_config(shapes: str, layers: int, vocabulary: int) -> LlamaConfig:
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, use_cache=False,
     )  # fmt: skip
+
+
+def qlora_model(shapes: str, layers: int, vocabulary: int, dtype: torch.dtype, checkpointing: bool) -> PeftModel:
+    """A Llama of these SHAPES in NF4 on this rank's device, with adapters whose B is not zero, in training."""
+    device = ranks.device()
+    model = random_nf4_llama(shaped_config(shapes, layers, vocabulary), device, dtype)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    generator = torch.Generator(device).manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.01 * torch.randn(parameter.shape, device=device, generator=generator)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
 
 
 def measure(
@@ -88,18 +104,8 @@ def measure(
         profiled step, beside "weights" and "passes" over each, and the step's "timeline".
     """
     settings = dict(locals())
-    device, kind = ranks.device(), getattr(torch, dtype)
-    model = random_nf4_llama(shaped_config(shapes, layers, vocabulary), device, kind)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    generator = torch.Generator(device).manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.01 * torch.randn(parameter.shape, device=device, generator=generator)
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+    kind = getattr(torch, dtype)
+    model = qlora_model(shapes, layers, vocabulary, kind, checkpointing)
     with contextlib.ExitStack() as stack:
         if WORLD > 1:
             pack_nf4(model)
@@ -118,7 +124,7 @@ def measure(
     packed = [module.weight for module in model.modules() if isinstance(module, StreamLinear4bit)]
     held = sum(2 * weight.to_local().numel() for weight in packed) if WORLD > 1 else whole
     found |= {"share": held / whole if whole else 1.0, "compilations": counts.compilations}
-    found |= {"weights": len(targets) * layers, "passes": 3 if checkpointing else 2}
+    found |= {"weights": len(TARGETS) * layers, "passes": 3 if checkpointing else 2}
     return {**settings, "world": WORLD, **found, "graph_breaks": sum(counts.graph_breaks.values())}
 
 

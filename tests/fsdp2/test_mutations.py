@@ -64,8 +64,8 @@ MUTATIONS = {
         "stream.py",
         "(stream,) = all_gather_outputs",
         "(stream,) = all_gather_outputs\n"
-        "        half = len(stream) // 2\n"
-        "        stream = torch.cat([stream[half : half + 16], stream[16:half], stream[:16], stream[half + 16 :]])",
+        "        data, half = stream.data, len(stream) // 2\n"
+        "        data[:16], data[half : half + 16] = data[half : half + 16].clone(), data[:16].clone()",
         SHARDED,
     ),
 }

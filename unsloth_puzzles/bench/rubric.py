@@ -78,6 +78,8 @@ B = (
         (
             level(
                 5,
+                works("no byte changes"),
+                works("features of FSDP2"),
                 same_loss("FSDP2 against one GPU"),
                 same_loss("FSDP2 compiled against one GPU"),
                 Condition("graph_breaks", "FSDP2 compiled", "==", 0),
@@ -94,6 +96,7 @@ B = (
             Condition("dequantize_launches", "one weight and pass, uncompiled", "==", 1),
             Condition("dequantize_launches", "one weight and pass, compiled", "==", 1),
             Condition("step_speedup", "kernel of A against bitsandbytes", ">", 1.00),
+            Condition("gpu_time_speedup", "kernel of A against bitsandbytes", ">", 1.00),
         ),
     ),
     Criterion(

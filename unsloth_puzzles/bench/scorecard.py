@@ -48,9 +48,15 @@ def score(directory: str | os.PathLike = "resources/measurements") -> list[Row]:
         judged = [_judge(criterion, measurements) for criterion in criteria]
         gates = [row for row, criterion in zip(judged, criteria, strict=True) if criterion.gate and row.verdict != MET]
         if gates:  # an unmeasured gate is not a passed one; penalties stand
-            judged = [replace(row, points=min(row.points, 0)) for row in judged]
+            judged = [_held_back(row, gates[0]) for row in judged]
         rows += judged
     return rows
+
+
+def _held_back(row: Row, gate: Row) -> Row:
+    if row.points <= 0:
+        return row
+    return replace(row, points=0, verdict=f"{row.verdict}; no points, since this is {gate.verdict}: {gate.criterion}")
 
 
 def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,22 @@
+"""Steps with both kernels train one model: the same number of each, in turn."""
+
+import json
+from contextlib import nullcontext
+
+from benchmarks.fsdp2 import kernels
+
+
+def test_both_kinds_of_steps_are_timed_in_pairs(tmp_path, monkeypatch):
+    seen = []  # Triton's interpreter takes minutes for the real patch
+    monkeypatch.setattr(kernels, "patch_linear4bit", lambda model: nullcontext(seen.append("ours")))
+    train = kernels.Run.train
+    monkeypatch.setattr(kernels.Run, "train", lambda self, steps: (seen.append("step"), train(self, steps))[1])
+    settings, out = tmp_path / "settings.json", tmp_path / "out.json"
+    tiny = {"rows": 1, "length": 8, "shapes": "tiny", "layers": 1, "vocabulary": 32, "dtype": "float32", "pairs": 2}
+    settings.write_text(json.dumps(tiny))
+    kernels.main(str(out), str(settings))
+    found = json.loads(out.read_text())
+    assert {kind: len(times) for kind, times in found["step_ms"].items()} == {"ours": 2, "bitsandbytes": 2}
+    assert min(found["step_ms"]["ours"] + found["step_ms"]["bitsandbytes"]) > 0
+    assert found["gpu_ms"] == {"ours": None, "bitsandbytes": None}
+    assert seen[:10] == ["step", "ours", "step", "ours", "step", "step", "step", "ours", "step", "ours"]
