@@ -189,15 +189,15 @@ def _forwards() -> dict[type, callable]:
 @cache
 def _patched_class(cls: type) -> type:
     forward = next(forward for base, forward in _forwards().items() if issubclass(cls, base))
-    return subclass(cls, cls.__name__, forward=forward)
+    # transformers finds what a class records (hidden states, attentions) by the name and the module of the class.
+    return subclass(cls, cls.__name__, forward=forward, __module__=cls.__module__, __qualname__=cls.__qualname__)
 
 
 def _check_transformers() -> None:
     """What is relied on: these arguments, passed by name, and a text model that hands the mask on as it is."""
     for cls, forward in _forwards().items():
-        expected = {
-            name for name, one in inspect.signature(forward).parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD
-        }
+        parameters = inspect.signature(forward).parameters.values()
+        expected = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
         known = {*inspect.signature(cls.forward).parameters}
         if missing := expected - known:
             raise ValueError(
