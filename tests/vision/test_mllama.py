@@ -105,6 +105,19 @@ def test_undo_gives_transformers_back():
     assert {type(part) for part in model.modules()} == {type(part) for part in fresh("mllama")[1].modules()}
 
 
+def test_undo_under_what_another_library_exchanged_is_refused():
+    _, model = fresh("mllama")
+    patch = patch_mllama(model)
+    text = model.model.language_model
+    ours = type(text)
+    text.__class__ = type("Sharded", (ours,), {})
+    with pytest.raises(RuntimeError, match=r"model\.language_model must still be of the class .*, got a Sharded; undo"):
+        patch.undo()
+    text.__class__ = ours
+    patch.undo()
+    assert type(text) is mllama.MllamaTextModel
+
+
 def test_copies_are_patched_and_files_are_not():
     processor, model = family("mllama")
     batch = VisionCollator(processor)(ROWS)

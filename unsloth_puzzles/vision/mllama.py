@@ -60,13 +60,23 @@ class MllamaPatch:
     """What `patch_mllama` did. Undone by `undo()` or at the end of a `with` block; a second time does nothing."""
 
     def __init__(self, modules: dict[str, torch.nn.Module]):
-        self.names = tuple(modules)
-        self._undo = exchange_classes((module, _patched_class(type(module))) for module in modules.values())
+        self.names, self._modules = tuple(modules), modules
+        exchange_classes((module, _patched_class(type(module))) for module in modules.values())
 
     def undo(self) -> None:
-        """Give every module its class back."""
-        self._undo()
-        self._undo = lambda: None
+        """Give every module its class back.
+
+        Raises:
+            RuntimeError: Another library, such as FSDP2, has exchanged the class of a module since.
+        """
+        for name, module in self._modules.items():
+            if "exchanged_from" not in vars(type(module)):
+                raise RuntimeError(
+                    f"{name} must still be of the class that patch_mllama gave it, got a {type(module).__name__}; "
+                    "undo first what exchanged it since"
+                )
+        exchange_classes((module, original_class(type(module))) for module in self._modules.values())
+        self._modules = {}
 
     def __enter__(self) -> "MllamaPatch":
         return self
