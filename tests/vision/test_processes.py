@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_vl", "mllama"])
 def test_adapters_of_the_tower_take_part(name):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(SCRIPT), name], capture_output=True, text=True, env=environment, timeout=300, check=False

@@ -1,6 +1,6 @@
 """Two processes on a CPU, started by torchrun: adapters of the tower take part under DDP and under FSDP2.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/vision/two_processes.py FAMILY
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/vision/two_processes.py FAMILY
 """
 
 import copy
