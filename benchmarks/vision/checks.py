@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.vision.chat import picture
 
@@ -89,15 +89,28 @@ def tower_of(model: torch.nn.Module) -> torch.nn.Module:
 
 def tower_flops(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     """FLOPs of the forward pass that are spent in the vision tower."""
-    tower, spent = tower_of(model), []
-    counter = FlopCounterMode(display=False)
-    before = tower.register_forward_pre_hook(lambda *_: spent.append(-counter.get_total_flops()))
-    after = tower.register_forward_hook(lambda *_: spent.append(counter.get_total_flops()))
+    tower, spent = tower_of(model), [0]
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+
+    def finish(*_) -> None:
+        counter.__exit__(None, None, None)
+        spent.append(counter.get_total_flops())
+
+    before = tower.register_forward_pre_hook(lambda *_: (counter.__enter__(), None)[1])
+    after = tower.register_forward_hook(finish)
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad():
             model(**inputs, use_cache=False)
     finally:
         before.remove()
         after.remove()
     return sum(spent)
+
+
+def _attention_flops(query, key, value, *others, **options) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# The kernel of attention on a CPU, which the counter does not know.
+_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

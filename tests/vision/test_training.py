@@ -29,11 +29,10 @@ ROWS = [TEXT, ONE, AFTER, TURNS]
 SLOW = [pytest.param(name, marks=() if name in ("mllama", "pixtral") else pytest.mark.slow) for name in FAMILIES]
 
 
-def _arguments(cls, folder, **others):
+def _arguments(cls, folder, rows=len(ROWS), **others):
     return cls(
         output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=rows,
         max_steps=2,
         logging_steps=1,
         learning_rate=1e-2,
@@ -101,7 +100,7 @@ def test_sampler_under_a_trainer(tmp_path):
 
     processor, model = _patched("pixtral")
     rows = [ONE, TEXT, AFTER, TEXT]
-    arguments = _arguments(TrainingArguments, tmp_path, remove_unused_columns=False)
+    arguments = _arguments(TrainingArguments, tmp_path, 2, remove_unused_columns=False)
     _losses(Grouped(model, arguments, train_dataset=rows, data_collator=VisionCollator(processor)))
     assert sorted(batches[:2]) == [False, True]
 
