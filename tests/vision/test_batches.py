@@ -24,8 +24,17 @@ from unsloth_puzzles.vision.collator import VisionCollator
 LARGEST = 1e-5  # of token losses around 7, in float32
 
 
-@pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("name", FAMILIES)
+FAST = ("qwen2_vl", "mllama", "pixtral")  # the others' mixed batches, too
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        pytest.param(name, kind, marks=() if name in FAST or kind == "mixed" else pytest.mark.slow)
+        for name in FAMILIES
+        for kind in BATCHES
+    ],
+)
 def test_row_has_the_losses_that_it_has_alone(name, kind):
     processor, model = family(name)
     assert max(largest_difference(model, VisionCollator(processor), BATCHES[kind])) <= LARGEST

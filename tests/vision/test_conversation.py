@@ -78,6 +78,14 @@ def test_tools_reach_the_template():
     assert read(TEXT, "row 0", processor, True).text.startswith("USER")
 
 
+def test_keys_that_arrow_fills_with_none_are_left_out():
+    """Templates ask whether a block has a key, as those of Qwen do."""
+    processor = _with(WORDS.replace("{{ b.text }}", "{{ b.text }}{% if 'image' in b %} AN IMAGE{% endif %}"))
+    said = {"type": "text", "text": "Hello", "image": None}
+    given = {"messages": [{"role": "user", "content": [said], "tool_calls": None}, assistant("Good day.")]}
+    assert read(given, "row 0", processor, True).text == "USER: Hello ASSISTANT: Good day. "
+
+
 def test_default_of_several_templates():
     processor, _ = fresh("llava")
     processor.chat_template = {"default": WORDS, "other": "nothing"}

@@ -64,7 +64,8 @@ def test_layer_differs_from_transformers_in_tokens_that_see_no_image_only():
 def test_rows_without_an_image_stay_out_of_the_cross_attention():
     processor, model = family("mllama")
     _, (args, kwargs) = _layer_inputs(model, VisionCollator(processor)(ROWS))
-    assert kwargs["full_text_row_masked_out_mask"].index.tolist() == [0, 2, 3]
+    index = kwargs["full_text_row_masked_out_mask"].index
+    assert index is not None and index.tolist() == [0, 2, 3]
     assert len(kwargs["cross_attention_states"]) == len(kwargs["cross_attention_mask"]) == 3 and len(args[0]) == 4
 
 
