@@ -48,6 +48,7 @@ def test_a_side_that_is_none_is_refused():
 MISSING = {**ONE, "images": []}
 MORE = {**TEXT, "images": [picture(8, 8)]}
 LITERAL = row(user("What does <|image_pad|> mean?"), assistant("An image."))
+FILM = row(user("What does <|video_pad|> mean?"), assistant("A video."))
 VIDEO = {"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}, assistant("Yes.")]}
 TWICE = {**ONE, "image": ONE["images"][0]}
 
@@ -59,6 +60,7 @@ TWICE = {**ONE, "image": ONE["images"][0]}
         ([TEXT, MISSING], r"images of row 1 must be as many as the placeholders '<\|image_pad\|>' .*\(1\), got 0"),
         ([MORE], r"images of row 0 must be as many as the placeholders .*\(0\), got 1"),
         ([LITERAL], r"images of row 0 must be as many as the placeholders .*\(1\), got 0"),
+        ([TEXT, FILM], r"row 1 must have no video, got its placeholder '<\|video_pad\|>' in the rendered messages"),
         ([VIDEO], "row 0 must have blocks of type 'text' and 'image' only, got .*video"),
         ([TWICE], "row 0 must have its images in one place"),
         ([{**ONE, "images": ONE["images"][0]}], "images of row 0 must be a list, got Image; use 'image' for one"),

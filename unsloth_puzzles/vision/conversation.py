@@ -27,8 +27,8 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
         assistant_only: Whether only what the assistant says is in `spans`.
 
     Raises:
-        ValueError: The row lacks messages, its placeholders and images differ in number, or the template drops text or
-            does not say where the assistant speaks.
+        ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
+            drops text or does not say where the assistant speaks.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
     images = _images(row, messages, where)
@@ -41,6 +41,8 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
             f"images of {where} must be as many as the placeholders {processor.image_token!r} in its rendered "
             f"messages ({placeholders}), got {len(images)}; add one {{'type': 'image'}} block per image"
         )
+    if (video := getattr(processor, "video_token", None)) and video in text:
+        raise ValueError(f"{where} must have no video, got its placeholder {video!r} in the rendered messages")
     if not assistant_only:
         spans = [(0, len(text))]
     elif _MARKER.search(template):
