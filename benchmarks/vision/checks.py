@@ -68,9 +68,9 @@ def largest_difference(model: torch.nn.Module, collate: Callable, rows: Sequence
 def gradients(model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss over all labels, of all batches together."""
     model.zero_grad()
-    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-    for batch in batches:
-        model(**batch, use_cache=False, num_items_in_batch=count).loss.backward()
+    counts = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
+    for batch, count in zip(batches, counts, strict=True):  # not each family's loss takes num_items_in_batch
+        (model(**batch, use_cache=False).loss * count / sum(counts)).backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
