@@ -21,6 +21,7 @@ from benchmarks.vision.checks import (
     relative_difference,
     token_losses,
 )
+from benchmarks.vision.stock import with_blank_images
 from tests.vision.models import family, fresh
 from unsloth_puzzles.vision.collator import VisionCollator
 from unsloth_puzzles.vision.mllama import patch_mllama
@@ -45,6 +46,13 @@ def test_without_the_patch_losses_depend_on_the_neighbours():
     assert max(largest_difference(model, collate, [TWO, AFTER, TURNS])) > 1e-2
     with patch_mllama(model):
         assert max(largest_difference(model, collate, [TWO, AFTER, TURNS])) <= 1e-5
+
+
+def test_without_the_patch_a_blank_image_changes_the_losses_of_a_text():
+    processor, model = fresh("mllama")
+    collate = VisionCollator(processor)
+    alone = token_losses(model, collate([TEXT]))[0]
+    assert (token_losses(model, with_blank_images(collate(ROWS)))[1] - alone).abs().max() > 1e-2
 
 
 def test_layer_differs_from_transformers_in_tokens_that_see_no_image_only():
@@ -73,12 +81,7 @@ def test_images_of_all_rows_as_transformers_gives_them():
     """What others do: a blank image, which no token sees, for a row of text."""
     processor, model = family("mllama")
     batch = VisionCollator(processor)(ROWS)
-    blank = dict(batch)
-    for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
-        blank[key] = batch[key].new_zeros(4, *batch[key].shape[1:])
-        blank[key][[0, 2, 3]] = batch[key]
-    blank["aspect_ratio_ids"][1, 0] = blank["aspect_ratio_mask"][1, 0, 0] = 1
-    for ours, theirs in zip(token_losses(model, batch), token_losses(model, blank), strict=True):
+    for ours, theirs in zip(token_losses(model, batch), token_losses(model, with_blank_images(batch)), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5
 
 
