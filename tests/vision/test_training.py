@@ -109,9 +109,10 @@ def _four_bit(name: str, folder, chosen: str):
     """The family's model with the linear layers of these names in NF4, loaded as users load it."""
     processor, model = fresh(name)
     linear = [key for key, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    skipped = [key for key in linear if chosen not in key] or None
     quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=[key for key in linear if chosen not in key] or None,
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped,
     )  # fmt: skip
     model.save_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(
