@@ -86,6 +86,13 @@ def test_keys_that_arrow_fills_with_none_are_left_out():
     assert read(given, "row 0", processor, True).text == "USER: Hello ASSISTANT: Good day. "
 
 
+def test_results_of_tools_may_be_rendered_as_json():
+    template = "{% for m in messages %}{{ m.content | tojson if m.role == 'tool' else m.content }}\n{% endfor %}"
+    result = {"role": "tool", "content": 'a "quoted" word'}
+    given = {"messages": [result, {"role": "assistant", "content": "Good."}]}
+    assert _spans(_with(template), given) == ["Good.\n"]
+
+
 def test_default_of_several_templates():
     processor, _ = fresh("llava")
     processor.chat_template = {"default": WORDS, "other": "nothing"}

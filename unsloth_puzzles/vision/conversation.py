@@ -154,6 +154,8 @@ def _check_text(text: str, messages: list[dict], where: str) -> None:
     """Templates that expect blocks render a plain string as nothing, and those that expect a string render blocks."""
     packed = "".join(text.split())
     for message in messages:
+        if message.get("role") not in ("system", "user", "assistant"):  # results of tools may be rendered as JSON
+            continue
         content = message.get("content", "")
         said = [content] if isinstance(content, str) else [b.get("text", "") for b in content if b["type"] == "text"]
         for part in said:

@@ -10,6 +10,7 @@ without an image are left out of the cross-attention layers, and padding images 
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def patch_mllama(model: torch.nn.Module) -> "MllamaPatch":
     Parameters, names, state dict, adapters (before or after), checkpointing and 4-bit weights stay as they are. The
     batch is one of `VisionCollator`, whose images are those of the rows that have some, or one of transformers.
 
-    In training no KV cache is made; in generation it holds all rows of the batch.
+    In training no KV cache is made; in generation it holds all rows of the batch. Checkpointing must be non-reentrant,
+    as without the patch: the states of the images are no positional argument.
 
     Args:
         model: A Mllama, or what contains one, such as a PEFT model.
@@ -188,7 +190,7 @@ def _forward_layer(
     return hidden_states if rows.index is None else everything.index_copy(0, rows.index, hidden_states)
 
 
-def _forwards() -> dict[type, callable]:
+def _forwards() -> dict[type, Callable]:
     return {
         mllama.MllamaVisionModel: _forward_tower,
         mllama.MllamaTextModel: _forward_text,
