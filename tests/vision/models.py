@@ -3,8 +3,13 @@
 import copy
 from functools import cache
 
+import pytest
+
 from benchmarks.vision.families import FAMILIES
 from unsloth_puzzles.vision.mllama import patch_mllama
+
+QUICK = ("qwen2_vl", "mllama", "pixtral")
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 @cache

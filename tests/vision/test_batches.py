@@ -18,19 +18,16 @@ from benchmarks.vision.checks import (
     tower_of,
 )
 from benchmarks.vision.families import FAMILIES
-from tests.vision.models import family
+from tests.vision.models import EVERY, QUICK, family
 from unsloth_puzzles.vision.collator import VisionCollator
 
 LARGEST = 1e-5  # of token losses around 7, in float32
 
 
-FAST = ("qwen2_vl", "mllama", "pixtral")  # the others' mixed batches, too
-
-
 @pytest.mark.parametrize(
     "name, kind",
     [
-        pytest.param(name, kind, marks=() if name in FAST or kind == "mixed" else pytest.mark.slow)
+        pytest.param(name, kind, marks=() if name in QUICK or kind == "mixed" else pytest.mark.slow)
         for name in FAMILIES
         for kind in BATCHES
     ],
@@ -40,7 +37,7 @@ def test_row_has_the_losses_that_it_has_alone(name, kind):
     assert max(largest_difference(model, VisionCollator(processor), BATCHES[kind])) <= LARGEST
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_padding_on_the_left(name):
     processor, model = family(name)
     left = VisionCollator(processor, padding_side="left")
@@ -53,7 +50,7 @@ def test_padding_on_the_left(name):
     assert max((a - b).abs().max() for a, b in losses) <= LARGEST
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_losses_depend_on_the_image_and_on_no_other_rows(name):
     processor, model = family(name)
     collate = VisionCollator(processor)
@@ -64,7 +61,7 @@ def test_losses_depend_on_the_image_and_on_no_other_rows(name):
     assert changed[0] > 0.05 and max(changed[1:]) <= LARGEST
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradients_are_those_of_the_rows_alone(name):
     processor, model = family(name)
     collate, rows = VisionCollator(processor), BATCHES["mixed"]
@@ -74,7 +71,7 @@ def test_gradients_are_those_of_the_rows_alone(name):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_tower_runs_on_images_only(name):
     processor, model = family(name)
     collate = VisionCollator(processor)

@@ -9,8 +9,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from benchmarks.vision.chat import picture, template
 from benchmarks.vision.checks import AFTER, BATCHES, ONE, SHORT, TEXT, TURNS, TWO, assistant, row, user
-from benchmarks.vision.families import FAMILIES
-from tests.vision.models import family, fresh
+from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.vision.collator import IGNORE_INDEX, VisionCollator
 from unsloth_puzzles.vision.processing import image_token_ids
 
@@ -33,7 +32,7 @@ def _same(one: dict, other: dict) -> bool:
     return {*one} == {*other} and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_are_what_the_assistant_says(name, side):
     processor, _ = family(name)
@@ -43,7 +42,7 @@ def test_labels_are_what_the_assistant_says(name, side):
     assert torch.equal(batch["labels"][learnt], batch["input_ids"][learnt])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_without_marks_in_the_template_labels_are_the_same(name):
     processor, _ = fresh(name)
     marked = VisionCollator(processor)(ROWS)
@@ -51,7 +50,7 @@ def test_without_marks_in_the_template_labels_are_the_same(name):
     assert _same(VisionCollator(processor)(ROWS), marked)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_all_text_is_labelled_and_no_image(name):
     processor, _ = family(name)
     batch = VisionCollator(processor, assistant_only=False)(ROWS)
@@ -120,7 +119,7 @@ def test_where_images_stand_does_not_matter(name):
         assert _same(collate([ONE, text]), expected)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
 def test_images_of_other_modes(name, mode):
     processor, model = family(name)
@@ -140,7 +139,7 @@ def test_content_may_be_a_string_and_rows_stay_as_they_are():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_text_beyond_max_length_is_cut_off(name, side):
     processor, model = family(name)
     whole = VisionCollator(processor)([ONE, TEXT])

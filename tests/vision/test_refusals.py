@@ -4,12 +4,11 @@ import pytest
 
 from benchmarks.vision.chat import picture
 from benchmarks.vision.checks import AFTER, ONE, TEXT, assistant, row, user
-from benchmarks.vision.families import FAMILIES
-from tests.vision.models import family, fresh
+from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.vision.collator import VisionCollator
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_max_length_that_cuts_images_is_refused(name):
     processor, _ = family(name)
     with pytest.raises(

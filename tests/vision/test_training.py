@@ -19,14 +19,13 @@ from benchmarks.vision.checks import (
     token_losses,
 )
 from benchmarks.vision.families import FAMILIES
-from tests.vision.models import family, fresh
+from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.nf4 import patch_linear4bit
 from unsloth_puzzles.vision.collator import VisionCollator
 from unsloth_puzzles.vision.mllama import patch_mllama
 from unsloth_puzzles.vision.sampler import KindSampler, has_images
 
 ROWS = [TEXT, ONE, AFTER, TURNS]
-SLOW = [pytest.param(name, marks=() if name in ("mllama", "pixtral") else pytest.mark.slow) for name in FAMILIES]
 
 
 def _arguments(cls, folder, rows=4, **others):
@@ -63,7 +62,7 @@ def _losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", EVERY)
 def test_trainer_of_transformers(name, tmp_path):
     processor, model = _patched(name)
     arguments = _arguments(TrainingArguments, tmp_path, remove_unused_columns=False)
@@ -72,7 +71,7 @@ def test_trainer_of_transformers(name, tmp_path):
     assert losses[0] == pytest.approx(_first_loss(name), abs=1e-4) and losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", EVERY)
 def test_trainer_of_trl(name, tmp_path):
     processor, model = _patched(name)
     columns = [{"messages": one["messages"], "images": one["images"] or None} for one in ROWS]
