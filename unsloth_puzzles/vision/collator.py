@@ -1,0 +1,136 @@
+"""A data collator for vision-language models whose batches mix rows with images and rows without.
+
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor,
+                         data_collator=VisionCollator(processor))
+
+With `transformers.Trainer` set `remove_unused_columns=False`. Mllama needs `patch_mllama`, too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from unsloth_puzzles.vision.conversation import check_template, read
+from unsloth_puzzles.vision.processing import add_cross_attention_mask, check_processor, image_token_ids, process
+
+IGNORE_INDEX = -100
+
+
+class VisionCollator:
+    """Collate rows of messages, with several, one or no images each, into a batch with labels.
+
+    A row is {"messages": [...], "images": [...]}; "images" may be missing, None or []. Images may also stand in the
+    messages. The vision tower gets the images that there are: none for a row of text, and a batch of text has no
+    `pixel_values` at all. What a row contributes does not depend on its neighbours.
+
+    Padding is told by the attention mask, so a real end-of-sequence token is a label even where it pads, too. No label
+    is what a placeholder was expanded to.
+
+    Args:
+        processor: Of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Mllama, Pixtral, LLaVA, Gemma 3 or SmolVLM.
+        assistant_only: Whether labels are what the assistant says, to the end of its turn, or all text. It is found by
+            the chat template's {% generation %} marks or, without them, by rendering each turn's beginning.
+        max_length: Tokens of a row beyond it are cut off. None: no limit.
+        padding_side: "right" or "left".
+
+    Raises:
+        ValueError: The processor is of another family, or lacks a chat template, a fast tokenizer or a padding token.
+    """
+
+    def __init__(self, processor, assistant_only: bool = True, max_length: int | None = None, *, padding_side="right"):
+        check_processor(processor)
+        check_template(processor)
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1 or max_length is True):
+            raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        self.processor, self.assistant_only = processor, assistant_only
+        self.max_length, self.padding_side = max_length, padding_side
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            rows: Of the data set. They are not changed.
+
+        Returns:
+            "input_ids", "attention_mask" and "labels" [rows, length] int64, and what the family's model takes, such as
+            "pixel_values".
+
+        Raises:
+            ValueError: A row is of another form, its images and placeholders differ in number, `max_length` cuts image
+                tokens off, or no token of the batch is a label.
+        """
+        if not rows:
+            raise ValueError("rows must not be empty, got none")
+        conversations = [
+            read(row, f"row {index}", self.processor, self.assistant_only) for index, row in enumerate(rows)
+        ]
+        texts, images = [one.text for one in conversations], [one.images for one in conversations]
+        batch, replaced = process(self.processor, texts, images)
+        offsets = batch.pop("offset_mapping")  # [rows, length, 2]
+        is_image = torch.isin(batch["input_ids"], torch.tensor(image_token_ids(self.processor)))  # [rows, length]
+        is_label = torch.zeros_like(is_image)
+        for row, conversation in enumerate(conversations):
+            for start, end in conversation.spans:
+                is_label[row] |= _within(offsets[row], _shifted(start, replaced[row]), _shifted(end, replaced[row]))
+            for one in replaced[row]:
+                is_image[row] |= _touches(offsets[row], *one["new_span"])
+        used = batch["attention_mask"].bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~(is_label & used & ~is_image), IGNORE_INDEX)
+        if self.max_length is not None:
+            self._truncate(batch, is_image & used)
+        if not batch["labels"][:, 1:].ne(IGNORE_INDEX).any():
+            raise ValueError(
+                "rows must have a token to learn, got none in the whole batch; "
+                "let an assistant speak in them, raise max_length, or use assistant_only=False"
+            )
+        if self.padding_side == "left":
+            _pad_left(batch)
+        add_cross_attention_mask(self.processor, batch)
+        return batch
+
+    def _truncate(self, batch: dict[str, torch.Tensor], is_image: torch.Tensor) -> None:
+        """Cut tokens off; what is no longer needed for the longest row is padding, and goes, too."""
+        cut = is_image[:, self.max_length :].any(1).nonzero().flatten().tolist()
+        if cut:
+            needed = [int(is_image[row].nonzero().max()) + 1 for row in cut]
+            raise ValueError(
+                f"max_length must leave all image tokens in, got {self.max_length}, which cuts those of row {cut[0]} "
+                f"off; it takes {needed[0]} at least, or smaller images"
+            )
+        for name in _per_token(batch):
+            batch[name] = batch[name][:, : self.max_length]
+
+
+def _shifted(position: int, replaced: list[dict]) -> int:
+    """A position in the rendered text, in the text with its placeholders expanded."""
+    for one in reversed(replaced):
+        if one["span"][1] <= position:
+            return position + one["new_span"][1] - one["span"][1]
+    return position
+
+
+def _within(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Which tokens lie in [start, end). Some tokenizers leave the spaces of a token out of its offsets."""
+    first, last = offsets.unbind(-1)
+    return (first >= start) & (last > start) & (last <= end)
+
+
+def _touches(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    first, last = offsets.unbind(-1)
+    return (first < end) & (last > start)
+
+
+def _per_token(batch: dict[str, torch.Tensor]) -> list[str]:
+    """Names of what has one value per token, such as "mm_token_type_ids"."""
+    shape = batch["input_ids"].shape
+    return [name for name in batch if isinstance(batch[name], torch.Tensor) and batch[name].shape == shape]
+
+
+def _pad_left(batch: dict[str, torch.Tensor]) -> None:
+    length = batch["input_ids"].shape[1]
+    shift = length - batch["attention_mask"].sum(1, keepdim=True)  # [rows, 1]
+    index = (torch.arange(length) - shift) % length
+    for name in _per_token(batch):
+        batch[name] = batch[name].gather(1, index)

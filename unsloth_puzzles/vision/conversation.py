@@ -1,0 +1,171 @@
+"""What a row of a data set says: its messages and images, the rendered text, and which of it the assistant says."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+@dataclass
+class Conversation:
+    """A row, rendered. `spans` holds [start, end) in characters of `text`: what the assistant says, or everything."""
+
+    text: str
+    images: list
+    spans: list[tuple[int, int]]
+
+
+def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversation:
+    """Render a row by the processor's chat template.
+
+    Args:
+        row: "messages", and optionally "images" (a list), "image" (one) and "tools". Images may also stand in the
+            messages, as in {"type": "image", "image": ...}.
+        where: Names the row in an error.
+        processor: Of a vision-language model; its chat template renders the messages.
+        assistant_only: Whether only what the assistant says is in `spans`.
+
+    Raises:
+        ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
+            drops text or does not say where the assistant speaks.
+    """
+    messages = [_clean(message, where) for message in _messages(row, where)]
+    images = _images(row, messages, where)
+    tools = row.get("tools") or None
+    template = _template(processor)
+    text, marked = _render(processor, template, messages, tools)
+    _check_text(text, messages, where)
+    if (placeholders := text.count(processor.image_token)) != len(images):
+        raise ValueError(
+            f"images of {where} must be as many as the placeholders {processor.image_token!r} in its rendered "
+            f"messages ({placeholders}), got {len(images)}; add one {{'type': 'image'}} block per image"
+        )
+    if (video := getattr(processor, "video_token", None)) and video in text:
+        raise ValueError(f"{where} must have no video, got its placeholder {video!r} in the rendered messages")
+    if not assistant_only:
+        spans = [(0, len(text))]
+    elif _MARKER.search(template):
+        spans = marked
+    else:
+        spans = _spans_by_prefix(processor, template, messages, tools, text, where)
+    return Conversation(text, images, spans)
+
+
+def has_images(row: Mapping) -> bool:
+    """Whether a row has an image, in its columns or in its messages."""
+    messages = [_clean(message, "row") for message in _messages(row, "row")]
+    return bool(_images(row, messages, "row"))
+
+
+def check_template(processor) -> None:
+    """Raise a ValueError if the processor has no chat template."""
+    _template(processor)
+
+
+def _messages(row: Mapping, where: str) -> Sequence[Mapping]:
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"{where} must have a list of 'messages', got {got}; other formats must be converted to it")
+    return messages
+
+
+def _clean(message: Mapping, where: str) -> dict:
+    """A copy without the None values that Arrow puts where one block has a key and another one has not."""
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content", "")
+    if not isinstance(content, str):
+        blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
+        kinds = {block.get("type") for block in blocks}
+        if unknown := kinds - {"text", "image"}:
+            raise ValueError(
+                f"{where} must have blocks of type 'text' and 'image' only, got {sorted(map(str, unknown))}"
+            )
+        message["content"] = blocks
+    return message
+
+
+def _images(row: Mapping, messages: list[dict], where: str) -> list:
+    """The images of a row, in the order of the placeholders. Those in the messages are taken out of them."""
+    inline = []
+    for message in messages:
+        for block in message["content"] if isinstance(message.get("content"), list) else ():
+            if block["type"] == "image":
+                inline += [block.pop(key) for key in ("image", "url", "path") if key in block]
+    one, several = row.get("image"), row.get("images")
+    if several is not None and not isinstance(several, (list, tuple)):
+        raise ValueError(f"images of {where} must be a list, got {type(several).__name__}; use 'image' for one")
+    columns = [*(several or ()), *(() if one is None else (one,))]
+    if (one is not None) + bool(several) + bool(inline) > 1:
+        raise ValueError(f"{where} must have its images in one place, got several of 'images', 'image' and messages")
+    if any(image is None for image in columns):
+        raise ValueError(f"images of {where} must be images, got None among them; leave it out")
+    return columns or inline
+
+
+def _template(processor) -> str:
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not template:
+        raise ValueError("processor must have a chat template, got none; set processor.chat_template")
+    return template
+
+
+def _render(processor, template: str, messages: list[dict], tools, prompt: bool = False) -> tuple[str, list]:
+    """The text, and the spans between the template's {% generation %} marks."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=bool(_MARKER.search(template)),
+        add_generation_prompt=prompt,
+        **processor.tokenizer.special_tokens_map,
+    )
+    return texts[0], [tuple(span) for span in spans[0]] if spans else []
+
+
+def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[tuple[int, int]]:
+    """Where each message of the assistant lies, for templates without marks: between two renderings that it parts."""
+    ends = tuple(processor.tokenizer.all_special_tokens)
+    spans = []
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = _render(processor, template, messages[:index], tools, prompt=True)[0] if index else ""
+        after = _render(processor, template, messages[: index + 1], tools)[0]
+        if not (text.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"processor must have a chat template that renders the messages of {where} one after the other to find "
+                f"the assistant's, got one that renders message {index} otherwise when others follow; put "
+                "{% generation %} marks into it, or use assistant_only=False"
+            )
+        said = after[len(before) :]
+        if said.rstrip().endswith(ends):  # nobody generates what follows the end of a turn
+            said = said.rstrip()
+        spans.append((len(before), len(before) + len(said)))
+    return spans
+
+
+def _check_text(text: str, messages: list[dict], where: str) -> None:
+    """Templates that expect blocks render a plain string as nothing, and those that expect a string render blocks."""
+    packed = "".join(text.split())
+    for message in messages:
+        if message.get("role") not in ("system", "user", "assistant"):  # results of tools may be rendered as JSON
+            continue
+        content = message.get("content", "")
+        said = [content] if isinstance(content, str) else [b.get("text", "") for b in content if b["type"] == "text"]
+        for part in said:
+            if "".join(part.split()) not in packed:
+                raise ValueError(
+                    f"processor must have a chat template that renders all text of {where}, got one that drops "
+                    f"{part[:40]!r}; give the content as {'blocks' if isinstance(content, str) else 'a string'}"
+                )
+            if not isinstance(content, str) and f"'text':{''.join(repr(part).split())}" in packed:
+                raise ValueError(
+                    f"processor must have a chat template that renders blocks as text in {where}, got one that prints "
+                    f"the blocks of {message.get('role')!r} as they are; give this content as a string"
+                )

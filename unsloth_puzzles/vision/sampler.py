@@ -1,0 +1,80 @@
+"""Groups of rows of one kind, with images or without: less padding, and a vision tower that all processes run or none.
+
+    class ByKind(SFTTrainer):
+        def _get_train_sampler(self, dataset):
+            return KindSampler([has_images(row) for row in dataset], self.args.train_batch_size * world_size)
+
+It is optional: mixed batches are right without it. Of several processes, those whose batch is all text leave the
+adapters of the vision tower without gradients. DDP needs `ddp_find_unused_parameters=True` then, which SFTTrainer sets.
+FSDP2 gathers the tower's weights where it runs, so all processes must run it at the same steps: use this sampler.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+
+from unsloth_puzzles.vision.conversation import has_images
+
+__all__ = ["KindSampler", "has_images"]
+
+
+class KindSampler(torch.utils.data.Sampler[int]):
+    """Draw indices in an order in which every `group` of them, one after the other, are of one kind.
+
+    The last group of a kind is filled up with rows of that kind from the start of its order, or left out.
+
+    Args:
+        kinds: Of each row of the data set, such as whether it has images.
+        group: Rows that go into one step of all processes: batch size per process x processes.
+        shuffle: Whether rows and groups come in random order, another one each epoch (see `set_epoch`).
+        seed: Of that order.
+        drop_last: Leave incomplete groups out.
+
+    Raises:
+        ValueError: `kinds` is empty, `group` no positive integer, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Hashable],
+        group: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ):
+        if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+            raise ValueError(f"group must be a positive integer, got {group!r}")
+        if not len(kinds):
+            raise ValueError("kinds must hold one per row, got none")
+        self.group, self.shuffle, self.seed, self.drop_last, self.epoch = group, shuffle, seed, drop_last, 0
+        self._rows: dict[Hashable, list[int]] = {}
+        for index, kind in enumerate(kinds):
+            self._rows.setdefault(kind, []).append(index)
+        if not len(self):
+            raise ValueError(f"group must be at most the rows of some kind, got {group}; use drop_last=False")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change the random order; accelerate calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rounding = 0 if self.drop_last else self.group - 1
+        return sum((len(rows) + rounding) // self.group for rows in self._rows.values()) * self.group
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        groups = []
+        for rows in self._rows.values():
+            rows = [rows[place] for place in self._order(len(rows), generator)]
+            whole = len(rows) // self.group * self.group
+            if whole < len(rows) and not self.drop_last:
+                missing = self.group - (len(rows) - whole)
+                rows += (rows * (missing // len(rows) + 1))[:missing]
+                whole = len(rows)
+            groups += [rows[start : start + self.group] for start in range(0, whole, self.group)]
+        for place in self._order(len(groups), generator):
+            yield from groups[place]
+
+    def _order(self, count: int, generator: torch.Generator) -> list[int]:
+        return torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
