@@ -43,6 +43,13 @@ PINNED = {
     "datasets": "5.2.0",
     "numpy": "2.4.6",
     "matplotlib": "3.11.2",
+    "scikit-learn": "1.9.1",
+}
+ALONE = {  # without what they depend on: it is here already, and torch must stay
+    "torchvision": "0.26.0",
+    "gguf": "0.19.0",
+    "xllamacpp": "2026.10.11549",
+    "libgguf": "0.2.2",
 }
 FOR_GPUS = {  # a backend of attention, and other people's kernels to time beside ours; each is left out if it must be
     "xformers": "0.0.35",
@@ -98,16 +105,17 @@ def install(*requirements):
 
 
 assert installed("torch") and installed("triton"), "torch and triton must be there: choose a GPU runtime"
-before = {package: installed(package) for package in PINNED}
+before = {package: installed(package) for package in PINNED | ALONE}
 missing = [f"{package}=={version}" for package, version in PINNED.items() if not is_fit(package)]
 done = missing if missing and install(*missing) else []
-if shutil.which("nvidia-smi"):
-    alone = [f"{package}=={version}" for package, version in FOR_GPUS.items() if not installed(package)]
-    if "+cu12" not in installed("torch") and not installed("nvidia-cuda-runtime-cu12"):
-        alone.append("nvidia-cuda-runtime-cu12==12.8.90")  # what the wheel of xformers is linked with
-    done += [requirement for requirement in alone if install("--no-deps", requirement)]
+gpu = shutil.which("nvidia-smi")
+alone = ALONE | (FOR_GPUS if gpu else {})
+alone = [f"{package}=={version}" for package, version in alone.items() if not installed(package)]
+if gpu and "+cu12" not in installed("torch") and not installed("nvidia-cuda-runtime-cu12"):
+    alone.append("nvidia-cuda-runtime-cu12==12.8.90")  # what the wheel of xformers is linked with
+done += [requirement for requirement in alone if install("--no-deps", requirement)]
 print("installed:", " ".join(done) if done else "nothing, all is there")
-for package, version in (PINNED | FOR_GPUS).items():
+for package, version in (PINNED | ALONE | FOR_GPUS).items():
     now, was = installed(package), before.get(package)
     if was not in (None, now):
         oldest = ".".join(map(str, OLDEST.get(package, release(version))))

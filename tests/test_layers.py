@@ -55,6 +55,10 @@ def test_fsdp2_stands_on_nf4_and_compiled():
     assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench"}
 
 
+def test_vision_stands_on_nf4s_exchange_of_classes():
+    assert imported("vision") == {"vision", "nf4"}
+
+
 def test_the_package_imports_no_benchmark():
     importing = [
         path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.M)
