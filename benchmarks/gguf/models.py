@@ -49,6 +49,7 @@ _TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+VOCABULARY = 500  # before special tokens
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -88,6 +89,9 @@ def _spread(model: PreTrainedModel) -> None:
                 parameter.mul_(4.0)
             else:
                 parameter.normal_(0, 0.1)
+        for rows in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            rows[:256].mul_(0.1)  # or random text is full of bytes that are no characters, which engines hold back,
+            rows[VOCABULARY:].mul_(0.1)  # or of image tokens without an image
 
 
 @cache
@@ -101,9 +105,9 @@ def _vocabulary(pre: str, special: tuple[str, ...]) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(paragraphs()[:100], trainer)
+    tokenizer.train_from_iterator([text for text in paragraphs() if text.isascii()][:100], trainer)
     tokenizer.add_special_tokens(list(special))
     return tokenizer.to_str()
 
@@ -160,7 +164,7 @@ def _qwen(family: str, text: dict) -> tuple[PreTrainedModel, object]:
     patch = 16 if family == "qwen3_vl" else 14
     if family == "qwen3_vl":
         rope["mrope_interleaved"] = True
-        text = {"head_dim": 16, **text}
+        text = {"head_dim": 16, "num_hidden_layers": 3, **text}
     options = {**_TEXT, "tie_word_embeddings": True, **_ids(made), "rope_parameters": rope, **text}
     tower = {"depth": 4, "num_heads": 4, "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2}
     wide = {"hidden_size": 48, "intermediate_size": 80, "out_hidden_size": 64}

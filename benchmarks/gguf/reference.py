@@ -60,3 +60,19 @@ def epsilon_of_norms(model: torch.nn.Module, epsilon: float) -> None:
     for module in text.modules():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = epsilon
+
+
+def class_token_last(model: torch.nn.Module) -> None:
+    """Let a CLIP tower place its class token behind the patches, as llama.cpp does (its issue 25814).
+
+    Each token then gets another one's position, and of the features that are handed on the first patch is dropped in
+    place of the class token.
+    """
+    embeddings = model.model.vision_tower.embeddings
+
+    def forward(pixel_values: torch.Tensor, **_) -> torch.Tensor:
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [batch, patches, hidden]
+        last = embeddings.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([patches, last], dim=1) + embeddings.position_embedding.weight
+
+    embeddings.forward = forward

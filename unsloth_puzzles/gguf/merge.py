@@ -110,7 +110,9 @@ def _peft_kind(module: nn.Module) -> str | None:
         return "saved"
     if isinstance(module, LoraLayer):
         return "lora"
-    return type(module).__name__ if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) else None
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return f"{type(module).__module__}.{type(module).__name__}"
+    return None
 
 
 def _weight(module: nn.Module, parameter: torch.Tensor, own: str, name: str) -> Weight:

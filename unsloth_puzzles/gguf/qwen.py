@@ -28,6 +28,8 @@ def describe(header: gguf.GGUFWriter, config, images, weights: dict[str, Weight]
     """Add the metadata, and name the tensors; arguments and errors as in `llava.describe`."""
     kind, vision = config.model_type, config.vision_config
     _check(kind, vision, images)
+    if kind == "qwen3_vl" and len(vision.deepstack_visual_indexes) >= config.get_text_config().num_hidden_layers:
+        raise ValueError("model must have more text layers than deepstack_visual_indexes, got as few")  # it would abort
     header.add_clip_projector_type(PROJECTORS[kind])
     header.add_vision_embedding_length(vision.embed_dim if kind == "qwen2_vl" else vision.hidden_size)
     header.add_vision_feed_forward_length(
