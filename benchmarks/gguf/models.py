@@ -1,6 +1,6 @@
 """Tiny models with random weights and byte-level tokenizers, a family each, for exports that an engine is to run.
 
-Norms, biases and matrices are drawn so large that every one of them shows in the log-probabilities, and no two sizes are
+Norms, biases and matrices are drawn so large that every one of them shows in the log-probabilities. No two sizes are
 equal by chance: the feed-forward part is wider than the hidden size, and towers differ from text models.
 """
 
@@ -141,8 +141,9 @@ def _llava(family: str, text: dict) -> tuple[PreTrainedModel, object]:
     made = tokenizer("llama-bpe", ("<image>",), "<image>")
     clip = family == "llava_clip"
     tower = {
-        "model_type": "clip_vision_model" if clip else "siglip_vision_model", "hidden_size": 48, "intermediate_size": 80,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "image_size": 56,
+        "model_type": "clip_vision_model" if clip else "siglip_vision_model",
+        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "patch_size": 14, "image_size": 56,
         **({"projection_dim": 64} if clip else {"vision_use_head": False}),
     }  # fmt: skip
     size = {"height": 56, "width": 56}
@@ -171,8 +172,8 @@ def _qwen(family: str, text: dict) -> tuple[PreTrainedModel, object]:
     limits = {"min_pixels": (4 * patch) ** 2, "max_pixels": (16 * patch) ** 2}
     images = Qwen2VLImageProcessor(patch_size=patch, **limits)
     tokens = {
-        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
     }  # fmt: skip
     common = {"text_config": options, "tie_word_embeddings": True}
     common |= {name: made.convert_tokens_to_ids(token) for name, token in tokens.items()}

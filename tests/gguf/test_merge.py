@@ -23,6 +23,11 @@ ADAPTERS = (
 )  # fmt: skip
 
 
+def wide(**options):
+    """The float32 counterpart of `qlora`."""
+    return with_adapters(random_llama(tiny_llama_config(64), "cpu"), **options)
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
@@ -38,10 +43,7 @@ def loaded(merged, config) -> nn.Module:
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("options", ADAPTERS, ids=str)
 def test_merged_weights_give_the_logits_of_the_adapted_model(options, bits):
-    if bits == 4:
-        model = qlora(**options)
-    else:
-        model = with_adapters(random_llama(tiny_llama_config(64), "cpu"), **options)
+    model = qlora(**options) if bits == 4 else wide(**options)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.01 * torch.randn_like(parameter)  # the copies of modules_to_save, too
@@ -94,7 +96,7 @@ def test_half_precision_is_merged_in_float32():
 
 
 def test_two_adapters_add_up():
-    model = with_adapters(random_llama(tiny_llama_config(64), "cpu"))
+    model = wide()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model)
@@ -105,7 +107,7 @@ def test_two_adapters_add_up():
 
 
 def test_merged_16_bit_adapters_are_not_merged_twice():
-    model = with_adapters(random_llama(tiny_llama_config(64), "cpu"))
+    model = wide()
     expected = merged_state_dict(model)["model.layers.0.self_attn.q_proj.weight"]
     model.merge_adapter()
     found = merged_state_dict(model)["model.layers.0.self_attn.q_proj.weight"]
@@ -153,7 +155,7 @@ def _bias():
                 random_llama(tiny_llama_config(64), "cpu"),
                 IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
             ),
-            r"model must have LoRA or DoRA adapters only, got peft.tuners.ia3.layer.Linear in model\.layers\.0\.self_attn\.k_proj",
+            r"LoRA or DoRA adapters only, got peft\.tuners\.ia3\.layer\.Linear in model\.layers\.0\.self_attn\.k_proj",
         ),
         (_bias, r"model must have adapters without biases, got lora_bias in"),
     ],
@@ -169,5 +171,5 @@ def test_tied_weights_are_told_from_trained_copies():
         ({"modules_to_save": ["lm_head"]}, False),
         ({"target_modules": ["lm_head"]}, False),
     ):
-        merged = merged_state_dict(with_adapters(random_llama(tiny_llama_config(64), "cpu"), **options))
+        merged = merged_state_dict(wide(**options))
         assert merged.shared("lm_head.weight", "model.embed_tokens.weight") == shared

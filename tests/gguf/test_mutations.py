@@ -20,7 +20,8 @@ MUTATIONS = {
         "test_weights.py::test_formula_has_the_bits_of_the_kernel[{}]",
     ),
     "absmax of the first rows": mutation(
-        "weights.py", "- first // state.blocksize\n", "\n", "test_weights.py::test_formula_has_the_bits_of_the_kernel[{}]"
+        "weights.py", "- first // state.blocksize\n", "\n",
+        "test_weights.py::test_formula_has_the_bits_of_the_kernel[{}]",
     ),
     "scale of the adapter left out": mutation("weights.py", "weight + scale * (", "weight + (", f"{LOGITS}[{{}}-4]"),
     "magnitude left out": mutation(

@@ -9,7 +9,7 @@ import torch
 
 from unsloth_puzzles.gguf.quantization import QUANTIZATIONS, Type, check_quantization, encode, fitting, text_type
 
-# Largest error, in units of a row's largest value: half a step of the type, and for blocks with a minimum a little more.
+# Largest error, in units of the largest value: half a step of the type, and for blocks with a minimum a little more.
 ERRORS = {
     Type.F32: 0, Type.F16: 2**-11, Type.BF16: 2**-8, Type.Q8_0: 1 / 250, Type.Q5_1: 1 / 30, Type.Q5_0: 1 / 15,
     Type.Q4_1: 1 / 14, Type.Q4_0: 1 / 7, Type.Q6_K: 1 / 30, Type.Q5_K: 1 / 15, Type.Q4_K: 1 / 7,

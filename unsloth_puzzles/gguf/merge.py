@@ -146,7 +146,7 @@ def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
     own = _joined(name, "weight")
     if layer.merged:
         if isinstance(weights[own], NF4):
-            raise ValueError(f"model must have unmerged adapters on its 4-bit layers, got {name}, which PEFT has merged "
+            raise ValueError(f"model must have unmerged adapters on its 4-bit layers, got {name}, which PEFT merged "
                              "and quantised again; load the model and its adapter anew")  # fmt: skip
     elif not layer.disable_adapters:
         weights[own] = _with_adapters(layer, weights[own], name)

@@ -1,7 +1,7 @@
 """The tokenizer of transformers as metadata of a GGUF file; one that the engine would split otherwise is refused.
 
-llama.cpp knows a tokenizer by `tokenizer.ggml.pre`, a name that stands for a regular expression. Its converter finds the
-name by a hash over encoded text, so a tokenizer with one more token has none. Here the expression itself decides.
+llama.cpp knows a tokenizer by `tokenizer.ggml.pre`, a name that stands for a regular expression. Its converter finds
+the name by a hash over encoded text, so a tokenizer with one more token has none. Here the expression itself decides.
 """
 
 import json
