@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.models import picture, tiny
-from benchmarks.gguf.reference import answer, class_token_last, distance, epsilon_of_norms, gelu_by_table
+from benchmarks.gguf.reference import (
+    answer,
+    class_token_last,
+    distance,
+    epsilon_of_norms,
+    gelu_by_table,
+    half_convolution,
+)
 from benchmarks.models import nf4_config
 from unsloth_puzzles.gguf.export import export_gguf
 
@@ -90,10 +97,11 @@ def emulate(model: torch.nn.Module, family: str) -> None:
     """Give transformers' model the engine's known deviations.
 
     llama.cpp 2026.10 computes the RMS norms of the `qwen2vl` architecture with an epsilon of 0, whatever the file says,
-    puts CLIP's class token last, and has GELU in a table of float16.
+    puts CLIP's class token last, convolves in float16, and has GELU in a table of float16.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     gelu_by_table(base)
+    half_convolution(base)
     if family.startswith("qwen2"):
         epsilon_of_norms(base, 0.0)
     if family == "llava_clip":

@@ -87,6 +87,14 @@ def gelu_by_table(model: torch.nn.Module) -> None:
                 setattr(module, name, TableGelu(kinds[type(child).__name__]))
 
 
+def half_convolution(model: torch.nn.Module) -> None:
+    """Round pixels and kernel of the patch embedding to float16, as llama.cpp does whatever the file's type."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.weight.data = module.weight.data.half().float()
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(),))
+
+
 def class_token_last(model: torch.nn.Module) -> None:
     """Let a CLIP tower place its class token behind the patches, as llama.cpp does (its issue 25814).
 

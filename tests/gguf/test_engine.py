@@ -14,7 +14,8 @@ from unsloth_puzzles.bench.child import ChildError
 from unsloth_puzzles.gguf.export import export_gguf
 
 pytestmark = pytest.mark.slow
-ERROR = 2e-3  # of log-probabilities: the engine's GELU is a table in float16
+ERROR = 2e-3  # of log-probabilities
+EXACT = 3e-4  # the same where all deviations of the engine are known, and emulated
 TEXT = "It's 12345 o'clock;  the CLASS of 7 objects\n\n isn't  self.x[10] + déjà vu — 漢字 🙂\ttab"
 
 
@@ -23,9 +24,9 @@ TEXT = "It's 12345 o'clock;  the CLASS of 7 objects\n\n isn't  self.x[10] + déj
 def test_trained_adapter_answers_as_in_transformers(family, options, tmp_path):
     proof = prove(family, tmp_path, **options)
     for side in (proof.on, proof.off):
-        assert side.emulated < ERROR  # infinite where a token differs
-        if family in ("llama", "llava_siglip", "qwen3_vl"):  # nothing is known to deviate
-            assert side.equal and side.error < ERROR
+        assert side.emulated < (ERROR if family == "qwen3_vl" else EXACT)  # infinite where a token differs
+        if family == "llama":  # nothing deviates
+            assert side.equal and side.error < 1e-5
     assert proof.moved > 20 * ERROR
 
 
@@ -83,6 +84,8 @@ def test_other_text_models(kind, tmp_path):
     config = AutoConfig.for_model(kind, vocab_size=len(made), **small, **common)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        model.lm_head.weight[:256] = 0  # bytes: an engine holds back what is no character yet
     asked = {"text": "What is this?"}
     (found,) = ask(*export_gguf(model, made, tmp_path, "f32"), [asked], tokens=8)
     equal, error = distance(found, answer(model, made, asked, 8))
