@@ -71,6 +71,10 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
     [
         (lambda: _changed(pre_tokenizer=None), "processor must have a byte-level BPE tokenizer, got BPE that is not"),
         (lambda: _changed(decoder=None), "processor must have a byte-level BPE tokenizer"),
+        (
+            lambda: {**_changed(), "model": {**description()["model"], "vocab": {"a": 0}}},
+            r"a token for each printable ASCII character, got none for \['!', '\"',",
+        ),
         (lambda: _changed(dropout=0.1), "processor must have a BPE tokenizer without dropout"),
         (lambda: _changed(normalizer={"type": "NFKC"}), r"leaves text as it is, got \['NFKC'\]"),
         (

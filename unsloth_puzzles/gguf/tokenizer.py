@@ -18,7 +18,7 @@ PRE = {
     (None, True, False): "smollm",
     (None, False, False): "gpt-2",
 }
-BYTES = 256
+PRINTABLE = "".join(map(chr, range(33, 127))) + "\u0120"  # as byte-level BPE writes them: a space is \u0120
 
 
 def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows: int, stops: list[int]) -> None:
@@ -84,9 +84,9 @@ def pre_name(description: dict) -> str:
         raise ValueError(f"processor must have a byte-level BPE tokenizer, got {kind} that is not byte-level")
     if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
         raise ValueError("processor must have a BPE tokenizer without dropout, prefix and suffix, got one of them")
-    alphabet = [token for token in model["vocab"] if len(token) == 1]
-    if len(alphabet) < BYTES:
-        raise ValueError(f"processor must have a token for each of {BYTES} bytes, got {len(alphabet)}")
+    missing = [sign for sign in PRINTABLE if sign not in model["vocab"]]  # released ones lack bytes that are in no text
+    if missing:
+        raise ValueError(f"processor must have a token for each printable ASCII character, got none for {missing[:5]}")
     normalizers = [one["type"] for one in _flat(description["normalizer"], "normalizers")]
     if normalizers not in ([], ["NFC"]):  # NFC: the engine takes text as it comes, which is composed almost always
         raise ValueError(f"processor must have a tokenizer that leaves text as it is, got {normalizers}")
