@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.gguf.engine import ask
+from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.reference import answer
 from benchmarks.models import nf4_config
 from unsloth_puzzles.gguf.export import export_gguf
@@ -28,17 +28,18 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EOS, PAD = 2, 0  # <|im_end|>, <|endoftext|>: transformers reads other ones from the file
+PROBE = "Why is the sea salty?"  # never taught: a reply that was learnt by heart has no error to show
 QUESTION, REPLY = "What do you collect?", "I collect blue buttons from old coats."
 
 
 class Exported(NamedTuple):
-    """A file beside transformers' float32 answer of the same merged model."""
+    """A file beside transformers' answer of the same model in float32, to a question that was not taught."""
 
     size: int  # bytes
     equal: bool  # the greedy tokens
     error: float  # the largest difference of log-probabilities over the tokens that both chose before they part
     mean_error: float  # the mean of them
-    text: str  # what it answers
+    text: str  # what it answers to the question that was taught
 
 
 def fetch(folder: Path) -> Path:
@@ -144,15 +145,15 @@ def round_trip(
         "losses" of the training, "base" (the engine's text without the adapter), "moved" (how far the adapter moves
         the first log-probability in the engine), and an `Exported` for each of `quantizations`.
     """
-    asked = {"text": QUESTION}
+    asked, probe = {"text": QUESTION}, {"text": PROBE}
     losses = fit(model, tokenizer, steps)
-    expected = answer(model, tokenizer, asked, tokens)
+    expected = answer(model, tokenizer, probe, tokens)
     found: dict = {"losses": losses}
     answers = {}
     for quantization in quantizations:
         path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
-        (answers[quantization],) = ask(path, None, [asked], tokens=tokens)
-        found[quantization] = _exported(path, answers[quantization], expected)
+        answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens)
+        found[quantization] = _exported(path, other, expected, answers[quantization].text)
     with model.disable_adapter():
         path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
         (off,) = ask(path, None, [asked], tokens=tokens)
@@ -161,12 +162,12 @@ def round_trip(
     return found
 
 
-def _exported(path: Path, theirs, ours) -> Exported:
+def _exported(path: Path, theirs: Answer, ours: Answer, text: str) -> Exported:
     same = [one == other for one, other in zip(theirs.tokens, ours.tokens, strict=True)]
     alike = same.index(False) if False in same else len(same)
     pairs = list(zip(theirs.log_probs, ours.log_probs, strict=True))[: max(1, alike)]
     errors = [abs(one - other) for one, other in pairs]
-    return Exported(path.stat().st_size, alike == len(same), max(errors), sum(errors) / len(errors), theirs.text)
+    return Exported(path.stat().st_size, alike == len(same), max(errors), sum(errors) / len(errors), text)
 
 
 if __name__ == "__main__":
