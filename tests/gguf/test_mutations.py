@@ -20,8 +20,8 @@ MUTATIONS = {
         "test_weights.py::test_formula_has_the_bits_of_the_kernel[{}]",
     ),
     "absmax of the first rows": mutation(
-        "weights.py", "- first // state.blocksize\n", "\n",
-        "test_weights.py::test_formula_has_the_bits_of_the_kernel[{}]",
+        "weights.py", "absmax = state.absmax[blocks]", "absmax = state.absmax[blocks - blocks[0]]",
+        "test_weights.py::test_formula_has_the_bits_of_the_kernel[{'nested': False}]",
     ),
     "scale of the adapter left out": mutation("weights.py", "weight + scale * (", "weight + (", f"{LOGITS}[{{}}-4]"),
     "magnitude left out": mutation(
@@ -42,7 +42,7 @@ MUTATIONS = {
     ),
     "trained head taken for the embedding": mutation(
         "merge.py", "return isinstance(one, Plain) and isinstance(two, Plain) and", "return True or",
-        "test_export.py::test_trained_head_is_written_beside_the_embedding",
+        "test_merge.py::test_tied_weights_are_told_from_trained_copies",
     ),
     "frequencies of rope unscaled": mutation(
         "text.py", "(plain / scaled.double())", "(plain / plain)", FLOAT32
