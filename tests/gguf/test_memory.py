@@ -16,9 +16,9 @@ def high_water():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # GiB
 
-small = {"num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 8192}
+small = {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}
 torch.set_default_dtype(torch.bfloat16)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=2048, tie_word_embeddings=True, **small))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=1024, tie_word_embeddings=True, **small))
 torch.set_default_dtype(torch.float32)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak begins anew
@@ -30,9 +30,9 @@ print(high_water() - before, sum(p.numel() * 4 for p in model.parameters()) / 2*
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
-def test_peak_is_under_a_gigabyte(tmp_path, quantization):
+def test_peak_is_that_of_chunks(tmp_path, quantization):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), quantization]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     grown, whole = map(float, done.stdout.split())
-    assert grown < 0.93 < whole  # GiB: 1 GB; in float32 the model takes more
+    assert grown < 0.2 < 0.5 < whole  # GiB: copies of a chunk of 16 MiB; in float32 the embedding alone takes 0.5

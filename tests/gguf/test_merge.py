@@ -87,6 +87,14 @@ def test_nothing_is_computed_before_it_is_read_and_the_model_stays():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_asking_for_a_name_computes_nothing(monkeypatch):
+    merged = merged_state_dict(qlora())
+    monkeypatch.setattr(NF4, "rows", None)
+    assert "model.layers.0.self_attn.q_proj.weight" in merged and "other" not in merged
+    with pytest.raises(TypeError):
+        merged["model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_half_precision_is_merged_in_float32():
     model = with_adapters(random_llama(tiny_llama_config(64), "cpu", torch.bfloat16))
     layer = model.get_base_model().model.layers[0].mlp.down_proj

@@ -64,6 +64,9 @@ class MergedStateDict(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._weights[name].tensor()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # Mapping's own would compute the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch._C import DisableTorchFunctionSubclass
 
-CHUNK = 2**24  # weights of a chunk: 64 MB of float32
+CHUNK = 2**22  # weights of a chunk: 16 MiB of float32, of which a quantiser makes about eight copies
 
 
 class Weight:
