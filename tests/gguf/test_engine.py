@@ -1,0 +1,139 @@
+"""llama.cpp answers what transformers answers. It runs in a process of its own, since a bad file may abort it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gguf.engine import ask
+from benchmarks.gguf.models import EXPRESSIONS, FAMILIES, LLAMA3_ROPE, tiny, tokenizer
+from benchmarks.gguf.proof import SQUARE, emulate, prove, requests
+from benchmarks.gguf.reference import answer, distance
+from unsloth_puzzles.bench.child import ChildError
+from unsloth_puzzles.gguf.export import export_gguf
+
+pytestmark = pytest.mark.slow
+ERROR = 2e-3  # of log-probabilities
+EXACT = 3e-4  # the same where all deviations of the engine are known, and emulated
+TEXT = "It's 12345 o'clock;  the CLASS of 7 objects\n\n isn't  self.x[10] + déjà vu — 漢字 🙂\ttab"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_adapter_answers_as_in_transformers(family, options, tmp_path):
+    proof = prove(family, tmp_path, **options)
+    for side in (proof.on, proof.off):
+        assert side.emulated < (ERROR if family == "qwen3_vl" else EXACT)  # infinite where a token differs
+        if family == "llama":  # nothing deviates
+            assert side.equal and side.error < 1e-5
+    assert proof.moved > 20 * ERROR
+
+
+def test_class_token_of_clip_is_the_engines_deviation(tmp_path):
+    """The file is right: without an image it answers alike, and with one as transformers with the token put last."""
+    model, processor = tiny("llava_clip")
+    text, image = requests("llava_clip")
+    without, with_image = ask(*export_gguf(model, processor, tmp_path, "f32", "f32"), [text, image], tokens=8)
+    assert distance(without, answer(model, processor, text, 8))[1] < 1e-5
+    assert distance(with_image, answer(model, processor, image, 8))[1] > 0.05
+    emulate(model, "llava_clip")
+    assert distance(with_image, answer(model, processor, image, 8)) == (True, pytest.approx(0, abs=ERROR))
+
+
+def test_epsilon_of_qwen2vl_is_the_engines_deviation(tmp_path):
+    model, processor = tiny("qwen2_5_vl", rms_norm_eps=1e-5)
+    asked = requests("qwen2_5_vl")
+    found = ask(*export_gguf(model, processor, tmp_path, "f32", "f32"), asked, tokens=8)
+    before = max(distance(one, answer(model, processor, ours, 8))[1] for one, ours in zip(found, asked, strict=True))
+    emulate(model, "qwen2_5_vl")
+    after = [distance(one, answer(model, processor, ours, 8)) for one, ours in zip(found, asked, strict=True)]
+    assert before > 5 * ERROR and all(equal and error < ERROR for equal, error in after)
+    assert after[0][1] < 1e-5  # without an image there is no GELU
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_parameters": LLAMA3_ROPE}, {"attention_bias": True}, {"tie_word_embeddings": False}, {"head_dim": 32},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, {"mlp_bias": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_llama(text, tmp_path):
+    model, made = tiny("llama", **text)
+    asked = {"prompt": TEXT}
+    (found,) = ask(*export_gguf(model, made, tmp_path, "f32"), [asked], tokens=8)
+    equal, error = distance(found, answer(model, made, asked, 8))
+    assert equal and error < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_other_text_models(kind, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = tokenizer("qwen2")
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    common = {"num_key_value_heads": 2, "sliding_window": None, "initializer_range": 0.1, "eos_token_id": None}
+    config = AutoConfig.for_model(kind, vocab_size=len(made), **small, **common)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        model.lm_head.weight[:256] = 0  # bytes: an engine holds back what is no character yet
+    asked = {"text": "What is this?"}
+    (found,) = ask(*export_gguf(model, made, tmp_path, "f32"), [asked], tokens=8)
+    equal, error = distance(found, answer(model, made, asked, 8))
+    assert equal and error < 1e-4
+
+
+@pytest.mark.parametrize("pre", EXPRESSIONS)
+def test_engine_splits_text_as_the_tokenizer_does(pre, tmp_path):
+    model, _ = tiny("llama")
+    made = tokenizer(pre)
+    model.resize_token_embeddings(len(made) + 3, mean_resizing=False)
+    asked = [{"prompt": TEXT}, {"prompt": TEXT[::-1]}]
+    found = ask(*export_gguf(model, made, tmp_path, "f32"), asked, tokens=2)
+    for one, ours in zip(found, asked, strict=True):
+        equal, error = distance(one, answer(model, made, ours, 2))
+        assert equal and error < 1e-5
+
+
+@pytest.mark.parametrize("quantization, bound", [("f16", 5e-3), ("q8_0", 0.1), ("q4_k_m", 1.0), ("q5_0", 1.0)])
+def test_error_of_quantised_files(quantization, bound, tmp_path):
+    """The engine computes with what is in the file: its distance to float32 is that of the type."""
+    model, made = tiny("llama", hidden_size=256, head_dim=64, intermediate_size=512)
+    asked = {"prompt": TEXT}
+    (found,) = ask(*export_gguf(model, made, tmp_path, quantization), [asked], tokens=1)
+    _, error = distance(found, answer(model, made, asked, 1))
+    assert 0 < error < bound
+
+
+def test_engine_aborts_alone_on_a_broken_file(tmp_path):
+    model, made = tiny("llama")
+    path, _ = export_gguf(model, made, tmp_path, "f32")
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(ChildError):
+        ask(path, None, [{"text": "?"}], tokens=1)
+
+
+def test_square_images_are_not_resized():
+    model, _ = tiny("llava_clip")
+    assert (model.config.vision_config.image_size,) * 2 == SQUARE
+
+
+@pytest.mark.skipif("UNSLOTH_PUZZLES_SMOLLM2" not in os.environ, reason="UNSLOTH_PUZZLES_SMOLLM2 names no folder")
+def test_round_trip_of_smollm2(tmp_path):
+    from benchmarks.gguf.smollm2 import load, round_trip
+
+    model, made = load(Path(os.environ["UNSLOTH_PUZZLES_SMOLLM2"]), tmp_path / "base")
+    found = round_trip(model, made, tmp_path, steps=6, quantizations=("f32", "q8_0", "q4_k_m"))
+    assert found["f32"].equal and found["f32"].error < ERROR
+    assert found["f32"].error < found["q8_0"].error < found["q4_k_m"].error < 3
+    assert found["f32"].size > found["q8_0"].size > found["q4_k_m"].size
+    assert found["moved"] > 0.1

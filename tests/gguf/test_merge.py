@@ -1,0 +1,183 @@
+"""A merged state dict holds what the model computes with, in float32, and is refused where that cannot be known."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear8bitLt
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from benchmarks.models import random_llama, tiny_llama_config
+from tests.gguf.models import nf4_layer, qlora, with_adapters
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.gguf.merge import merged_state_dict
+from unsloth_puzzles.gguf.weights import NF4
+
+IDS = torch.arange(40).view(2, 20)
+ADAPTERS = (
+    {}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["embed_tokens", "v_proj"]},
+    {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": "all-linear"},
+)  # fmt: skip
+
+
+def wide(**options):
+    """The float32 counterpart of `qlora`."""
+    return with_adapters(random_llama(tiny_llama_config(64), "cpu"), **options)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def loaded(merged, config) -> nn.Module:
+    """A float32 model with the merged weights, each parameter of which they must name."""
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(dict(merged))
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("options", ADAPTERS, ids=str)
+def test_merged_weights_give_the_logits_of_the_adapted_model(options, bits):
+    model = qlora(**options) if bits == 4 else wide(**options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn_like(parameter)  # the copies of modules_to_save, too
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    for attribute in ("quantization_config",):
+        vars(config).pop(attribute, None)
+    merged = merged_state_dict(model)
+    expected = logits(model)
+    found = logits(loaded(merged, config))
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    with model.disable_adapter():
+        plain = logits(model)
+        assert (logits(loaded(merged_state_dict(model), config)) - plain).norm() / plain.norm() < 1e-5
+    assert (plain - expected).norm() / expected.norm() > 1e-3
+
+
+def test_merge_is_exact_where_peft_quantises_again():
+    model = qlora()
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.get_base_model().get_submodule(name)
+    layer.lora_B["default"].weight.data *= 0.02  # changes of a step of NF4 or less, as training makes
+    weight = layer.base_layer.weight
+    base = NF4(weight, weight.quant_state).tensor()
+    change = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    assert torch.equal(merged_state_dict(model)[f"{name}.weight"], base + change.detach())
+    again = model.merge_and_unload().get_submodule(name).weight
+    error = (dequantize_4bit(again.data, again.quant_state).float() - (base + change)).norm()
+    assert error > 0.5 * change.norm()
+
+
+def test_nothing_is_computed_before_it_is_read_and_the_model_stays():
+    model = qlora()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merged = merged_state_dict(model)
+    assert len(merged) == len(list(merged)) == 2 * 9 + 3
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.add_(1)
+    assert torch.equal(merged["model.norm.weight"], model.get_base_model().model.norm.weight)
+    before["base_model.model.model.norm.weight"] += 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_asking_for_a_name_computes_nothing(monkeypatch):
+    merged = merged_state_dict(qlora())
+    monkeypatch.setattr(NF4, "rows", None)
+    assert "model.layers.0.self_attn.q_proj.weight" in merged and "other" not in merged
+    with pytest.raises(TypeError):
+        merged["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_half_precision_is_merged_in_float32():
+    model = with_adapters(random_llama(tiny_llama_config(64), "cpu", torch.bfloat16))
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    product = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    expected = layer.base_layer.weight.float() + layer.scaling["default"] * product
+    assert torch.equal(merged_state_dict(model)["model.layers.0.mlp.down_proj.weight"], expected.detach())
+
+
+def test_two_adapters_add_up():
+    model = wide()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    found = logits(loaded(merged_state_dict(model), config))
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_merged_16_bit_adapters_are_not_merged_twice():
+    model = wide()
+    expected = merged_state_dict(model)["model.layers.0.self_attn.q_proj.weight"]
+    model.merge_adapter()
+    found = merged_state_dict(model)["model.layers.0.self_attn.q_proj.weight"]
+    assert (found - expected).norm() / expected.norm() < 1e-6
+
+
+def _merged_in_4_bits():
+    model = qlora()
+    model.merge_adapter()
+    return model
+
+
+def _of_layer(**options):
+    return nn.Sequential(nf4_layer(**options))
+
+
+def _of_8_bits():
+    layer = Linear8bitLt(4, 4, bias=False, has_fp16_weights=False)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return nn.Sequential(layer)
+
+
+def _packed():
+    model = nn.Sequential(nf4_layer())
+    pack_nf4(model)
+    return model
+
+
+def _bias():
+    model = random_llama(tiny_llama_config(64), "cpu")
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_bias=True))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: [], r"model must be a torch\.nn\.Module, got list"),
+        (_merged_in_4_bits, r"model must have unmerged adapters on its 4-bit layers, got model\.layers\.0\."),
+        (lambda: _of_layer(quant_type="fp4"), r"model must have NF4 weights, got fp4 in 0\.weight"),
+        (_of_8_bits, r"model must have NF4, float32, float16 or bfloat16 weights, got torch\.int8 in 0\.weight"),
+        (lambda: nn.Sequential(nn.Linear(4, 4, device="meta")), r"model must be loaded, got 0\.weight on the meta"),
+        (_packed, r"model must have whole weights, got .* in 0\.weight; undo what packs or shards it first"),
+        (
+            lambda: get_peft_model(
+                random_llama(tiny_llama_config(64), "cpu"),
+                IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+            ),
+            r"LoRA or DoRA adapters only, got peft\.tuners\.ia3\.layer\.Linear in model\.layers\.0\.self_attn\.k_proj",
+        ),
+        (_bias, r"model must have adapters without biases, got lora_bias in"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        merged_state_dict(make())
+
+
+def test_tied_weights_are_told_from_trained_copies():
+    for options, shared in (
+        ({}, True),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["lm_head"]}, False),
+    ):
+        merged = merged_state_dict(wide(**options))
+        assert merged.shared("lm_head.weight", "model.embed_tokens.weight") == shared

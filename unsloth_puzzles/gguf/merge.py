@@ -1,0 +1,186 @@
+"""The state dict of a model with its adapters merged in float32, tensor by tensor.
+
+    merged = merged_state_dict(model)            # nothing is computed yet
+    merged["model.layers.0.mlp.up_proj.weight"]  # float32, on the CPU
+
+`merge_and_unload` of PEFT quantises an NF4 weight again after the merge. That error is as large as what the adapters
+change. Here the result stays in float32, and the model is left as it is.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from unsloth_puzzles.gguf.weights import NF4, LowRank, Plain, Weight
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def merged_state_dict(model: nn.Module) -> "MergedStateDict":
+    """Give the weights that `model` computes with, its active adapters merged.
+
+    W + scale * B A for LoRA (rsLoRA by its scale), magnitude * that / its row norms for DoRA, the trained copies of
+    `modules_to_save`. Adapters that are switched off (`disable_adapter`) are left out.
+
+    Args:
+        model: a model of transformers, or a `PeftModel` around one. Weights are NF4 or floating.
+
+    Returns:
+        A mapping from the names of the model without PEFT to float32 CPU tensors, made when they are read, so only one
+        is in memory at a time. `.weight(name)` reads rows instead.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: adapters that are no LoRA or DoRA on linear layers or embeddings, that were merged into quantised
+            weights, or have biases; weights on the meta device, of FP4, 8 bits or another quantisation, or packed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if "peft" in sys.modules:
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+    return MergedStateDict(dict(_weights(model, "")))
+
+
+class MergedStateDict(Mapping[str, torch.Tensor]):
+    """What `merged_state_dict` returns."""
+
+    def __init__(self, weights: dict[str, Weight]):
+        self._weights = weights
+
+    def weight(self, name: str) -> Weight:
+        """The weight of that name, to be read by rows."""
+        return self._weights[name]
+
+    def shared(self, name: str, other: str) -> bool:
+        """Whether both names stand for one parameter, and no adapter changes either."""
+        one, two = self._weights[name], self._weights[other]
+        return isinstance(one, Plain) and isinstance(two, Plain) and one.source.data_ptr() == two.source.data_ptr()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].tensor()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # Mapping's own would compute the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Weight]]:
+    kind = _peft_kind(module)
+    if kind == "lora":
+        yield from _lora(module, name)
+        return
+    if kind == "saved":
+        active = [] if module.disable_adapters else [one for one in module.active_adapters if one in _copies(module)]
+        if len(active) > 1:
+            raise ValueError(f"model must have one active copy of {name}, got {active}; activate one adapter")
+        yield from _weights(module.modules_to_save[active[0]] if active else module.original_module, name)
+        return
+    if kind is not None:
+        raise ValueError(f"model must have LoRA or DoRA adapters only, got {kind} in {name}; merge it yourself first")
+    for own, parameter in module.named_parameters(recurse=False):
+        yield _joined(name, own), _weight(module, parameter, own, _joined(name, own))
+    for child, inner in module.named_children():
+        yield from _weights(inner, _joined(name, child))
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _copies(module) -> list[str]:
+    return list(module.modules_to_save)
+
+
+def _peft_kind(module: nn.Module) -> str | None:
+    """ "lora", "saved", the class name of another adapter layer, or None."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return "saved"
+    if isinstance(module, LoraLayer):
+        return "lora"
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return f"{type(module).__module__}.{type(module).__name__}"
+    return None
+
+
+def _weight(module: nn.Module, parameter: torch.Tensor, own: str, name: str) -> Weight:
+    if parameter.device.type == "meta":
+        raise ValueError(f"model must be loaded, got {name} on the meta device; load it without offloading")
+    state = getattr(parameter, "quant_state", None) or (
+        getattr(module, "quant_state", None) if own == "weight" else None
+    )
+    if state is not None:
+        if getattr(state, "quant_type", None) != "nf4":
+            raise ValueError(
+                f"model must have NF4 weights, got {getattr(state, 'quant_type', 'another kind')} in {name}"
+            )
+        return NF4(parameter, state)
+    if parameter.dtype not in FLOATS:
+        raise ValueError(f"model must have NF4, float32, float16 or bfloat16 weights, got {parameter.dtype} in {name}")
+    if isinstance(module, nn.Linear) and own == "weight":
+        need = (module.out_features, module.in_features)
+        if tuple(parameter.shape) != need:
+            raise ValueError(f"model must have whole weights, got {tuple(parameter.shape)} for {need} in {name}; undo "
+                             "what packs or shards it first")  # fmt: skip
+    return Plain(parameter)
+
+
+def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear | nn.Embedding):
+        raise ValueError(f"model must have adapters on linear layers and embeddings only, got {name}, a "
+                         f"{type(base).__name__}")  # fmt: skip
+    weights = dict(_weights(base, name))
+    own = _joined(name, "weight")
+    if layer.merged:
+        if isinstance(weights[own], NF4):
+            raise ValueError(f"model must have unmerged adapters on its 4-bit layers, got {name}, which PEFT merged "
+                             "and quantised again; load the model and its adapter anew")  # fmt: skip
+    elif not layer.disable_adapters:
+        weights[own] = _with_adapters(layer, weights[own], name)
+    yield from weights.items()
+
+
+def _with_adapters(layer, base: Weight, name: str) -> Weight:
+    pairs, magnitude = [], None
+    embedding = isinstance(layer.get_base_layer(), nn.Embedding)
+    of = layer.lora_embedding_A if embedding else layer.lora_A
+    active = [one for one in layer.active_adapters if one in of]
+    for adapter in active:
+        _check_adapter(layer, adapter, name)
+        scale = layer.scaling[adapter]
+        if embedding:
+            pairs.append((layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter].T, scale))
+        else:
+            pairs.append((layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, scale))
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight
+    if magnitude is not None and (embedding or len(active) > 1):
+        what = "an embedding" if embedding else f"{len(active)} active adapters"
+        raise ValueError(f"model must have DoRA alone and on linear layers, got {what} in {name}")
+    return LowRank(base, pairs, magnitude) if pairs else base
+
+
+def _check_adapter(layer, adapter: str, name: str) -> None:
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None and not type(variant).__name__.startswith("Dora"):
+        raise ValueError(f"model must have LoRA or DoRA adapters only, got {type(variant).__name__} in {name}")
+    if getattr(layer, "lora_bias", {}).get(adapter):
+        raise ValueError(f"model must have adapters without biases, got lora_bias in {name}")
+    if getattr(layer, "fan_in_fan_out", False):
+        raise ValueError(f"model must have weights of (out, in) features, got fan_in_fan_out in {name}")

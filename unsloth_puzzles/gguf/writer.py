@@ -1,0 +1,91 @@
+"""Writes a GGUF file tensor by tensor: sizes are known before the data, so nothing waits in memory."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from unsloth_puzzles.gguf.quantization import Type, encode, row_bytes
+from unsloth_puzzles.gguf.weights import Weight
+
+
+@dataclass
+class Tensor:
+    """A tensor of the file.
+
+    Attributes:
+        name: as the engine knows it.
+        source: its values; the shape is that of the file.
+        type: how they are stored.
+        change: applied to each chunk of rows, or None.
+        multiple: what `change` needs the number of rows to be a multiple of.
+    """
+
+    name: str
+    source: Weight
+    type: Type
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    multiple: int = 1
+
+    @property
+    def bytes(self) -> int:
+        rows, columns = math.prod(self.source.shape[:-1]), self.source.shape[-1]
+        return rows * row_bytes(self.type, columns)
+
+
+def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advance: Callable[[int], None]) -> None:
+    """Write a file under a temporary name, and give it its own name when it is whole.
+
+    Args:
+        path: the file. One that is there is replaced at the end.
+        header: holds the metadata; opened for no file yet.
+        tensors: in the order of the file.
+        advance: is told the number of bytes after each chunk.
+
+    Raises:
+        ValueError: values that are not finite, or not in the type's range; the file is not written then.
+        RuntimeError: `gguf` has laid out the file otherwise than assumed.
+    """
+    if sys.byteorder != "little":
+        raise RuntimeError(f"sys.byteorder must be 'little', since GGUF's is, got {sys.byteorder!r}")
+    for tensor in tensors:
+        shape, any_float = tensor.source.shape, np.dtype(np.float32)  # the type decides; of uint8 it would be in bytes
+        header.add_tensor_info(tensor.name, shape, any_float, tensor.bytes, raw_dtype=tensor.type)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        header.write_header_to_file(unfinished)
+        header.write_kv_data_to_file()
+        header.write_ti_data_to_file()
+        (file,) = header.fout
+        expected = _pad(file, header.data_alignment)
+        for tensor in tensors:
+            for chunk in tensor.source.chunks(tensor.multiple):
+                _check_finite(chunk, tensor.name)
+                data = encode(chunk if tensor.change is None else tensor.change(chunk), tensor.type, tensor.name)
+                data.tofile(file)
+                advance(data.nbytes)
+            expected += tensor.bytes
+            if file.tell() != expected:
+                raise RuntimeError(f"{tensor.name} must take {tensor.bytes} bytes, got a file of {file.tell()}")
+            expected = _pad(file, header.data_alignment)
+        header.close()
+        os.replace(unfinished, path)
+    finally:
+        header.close()
+        unfinished.unlink(missing_ok=True)
+
+
+def _pad(file, alignment: int) -> int:
+    file.write(bytes(-file.tell() % alignment))
+    return file.tell()
+
+
+def _check_finite(values: torch.Tensor, name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"model must have finite weights, got NaN or infinity in {name}")
