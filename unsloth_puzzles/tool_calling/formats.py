@@ -9,7 +9,9 @@ calls are read.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 from unsloth_puzzles.tool_calling.replies import Reply, read_bare, read_tagged
 
@@ -44,24 +46,33 @@ def chat_format(name: str) -> ChatFormat:
 
     Raises:
         ValueError: There is none of this name.
-        ImportError: TRL, whose templates these are, is not installed.
+        ImportError: TRL, whose templates these are, is not installed, or is a release that lacks one.
     """
     if name not in _FORMATS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _FORMATS))}, got {name!r}")
-    try:
-        from trl import chat_template_utils
-    except ImportError:
-        raise ImportError("TRL must be installed for its chat templates, got none; pip install trl") from None
-    template, arguments = _FORMATS[name]
-    return ChatFormat(name, getattr(chat_template_utils, template), **arguments)
+    file, arguments = _FORMATS[name]
+    return ChatFormat(name, _template(file), **arguments)
+
+
+def _template(file: str) -> str:
+    """The text of one of TRL's templates. TRL itself is not imported, which would take many seconds."""
+    found = importlib.util.find_spec("trl")
+    if found is None:
+        raise ImportError("trl must be installed for its chat templates, got none; pip install trl==1.16.0")
+    path = Path(found.submodule_search_locations[0], "chat_templates", file)
+    if not path.exists():
+        raise ImportError(
+            f"trl must have the chat template {file} as release 1.16 has, got none; pip install trl==1.16.0"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 _CHATML = {"stop": "<|im_end|>", "read": read_tagged}
 _FORMATS = {
-    "qwen2.5": ("qwen2_5_chat_template", {"header": "<|im_start|>assistant\n", **_CHATML}),
+    "qwen2.5": ("qwen2_5.jinja", {"header": "<|im_start|>assistant\n", **_CHATML}),
     # The training variant: the plain one writes the empty thoughts of a turn only while that turn is the last.
     "qwen3": (
-        "qwen3_training_chat_template",
+        "qwen3_training.jinja",
         {
             "header": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
             "variables": {"enable_thinking": False},
@@ -69,7 +80,7 @@ _FORMATS = {
         },
     ),
     "llama3.2": (
-        "llama3_2_chat_template",
+        "llama3_2.jinja",
         {
             "header": "<|start_header_id|>assistant<|end_header_id|>\n\n",
             "stop": "<|eot_id|>",

@@ -1,4 +1,4 @@
-"""Read the tool calls of a reply. What looks like a call and cannot be read is an error for the model, not an answer."""
+"""Read the tool calls of a reply. A call that cannot be read is an error for the model, not an answer."""
 
 import json
 import re

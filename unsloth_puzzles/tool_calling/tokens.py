@@ -8,6 +8,7 @@ token. An assistant's turn is tokenised apart from what is before it, so trainin
 generation begins with.
 """
 
+import json
 import re
 
 from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
@@ -110,7 +111,7 @@ class ChatEncoder:
         """The text, where control tokens that came with the contents are marked; and the character that marks them."""
         schemas = toolbox.schemas if toolbox is not None else []
         given = [checked_messages(messages, schemas, self.format), schemas]
-        written = str(given)
+        written = json.dumps(given, ensure_ascii=False)
         mark = next(chr(code) for code in _PRIVATE if chr(code) not in written)
         messages, schemas = self._marked(given, mark)
         text = self.tokenizer.apply_chat_template(
@@ -162,7 +163,7 @@ class ChatEncoder:
         return ids
 
     def _check_parts(self) -> None:
-        """Tokenising in parts must not differ from the whole: it would in a tokenizer that adds spaces at each start."""
+        """Tokenising in parts must equal the whole, which it does not if a tokenizer adds a space at each start."""
         example = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "What is 3 plus 4?"},

@@ -17,10 +17,12 @@ toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must cont
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
 from unsloth_puzzles.tool_calling.isolation import run_isolated
+
+_TYPES = {int, float, str, bool, type(None), list, dict, tuple, Any}
 
 
 class Result(NamedTuple):
@@ -138,5 +140,17 @@ def _schema(function: Callable) -> dict:
         raise ValueError(
             f"function must have type hints and a docstring with Args, got {name}: {refusal.args[0]}"
         ) from None
+    for parameter, hint in get_type_hints(function).items():
+        if parameter != "return" and (unknown := _types(hint) - _TYPES):
+            names = ", ".join(sorted(getattr(each, "__name__", str(each)) for each in unknown))
+            raise ValueError(f"type hints of {name} must be of JSON's types, got {names} for {parameter}")
     schema["function"].pop("return", None)  # no template shows it
     return schema
+
+
+def _types(hint: object) -> set:
+    """The types that a hint is made of. A type that JSON lacks would become "object" in the schema."""
+    if get_origin(hint) is Literal:
+        return set()
+    parts = get_args(hint)
+    return set().union(*map(_types, parts)) if parts else {hint}
