@@ -44,12 +44,13 @@ class Question:
 
 def training_conversations(count: int, seed: int = 0) -> list[tuple[list[dict], tuple[str, ...]]]:
     """Messages and the names of the tools on offer, `count` times."""
+    return [(_conversation(question), question.offered) for question in training_questions(count, seed)]
+
+
+def training_questions(count: int, seed: int = 0) -> list[Question]:
+    """Questions of all kinds but "held-out tool"."""
     rng = random.Random(seed)
-    made = []
-    for _ in range(count):
-        question = _question(rng, rng.choices([*KINDS], [*KINDS.values()])[0], test=False)
-        made.append((_conversation(question), question.offered))
-    return made
+    return [_question(rng, rng.choices([*KINDS], [*KINDS.values()])[0], test=False) for _ in range(count)]
 
 
 def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[Question]:

@@ -76,6 +76,11 @@ class ToolBox:
         return tuple(self._functions)
 
     @property
+    def functions(self) -> tuple[Callable, ...]:
+        """The functions themselves, which run unchecked and unbounded if called."""
+        return tuple(self._functions.values())
+
+    @property
     def schemas(self) -> list[dict]:
         return list(self._schemas.values())
 
