@@ -89,6 +89,13 @@ def test_tools(name, arguments, result):
     assert data.all_tools().call(name, arguments).content == result
 
 
+def test_wanted_results_are_the_toolboxes():
+    for question in TEST[::13]:
+        if question.turns:
+            results = [data.all_tools().call(*call).content for call in question.turns[-1]]
+            assert data.expected_results(question) == results
+
+
 def test_confusable_arguments_matter():
     box = data.all_tools()
     for name, first, second in (("subtract", "minuend", "subtrahend"), ("travel_time", "origin", "destination")):

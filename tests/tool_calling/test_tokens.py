@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tests.tool_calling.functions import CONTROLS, add, describe, tokenizer
 from unsloth_puzzles.tool_calling.formats import chat_format
+from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
 
@@ -223,3 +224,13 @@ def test_a_tokenizer_must_have_the_control_tokens():
         tokenize_conversation(tokenizer(), conversation(), BOX, format="llama3.2")
     with pytest.raises(ValueError, match=r"^name must be one of 'qwen2.5', 'qwen3', 'llama3.2', got 'qwen'$"):
         chat_format("qwen")
+
+
+def test_tokens_are_coloured_by_their_labels():
+    example = tokenize_conversation(tokenizer(), conversation(result="<b>&"), BOX)
+    shown = tokens_html(tokenizer(), example)
+    assert shown.count("<span") == len(example["input_ids"])
+    assert shown.count("#bfe3c0") + shown.count("#3c8d40") == sum(label != IGNORED for label in example["labels"])
+    assert shown.count("#3c8d40") == 2 and "<b>" not in shown and "&amp;" in shown
+    with pytest.raises(ValueError, match=r"labels must be as many as the \d+ input_ids, got 0"):
+        tokens_html(tokenizer(), {**example, "labels": []})
