@@ -30,8 +30,8 @@ MUTATIONS = {
     ),
     "arguments that datasets filled with None": mutation(
         "messages.py",
-        "    if failed:\n        return",
-        "    return",
+        "    if not failed:\n        _check_fits",
+        "    if False:\n        _check_fits",
         "test_tokens.py::test_conversations_out_of_form_are_refused",
     ),
     "an unread call as an answer": mutation("conversation.py", "if reply.error:", "if False:", ERRORS),
@@ -55,7 +55,7 @@ MUTATIONS = {
     ),
     "a cut answer": mutation(
         "conversation.py",
-        '"answer" if encoder.stop in ids else "max_new_tokens"',
+        '"answer" if {*encoder.stops} & {*ids} else "max_new_tokens"',
         '"answer"',
         "test_conversation.py::test_a_reply_that_was_cut_is_no_answer",
     ),

@@ -23,7 +23,7 @@ def conversation(question="What is 3 plus 4?", result="7", answer="It is 7."):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": question},
         {"role": "assistant", "content": "", "tool_calls": [call(a=3, b=4)]},
-        {"role": "tool", "name": "add", "content": result},
+        {"role": "tool", "content": result},
         {"role": "assistant", "content": answer},
     ]
 
@@ -86,8 +86,10 @@ def control_ids(format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("place", ["question", "result"])
 def test_control_tokens_in_a_text_are_characters(format, place):
+    encoder = ChatEncoder(tokenizer(format), format)
+
     def controls(text):
-        example = tokenize_conversation(tokenizer(format), conversation(**{place: text}), BOX, format=format)
+        example = encoder.conversation(conversation(**{place: text}), BOX)
         return [token for token in example["input_ids"] if token in control_ids(format)], example
 
     expected, _ = controls("harmless")
@@ -182,9 +184,16 @@ def edited(number, **changes):
     [
         (edited(2, tool_calls=[call(a=3, b=None)]), r"got one that does not: add.b must be of type integer, got null"),
         (edited(2, tool_calls=[call(a=3, c=4)]), "arguments of add must be among these: a, b; got \"c\""),
-        (edited(2, tool_calls=[call("sum", a=3)]), r"a call of a tool on offer \(add, describe\), got 'sum'"),
+        (edited(2, tool_calls=[call("sum", a=3)]), r"must call tools on offer \(add, describe\), got 'sum'"),
         (edited(2, tool_calls=[{"name": 3}]), r"tool calls of messages\[2\] must be"),
         (edited(2, tool_calls=[call(a=1), call(a=2)]), r"messages\[4\] must be a tool's result for add"),
+        (edited(2, tool_calls=[call(a=3, b=None)])[:3], "got one that does not: add.b must be of type integer"),
+        (edited(2, reasoning_content="Hm."), r"messages\[2\] must have no keys but .*, got reasoning_content"),
+        (edited(3, name="describe"), r"messages\[3\] must answer the call 'add', got name 'describe'; put results"),
+        (
+            [*edited(2, tool_calls=[{**call(a=3), "id": "x"}])[:3], {**conversation()[3], "tool_call_id": "y"}],
+            r"messages\[3\] must answer the call 'x', got tool_call_id 'y'",
+        ),
         (edited(2, tool_calls=...), r"messages\[3\] must answer a tool call, got none before it"),
         (edited(3, role="function"), r"messages\[3\] must have the role of one of system"),
         (edited(3, role="system"), r"messages\[3\] must have the role of one of system, user"),

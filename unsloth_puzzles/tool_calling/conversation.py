@@ -145,7 +145,7 @@ def _take_turn(conversation: Conversation, encoder: ChatEncoder, ids: list[int],
         conversation.messages += [_tool(result) for _, result in results]
     else:
         conversation.messages.append(_assistant(reply.content))
-        conversation.stopped = "answer" if encoder.stop in ids else "max_new_tokens"
+        conversation.stopped = "answer" if {*encoder.stops} & {*ids} else "max_new_tokens"
 
 
 def _assistant(content: str, calls: Sequence[Call] = ()) -> dict:
@@ -181,7 +181,7 @@ def _generate(model, encoder: ChatEncoder, prompts: list[list[int]], max_new_tok
             top_p=None,
             top_k=None,
             use_cache=True,
-            eos_token_id=encoder.stop,
+            eos_token_id=encoder.stops,
             pad_token_id=pad,
         )
     finally:

@@ -53,6 +53,7 @@ class ChatEncoder:
     Attributes:
         format: The `ChatFormat`.
         stop: The id of the token that ends a turn.
+        stops: All ids at which generation ends: that one, the tokenizer's own, and Llama's end of a message.
 
     Raises:
         ValueError: The tokenizer lacks a control token of the format, or tokenises a conversation in parts otherwise
@@ -70,6 +71,8 @@ class ChatEncoder:
                 "choose another format, or add them and resize the model's embeddings"
             )
         self.stop = self._controls[self.format.stop]
+        ends = (self.stop, tokenizer.eos_token_id, self._controls.get("<|eom_id|>"))
+        self.stops = list(dict.fromkeys(token for token in ends if token is not None))
         self._split = re.compile("(" + "|".join(map(re.escape, self._controls)) + ")")
         self._check_parts()
 
@@ -103,8 +106,9 @@ class ChatEncoder:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a reply, from its ids up to the stop token."""
-        ids = ids[: ids.index(self.stop)] if self.stop in ids else ids
+        """The text of a reply, from its ids up to the first stop token."""
+        end = next((n for n, token in enumerate(ids) if token in self.stops), len(ids))
+        ids = ids[:end]
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _render(self, messages: list[dict], toolbox: ToolBox | None, prompt: bool) -> tuple[str, str]:

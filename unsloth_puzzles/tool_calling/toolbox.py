@@ -124,7 +124,7 @@ class ToolBox:
 
 def failure(name: object, reason: str) -> Result:
     """The result of a call that failed."""
-    return Result(name if isinstance(name, str) and name else "unknown", f"error: {reason}", True)
+    return Result(name if isinstance(name, str) else "unknown", f"error: {reason}", True)
 
 
 def _schema(function: Callable) -> dict:
