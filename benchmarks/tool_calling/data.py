@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.tool_calling import wordings
@@ -44,9 +44,19 @@ class Question:
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": self.text}]
 
 
-def training_conversations(count: int, seed: int = 0) -> list[tuple[list[dict], tuple[str, ...]]]:
-    """Messages and the names of the tools on offer, `count` times."""
-    return [(_conversation(question), question.offered) for question in training_questions(count, seed)]
+def training_conversations(
+    count: int, seed: int = 0, calls_per_turn: int | None = None
+) -> list[tuple[list[dict], tuple[str, ...]]]:
+    """Messages and the names of the tools on offer, `count` times; `calls_per_turn` as in `ChatFormat`."""
+    questions = for_format(training_questions(count, seed), calls_per_turn)
+    return [(_conversation(question), question.offered) for question in questions]
+
+
+def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Question]:
+    """The same questions, with each call in a turn of its own if a turn can hold but one."""
+    if calls_per_turn is None:
+        return list(questions)
+    return [replace(q, turns=tuple((call,) for turn in q.turns for call in turn)) for q in questions]
 
 
 def training_questions(count: int, seed: int = 0) -> list[Question]:
@@ -99,14 +109,13 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
 
 
 def _conversation(question: Question) -> list[dict]:
-    messages, results = question.messages, []
+    messages = question.messages
     for turn in question.turns:
         calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in turn]
         messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-        results = [_called(name, tuple(given.items())) for name, given in turn]
-        messages += [{"role": "tool", "content": result} for result in results]
+        messages += [{"role": "tool", "content": _called(name, tuple(given.items()))} for name, given in turn]
     said = {"needs none": wordings.NEEDS_NONE, "none fits": wordings.NONE_FITS}
-    return [*messages, {"role": "assistant", "content": said.get(question.kind) or answer(results)}]
+    return [*messages, {"role": "assistant", "content": said.get(question.kind) or answer(expected_results(question))}]
 
 
 @cache
@@ -120,8 +129,9 @@ def _called(name: str, arguments: tuple) -> str:
 
 
 def expected_results(question: Question) -> list[str]:
-    """What the last turn's calls return."""
-    return [_called(name, tuple(given.items())) for name, given in question.turns[-1]]
+    """What those of the wanted calls return that do not fail."""
+    results = [_called(name, tuple(given.items())) for turn in question.turns for name, given in turn]
+    return [result for result in results if not result.startswith("error: ")]
 
 
 @cache

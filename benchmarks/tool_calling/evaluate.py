@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.tool_calling.data import Question, all_tools, expected_results
+from benchmarks.tool_calling.data import Question, all_tools, expected_results, for_format
 from unsloth_puzzles.tool_calling.conversation import Conversation, run_conversations
-from unsloth_puzzles.tool_calling.formats import ChatFormat
+from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
 
 MAX_NEW_TOKENS = 112  # two calls of the longest kind take about 100
 MAX_TURNS = 3
@@ -51,12 +51,14 @@ def evaluate(
 
     Of the questions that need calls (the kind "held-out tool" is counted apart, and in none of these):
     "parse rate": the first reply has calls, all readable; "exact call": in every turn the calls are those wanted,
-    names and arguments; "executed result": the last turn's calls return what is wanted; "final answer": the answer
-    contains each result. Of the others: "abstention": no call, readable or not. "exact call, KIND" of each kind.
+    names and arguments; "executed result": the calls that do not fail return what is wanted; "final answer": the
+    answer contains each result. Of the others: "abstention": no call, readable or not. "exact call, KIND" of each kind.
 
     Returns:
         The shares by name, and the conversations.
     """
+    format = chat_format(format) if isinstance(format, str) else format
+    questions = for_format(questions, format.calls_per_turn)
     boxes = {offered: all_tools().subset(offered) for offered in {question.offered for question in questions}}
     done = run_conversations(
         model,
@@ -91,13 +93,12 @@ def judge_calls(question: Question, conversation: Conversation) -> dict[str, boo
     """The four metrics of a question that needs calls."""
     made = tuple(tuple((call.name, call.arguments) for call, _ in turn if call) for turn in conversation.turns)
     first = conversation.turns[0] if conversation.turns else []
-    last = conversation.turns[-1] if conversation.turns else []
     wanted = expected_results(question)
     answer = conversation.answer or ""
     return {
         "parse rate": bool(first) and all(call is not None for call, _ in first),
         "exact call": _same(made, question.turns),
-        "executed result": [result.content for _, result in last] == wanted,
+        "executed result": [result.content for _, result in conversation.calls if not result.failed] == wanted,
         "final answer": all(result in answer for result in wanted),
     }
 

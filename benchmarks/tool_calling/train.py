@@ -53,7 +53,7 @@ def fine_tune(
     encoder = ChatEncoder(tokenizer, format)
     rows = [
         encoder.conversation(messages, all_tools().subset(offered))
-        for messages, offered in training_conversations(steps * batch_size, seed)
+        for messages, offered in training_conversations(steps * batch_size, seed, encoder.format.calls_per_turn)
     ]
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

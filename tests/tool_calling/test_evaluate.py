@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tool_calling.data import Question
+from benchmarks.tool_calling.data import Question, for_format
 from benchmarks.tool_calling.evaluate import Share, count, judge_calls, table
 from unsloth_puzzles.tool_calling.conversation import Conversation
 from unsloth_puzzles.tool_calling.replies import Call
@@ -20,7 +20,10 @@ WEATHER = Question("held-out tool", "?", ("weather", *OFFERED), ((("weather", {"
 
 def made(*turns, answer=None):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer or ""}]
-    turns = [[(Call(n, a) if n else None, Result(n or "unknown", r, False)) for n, a, r in turn] for turn in turns]
+    turns = [
+        [(Call(n, a) if n else None, Result(n or "unknown", r, r.startswith("error: "))) for n, a, r in turn]
+        for turn in turns
+    ]
     return Conversation(messages, turns, "answer" if answer else "max_turns")
 
 
@@ -38,13 +41,14 @@ NAMES = ("parse rate", "exact call", "executed result", "final answer")
         (ADD, made([RIGHT]), (1, 1, 1, 0)),
         (ADD, made([("add", {"a": 4, "b": 3}, "7")], answer="7"), (1, 0, 1, 1)),
         (ADD, made([("add", {"a": 3.0, "b": 4}, "7")], answer="7"), (1, 0, 1, 1)),
-        (ADD, made([RIGHT], [RIGHT], answer="7"), (1, 0, 1, 1)),
+        (ADD, made([RIGHT], [RIGHT], answer="7"), (1, 0, 0, 1)),
         (ADD, made([(None, None, "error: ")], [RIGHT], answer="7"), (0, 0, 1, 1)),
         (ADD, made(answer="7"), (0, 0, 0, 1)),
         (TWO, made([RIGHT, PRICE], answer="7 and 55"), (1, 1, 1, 1)),
         (TWO, made([RIGHT, PRICE], answer="7"), (1, 1, 1, 0)),
         (TWO, made([RIGHT], answer="7"), (1, 0, 0, 0)),
-        (TWO, made([RIGHT], [PRICE], answer="7 and 55"), (1, 0, 0, 1)),
+        (TWO, made([RIGHT], [PRICE], answer="7 and 55"), (1, 0, 1, 1)),
+        (*for_format([TWO], 1), made([RIGHT], [PRICE], answer="7 and 55"), (1, 1, 1, 1)),
         (MENDED, made([FAILED], [PRICE], answer="55"), (1, 1, 1, 1)),
         (MENDED, made([PRICE], answer="55"), (1, 0, 1, 1)),
     ],

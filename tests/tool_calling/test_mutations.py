@@ -1,6 +1,6 @@
 """The suite notices broken tool calling: each mutation of a copy of the source makes the test named with it fail."""
 
-from tests.mutants import mutation, mutation_tests
+from tests.mutants import Mutation, mutation, mutation_tests
 
 LABELS = "test_tokens.py::test_labels_are_the_assistants_turns_with_their_stop_tokens[qwen2.5]"
 CONTROLS = "test_tokens.py::test_control_tokens_in_a_text_are_characters[result-qwen2.5]"
@@ -16,10 +16,11 @@ MUTATIONS = {
     "no stop token to learn": mutation("tokens.py", "reply + stop, after)", "reply, stop + after)", LABELS),
     "the header to learn": mutation("tokens.py", "[IGNORED] * len(header) + own", "header + own", LABELS),
     "control tokens of a tool": mutation("tokens.py", "self._split.sub(", "(lambda _, text: text)(", CONTROLS),
-    "added tokens that are not special": mutation(
-        "tokens.py",
-        "literal = literal[1:]",
-        'pieces[-1], literal = literal[1:], ""\n            pieces[-2] = ""',
+    "added tokens that are not special": Mutation(
+        (
+            ("tokens.py", 'pieces.append("")', "pass"),
+            ("tokens.py", "if found := set(ids) & set(self._controls.values()):", "if False:"),
+        ),
         ADDED,
     ),
     "a cut conversation": mutation(

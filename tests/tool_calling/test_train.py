@@ -75,6 +75,38 @@ def test_grpo_with_tools_runs_bounded_functions():
     assert len(logged) == 2 and all(entry["reward"] == 0.0 for entry in logged)
 
 
+@pytest.mark.slow
+def test_grpo_calls_the_tools_and_masks_their_results(monkeypatch):
+    from benchmarks.tool_calling.grpo import train
+    from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
+
+    turns = {
+        False: '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>',
+        True: "It is 3.<|im_end|>",
+    }
+    prompts, masks = [], []
+
+    def generate(self, prompt_ids, *_, **__):
+        prompts.extend(tokenizer().decode(ids) for ids in prompt_ids)
+        texts = [turns["<tool_response>" in prompt] for prompt in prompts[-len(prompt_ids) :]]
+        return [tokenizer()(text, add_special_tokens=False)["input_ids"] for text in texts], None
+
+    def compute_loss(self, model, inputs):
+        kept = inputs["completion_ids"][inputs["tool_mask"].bool() & inputs["completion_mask"].bool()]
+        masks.append(tokenizer().decode(kept))
+        return loss(self, model, inputs)
+
+    loss = MemoryEfficientGRPOTrainer._compute_loss
+    monkeypatch.setattr(MemoryEfficientGRPOTrainer, "_generate_single_turn", generate)
+    monkeypatch.setattr(MemoryEfficientGRPOTrainer, "_compute_loss", compute_loss)
+    (logged,) = train(
+        random_llama(tiny_config(), "cpu"), tokenizer(), steps=1, prompts=1, samples=2, max_completion_length=512
+    )
+    assert logged["reward"] == pytest.approx(0.2)  # a call, and not the one that is wanted
+    assert len(prompts) == 4 and all("<tool_response>\n3\n</tool_response>" in prompt for prompt in prompts[2:])
+    assert masks == [(turns[False] + turns[True]) * 2]
+
+
 @pytest.fixture(scope="module")
 def folder():
     found = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
