@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from peft import PeftModel
 
 from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
 from benchmarks.tool_calling import smollm2
@@ -24,6 +23,8 @@ def tiny_config():
 
 @pytest.mark.slow
 def test_qlora_learns_and_is_evaluated():
+    from peft import PeftModel
+
     model = random_nf4_llama(tiny_config(), "cpu", torch.float32)
     trained, losses = fine_tune(model, tokenizer(), steps=20, batch_size=4, learning_rate=2e-2, format=COMPACT, rank=4)
     assert isinstance(trained, PeftModel)

@@ -4,6 +4,8 @@
     chat_format("qwen3")                     Qwen3, without thinking
     chat_format("llama3.2")                  Llama 3.1 and 3.2: one call a turn
 
+Without a system message Qwen2.5's template writes its own ("You are Qwen ..."): give one to other models.
+
 A template is text with control tokens. A chat format also says where an assistant's turn begins and ends, and how its
 calls are read.
 """

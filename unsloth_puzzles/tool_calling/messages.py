@@ -98,7 +98,11 @@ def _check_fits(where: str, call: _Call, parameters: dict[str, dict]) -> None:
     try:
         checked_arguments(call.name, parameters[call.name], call.arguments)
     except ValueError as refusal:
-        raise ValueError(f"{where} must have calls that fit their schemas, got one that does not: {refusal}") from None
+        hint = "; datasets fills absent arguments with None unless on_mixed_types='use_json'"
+        raise ValueError(
+            f"{where} must have calls that fit their schemas, got one that does not: {refusal}"
+            f"{hint if None in call.arguments.values() else ''}"
+        ) from None
 
 
 def _check_turn(where: str, role: str, content: str, calls: list[_Call], format: ChatFormat) -> None:
