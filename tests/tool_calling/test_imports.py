@@ -33,8 +33,8 @@ def test_without_trl_its_templates_are_asked_for(monkeypatch):
 def test_arguments_that_datasets_filled_are_found():
     from datasets import Dataset
 
-    def conversation(name, **arguments):
-        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    def conversation(tool, **arguments):
+        call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
         return {
             "messages": [
                 {"role": "user", "content": "Do it."},
