@@ -231,6 +231,8 @@ def test_a_tokenizer_must_have_the_control_tokens():
         ValueError, match=r"must have the control tokens of llama3.2, got none for <\|end_header_id\|>, "
     ):
         tokenize_conversation(tokenizer(), conversation(), BOX, format="llama3.2")
+    with pytest.raises(ValueError, match=r"^tokenizer must be a fast one of transformers, got NoneType$"):
+        ChatEncoder(None)
     with pytest.raises(ValueError, match=r"^name must be one of 'qwen2.5', 'qwen3', 'llama3.2', got 'qwen'$"):
         chat_format("qwen")
 

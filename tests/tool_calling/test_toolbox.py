@@ -1,6 +1,8 @@
 """Calls of tools: arguments checked against the schema, everything bounded, every failure a message."""
 
+import multiprocessing
 import re
+import sys
 import time
 from typing import Any
 
@@ -105,6 +107,29 @@ def test_a_tool_that_never_ends_is_killed(how):
     result = ToolBox([misbehave], seconds=0.5).call("misbehave", {"how": how})
     assert result.content == "error: misbehave: must end within 0.5 seconds, got no result"
     assert time.monotonic() - start < 10
+
+
+def test_a_machine_that_starts_no_process_is_a_message(monkeypatch):
+    def refuse(self):
+        raise OSError("out of processes")
+
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
+    assert BOX.call("add", {"a": 3}).content == "error: add: must get a process of its own, got out of processes"
+
+
+def test_what_a_tool_prints_goes_nowhere(capfd):
+    def shout(text: str) -> str:
+        """Shout.
+
+        Args:
+            text: What.
+        """
+        print(text, flush=True)
+        sys.stderr.write(text)
+        return "done"
+
+    assert ToolBox([shout], seconds=20).call("shout", {"text": "loud"}).content == "done"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_half_a_surrogate_pair_in_a_result_is_replaced():

@@ -1,7 +1,8 @@
 """Run a function in a forked process that is killed at its time limit and may use neither files nor network.
 
 This bounds a tool that hangs, computes without end, fills the memory or returns a novel. It is no prison for hostile
-code: whoever registers a function trusts its author. What is bounded is what a model may make of it.
+code: whoever registers a function trusts its author. What is bounded is what a model may make of it. Modules must have
+been imported before: importing one is reading files.
 """
 
 import json
@@ -39,7 +40,12 @@ def run_isolated(function: Callable, arguments: dict, seconds: float, max_charac
     process = context.Process(target=_child, args=(sender, function, arguments, seconds, max_characters), daemon=True)
     with warnings.catch_warnings():  # that threads are not copied: the child runs one function and starts none
         warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
+        try:
+            process.start()
+        except OSError as error:  # no memory, or too many processes
+            receiver.close()
+            sender.close()
+            raise ValueError(f"must get a process of its own, got {error}") from None
     sender.close()
     try:
         if not receiver.poll(seconds):
@@ -79,6 +85,7 @@ def _bounded(function: Callable, arguments: dict, seconds: float) -> object:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what a notebook's kernel has here is not for a fork
     sys.addaudithook(_refuse)
     return function(**arguments)
 

@@ -56,12 +56,14 @@ class ChatEncoder:
         stops: All ids at which generation ends: that one, the tokenizer's own, and Llama's end of a message.
 
     Raises:
-        ValueError: The tokenizer lacks a control token of the format, or tokenises a conversation in parts otherwise
-            than as a whole.
+        ValueError: The tokenizer is not a fast one, lacks a control token of the format, or tokenises a conversation in
+            parts otherwise than as a whole.
     """
 
     def __init__(self, tokenizer, format: str | ChatFormat = "qwen2.5"):
         self.format = chat_format(format) if isinstance(format, str) else format
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"tokenizer must be a fast one of transformers, got {type(tokenizer).__name__}")
         self.tokenizer = tokenizer
         self._controls = dict(sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0])))
         needed = {self.format.stop, *re.findall(r"<\|\w+\|>", self.format.header)}
@@ -115,7 +117,7 @@ class ChatEncoder:
         """The text, where control tokens that came with the contents are marked; and the character that marks them."""
         schemas = toolbox.schemas if toolbox is not None else []
         given = [checked_messages(messages, schemas, self.format), schemas]
-        written = json.dumps(given, ensure_ascii=False)
+        written = json.dumps(given, ensure_ascii=False) + self.format.template
         mark = next(chr(code) for code in _PRIVATE if chr(code) not in written)
         messages, schemas = self._marked(given, mark)
         text = self.tokenizer.apply_chat_template(

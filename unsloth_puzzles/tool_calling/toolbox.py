@@ -38,7 +38,7 @@ class ToolBox:
 
     A call runs in a process of its own (a fork, so Linux only), so a function cannot hang the loop, and what it
     changes in memory is lost: functions that keep a state need another place for it. Files, network, processes and
-    generated code are refused there.
+    generated code are refused there, and so is importing a module for the first time.
 
     Args:
         functions: Each with a type hint and a line of its docstring's "Args:" for every parameter.
