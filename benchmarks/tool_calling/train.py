@@ -32,7 +32,7 @@ def fine_tune(
     format: str | ChatFormat = "qwen2.5",
     rank: int = 16,
 ):
-    """Train LoRA adapters on all linear layers of `model`, in 4 bits or not, with transformers' Trainer.
+    """Train LoRA adapters on all linear layers of `model` (in 4 bits or not) with transformers' Trainer.
 
     Args:
         model, tokenizer: As `load` gives them.
@@ -48,6 +48,8 @@ def fine_tune(
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+    from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
     set_seed(seed)
     encoder = ChatEncoder(tokenizer, format)
@@ -84,7 +86,8 @@ def fine_tune(
         )
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
-        trainer.train()
+        with use_memory_efficient_loss(trainer):  # a batch's logits would take gigabytes on a T4
+            trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
