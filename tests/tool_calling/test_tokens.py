@@ -84,7 +84,7 @@ def control_ids(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("place", ["question", "result"])
+@pytest.mark.parametrize("place", [pytest.param("question", marks=pytest.mark.slow), "result"])
 def test_control_tokens_in_a_text_are_characters(format, place):
     encoder = ChatEncoder(tokenizer(format), format)
 
@@ -123,7 +123,7 @@ def test_control_tokens_in_arguments_and_schemas_are_characters(format):
 ATTACKS = st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<", "|>", "im_end", "\ue000", "\n", "a", " ", "é"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ATTACKS.map("".join), ATTACKS.map("".join))
 def test_any_mixture_is_written_as_it_is(question, result):
     example = tokenize_conversation(tokenizer(), conversation(question, result), BOX)
