@@ -33,7 +33,7 @@ MUTATIONS = {
         "messages.py",
         "    if not failed:\n        _check_fits",
         "    if False:\n        _check_fits",
-        "test_tokens.py::test_conversations_out_of_form_are_refused",
+        "test_messages.py::test_conversations_out_of_form_are_refused",
     ),
     "an unread call as an answer": mutation("conversation.py", "if reply.error:", "if False:", ERRORS),
     "unchecked arguments": mutation(

@@ -38,7 +38,8 @@ class ToolBox:
 
     A call runs in a process of its own (a fork, so Linux only), so a function cannot hang the loop, and what it
     changes in memory is lost: functions that keep a state need another place for it. Files, network, processes and
-    generated code are refused there, and so is importing a module for the first time.
+    generated code are refused there, and so is importing a module for the first time. Functions should be plain
+    Python: a library with threads of its own (torch, a BLAS) may hang in a fork, and is then stopped at the limit.
 
     Args:
         functions: Each with a type hint and a line of its docstring's "Args:" for every parameter.
