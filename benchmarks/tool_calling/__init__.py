@@ -1,0 +1,1 @@
+"""Tool calling measured: tools, questions with held-out wordings, a QLoRA run, and what it changed."""

@@ -1,0 +1,189 @@
+"""Questions with the calls that answer them, and whole conversations to train on.
+
+Five kinds: one call; two calls in a turn; a call that fails and is mended; small talk, which needs no tool; and a
+question whose tool is not on offer. Three or four tools are on offer each time.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+from benchmarks.tool_calling import wordings
+from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
+from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
+
+OFFERED = (3, 4)  # how many tools are on offer
+TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)
+_FUNCTIONS = {tool.__name__: tool for tool in TOOLS}
+KINDS = {"one call": 0.5, "two calls": 0.12, "mended": 0.08, "needs none": 0.13, "none fits": 0.17}
+TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40, "held-out tool": 40}
+SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        kind: One of KINDS, or "held-out tool".
+        text: What the user says.
+        offered: Names of the tools on offer.
+        turns: The calls (name, arguments) of each turn that answer it; none where the model must not call.
+    """
+
+    kind: str
+    text: str
+    offered: tuple[str, ...]
+    turns: tuple[tuple[tuple[str, dict], ...], ...] = ()
+
+    @property
+    def messages(self) -> list[dict]:
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": self.text}]
+
+
+def training_conversations(
+    count: int, seed: int = 0, calls_per_turn: int | None = None
+) -> list[tuple[list[dict], tuple[str, ...]]]:
+    """Messages and the names of the tools on offer, `count` times; `calls_per_turn` as in `ChatFormat`."""
+    questions = for_format(training_questions(count, seed), calls_per_turn)
+    return [(_conversation(question), question.offered) for question in questions]
+
+
+def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Question]:
+    """The same questions, with each call in a turn of its own if a turn can hold but one."""
+    if calls_per_turn is None:
+        return list(questions)
+    return [replace(q, turns=tuple((call,) for turn in q.turns for call in turn)) for q in questions]
+
+
+def training_questions(count: int, seed: int = 0) -> list[Question]:
+    """Questions of all kinds but "held-out tool"."""
+    rng = random.Random(seed)
+    return [_question(rng, rng.choices([*KINDS], [*KINDS.values()])[0], test=False) for _ in range(count)]
+
+
+def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[Question]:
+    """The held-out questions, by default 260, 80 of them to abstain from. Small talk repeats, with other tools."""
+    rng = random.Random(seed)
+    return [_question(rng, kind, test=True) for kind, count in (counts or TEST_COUNTS).items() for _ in range(count)]
+
+
+test_questions.__test__ = False  # no test of pytest's
+
+
+@cache
+def all_tools() -> ToolBox:
+    return ToolBox(TOOLS, seconds=10.0)  # the machine may be busy, and a result is no matter of luck
+
+
+def answer(results: list[str]) -> str:
+    """The final answer that is trained and looked for."""
+    return "The result is " + " and ".join(results) + "."
+
+
+def _question(rng: random.Random, kind: str, test: bool) -> Question:
+    asked = wordings.TEST if test else wordings.TRAIN
+    names = [HELD_OUT] if kind == "held-out tool" else rng.sample(TRAINED, 2 if kind == "two calls" else 1)
+    if kind == "mended":
+        names = ["find_price"]
+    others = [name for name in TRAINED if name not in names]
+    offered = [*names, *rng.sample(others, rng.choice(OFFERED) - len(names))]
+    rng.shuffle(offered)
+    if kind == "needs none":
+        return Question(kind, rng.choice(wordings.CHAT_TEST if test else wordings.CHAT_TRAIN), tuple(offered))
+    arguments = [_ARGUMENTS[name](rng, test) for name in names]
+    calls = tuple(zip(names, arguments, strict=True))
+    text = " And: ".join(rng.choice(asked[name]).format(**given) for name, given in calls)
+    if kind == "none fits":
+        offered = rng.sample(others, len(offered))
+        return Question(kind, text, tuple(offered))
+    if kind == "mended":
+        ((name, given),) = calls
+        plural = {"item": given["item"] + "s"}
+        text = re.sub(r"\ba (?=\w+s\b)", "", rng.choice(asked[name]).format(**plural))
+        return Question(kind, text, tuple(offered), (((name, plural),), calls))
+    return Question(kind, text, tuple(offered), (calls,))
+
+
+def _conversation(question: Question) -> list[dict]:
+    messages = question.messages
+    for turn in question.turns:
+        calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in turn]
+        messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        messages += [{"role": "tool", "content": _called(name, tuple(given.items()))} for name, given in turn]
+    said = {"needs none": wordings.NEEDS_NONE, "none fits": wordings.NONE_FITS}
+    return [*messages, {"role": "assistant", "content": said.get(question.kind) or answer(expected_results(question))}]
+
+
+@cache
+def _called(name: str, arguments: tuple) -> str:
+    """As the toolbox answers, without a process for each of thousands of calls."""
+    try:
+        result = _FUNCTIONS[name](**dict(arguments))
+    except ValueError as error:
+        return failure(name, f"{name}: {error}").content
+    return result if isinstance(result, str) else json.dumps(result)
+
+
+def expected_results(question: Question) -> list[str]:
+    """What those of the wanted calls return that do not fail."""
+    results = [_called(name, tuple(given.items())) for turn in question.turns for name, given in turn]
+    return [result for result in results if not result.startswith("error: ")]
+
+
+@cache
+def _words() -> tuple[list[str], list[str]]:
+    """English words from Python's own documentation, most for training and others for the test."""
+    from pydoc_data.topics import topics
+
+    words = sorted({word for text in topics.values() for word in re.findall(r"\b[a-z]{4,8}\b", text)})
+    random.Random(1).shuffle(words)
+    return words[:1500], words[1500:2000]
+
+
+def _word(rng: random.Random, test: bool) -> str:
+    return rng.choice(_words()[test])
+
+
+def _pair(rng: random.Random, test: bool, first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """Two numbers, of which the test has every fifth pair and training the others."""
+    while True:
+        a, b = rng.randint(*first), rng.randint(*second)
+        if ((7 * a + b) % 5 == 0) == test:
+            return a, b
+
+
+def _named(*names: str, first: tuple[int, int] = (1, 999), second: tuple[int, int] = (1, 999)) -> Callable:
+    return lambda rng, test: dict(zip(names, _pair(rng, test, first, second), strict=True))
+
+
+def _length(rng: random.Random, test: bool) -> dict:
+    source, target = rng.sample(("m", "km", "mile"), 2)
+    return {"value": _pair(rng, test, (1, 999), (0, 0))[0], "source": source, "target": target}
+
+
+def _count(rng: random.Random, test: bool) -> dict:
+    word = _word(rng, test)
+    return {"word": word, "letter": rng.choice(word)}
+
+
+def _cities(rng: random.Random, test: bool) -> dict:
+    origin, destination = rng.sample(wordings.TEST_CITIES if test else wordings.TRAIN_CITIES, 2)
+    return {"origin": origin, "destination": destination}
+
+
+_ARGUMENTS: dict[str, Callable[[random.Random, bool], dict]] = {
+    "add": _named("a", "b"),
+    "subtract": _named("minuend", "subtrahend"),
+    "divide": _named("dividend", "divisor", second=(1, 40)),
+    "power": _named("base", "exponent", first=(2, 50), second=(2, 9)),
+    "convert_length": _length,
+    "reverse_text": lambda rng, test: {"text": _word(rng, test)},
+    "count_letter": _count,
+    "find_price": lambda rng, test: {"item": rng.choice(wordings.TEST_ITEMS if test else wordings.TRAIN_ITEMS)},
+    "travel_time": _cities,
+    "weather": lambda rng, test: {"city": rng.choice(wordings.TEST_CITIES)},
+}

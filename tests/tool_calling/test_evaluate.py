@@ -1,0 +1,82 @@
+"""The metrics count what they say, on conversations written by hand."""
+
+import pytest
+
+from benchmarks.tool_calling.data import Question, for_format
+from benchmarks.tool_calling.evaluate import Share, count, judge_calls, table
+from unsloth_puzzles.tool_calling.conversation import Conversation
+from unsloth_puzzles.tool_calling.replies import Call
+from unsloth_puzzles.tool_calling.toolbox import Result, failure
+
+OFFERED = ("add", "subtract", "find_price")
+ADD = Question("one call", "3 + 4?", OFFERED, ((("add", {"a": 3, "b": 4}),),))
+TWO = Question("two calls", "both", OFFERED, ((("add", {"a": 3, "b": 4}), ("find_price", {"item": "clock"})),))
+MENDED = Question(
+    "mended", "clocks", OFFERED, ((("find_price", {"item": "clocks"}),), (("find_price", {"item": "clock"}),))
+)
+CHAT = Question("needs none", "Hi", OFFERED)
+WEATHER = Question("held-out tool", "?", ("weather", *OFFERED), ((("weather", {"city": "Oslo"}),),))
+
+
+def made(*turns, answer=None):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer or ""}]
+    turns = [
+        [(Call(n, a) if n else None, Result(n or "unknown", r, r.startswith("error: "))) for n, a, r in turn]
+        for turn in turns
+    ]
+    return Conversation(messages, turns, "answer" if answer else "max_turns")
+
+
+RIGHT = ("add", {"b": 4, "a": 3}, "7")
+PRICE = ("find_price", {"item": "clock"}, "55")
+FAILED = ("find_price", {"item": "clocks"}, "error: use clock")
+NAMES = ("parse rate", "exact call", "executed result", "final answer")
+
+
+@pytest.mark.parametrize(
+    "question, conversation, expected",
+    [
+        (ADD, made([RIGHT], answer="It is 7."), (1, 1, 1, 1)),
+        (ADD, made([RIGHT], answer="It is 8."), (1, 1, 1, 0)),
+        (ADD, made([RIGHT]), (1, 1, 1, 0)),
+        (ADD, made([("add", {"a": 4, "b": 3}, "7")], answer="7"), (1, 0, 1, 1)),
+        (ADD, made([("add", {"a": 3.0, "b": 4}, "7")], answer="7"), (1, 0, 1, 1)),
+        (ADD, made([RIGHT], [RIGHT], answer="7"), (1, 0, 0, 1)),
+        (ADD, made([(None, None, "error: ")], [RIGHT], answer="7"), (0, 0, 1, 1)),
+        (ADD, made(answer="7"), (0, 0, 0, 1)),
+        (TWO, made([RIGHT, PRICE], answer="7 and 55"), (1, 1, 1, 1)),
+        (TWO, made([RIGHT, PRICE], answer="7"), (1, 1, 1, 0)),
+        (TWO, made([RIGHT], answer="7"), (1, 0, 0, 0)),
+        (TWO, made([RIGHT], [PRICE], answer="7 and 55"), (1, 0, 1, 1)),
+        (*for_format([TWO], 1), made([RIGHT], [PRICE], answer="7 and 55"), (1, 1, 1, 1)),
+        (MENDED, made([FAILED], [PRICE], answer="55"), (1, 1, 1, 1)),
+        (MENDED, made([PRICE], answer="55"), (1, 0, 1, 1)),
+    ],
+)
+def test_calls_are_judged(question, conversation, expected):
+    assert judge_calls(question, conversation) == dict(zip(NAMES, map(bool, expected), strict=True))
+
+
+def test_shares_are_counted_by_kind():
+    unread = Conversation([], [[(None, failure("unknown", "no JSON"))]], "max_turns")
+    weather = made([("weather", {"city": "Oslo"}, "sunny")], answer="sunny")
+    report = count(
+        [ADD, TWO, CHAT, CHAT, CHAT, WEATHER],
+        [made([RIGHT], answer="7"), made(answer="No."), made(answer="Hi."), made([RIGHT]), unread, weather],
+    )
+    assert report == {
+        **dict.fromkeys(("parse rate", "exact call", "executed result", "final answer"), Share(1, 2)),
+        "exact call, one call": Share(1, 1),
+        "exact call, two calls": Share(0, 1),
+        "exact call, held-out tool": Share(1, 1),
+        "abstention": Share(1, 3),
+        "abstention, needs none": Share(1, 3),
+    }
+    assert "| exact call | 1 of 2 (0.09 to 0.91) |" in table({"after": report})
+
+
+def test_wilson_interval():
+    """Against the closed values for 0, all and half of ten."""
+    assert Share(0, 10).interval == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert Share(10, 10).interval == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert Share(5, 10).interval == pytest.approx((0.23659, 0.76341), abs=1e-5)

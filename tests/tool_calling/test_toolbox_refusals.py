@@ -1,0 +1,73 @@
+"""Functions without a schema, and limits that are none, are refused when the toolbox is made."""
+
+from typing import Any
+
+import pytest
+
+from tests.tool_calling.functions import add
+from unsloth_puzzles.tool_calling.toolbox import ToolBox
+
+
+def _no_hint(a):
+    """Do.
+
+    Args:
+        a: One.
+    """
+
+
+def _no_description(a: int):
+    """Do."""
+
+
+def _no_docstring(a: int):
+    return a
+
+
+def _star(*a: int):
+    """Do.
+
+    Args:
+        a: Some.
+    """
+
+
+async def _later(a: int):
+    """Do.
+
+    Args:
+        a: One.
+    """
+
+
+def _bytes(a: Any, b: list[bytes | set]):
+    """Do.
+
+    Args:
+        a: One.
+        b: Two.
+    """
+
+
+@pytest.mark.parametrize(
+    "functions, error, message",
+    [
+        ([3], TypeError, "functions must be functions, got int"),
+        ([_later], TypeError, "functions must not be asynchronous, got _later"),
+        ([add, add], ValueError, "functions must have different names, got add twice"),
+        ([_no_hint], ValueError, "function must have type hints and a docstring with Args, got _no_hint"),
+        ([_no_description], ValueError, "function must have type hints and a docstring with Args, got _no_description"),
+        ([_no_docstring], ValueError, "function must have type hints and a docstring with Args, got _no_docstring"),
+        ([_star], ValueError, r"parameters of _star must be given by name, got \*a: int"),
+        ([_bytes], ValueError, "type hints of _bytes must be of JSON's types, got bytes, set for b"),
+    ],
+)
+def test_functions_without_a_schema_are_refused(functions, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        ToolBox(functions)
+
+
+@pytest.mark.parametrize("limits", [{"seconds": 0}, {"max_characters": -1}])
+def test_limits_must_be_positive(limits):
+    with pytest.raises(ValueError, match=rf"^{next(iter(limits))} must be positive, got"):
+        ToolBox([add], **limits)

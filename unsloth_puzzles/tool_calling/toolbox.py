@@ -1,0 +1,162 @@
+"""Functions that a model may call.
+
+def add(a: int, b: int) -> int:
+    '''Add two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    '''
+    return a + b
+
+toolbox = ToolBox([add])
+toolbox.call("add", {"a": 3, "b": 4})       # Result(name='add', content='7', failed=False)
+toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must contain b, got a'
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from unsloth_puzzles.tool_calling.arguments import checked_arguments
+from unsloth_puzzles.tool_calling.isolation import run_isolated
+
+_TYPES = {int, float, str, bool, type(None), list, dict, tuple, Any}
+
+
+class Result(NamedTuple):
+    """What a call gave: a text for the model, which begins with "error: " if the call failed."""
+
+    name: str
+    content: str
+    failed: bool
+
+
+class ToolBox:
+    """The functions on offer. Nothing else is ever called.
+
+    A call runs in a process of its own (a fork, so Linux only), so a function cannot hang the loop, and what it
+    changes in memory is lost: functions that keep a state need another place for it. Files, network, processes and
+    generated code are refused there, and so is importing a module for the first time. Functions should be plain
+    Python: a library with threads of its own (torch, a BLAS) may hang in a fork, and is then stopped at the limit.
+
+    Args:
+        functions: Each with a type hint and a line of its docstring's "Args:" for every parameter.
+        seconds: The longest time a call may take.
+        max_characters: The longest result.
+
+    Attributes:
+        schemas: A list of JSON schemas, for a chat template's `tools`.
+        names: Of the functions, in the same order.
+
+    Raises:
+        TypeError: What is given is no function, or it is asynchronous.
+        ValueError: Two functions have one name; a parameter has no type hint, no description, or cannot be given by
+            name; a limit is not positive; the system is not Linux.
+    """
+
+    def __init__(self, functions: Iterable[Callable], *, seconds: float = 2.0, max_characters: int = 1000):
+        if sys.platform != "linux":
+            raise ValueError(f"the system must be Linux, which can fork and bound a process, got {sys.platform}")
+        for name, value in (("seconds", seconds), ("max_characters", max_characters)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.seconds, self.max_characters = seconds, max_characters
+        self._functions: dict[str, Callable] = {}
+        self._schemas: dict[str, dict] = {}
+        for function in functions:
+            schema = _schema(function)
+            name = schema["function"]["name"]
+            if name in self._functions:
+                raise ValueError(f"functions must have different names, got {name} twice")
+            self._functions[name], self._schemas[name] = function, schema
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._functions)
+
+    @property
+    def functions(self) -> tuple[Callable, ...]:
+        """The functions themselves, which run unchecked and unbounded if called."""
+        return tuple(self._functions.values())
+
+    @property
+    def schemas(self) -> list[dict]:
+        return list(self._schemas.values())
+
+    def subset(self, names: Iterable[str]) -> "ToolBox":
+        """A toolbox of some of these functions, in the order of `names`, with the same limits.
+
+        Raises:
+            ValueError: A name is none of a function here.
+        """
+        names = list(names)
+        if unknown := [name for name in names if name not in self._functions]:
+            raise ValueError(f"names must be among {', '.join(self.names) or 'none'}, got {unknown[0]}")
+        limits = {"seconds": self.seconds, "max_characters": self.max_characters}
+        return ToolBox([self._functions[name] for name in names], **limits)
+
+    def call(self, name: object, arguments: object) -> Result:
+        """Call a function by its name. Whatever goes wrong is in the result; nothing is raised.
+
+        Args:
+            name: As the model gave it.
+            arguments: As the model gave them, parsed.
+
+        Returns:
+            The result as text.
+        """
+        if not isinstance(name, str) or name not in self._functions:
+            return failure(name, f"name of a tool must be one of: {', '.join(self.names) or 'none'}; got {name!r:.60}")
+        parameters = self._schemas[name]["function"]["parameters"]
+        try:
+            checked = checked_arguments(name, parameters, arguments)
+        except ValueError as refusal:
+            return failure(name, str(refusal))
+        try:
+            return Result(name, run_isolated(self._functions[name], checked, self.seconds, self.max_characters), False)
+        except ValueError as refusal:
+            return failure(name, f"{name}: {refusal}")
+
+    def __repr__(self) -> str:
+        return f"ToolBox({', '.join(self.names) or 'no tools'})"
+
+
+def failure(name: object, reason: str) -> Result:
+    """The result of a call that failed."""
+    return Result(name if isinstance(name, str) else "unknown", f"error: {reason}", True)
+
+
+def _schema(function: Callable) -> dict:
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise TypeError(f"functions must be functions, got {type(function).__name__}")
+    name = function.__name__
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"functions must not be asynchronous, got {name}")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(f"parameters of {name} must be given by name, got {parameter}")
+    try:
+        schema = get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException) as refusal:
+        raise ValueError(
+            f"function must have type hints and a docstring with Args, got {name}: {refusal.args[0]}"
+        ) from None
+    for parameter, hint in get_type_hints(function).items():
+        if parameter != "return" and (unknown := _types(hint) - _TYPES):
+            names = ", ".join(sorted(getattr(each, "__name__", str(each)) for each in unknown))
+            raise ValueError(f"type hints of {name} must be of JSON's types, got {names} for {parameter}")
+    schema["function"].pop("return", None)  # no template shows it
+    return schema
+
+
+def _types(hint: object) -> set:
+    """The types that a hint is made of. A type that JSON lacks would become "object" in the schema."""
+    if get_origin(hint) is Literal:
+        return set()
+    parts = get_args(hint)
+    return set().union(*map(_types, parts)) if parts else {hint}
