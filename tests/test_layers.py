@@ -55,8 +55,9 @@ def test_fsdp2_stands_on_nf4_and_compiled():
     assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench"}
 
 
-def test_vision_stands_on_nf4s_exchange_of_classes():
-    assert imported("vision") == {"vision", "nf4"}
+@pytest.mark.parametrize("folder, needed", [("vision", {"nf4"}), ("gguf", {"nf4"}), ("tool_calling", set())])
+def test_a_part_of_challenge_d_stands_on_little(folder, needed):
+    assert imported(folder) == {folder, *needed}
 
 
 def test_the_package_imports_no_benchmark():
