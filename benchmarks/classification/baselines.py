@@ -41,10 +41,8 @@ def baselines(data: Docstrings) -> dict[str, Score]:
 
     texts, labels = [one.text for one in data.train], [one.label for one in data.train]
     expected = [one.label for one in data.test]
-    regression = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        LogisticRegression(max_iter=2000, class_weight="balanced"),
-    )
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    regression = make_pipeline(words, LogisticRegression(max_iter=2000, class_weight="balanced"))
     models = {
         "naive Bayes": make_pipeline(CountVectorizer(), MultinomialNB(alpha=0.1)),
         "TF-IDF logistic regression": GridSearchCV(

@@ -1,7 +1,7 @@
 """A classifier of transformers that reads its logits where the attention mask ends, with a float32 head and its loss.
 
-transformers looks for the last token that is not `pad_token_id`: where padding is the end-of-text token, it stops before
-a text's own one, and the logits are those of another position.
+transformers looks for the last token that is not `pad_token_id`: where padding is the end-of-text token, it stops
+before a text's own one, and the logits are those of another position.
 """
 
 import inspect

@@ -19,7 +19,7 @@ Modules change only by their class, which is exchanged for a subclass:
     decoder layers    layers, checkpoint: <name>      they run compiled, and checkpointed if that is switched on
     final norm        layers: Compiled<name>          it runs compiled
 
-A sequence classifier keeps its head, which projects few rows; its own loss is compiled instead of the one without logits.
+A sequence classifier keeps its head, and its own loss is compiled.
 """
 
 import warnings
@@ -88,12 +88,14 @@ def compile_qlora(
         A handle. `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: no causal LM or decoder for classification of transformers, one in `nn.DataParallel`, compiled, or with a vision tower.
+        TypeError: no causal LM or decoder for classification of transformers, one in `nn.DataParallel`, compiled, or
+            with a vision tower.
         ValueError: no NF4 layers, no trainable adapters, adapters of a kind that is not known to be right when compiled
             (`checks.KINDS`), layers with accelerate's hooks or a forward of their own, a backend that cannot be
             compiled, a Trainer that sees several GPUs in one process, makes its model anew (`model_init`) or compiles
             it (`torch_compile`), another model that is compiled with another `activation_memory_budget` or
-            `max_autotune` (they are the process's), a `loss` or its options for a classifier, what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
+            `max_autotune` (they are the process's), a `loss` or its options for a classifier, what
+            `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     refuse_data_parallel(found, model.args.n_gpu if isinstance(model, Trainer) else 1)
