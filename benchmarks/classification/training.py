@@ -104,7 +104,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            _arguments(folder, **settings, on_cpu=model.device.type == "cpu"),
+            _arguments(folder, model, **settings),
             train_dataset=encode(tokenizer, data.train),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[Progress(way)],
@@ -164,12 +164,14 @@ def _equal_when_reloaded(model, tokenizer, few: Sequence[Example], folder: str, 
     return torch.equal(predict(again, tokenizer, few), ours)
 
 
-def _arguments(folder, *, steps, epochs, batch_size, seed, learning_rate, on_cpu) -> TrainingArguments:
+def _arguments(folder, model, *, steps, epochs, batch_size, seed, learning_rate) -> TrainingArguments:
+    on_cpu, dtype = model.device.type == "cpu", model.get_base_model().dtype
     arguments = TrainingArguments(
         folder, max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=batch_size, seed=seed,
         learning_rate=learning_rate, warmup_steps=0.1, lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=on_cpu, train_sampling_strategy="group_by_length",
         logging_nan_inf_filter=False, dataloader_pin_memory=not on_cpu,
+        fp16=not on_cpu and dtype == torch.float16,  # small gradients would be 0 without its scaler
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a 4-bit model trains on one
     return arguments
