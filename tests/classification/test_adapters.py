@@ -64,6 +64,14 @@ def test_saved_and_loaded_logits_are_identical(source, special, request, tmp_pat
     assert kept < 2 * sum(parameter.nbytes for parameter in _trained(model).values())  # no embeddings
 
 
+def test_a_model_that_is_not_quantised_comes_back_so(checkpoint, tmp_path):
+    model, tokenizer = classifier(checkpoint, four_bit=False)
+    save_classifier(model.eval(), tokenizer, tmp_path)
+    again, _ = load_trained(tmp_path, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(**batch(tokenizer)).logits, model(**batch(tokenizer)).logits)
+
+
 def test_loaded_to_go_on_training(checkpoint, tmp_path):
     model, tokenizer = classifier(checkpoint, ["a", "b"], MULTI, dtype=torch.bfloat16)
     save_classifier(model, tokenizer, tmp_path)

@@ -76,6 +76,8 @@ def test_a_trained_classifier_keeps_its_head_and_its_labels(checkpoint, tmp_path
     assert torch.equal(again.score.weight, model.score.weight)
     with pytest.raises(ValueError, match=r"^labels must be those of the checkpoint, a LlamaForSequenceCl.*; for other"):
         load_classifier(str(tmp_path), ["red", "blue", "green"])
+    with pytest.raises(ValueError, match=r"^problem_type must be the checkpoint's, single_label_classification, got"):
+        load_classifier(str(tmp_path), LABELS, problem_type=MULTI)
 
 
 @pytest.mark.parametrize(

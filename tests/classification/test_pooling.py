@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, pipeline
 
-from tests.classification.models import TEXTS, alone, batch, byte_tokenizer, classifier
+from tests.classification.models import LABELS, TEXTS, alone, batch, byte_tokenizer, classifier
 from unsloth_puzzles.classification.losses import class_weights, weigh_classes
 from unsloth_puzzles.classification.pooling import is_pooled, last_positions, pool_by_mask
 
@@ -137,6 +137,26 @@ def test_weights_of_classes_are_not_ignored_in_silence(checkpoint):
     ):
         model(**given)
     model.eval()(**given)
+
+
+def test_a_kv_cache_before_the_text(loaded):
+    """As prefix tuning calls a model: the mask covers the cache, too."""
+    model, tokenizer = loaded
+    given = batch(tokenizer, ["a text of two parts", "a text"])
+    with torch.no_grad():
+        expected = model(**given).logits
+        first = {name: one[:, :4] for name, one in given.items()}
+        cache = model(**first, use_cache=True).past_key_values
+        found = model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], past_key_values=cache).logits
+    assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_pipeline_of_transformers_names_the_labels(loaded):
+    model, tokenizer = loaded
+    classify = pipeline("text-classification", model=model.get_base_model(), tokenizer=tokenizer, device="cpu")
+    with torch.no_grad():
+        expected = alone(model, tokenizer).argmax(-1)
+    assert [one["label"] for one in classify(TEXTS, batch_size=3)] == [LABELS[index] for index in expected]
 
 
 def test_a_mask_of_four_dimensions_is_refused(loaded):

@@ -18,12 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unsloth_puzzles.classification.losses import PROBLEM_TYPES, REGRESSION, SINGLE
+from unsloth_puzzles.classification.losses import PROBLEM_TYPES, SINGLE
 from unsloth_puzzles.classification.padding import set_pad_token
 from unsloth_puzzles.classification.pooling import pool_by_mask
 from unsloth_puzzles.device import capability
 
 HEAD = "score"
+OWN_OPTIONS = {"num_labels", "id2label", "label2id", "config", "quantization_config", "device_map", "torch_dtype"}
+HUB_OPTIONS = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only", "subfolder")
 
 
 def load_classifier(
@@ -63,12 +65,13 @@ def load_classifier(
         TypeError: `labels` is a text; the architecture has another kind of head.
     """
     labels = _checked_labels(labels, problem_type)
-    if unknown := {"num_labels", "id2label", "label2id", "config", "quantization_config", "device_map"} & set(options):
-        raise ValueError(f"options must be others, got {', '.join(sorted(unknown))}, which load_classifier sets itself")
+    if own := OWN_OPTIONS & set(options):
+        raise ValueError(f"options must be others, got {', '.join(sorted(own))}, which load_classifier sets itself")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device)
-    config = AutoConfig.from_pretrained(name, **{key: options[key] for key in _FOR_CONFIG if key in options})
-    _refuse_other_labels(config, labels)
+    of_hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = AutoConfig.from_pretrained(name, **of_hub)
+    _refuse_other_labels(config, labels, problem_type)
     quantization = _quantization(config, four_bit, dtype)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
@@ -82,12 +85,9 @@ def load_classifier(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # in eval mode it would re-pack weights, rounding absmax for good
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name, **{k: options[k] for k in _FOR_CONFIG if k in options})
+        tokenizer = AutoTokenizer.from_pretrained(name, **of_hub)
     set_pad_token(tokenizer, model)
     return model.train(), tokenizer
-
-
-_FOR_CONFIG = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only", "subfolder")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -109,14 +109,16 @@ def _checked_labels(labels: Sequence[str], problem_type: str) -> list[str]:
     return labels
 
 
-def _refuse_other_labels(config, labels: list[str]) -> None:
-    """A trained head with as many labels would be loaded under other names."""
+def _refuse_other_labels(config, labels: list[str], problem_type: str) -> None:
+    """A trained head with as many labels would be loaded under other names, or for another kind of problem."""
     trained = [one for one in config.architectures or () if one.endswith("ForSequenceClassification")]
     if trained and list(config.id2label.values()) != labels:
         raise ValueError(
             f"labels must be those of the checkpoint, a {trained[0]}, {list(config.id2label.values())}, got {labels}; "
             "for other labels load the causal LM that it was made of"
         )
+    if trained and config.problem_type not in (None, problem_type):
+        raise ValueError(f"problem_type must be the checkpoint's, {config.problem_type}, got {problem_type!r}")
 
 
 def _quantization(config, four_bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -154,6 +156,3 @@ def _check_head(model: PreTrainedModel, number: int) -> None:
             f"model must have an unquantised linear {HEAD!r} of {number} outputs, got {head} in {type(model).__name__}"
         )
     head.float()
-
-
-__all__ = ["REGRESSION", "default_dtype", "load_classifier"]

@@ -125,7 +125,10 @@ def _logits(model, hidden_states: torch.Tensor, attention_mask: torch.Tensor | N
     if attention_mask is None:
         pooled = hidden_states[:, -1]
     else:
-        attention_mask = attention_mask.to(hidden_states.device)
+        length = hidden_states.shape[1]
+        if attention_mask.shape[1] < length:
+            raise ValueError(f"attention_mask must have {length} positions, got {attention_mask.shape[1]}")
+        attention_mask = attention_mask[:, -length:].to(hidden_states.device)  # before them are those of a KV cache
         pooled = hidden_states[rows, last_positions(attention_mask)]  # [batch, hidden]
     with torch.autocast(hidden_states.device.type, enabled=False):
         logits = model.score(pooled.to(next(model.score.parameters()).dtype))
