@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.classification.models import LABELS, TEXTS, batch, byte_tokenizer, classifier, config, save_quantised
-from unsloth_puzzles.classification.load import load_classifier
+from unsloth_puzzles.classification.load import _quantization, load_classifier
 from unsloth_puzzles.classification.losses import MULTI, REGRESSION
 
 
@@ -26,6 +26,12 @@ def test_all_linear_layers_but_the_head_are_quantised(source, request):
     assert type(model.score) is torch.nn.Linear and model.score.weight.dtype == torch.float32
     assert 0.1 < model.score.weight.std() < 0.3  # drawn: initializer_range is 0.2
     assert model.training
+
+
+def test_the_head_joins_the_skipped_modules_of_a_checkpoint(quantised_checkpoint):
+    config = AutoConfig.from_pretrained(quantised_checkpoint)
+    assert _quantization(config, True, torch.float16) is None
+    assert config.quantization_config["llm_int8_skip_modules"] == ["lm_head", "multi_modal_projector", "score"]
 
 
 def test_transformers_alone_quantises_the_head_of_such_a_checkpoint(quantised_checkpoint):
