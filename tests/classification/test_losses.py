@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
 
 from tests.classification.models import LABELS, batch, classifier
 from unsloth_puzzles.classification.losses import (
@@ -141,6 +142,12 @@ def test_bad_weights_are_refused(checkpoint, problem_type, weights, message):
     model, _ = classifier(checkpoint, LABELS, problem_type, adapters=False)
     with pytest.raises(ValueError, match=f"^{message}"):
         weigh_classes(model, weights)
+
+
+def test_other_models_are_not_given_weights(checkpoint):
+    plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    with pytest.raises(TypeError, match=r"^model must be what load_classifier or add_adapters returns, got a LlamaFor"):
+        weigh_classes(plain, WEIGHTS)
 
 
 @pytest.mark.parametrize(

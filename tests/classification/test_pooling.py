@@ -148,7 +148,11 @@ def test_a_kv_cache_before_the_text(loaded):
         first = {name: one[:, :4] for name, one in given.items()}
         cache = model(**first, use_cache=True).past_key_values
         found = model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], past_key_values=cache).logits
+        row = {name: one[:1] for name, one in first.items()}
+        cache = model(**row, use_cache=True).past_key_values
+        whole = model(given["input_ids"][:1, 4:], past_key_values=cache).logits  # without a mask all is text
     assert (found - expected).norm() <= 2e-6 * expected.norm()
+    assert (whole - expected[:1]).norm() <= 2e-6 * expected[:1].norm()
 
 
 def test_pipeline_of_transformers_names_the_labels(loaded):

@@ -125,9 +125,12 @@ def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> 
         class_weight: What `class_weights` returns.
 
     Raises:
+        TypeError: Another model.
         ValueError: The shape; weights that are not positive numbers; a regression, which has no classes.
     """
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(type(classifier), "pools_by_mask", False):
+        raise TypeError(f"model must be what load_classifier or add_adapters returns, got a {type(model).__name__}")
     config = classifier.config
     if hasattr(classifier.loss_function, "__wrapped__"):
         raise ValueError("model must not be compiled yet, got one that is; give it weights before compile_qlora")

@@ -79,7 +79,8 @@ def _pooling_class(cls: type) -> type:
         **kwargs: object,
     ) -> SequenceClassifierOutputWithPast:
         _check_training(self, labels)
-        attention_mask = _mask(self, input_ids, attention_mask)
+        if past_key_values is None or attention_mask is not None:  # of a cache the ids do not say what is padding
+            attention_mask = _mask(self, input_ids, attention_mask)
         items = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         outputs = self.base_model(
             input_ids,
