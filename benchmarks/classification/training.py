@@ -72,7 +72,7 @@ def train(
         data: Texts and labels.
         way: "transformers" (bitsandbytes' layers), "patched" (`patch_linear4bit`) or "compiled" (`compile_qlora`).
         four_bit: NF4, or not quantised.
-        unpacked: De-quantise NF4 weights once, for a CPU, which takes tens of seconds a step otherwise. Numbers and training are
+        unpacked: De-quantise NF4 weights once, for a CPU, which takes tens of seconds a step otherwise. The numbers are
             those of NF4, but saving is not tried.
         dtype: As for `load_classifier`.
         steps: -1 is as many as `epochs` have.

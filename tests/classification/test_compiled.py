@@ -79,15 +79,23 @@ def test_classifiers_of_transformers_are_compiled_as_they_are(checkpoint):
     assert model.get_base_model().loss_function is loss and "_loss_function" not in vars(model.get_base_model())
 
 
-def test_kinds_of_calls_are_compiled_once(checkpoint):
+@pytest.mark.parametrize(
+    "texts, numbers, graphs",
+    [
+        ([["a", "bb"], ["a", "bb", "ccc"]], [None], 2),
+        pytest.param(
+            [["a", "bb"], ["a", "bb", "ccc"], ["a"], ["b"]], [None, 3, 4, torch.tensor(7)], 8, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_kinds_of_calls_are_compiled_once(checkpoint, texts, numbers, graphs):
     """With and without gradients, of one row and of more, divided by a number, a tensor or neither."""
     model, tokenizer = classifier(checkpoint, four_bit=False)
     weigh_classes(model, torch.tensor([0.5, 1.0, 4.0]))
-    texts = [["a", "bb"], ["a", "bb", "ccc"], ["a"]]
     calls = [
-        {**batch(tokenizer, rows), "labels": _labels(SINGLE, len(rows), 1), **items}
+        {**batch(tokenizer, rows), "labels": _labels(SINGLE, len(rows), 1), "num_items_in_batch": number}
         for rows in texts
-        for items in ({}, {"num_items_in_batch": 3}, {"num_items_in_batch": torch.tensor(7)})
+        for number in numbers
     ]
 
     def results():
@@ -108,7 +116,7 @@ def test_kinds_of_calls_are_compiled_once(checkpoint):
         found = results()
         undo()
     assert ((found - expected).abs() <= 1e-6 * expected.abs()).all()
-    assert [one.name for one in counts.captures] == ["classification_loss"] * 8, counts.table()
+    assert [one.name for one in counts.captures] == ["classification_loss"] * graphs, counts.table()
     assert all(one.reason is None for one in counts.captures) and base.loss_function is loss
 
 

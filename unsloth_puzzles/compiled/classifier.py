@@ -34,9 +34,14 @@ def compile_loss(classifier: PreTrainedModel, options: dict[str, object]) -> Cal
         if getattr(others.get("config"), "problem_type", "") is None:  # transformers decides it in the first call
             return before(labels=labels, pooled_logits=pooled_logits, num_items_in_batch=num_items_in_batch, **others)
         others.pop("logits", None)  # before pooling, which no loss of a classifier reads
-        if isinstance(num_items_in_batch, int):  # else every other number would be compiled for
+        if isinstance(num_items_in_batch, int | float):  # else every other number would be compiled for
             num_items_in_batch = torch.tensor(num_items_in_batch, device=pooled_logits.device)
-        key = (torch.is_grad_enabled() and pooled_logits.requires_grad, len(labels) == 1, num_items_in_batch is None)
+        key = (
+            torch.is_grad_enabled() and pooled_logits.requires_grad,
+            torch.is_autocast_enabled(pooled_logits.device.type),
+            len(labels) == 1,  # a constant to the compiler
+            num_items_in_batch is None,
+        )
         if key not in compiled:
             function = with_own_code(before, "classification_loss")
             compiled[key] = torch.compile(function, fullgraph=True, options=options)
