@@ -84,7 +84,7 @@ def test_loaded_to_go_on_training(checkpoint, tmp_path):
     assert {parameter.dtype for parameter in _trained(again).values()} == {torch.float32}
 
 
-def test_a_merged_dtype_and_another_base_can_be_asked_for(checkpoint, tmp_path):
+def test_another_dtype_and_another_base_can_be_asked_for(checkpoint, tmp_path):
     model, tokenizer = classifier(checkpoint)
     save_classifier(model, tokenizer, tmp_path)
     file = tmp_path / "adapter_config.json"
