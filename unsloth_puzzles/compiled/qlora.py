@@ -18,6 +18,8 @@ Modules change only by their class, which is exchanged for a subclass:
     NF4 weights       PlainParams4bit                 operators on them do not pass through Python
     decoder layers    layers, checkpoint: <name>      they run compiled, and checkpointed if that is switched on
     final norm        layers: Compiled<name>          it runs compiled
+
+A sequence classifier keeps its head, and its own loss is compiled.
 """
 
 import warnings
@@ -34,6 +36,7 @@ from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.compiled.backbone import say_unpadded, set_attention, without_cache
 from unsloth_puzzles.compiled.checkpoint import checkpoint_inputs
 from unsloth_puzzles.compiled.checks import check_trainer, draws, find_parts
+from unsloth_puzzles.compiled.classifier import compile_loss, find_classifier
 from unsloth_puzzles.compiled.layers import compile_layers, compile_norm
 from unsloth_puzzles.compiled.lora import scale_low_rank
 from unsloth_puzzles.compiled.plain_params4bit import plain_params4bit
@@ -54,7 +57,7 @@ def compile_qlora(
     eager_rounding: bool = True,
     **loss_options: object,
 ) -> "CompiledQLoRA":
-    """Compile a causal LM of transformers in NF4 with adapters of PEFT.
+    """Compile a causal LM or a sequence classifier of transformers in NF4 with adapters of PEFT.
 
     Rows that are padded on the left: the label of the first real token is predicted from padding, where SDPA, eager
     attention and ours all differ; give it -100, and they agree.
@@ -64,9 +67,9 @@ def compile_qlora(
     cache, with a warning if they had one. Backward passes that this thread starts run in it until undo.
 
     Args:
-        model: the causal LM, a PEFT model of one, or the `Trainer` of one. It is changed in place.
+        model: the causal LM or classifier, a PEFT model of one, or the `Trainer` of one. It is changed in place.
         attention: a backend of `unsloth_puzzles.attention`, or "auto".
-        loss: what `use_memory_efficient_loss` takes.
+        loss: what `use_memory_efficient_loss` takes. A classifier has a loss of its own.
         activation_memory_budget: how much of what Inductor's partitioner would keep for the backward is kept, above 0,
             at most 1. At 0.9 it computes again what costs no matrix product (the activation, the normed inputs), below
             that attention and then products. With dropout in the layers it is 1.0, with a warning.
@@ -85,18 +88,24 @@ def compile_qlora(
         A handle. `.undo()` gives the model back as it was; as a context manager it undoes at the end.
 
     Raises:
-        TypeError: no causal LM of transformers, one in `nn.DataParallel`, compiled, or with a vision tower.
+        TypeError: no causal LM or decoder for classification of transformers, one in `nn.DataParallel`, compiled, or
+            with a vision tower.
         ValueError: no NF4 layers, no trainable adapters, adapters of a kind that is not known to be right when compiled
             (`checks.KINDS`), layers with accelerate's hooks or a forward of their own, a backend that cannot be
             compiled, a Trainer that sees several GPUs in one process, makes its model anew (`model_init`) or compiles
             it (`torch_compile`), another model that is compiled with another `activation_memory_budget` or
-            `max_autotune` (they are the process's), what `use_memory_efficient_loss` and `patch_linear4bit` refuse.
+            `max_autotune` (they are the process's), a `loss` or its options for a classifier, what
+            `use_memory_efficient_loss` and `patch_linear4bit` refuse.
     """
     found = model.model if isinstance(model, Trainer) else model
     refuse_data_parallel(found, model.args.n_gpu if isinstance(model, Trainer) else 1)
     if isinstance(model, Trainer):
         check_trainer(model)
     causal_lm, layers, norm = find_parts(found)
+    classifier = find_classifier(found)
+    if classifier is not None and (loss is not cross_entropy or loss_options):
+        name = "loss" if loss is not cross_entropy else next(iter(loss_options))
+        raise ValueError(f"{name} must be left out for a classifier, whose own loss_function is compiled, got one")
     _check_attention(attention)
     budget = _checked_budget(activation_memory_budget, layers)
     options = inductor_options(eager_rounding=eager_rounding, max_autotune=max_autotune)
@@ -109,9 +118,11 @@ def compile_qlora(
         step("attentions: one product for the A of query, key and value", share_input(found))
         step("gated MLPs: adapters inside the activation", fuse_swiglu(found, eager_rounding))
         step("NF4 weights: no __torch_function__", plain_params4bit(found))
-        # A model may be compiled to be evaluated alone: that no loss was computed is no mistake.
-        compiled.loss = use_memory_efficient_loss(model, loss, **{"compile": True, **loss_options})
-        step("causal LM: loss without logits", compiled.loss.undo)
+        if classifier is not None:
+            step("classifier: its loss compiled", compile_loss(classifier, options))
+        else:  # a model may be compiled to be evaluated alone: that no loss was computed is no mistake
+            compiled.loss = use_memory_efficient_loss(model, loss, **{"compile": True, **loss_options})
+            step("causal LM: loss without logits", compiled.loss.undo)
         step("backbone: no KV cache", without_cache(causal_lm))
         step("backbone: attention backend", set_attention(causal_lm, attention))
         step("backbone: batches without padding", say_unpadded(causal_lm))
@@ -129,7 +140,7 @@ class CompiledQLoRA:
 
     Attributes:
         steps: the names of the steps, in order.
-        loss: the handle of the loss.
+        loss: the handle of the loss; None for a classifier.
         products: of max-autotune, the matrix products and who won them, as they are found.
     """
 

@@ -1,0 +1,97 @@
+"""Baselines and training on texts that can be learnt, with a tiny model; with the real one in the slow tier."""
+
+import dataclasses
+import os
+import random
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.classification.baselines import baselines, score
+from benchmarks.classification.docstrings import Docstrings, Example, docstrings
+from benchmarks.classification.smollm2 import convert, find_gguf
+from benchmarks.classification.training import encode, predict, train
+from tests.classification.models import byte_tokenizer, save_checkpoint
+from unsloth_puzzles.classification.load import load_classifier
+
+LABELS = ["low", "high"]
+
+
+def _data(number=64):
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abc" if index % 2 == 0 else "xyz", k=draw.randint(3, 9))) for index in range(number)]
+    examples = [Example(text, index % 2, f"{index}.py") for index, text in enumerate(texts)]
+    half = number // 2
+    return Docstrings(LABELS, examples[:half], examples[half:])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_score():
+    found = score([0, 0, 1, 1], [0, 1, 1, 1], 3)
+    assert found.accuracy == 0.75
+    assert found.macro_f1 == pytest.approx((2 / 3 + 0.8 + 0) / 3)  # the third class is never right
+
+
+def test_baselines_learn_what_words_say():
+    words = {0: ["apple", "pear", "plum"], 1: ["iron", "zinc", "lead"]}
+    draw = random.Random(0)
+    examples = [Example(" ".join(draw.choices(words[index % 2], k=4)), index % 2, f"{index}.py") for index in range(60)]
+    found = baselines(Docstrings(LABELS, examples[:40], examples[40:]))
+    assert found["majority"].accuracy == 0.5 and found["majority"].macro_f1 == pytest.approx(1 / 3)
+    assert found["naive Bayes"].macro_f1 == found["TF-IDF logistic regression"].macro_f1 == 1
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_a_tiny_model_learns(checkpoint, four_bit):
+    run = train(checkpoint, _data(), steps=24, batch_size=8, four_bit=four_bit, weighted=True, learning_rate=1e-2,
+                device="cpu")  # fmt: skip
+    assert len(run.losses) == 24 and run.reloaded_equal
+    assert run.score.macro_f1 > 0.9 and sum(run.losses[-4:]) < 0.6 * sum(run.losses[:4])
+    assert len(run.predicted) == len(run.expected) == 32
+
+
+def test_unpacked_weights_are_those_of_nf4(checkpoint):
+    found = [train(checkpoint, _data(), steps=3, unpacked=unpacked, device="cpu").losses for unpacked in (False, True)]
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) <= 1e-5
+
+
+def test_predictions_are_in_the_order_of_the_examples(checkpoint):
+    torch.manual_seed(0)
+    model, tokenizer = load_classifier(checkpoint, LABELS, device="cpu")
+    examples = _data(10).test
+    found = predict(model, tokenizer, examples, batch_size=2)
+    for one, logits in zip(examples, found, strict=True):
+        alone = predict(model, tokenizer, [one])[0]
+        assert (alone - logits).norm() <= 1e-5 * alone.norm()
+
+
+def test_texts_are_cut():
+    rows = encode(byte_tokenizer(), [Example("x" * 100, 1, ""), Example("abc", 0, "")])
+    assert [len(row["input_ids"]) for row in rows] == [64, 3] and [row["labels"] for row in rows] == [1, 0]
+
+
+def test_bad_arguments_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"^way must be one of transformers, patched, compiled, got 'fast'"):
+        train(checkpoint, _data(), way="fast")
+    with pytest.raises(FileNotFoundError, match=r"^place must be a .gguf file or a folder with one, got 0"):
+        find_gguf(tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2_learns_texts_by_heart(tmp_path):
+    place = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
+    if not place:
+        pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's .gguf file")
+    folder = convert(place, tmp_path / "smollm2")
+    assert convert(place, folder) == folder
+    found = docstrings(most=1)  # one of each package, all in each step
+    data = dataclasses.replace(found, test=found.train)
+    run = train(folder, data, steps=8, batch_size=len(data.train), four_bit=False, learning_rate=2e-3, device="cpu")
+    assert run.losses[-1] < 0.7 * run.losses[0] and run.reloaded_equal
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)

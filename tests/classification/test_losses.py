@@ -1,0 +1,174 @@
+"""Losses are PyTorch's, micro-batches add up, classes weigh what they should, and bad labels are refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
+
+from tests.classification.models import LABELS, batch, classifier
+from unsloth_puzzles.classification.losses import (
+    MULTI,
+    PROBLEM_TYPES,
+    REGRESSION,
+    SINGLE,
+    check_labels,
+    class_weights,
+    classification_loss,
+    weigh_classes,
+)
+
+WEIGHTS = torch.tensor([0.5, 1.0, 3.0])
+
+
+def _case(problem_type):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    if problem_type == SINGLE:
+        return logits, torch.tensor([0, 2, 1, -100, 2, 0])
+    if problem_type == MULTI:
+        return logits, torch.randint(2, (6, 3), generator=generator)
+    return logits, torch.randn(6, 3, generator=generator, dtype=torch.float64)
+
+
+def test_values_are_those_of_pytorch():
+    logits, labels = _case(SINGLE)
+    expected = F.cross_entropy(logits, labels)
+    assert (classification_loss(logits, labels, SINGLE) - expected).abs() <= 1e-15
+    logits, labels = _case(MULTI)
+    expected = F.binary_cross_entropy_with_logits(logits, labels.double())
+    assert (classification_loss(logits, labels, MULTI) - expected).abs() <= 1e-15
+    logits, labels = _case(REGRESSION)
+    assert (classification_loss(logits, labels, REGRESSION) - F.mse_loss(logits, labels)).abs() <= 1e-15
+    one = logits[:, :1]
+    expected = F.mse_loss(one.squeeze(), labels[:, 0])
+    assert (classification_loss(one, labels[:, 0], REGRESSION) - expected).abs() <= 1e-15
+
+
+def test_values_with_weights():
+    logits, labels = _case(SINGLE)
+    expected = F.cross_entropy(logits, labels, WEIGHTS.double(), reduction="sum") / 5  # of labels, not of weights
+    assert (classification_loss(logits, labels, SINGLE, WEIGHTS) - expected).abs() <= 1e-15
+    logits, labels = _case(MULTI)
+    expected = F.binary_cross_entropy_with_logits(logits, labels.double(), pos_weight=WEIGHTS.double())
+    assert (classification_loss(logits, labels, MULTI, WEIGHTS) - expected).abs() <= 1e-15
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize("given", [int, torch.tensor])
+def test_micro_batches_add_up(problem_type, given):
+    logits, labels = _case(problem_type)
+    weights = None if problem_type == REGRESSION else WEIGHTS
+    whole = classification_loss(logits, labels, problem_type, weights)
+    number = given(int(labels.ne(-100).sum()))
+    parts = [
+        classification_loss(logits[rows], labels[rows], problem_type, weights, number)
+        for rows in (slice(0, 1), slice(1, 6))
+    ]
+    assert (sum(parts) - whole).abs() <= 1e-15 * whole.abs() * 4
+
+
+@pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
+def test_missing_labels_do_not_count(problem_type):
+    logits, labels = _case(problem_type)
+    labels = labels.double()
+    known = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    found = classification_loss(logits.requires_grad_(), labels.where(known, -100), problem_type)
+    expected = sum(
+        classification_loss(logits[row, column].reshape(1, 1), labels[row, column].reshape(1, 1), problem_type)
+        for row, column in known.nonzero().tolist()
+    )
+    assert (found - expected / known.sum()).abs() <= 1e-14
+    found.backward()
+    assert torch.equal(logits.grad != 0, known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_logits_are_upcast(dtype):
+    logits, labels = _case(SINGLE)
+    found = classification_loss(logits.to(dtype), labels, SINGLE)
+    assert torch.equal(found, classification_loss(logits.to(dtype).float(), labels, SINGLE))
+    assert found.dtype == torch.float32
+
+
+def test_class_weights_balance_the_classes():
+    labels = [0] * 6 + [1] * 3 + [2] + [-100]
+    weights = class_weights(labels, 3)
+    assert torch.allclose(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
+    assert weights.dtype == torch.float32 and weights[torch.tensor(labels[:-1])].mean().item() == pytest.approx(1)
+    several = torch.tensor([[1, 0], [0, 1], [0, 1], [0, -100]])
+    assert class_weights(several, 2).tolist() == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([0, 1, 1], r"labels must have an example of each class, got none of \[2\]"),
+        ([0, 1, 3], "labels must be from 0 to 2, got 0 to 3"),
+        ([-1, 1, 2], "labels must be from 0 to 2, got -1 to 2"),
+        ([-100], r"labels must have an example of each class, got none of \[0, 1, 2\]"),
+        ([0.0, 1.0], r"labels must be \[examples\] integers or .*, got torch.float32 of shape \(2,\)"),
+        ([[0, 1]], r"labels must be \[examples\] integers or .*, got torch.int64 of shape \(1, 2\)"),
+        ([[0, 1, 2]], "labels must be 0, 1 or -100 for several labels at once"),
+    ],
+)
+def test_class_weights_of_bad_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        class_weights(labels, 3)
+
+
+def test_weights_go_into_the_loss_and_out_again(checkpoint):
+    model, tokenizer = classifier(checkpoint)
+    given = {**batch(tokenizer), "labels": torch.tensor([0, 1, 2])}
+    plain = model(**given)
+    weigh_classes(model, WEIGHTS)
+    weighted = model(**given)
+    expected = F.cross_entropy(weighted.logits, given["labels"], WEIGHTS, reduction="sum") / 3
+    assert torch.equal(weighted.logits, plain.logits)
+    assert (weighted.loss - expected).abs() <= 1e-6 * expected < (plain.loss - expected).abs()
+    weigh_classes(model, None)
+    assert torch.equal(model(**given).loss, plain.loss)
+
+
+@pytest.mark.parametrize(
+    "problem_type, weights, message",
+    [
+        (SINGLE, [1.0, 1.0], r"class_weight must have shape \(3,\), got \(2,\)"),
+        (SINGLE, [1.0, 0.0, 1.0], "class_weight must be positive and finite"),
+        (MULTI, [1.0, float("inf"), 1.0], "class_weight must be positive and finite"),
+        (REGRESSION, [1.0, 1.0, 1.0], "class_weight must be None for a regression"),
+    ],
+)
+def test_bad_weights_are_refused(checkpoint, problem_type, weights, message):
+    model, _ = classifier(checkpoint, LABELS, problem_type, adapters=False)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        weigh_classes(model, weights)
+
+
+def test_other_models_are_not_given_weights(checkpoint):
+    plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    with pytest.raises(TypeError, match=r"^model must be what load_classifier or add_adapters returns, got a LlamaFor"):
+        weigh_classes(plain, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "problem_type, number, labels, error, message",
+    [
+        (SINGLE, 3, torch.zeros(4), TypeError, "labels must be integers for single_label"),
+        (SINGLE, 3, torch.zeros(4, 3).long(), ValueError, r"labels must have shape \(4,\) or \(4, 1\)"),
+        (SINGLE, 3, torch.zeros(5).long(), ValueError, r"labels must have shape \(4,\) or .*, got \(5,\)"),
+        (MULTI, 3, torch.zeros(4), ValueError, r"labels must have shape \(4, 3\) for multi_label.*, got \(4,\)"),
+        (MULTI, 1, torch.zeros(4, 3), ValueError, r"labels must have shape \(4, 1\) or \(4,\)"),
+        (REGRESSION, 4, torch.zeros(4), ValueError, r"labels must have shape \(4, 4\)"),  # would be broadcast
+        (REGRESSION, 1, torch.zeros(1, 4), ValueError, r"labels must have shape \(4, 1\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(problem_type, number, labels, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        check_labels(labels, torch.zeros(4, number), problem_type)
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_models_check_their_labels(checkpoint, problem_type):
+    model, tokenizer = classifier(checkpoint, LABELS, problem_type)
+    with pytest.raises(ValueError, match=r"^labels must have shape"):
+        model(**batch(tokenizer), labels=torch.zeros(2).long())

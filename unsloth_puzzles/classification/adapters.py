@@ -1,0 +1,129 @@
+"""Adapters of PEFT on a classifier whose head is trained and saved with them, and both loaded again."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from unsloth_puzzles.classification.load import HEAD, load_classifier
+from unsloth_puzzles.classification.pooling import is_pooled
+
+FILE = "classifier.json"  # beside PEFT's files: what the adapter's config does not say of its base model
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    lora_alpha: float = 16,
+    target_modules: str | list[str] = "all-linear",
+    gradient_checkpointing: bool = False,
+    **options: object,
+) -> PeftModel:
+    """Add LoRA for sequence classification: the head is trained as a whole, in float32, and saved with the adapters.
+
+    Args:
+        model: From `load_classifier`.
+        r: The adapters' rank.
+        lora_alpha: Adapters are scaled by lora_alpha / r.
+        target_modules: As PEFT takes them. "all-linear" is every linear layer but the head.
+        gradient_checkpointing: Compute the layers again in the backward, non-reentrant.
+        **options: Others of `LoraConfig`.
+
+    Returns:
+        The PEFT model, in training mode.
+
+    Raises:
+        TypeError: `model` is not from `load_classifier`.
+        ValueError: Options under which the head would not be trained and saved.
+    """
+    if isinstance(model, PeftModel) or not is_pooled(model):
+        raise TypeError(f"model must be what load_classifier returns, got a {type(model).__name__}")
+    if options.pop("task_type", "SEQ_CLS") != "SEQ_CLS":
+        raise ValueError("task_type must be 'SEQ_CLS' or left out, got another: the head would stay frozen and unsaved")
+    if not isinstance(target_modules, str) and any(one.split(".")[-1] == HEAD for one in target_modules):
+        raise ValueError(f"target_modules must be without {HEAD!r}, which is trained as a whole, got {target_modules}")
+    given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **given))
+    _prepare_head(adapted, trained=True)
+    if gradient_checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.enable_input_require_grads()
+    return adapted.train()
+
+
+def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save adapters, head, tokenizer and labels; of the base model its name alone.
+
+    Args:
+        model: From `add_adapters`.
+        tokenizer: From `load_classifier`.
+        folder: Made where it does not exist.
+
+    Raises:
+        TypeError: `model` has no adapters, or is no classifier.
+        ValueError: The tokenizer pads with another token than the model was given.
+    """
+    if not isinstance(model, PeftModel) or not is_pooled(model.get_base_model()):
+        raise TypeError(f"model must be what add_adapters returns, got a {type(model).__name__}")
+    classifier = model.get_base_model()
+    config = classifier.config
+    if tokenizer.pad_token_id != config.get_text_config().pad_token_id:
+        raise ValueError(
+            f"tokenizer must pad with token {config.get_text_config().pad_token_id}, the model's, "
+            f"got {tokenizer.pad_token_id}; save the tokenizer that load_classifier returned"
+        )
+    # PEFT would save the embeddings, too, if they have a row for the padding token, which no result depends on.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))
+    own = {
+        "labels": [config.id2label[index] for index in range(config.num_labels)],
+        "problem_type": config.problem_type,
+        "four_bit": getattr(classifier, "is_loaded_in_4bit", False),
+        "dtype": str(classifier.dtype).removeprefix("torch."),
+    }
+    Path(folder, FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+
+
+def load_trained(
+    folder: str | Path, *, name: str | None = None, trainable: bool = False, **options: object
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load what `save_classifier` saved, over its base model: the same logits, bit for bit, on the same hardware.
+
+    Args:
+        folder: Of `save_classifier`.
+        name: The base model; None is the one that the adapters name.
+        trainable: Load to go on training, in training mode; else in evaluation mode.
+        **options: Of `load_classifier`, such as `dtype`; by default as saved.
+
+    Returns:
+        The PEFT model and the tokenizer.
+
+    Raises:
+        FileNotFoundError: The folder is not one of `save_classifier`.
+    """
+    path = Path(folder, FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"folder must be one that save_classifier wrote, got {folder} without {FILE}")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["dtype"] = getattr(torch, saved["dtype"])
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    base = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    model, tokenizer = load_classifier(base, saved.pop("labels"), **{**saved, "tokenizer": tokenizer, **options})
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    _prepare_head(adapted, trained=trainable)
+    return adapted.train(trainable), tokenizer
+
+
+def _prepare_head(adapted: PeftModel, *, trained: bool) -> None:
+    """Check what was assumed of PEFT: a copy of the head that is trained (or not) and saved. It computes in float32."""
+    head = getattr(adapted.get_base_model(), HEAD)
+    if not isinstance(head, ModulesToSaveWrapper):
+        raise ValueError(f"model.{HEAD} must be a module that PEFT saves, got a {type(head).__name__}")
+    head.float()
+    found = {parameter.requires_grad for parameter in head.modules_to_save.parameters()}
+    if found != {trained}:
+        raise ValueError(f"model.{HEAD} must be {'trained' if trained else 'frozen'}, got requires_grad {found}")

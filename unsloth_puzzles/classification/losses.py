@@ -1,0 +1,168 @@
+"""Losses of a classifier: one label of several, several labels at once, or numbers; with weights for rare classes.
+
+    weigh_classes(model, class_weights(train_labels, num_labels))
+
+Each is a sum over labels divided by `num_items_in_batch`, so that with gradient accumulation every label weighs the
+same, whichever micro-batch it is in.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100  # the label that counts nothing; the Trainer does not count it either
+SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
+    "single_label_classification", "multi_label_classification", "regression",
+)  # fmt: skip
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    problem_type: str,
+    class_weight: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross entropy, binary cross entropy or squared error: the sum over the labels, divided by their number.
+
+    Labels of -100 do not count, in regression as well.
+
+    Args:
+        logits: [batch, num_labels], a floating dtype; 16 bits are computed with in float32.
+        labels: [batch] integers for one label; [batch, num_labels] of 0 and 1, or numbers, for the others.
+        problem_type: One of `PROBLEM_TYPES`.
+        class_weight: [num_labels]. For one label, what the loss of a row of each class is multiplied with; for several
+            labels, what the loss where a label is 1 is multiplied with.
+        num_items_in_batch: The number of labels in all micro-batches of a step; None: of those in `labels`. It is the
+            number with `class_weight`, too: dividing by the weights would weigh micro-batches differently.
+
+    Returns:
+        A 0-dim tensor, float32 or wider.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    labels = labels.to(logits.device)
+    if class_weight is not None:
+        class_weight = class_weight.to(logits)
+    if problem_type == SINGLE:
+        labels = labels.reshape(-1).long()
+        losses = F.cross_entropy(logits, labels, class_weight, ignore_index=IGNORED, reduction="none")  # [batch]
+    else:
+        labels = labels.reshape(logits.shape).to(logits.dtype)
+        if problem_type == MULTI:
+            losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=class_weight, reduction="none")
+        else:
+            losses = (logits - labels).square()  # [batch, num_labels]
+    valid = labels != IGNORED
+    number = valid.sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(number, torch.Tensor):
+        number = number.to(logits.device)
+    return torch.where(valid, losses, 0).sum() / number
+
+
+class ClassificationLoss:
+    """`classification_loss` in the form in which transformers calls a model's `loss_function`."""
+
+    def __init__(self, problem_type: str, class_weight: torch.Tensor | None = None):
+        """See `classification_loss`."""
+        self.problem_type, self.class_weight = problem_type, class_weight
+
+    def __call__(
+        self,
+        *,
+        labels: torch.Tensor,
+        pooled_logits: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **unused: object,
+    ) -> torch.Tensor:
+        """The loss; `unused` is what transformers passes to losses of other tasks."""
+        return classification_loss(pooled_logits, labels, self.problem_type, self.class_weight, num_items_in_batch)
+
+
+def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Weights with which every class matters alike, however many examples it has.
+
+    Args:
+        labels: Of the training set: [examples] integers below `num_labels`, or [examples, num_labels] of 0 and 1 for
+            several labels at once. -100 does not count.
+        num_labels: The number of classes.
+
+    Returns:
+        [num_labels] float32. For one label n / (num_labels * n of the class), whose mean over the examples is 1, so the
+        loss keeps its size; for several labels the number of 0s over that of 1s.
+
+    Raises:
+        ValueError: The shape or the numbers of `labels`; a class without an example, whose weight would be infinite.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.dim() == 2 and labels.shape[1] == num_labels:
+        if not ((labels == 0) | (labels == 1) | (labels == IGNORED)).all():
+            raise ValueError("labels must be 0, 1 or -100 for several labels at once, got others")
+        counts = (labels == 1).sum(0)  # [num_labels]
+        of_all, share = (labels == 0).sum(0), 1
+    elif labels.dim() == 1 and not labels.is_floating_point():
+        labels = labels[labels != IGNORED]
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
+            raise ValueError(f"labels must be from 0 to {num_labels - 1}, got {labels.min()} to {labels.max()}")
+        counts = torch.bincount(labels, minlength=num_labels)
+        of_all, share = counts.sum(), num_labels
+    else:
+        raise ValueError(
+            f"labels must be [examples] integers or [examples, {num_labels}] of 0 and 1, got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}"
+        )
+    if not counts.all():
+        empty = counts.eq(0).nonzero().flatten().tolist()
+        raise ValueError(f"labels must have an example of each class, got none of {empty}; leave these classes out")
+    return (of_all / (share * counts)).float()
+
+
+def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> None:
+    """Let the loss of a classifier count classes by `class_weight`, [num_labels]; None takes weights away.
+
+    Args:
+        model: From `load_classifier`, or with adapters of `add_adapters`, before `compile_qlora`.
+        class_weight: What `class_weights` returns.
+
+    Raises:
+        TypeError: Another model.
+        ValueError: The shape; weights that are not positive numbers; a regression, which has no classes.
+    """
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(type(classifier), "pools_by_mask", False):
+        raise TypeError(f"model must be what load_classifier or add_adapters returns, got a {type(model).__name__}")
+    config = classifier.config
+    if hasattr(classifier.loss_function, "__wrapped__"):
+        raise ValueError("model must not be compiled yet, got one that is; give it weights before compile_qlora")
+    if class_weight is not None:
+        if config.problem_type == REGRESSION:
+            raise ValueError("class_weight must be None for a regression, which has no classes")
+        class_weight = torch.as_tensor(class_weight, dtype=torch.float32)
+        if class_weight.shape != (config.num_labels,):
+            raise ValueError(f"class_weight must have shape ({config.num_labels},), got {tuple(class_weight.shape)}")
+        if not (class_weight.isfinite() & (class_weight > 0)).all():
+            raise ValueError(f"class_weight must be positive and finite, got {class_weight.tolist()}")
+        class_weight = class_weight.to(classifier.device)
+    classifier.loss_function = ClassificationLoss(config.problem_type, class_weight)
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:
+    """Refuse labels that PyTorch would broadcast, or take for another kind of problem.
+
+    Raises:
+        ValueError: Their shape.
+        TypeError: Their dtype.
+    """
+    batch, number = logits.shape
+    if problem_type == SINGLE:
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(
+                f"labels must be integers for {SINGLE}, got {labels.dtype}; load_classifier takes another problem_type"
+            )
+        shapes = [(batch,), (batch, 1)]
+    else:
+        shapes = [(batch, number), *([(batch,)] if number == 1 else [])]
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"labels must have shape {' or '.join(map(str, shapes))} for {problem_type}, got {tuple(labels.shape)}"
+        )

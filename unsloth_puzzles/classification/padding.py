@@ -1,0 +1,57 @@
+"""A padding token apart from the end-of-text token, for tokenizer and model alike."""
+
+import re
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADDED = "<|pad|>"
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str:
+    """Give both the same padding token, which ends no text.
+
+    The tokenizer's own is kept unless it begins or ends texts. Otherwise a special token is taken that texts do not
+    use: one for padding, a reserved one, or the unknown token; if there is none, `<|pad|>` is added, and a row to the
+    embeddings where they have no spare one.
+
+    Args:
+        tokenizer: Changed in place.
+        model: Changed in place: its config, and its embeddings if they are too few.
+
+    Returns:
+        The token.
+    """
+    config = model.config.get_text_config()
+    taken = _ids(tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, config.eos_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
+        spare = _spare(tokenizer, taken)
+        if spare is None:
+            tokenizer.add_special_tokens({"pad_token": ADDED})
+        else:
+            tokenizer.pad_token = spare
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for one in {id(config): config, id(model.config): model.config}.values():
+        one.pad_token_id = tokenizer.pad_token_id
+    return tokenizer.pad_token
+
+
+def _ids(*given: int | list[int] | None) -> set[int]:
+    found: set[int] = set()
+    for one in given:
+        found |= set(one) if isinstance(one, list) else {one} - {None}
+    return found
+
+
+def _spare(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
+    special = {
+        index: str(token)
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and index not in taken
+    }
+    for kind in (r"(^|\W|_)pad(\W|_|$)", r"reserved|unused"):
+        for token in special.values():
+            if re.search(kind, token, re.IGNORECASE):
+                return token
+    unknown = tokenizer.unk_token_id
+    return tokenizer.unk_token if unknown is not None and unknown not in taken else None

@@ -1,0 +1,155 @@
+"""A classifier of transformers that reads its logits where the attention mask ends, with a float32 head and its loss.
+
+transformers looks for the last token that is not `pad_token_id`: where padding is the end-of-text token, it stops
+before a text's own one, and the logits are those of another position.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
+
+from unsloth_puzzles.classification.losses import ClassificationLoss, check_labels
+from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+
+
+def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
+    """Let a classifier take each row's logits at the last position of its attention mask.
+
+    Without a mask, the tokens that are `pad_token_id` are masked. Only these positions are projected, by the head in
+    its own dtype also under autocast, and the loss is `ClassificationLoss`. A row without any token has logits NaN.
+
+    Args:
+        model: A `...ForSequenceClassification` of transformers with a linear `score`, changed in place.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        TypeError: Another kind of model.
+    """
+    if not isinstance(model, GenericForSequenceClassification) or (
+        type(model).forward is not GenericForSequenceClassification.forward
+    ):
+        raise TypeError(
+            "model must be a decoder for sequence classification with transformers' common forward, such as "
+            f"LlamaForSequenceClassification, got {type(model).__name__}"
+        )
+    own, before = "_loss_function" in vars(model), model.loss_function
+    model.loss_function = ClassificationLoss(model.config.problem_type)
+    exchanged = exchange_classes([(model, _pooling_class(type(model)))])
+
+    def undo() -> None:
+        exchanged()
+        del model._loss_function
+        if own:
+            model.loss_function = before
+
+    return undo
+
+
+def is_pooled(model: object) -> bool:
+    """Whether `pool_by_mask` has changed this model."""
+    return getattr(type(model), "pools_by_mask", False)
+
+
+def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The last position of each row that its mask keeps, [batch] int64; `attention_mask` is [batch, length]."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions * attention_mask.bool()).argmax(-1)
+
+
+@cache
+def _pooling_class(cls: type) -> type:
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,  # [batch, length]
+        attention_mask: torch.Tensor | None = None,  # [batch, length]
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: object = None,
+        inputs_embeds: torch.Tensor | None = None,  # [batch, length, hidden]
+        labels: torch.Tensor | None = None,  # [batch] or [batch, num_labels]
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> SequenceClassifierOutputWithPast:
+        _check_training(self, labels)
+        if past_key_values is None or attention_mask is not None:  # of a cache the ids do not say what is padding
+            attention_mask = _mask(self, input_ids, attention_mask)
+        items = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        outputs = self.base_model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = _logits(self, outputs.last_hidden_state, attention_mask)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits, self.config.problem_type)
+            with torch.autocast(logits.device.type, enabled=False):
+                loss = self.loss_function(
+                    logits=logits, labels=labels, pooled_logits=logits, config=self.config, **items
+                )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # PEFT, the Trainer and saved configs know a model by the name of its class.
+    return subclass(cls, cls.__name__, forward=forward, pools_by_mask=True, __module__=cls.__module__)
+
+
+def _mask(model, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}")
+        return attention_mask
+    pad = model.config.get_text_config().pad_token_id
+    return None if input_ids is None or pad is None else (input_ids != pad).long()
+
+
+def _logits(model, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[batch, num_labels] of `hidden_states` [batch, length, hidden]."""
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)
+    if attention_mask is None:
+        pooled = hidden_states[:, -1]
+    else:
+        length = hidden_states.shape[1]
+        if attention_mask.shape[1] < length:
+            raise ValueError(f"attention_mask must have {length} positions, got {attention_mask.shape[1]}")
+        attention_mask = attention_mask[:, -length:].to(hidden_states.device)  # before them are those of a KV cache
+        pooled = hidden_states[rows, last_positions(attention_mask)]  # [batch, hidden]
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        logits = model.score(pooled.to(next(model.score.parameters()).dtype))
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask.bool().any(-1, keepdim=True), float("nan"))
+    return logits
+
+
+def _check_training(model, labels: torch.Tensor | None) -> None:
+    """Refuse what would train something else than what was asked for, and say nothing."""
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    if labels is None:
+        if getattr(inspect.unwrap(model.loss_function), "class_weight", None) is not None:
+            raise ValueError(
+                "labels must be given where classes have weights, got none: label_smoothing_factor and "
+                "compute_loss_func of a Trainer take the labels away, and its loss would not know the weights"
+            )
+    elif not any(parameter.requires_grad for parameter in model.score.parameters()):
+        raise ValueError(
+            "model.score must be trained, got a frozen head, which PEFT would not save either; use add_adapters, or "
+            "task_type='SEQ_CLS'"
+        )
