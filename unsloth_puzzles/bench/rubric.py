@@ -173,7 +173,11 @@ D = (
         "one simple interface over xformers, SDPA, flash and flex attention",
         only(2, *(works(f"attention, {backend}") for backend in ("xformers", "SDPA", "flash", "flex"))),
     ),
-    Criterion("D", "sequence classification", only(1, works("sequence classification"))),
+    Criterion(
+        "D",
+        "sequence classification",
+        only(1, *(works(f"classification, {part}") for part in ("traps", "losses", "real text"))),
+    ),
     Criterion(
         "D",
         "a vision data collator that mixes text-only and image rows, for Qwen, Llama, Pixtral",
