@@ -1,24 +1,22 @@
 """SmolLM2 on docstrings over three seeds: NF4 and not quantised, beside majority, naive Bayes and TF-IDF.
 
-    python -m benchmarks.classification.sweeps resources/measurements/d_classification_sweeps.json --model FOLDER
+    python -m benchmarks.classification.sweeps resources/measurements/d_classification_sweeps.json [--folder model]
 
-`--model` is a checkpoint, a name on the hub, or a GGUF file of SmolLM2 or its folder. It needs a GPU.
+It needs a GPU.
 """
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.classification.baselines import baselines
 from benchmarks.classification.docstrings import Docstrings, docstrings
-from benchmarks.classification.smollm2 import convert
 from benchmarks.classification.training import WAYS, train
+from benchmarks.smollm2 import checkpoint
 from unsloth_puzzles.bench.record import Measurements
 
-HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEEDS = (0, 1, 2)
 PARITY_STEPS = 30  # in float32, where ways differ by their rounding alone
 EPOCHS = 3
@@ -87,13 +85,10 @@ def _parity(found: Measurements, model: str, data: Docstrings, steps: int, devic
 def main() -> None:
     parser = argparse.ArgumentParser(description="Classification over seeds.")
     parser.add_argument("path", type=Path)
-    parser.add_argument("--model", default=HUB)
+    parser.add_argument("--model", help="a folder or a name; default: SmolLM2 of the hub, or of the file in --folder")
+    parser.add_argument("--folder", default="model", help="holds SmolLM2's GGUF file, or gets it")
     given = parser.parse_args()
-    model = given.model
-    with tempfile.TemporaryDirectory() as folder:
-        if Path(model).suffix == ".gguf" or any(Path(model).glob("*.gguf")):
-            model = str(convert(model, folder))
-        measure(given.path, model)
+    measure(given.path, given.model or checkpoint(given.folder)[0])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from benchmarks.smollm2 import load
 from benchmarks.tool_calling.data import Question, all_tools, expected_results, training_questions
-from benchmarks.tool_calling.smollm2 import load
 from unsloth_puzzles.tool_calling.formats import chat_format
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.smollm2 import load
 from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
 from benchmarks.tool_calling.evaluate import evaluate, table
-from benchmarks.tool_calling.smollm2 import load
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tool_calling import smollm2
+from benchmarks import smollm2
 from benchmarks.tool_calling.engine import EngineReply, ask, read, request
 from tests.tool_calling.functions import add
 from unsloth_puzzles.tool_calling.replies import Call

