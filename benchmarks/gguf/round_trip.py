@@ -18,7 +18,7 @@ class Exported(NamedTuple):
     """A file beside transformers' answer of the same model in float32, to a question that was not taught."""
 
     size: int  # bytes
-    equal: bool  # the greedy tokens
+    equal: bool  # the greedy tokens up to the end of transformers' answer, which the engine does not stop at
     error: float  # the largest difference of log-probabilities over the tokens that both chose before they part
     mean_error: float  # the mean of them
     text: str  # what it answers to the question that was taught
@@ -69,7 +69,7 @@ def round_trip(
     for quantization in quantizations:
         path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
         answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens)
-        found[quantization] = _exported(path, other, expected, answers[quantization].text)
+        found[quantization] = _exported(path, other, expected, tokenizer.eos_token_id, answers[quantization].text)
     with model.disable_adapter():
         path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
         (off,) = ask(path, None, [asked], tokens=tokens)
@@ -78,8 +78,9 @@ def round_trip(
     return found
 
 
-def _exported(path: Path, theirs: Answer, ours: Answer, text: str) -> Exported:
-    same = [one == other for one, other in zip(theirs.tokens, ours.tokens, strict=True)]
+def _exported(path: Path, theirs: Answer, ours: Answer, end: int, text: str) -> Exported:
+    length = ours.tokens.index(end) if end in ours.tokens else len(ours.tokens)
+    same = [one == other for one, other in zip(theirs.tokens[:length], ours.tokens[:length], strict=True)]
     alike = same.index(False) if False in same else len(same)
     pairs = list(zip(theirs.log_probs, ours.log_probs, strict=True))[: max(1, alike)]
     errors = [abs(one - other) for one, other in pairs]
