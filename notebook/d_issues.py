@@ -227,6 +227,7 @@ judge(issues, "vision collator, LLaVA, Gemma 3, SmolVLM", groups["other families
 # %%
 import matplotlib.pyplot as plt
 
+from benchmarks.vision.families import FAMILIES
 from benchmarks.vision.work import work_by_share
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
@@ -473,6 +474,7 @@ bytes_only = Tokenizer(models.BPE(vocab={token: index for index, token in enumer
 bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 bytes_only.add_special_tokens(alphabet[:2])
 ends = PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+tokenizer = ends  # a classifier brings its own
 for folder in (tiny, quantised):
     ends.save_pretrained(folder)
 shape = tiny_llama_config(vocab_size=272, layers=2 if GPU else 1)
@@ -494,6 +496,7 @@ def rows(tokenizer, texts):
     return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False).to(DEVICE)
 
 
+# %%
 checks = {}
 try:
     AutoModelForSequenceClassification.from_pretrained(quantised, num_labels=3)
@@ -711,7 +714,10 @@ def read_file(path: str) -> str:
     return open(path).read()
 
 
+safe, model, tokenizer = {}, None, None
 toolbox = ToolBox([power, read_file], seconds=1)
+
+# %%
 ATTEMPTS = {
     "right": ('{"name": "power", "arguments": {"base": 2, "exponent": 10}}', "1024"),
     "malformed JSON": ('{"name": "power", "arguments": {"base": 2', "invalid JSON"),
@@ -723,7 +729,6 @@ ATTEMPTS = {
     "too long": ('{"name": "power", "arguments": {"base": 9, "exponent": 4000}}', "must return at most 1000"),
     "a file": ('{"name": "read_file", "arguments": {"path": "/etc/passwd"}}', "must use no files"),
 }  # fmt: skip
-safe = {}
 for name, (body, expected) in ATTEMPTS.items():
     reply = read_tagged(f"<tool_call>\n{body}\n</tool_call>")
     heard = reply.error or toolbox.call(*reply.calls[0]).content
@@ -747,7 +752,6 @@ from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 
 questions = test_questions()
-model = tokenizer = None
 if not GPU:
     print("SKIPPED: the QLoRA run on SmolLM2-135M: it takes hours without a GPU")
 else:
