@@ -160,7 +160,7 @@ def test_library_examples_run() -> None:
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("trl")
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    weight, compiled, model, loss, trainers, attention, qlora, sharded = examples
+    weight, compiled, model, loss, trainers, attention, *others = examples
     names: dict = {}
     for example in (weight, compiled, loss, attention):
         exec(example.replace('"cuda"', '"cpu"'), names)
@@ -168,12 +168,13 @@ def test_library_examples_run() -> None:
     assert names["y"].shape == (4, 1024)
     assert names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0
     assert names["out"].shape == names["query"].shape
-    for example in (model, trainers, qlora, sharded):
+    for example in (model, trainers, *others):
         imports = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), "imports", "exec"), names)
     for name in (
         "patch_linear4bit", "use_memory_efficient_loss", "MemoryEfficientGRPOTrainer", "compile_qlora", "pack_nf4",
-        "fsdp2_arguments", "prepare_trainer",
+        "fsdp2_arguments", "prepare_trainer", "VisionCollator", "patch_mllama", "export_gguf", "load_classifier",
+        "add_adapters", "save_classifier", "ToolBox", "run_conversation",
     ):  # fmt: skip
         assert callable(names[name])
 
