@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -131,6 +132,28 @@ def _need_source(name: str) -> None:
         return
     if refusal := hub_refuses():
         raise OSError(refusal)
+
+
+def random_nf4_layer(
+    rows: int,
+    columns: int,
+    *,
+    nested: bool = True,
+    bias: bool = False,
+    blocksize: int = 64,
+    quant_type: str = "nf4",
+    storage: torch.dtype = torch.uint8,
+) -> Linear4bit:
+    """A layer of bitsandbytes on the CPU, [rows, columns] in 4 bits, that computes in float32."""
+    made = Linear4bit(columns, rows, bias=bias, compute_dtype=torch.float32, device="cpu")
+    made.weight = Params4bit(
+        torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type=quant_type,
+        blocksize=blocksize, quant_storage=storage,
+    )  # fmt: skip
+    made.to("cpu")
+    if made.weight.quant_state is None:
+        made.weight._quantize("cpu")
+    return made
 
 
 @cache

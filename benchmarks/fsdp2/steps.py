@@ -72,7 +72,6 @@ def measure(
     steps: int = 8,
     accumulation: int = 1,
     dtype: str = "bfloat16",
-    kernels: str = "ours",
     compiled: bool = False,
     checkpointing: bool = True,
     profiled: bool = False,
@@ -90,7 +89,6 @@ def measure(
         steps: With AdamW; the first half is warm-up.
         accumulation: Micro-batches of a step.
         dtype: That everything but the adapters computes in.
-        kernels: "ours" or "bitsandbytes", for de-quantisation in one process.
         compiled: By `compile_qlora`.
         checkpointing: Compute activations again in the backward.
         profiled: Make one more step under PyTorch's profiler.
@@ -113,7 +111,7 @@ def measure(
         counts = stack.enter_context(count_compilations())
         if compiled:
             stack.enter_context(compile_qlora(model))
-        elif WORLD == 1 and kernels == "ours":
+        elif WORLD == 1:
             stack.enter_context(patch_linear4bit(model))
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=None if kind == torch.float32 else kind, **sharding)

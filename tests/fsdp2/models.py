@@ -1,26 +1,16 @@
 """Quantised layers and tiny QLoRA models for the tests of one process."""
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.models import random_nf4_llama, tiny_llama_config
+from benchmarks.models import random_nf4_layer, random_nf4_llama, tiny_llama_config
 
 VOCABULARY = 64
 
 
-def layer(rows=48, columns=40, *, nested=True, bias=False, blocksize=64, quant_type="nf4", storage=torch.uint8):
-    """A quantised layer with random weights."""
-    made = Linear4bit(columns, rows, bias=bias, compute_dtype=torch.float32, device="cpu")
-    made.weight = Params4bit(
-        torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type=quant_type,
-        blocksize=blocksize, quant_storage=storage,
-    )  # fmt: skip
-    made.to("cpu")
-    if made.weight.quant_state is None:
-        made.weight._quantize("cpu")
-    return made
+def layer(rows=48, columns=40, **options):
+    return random_nf4_layer(rows, columns, **options)
 
 
 def qlora(**config):

@@ -1,26 +1,16 @@
 """NF4 layers and small models with adapters for the tests of exports."""
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.gguf.models import tiny
-from benchmarks.models import random_nf4_llama, tiny_llama_config
+from benchmarks.models import random_nf4_layer, random_nf4_llama, tiny_llama_config
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
 
-def nf4_layer(rows=48, columns=64, *, nested=True, blocksize=64, storage=torch.uint8, quant_type="nf4"):
-    """A quantised layer with random weights."""
-    made = Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, device="cpu")
-    made.weight = Params4bit(
-        torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type=quant_type,
-        blocksize=blocksize, quant_storage=storage,
-    )  # fmt: skip
-    made.to("cpu")
-    if made.weight.quant_state is None:
-        made.weight._quantize("cpu")
-    return made
+def nf4_layer(rows=48, columns=64, **options):
+    return random_nf4_layer(rows, columns, **options)
 
 
 def with_adapters(model, **lora):
