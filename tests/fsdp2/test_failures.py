@@ -49,7 +49,7 @@ def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
 )
 def test_both_ranks_refuse_values_that_differ(errors, name, what):
     first, second = errors[name]
-    assert first == second and first.startswith(SAME.format(what))
+    assert first == second and str(first).startswith(SAME.format(what))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_both_ranks_refuse_values_that_differ(errors, name, what):
 )
 def test_what_fsdp2_breaks_is_refused(errors, name, message):
     first, second = errors[name]
-    assert first == second and first.startswith(message)
+    assert first == second and str(first).startswith(message)
 
 
 @pytest.mark.parametrize("name", ["the same", "the same, under a Trainer"])
