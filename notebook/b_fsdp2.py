@@ -38,6 +38,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas
@@ -146,16 +147,35 @@ for name, bandwidth, rate in (("two T4s, PCIe", 5e9, 25e12), ("two H200s, NVLink
 import torch
 
 from benchmarks.fsdp2 import corruption
-from benchmarks.fsdp2.ranks import start_ranks
+from benchmarks.fsdp2.ranks import at_once, start_ranks
 
 
-def run_ranks(module, *arguments, ranks, timeout, **variables):
+def run_ranks(module, *arguments, ranks, timeout):
     """Run a module in this many processes, and return what it wrote."""
     out = os.path.join(folder, f"{module.rpartition('.')[2]}_{ranks}.json")
     free_memory()
-    start_ranks(module, out, *arguments, ranks=ranks, timeout=timeout, gpus=visible if GPU else None, **variables)
+    start_ranks(module, out, *arguments, ranks=ranks, timeout=timeout, gpus=visible if GPU else None)
     with open(out, encoding="utf-8") as file:
         return json.load(file)
+
+
+def write_json(name, value):
+    """Where a benchmark reads what it is to do."""
+    path = os.path.join(folder, f"{name}.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    return path
+
+
+def run_all(jobs, together=False):
+    """What each of {name: job} returns; a job that fails is recorded, and is missing here."""
+    found = {}
+    for name, result in at_once(jobs, together=together):
+        if isinstance(result, Exception):
+            experiments.failed(name, result)
+        else:
+            found[name] = result
+    return found
 
 
 if GPU:
@@ -167,16 +187,20 @@ else:
     print("SKIPPED: the conversion is CUDA's; on a CPU plain float16 storage is not corrupted either")
 
 # %%
-changed = run_ranks("benchmarks.fsdp2.corruption", ranks=RANKS, timeout=240)
-frame = pandas.DataFrame(changed, index=["changed on rank 0", "changed on rank 1"]).T
-display(Markdown(table(frame.reset_index(names=f"{corruption.BYTES} random bytes as"))))
-ours = {name: max(counts) for name, counts in changed.items() if name != corruption.FLOAT16}
-theirs = {corruption.FLOAT16: max(changed[corruption.FLOAT16])}
-results.add("bytes_changed", "byte streams, all cases", max(ours.values()), "bytes", baselines=theirs)
-checks = {name: count == 0 for name, count in ours.items()}
-if GPU:
-    checks["plain float16 storage is changed"] = theirs[corruption.FLOAT16] > 0
-judge(results, "no byte changes", checks)
+TIMEOUT = 900
+found = run_all(
+    {"byte streams": partial(run_ranks, "benchmarks.fsdp2.corruption", ranks=RANKS, timeout=TIMEOUT)}, False
+)
+for changed in found.values():
+    frame = pandas.DataFrame(changed, index=["changed on rank 0", "changed on rank 1"]).T
+    display(Markdown(table(frame.reset_index(names=f"{corruption.BYTES} random bytes as"))))
+    ours = {name: max(counts) for name, counts in changed.items() if name != corruption.FLOAT16}
+    theirs = {corruption.FLOAT16: max(changed[corruption.FLOAT16])}
+    results.add("bytes_changed", "byte streams, all cases", max(ours.values()), "bytes", baselines=theirs)
+    checks = {name: count == 0 for name, count in ours.items()}
+    if GPU:
+        checks["plain float16 storage is changed"] = theirs[corruption.FLOAT16] > 0
+    judge(results, "no byte changes", checks)
 
 # %% [markdown]
 # ### The code: the layer, and how a model is sharded
@@ -188,6 +212,45 @@ judge(results, "no byte changes", checks)
 # show: unsloth_puzzles/fsdp2/shard.py
 
 # %% [markdown]
+# ### The runs of checks 2 and 3
+#
+# Losses are compared there and nothing is timed, so on a large machine the four runs go side by side.
+#
+# - **Features**: a tiny Llama, each feature for a few steps, in one process and on two ranks.
+# - **60 steps**: decoder layers of Llama 3.2 1B's shapes in float32 with activation checkpointing, by a plain loop over
+#   six batches of random tokens: one uncompiled process with both rows of a batch; two ranks with a row each,
+#   uncompiled and compiled.
+
+# %%
+from benchmarks.fsdp2 import features
+
+STEPS = 60
+PARITY = {"shapes": "Llama 3.2 1B", "layers": 2, "vocabulary": 32000, "length": 512, "dtype": "float32", "steps": STEPS}
+if hardware.rehearsal or hardware.memory_gib < 20:
+    PARITY |= {"length": 256}
+LARGE_MACHINE = GPU and not hardware.rehearsal and hardware.memory_gib >= 60 and os.cpu_count() >= 16
+
+
+def features_of(ranks):
+    """A job: what each feature comes to on this many ranks."""
+    return partial(run_ranks, "benchmarks.fsdp2.features", ranks=ranks, timeout=TIMEOUT)
+
+
+def steps_of(ranks, *compiled):
+    """A job: 60 steps with the rows split over this many ranks, once for each of `compiled`."""
+    more = {"rows": RANKS // ranks, "profiled": ranks > 1, **PARITY}
+    path = write_json(f"cases_{ranks}", [{"compiled": one, **more} for one in compiled])
+    return partial(run_ranks, "benchmarks.fsdp2.steps", path, ranks=ranks, timeout=TIMEOUT)
+
+
+jobs = {"features, one process": features_of(1), "features, two ranks": features_of(RANKS)}
+if GPU:
+    jobs |= {"60 steps, one process": steps_of(1, False), "60 steps, two ranks": steps_of(RANKS, False, True)}
+else:
+    print("SKIPPED: 60 steps at a model's shapes need a GPU; the features are compared at tiny ones")
+runs = run_all(jobs, LARGE_MACHINE)
+
+# %% [markdown]
 # ### Check 2: every feature of FSDP2
 #
 # QLoRA of a tiny Llama in float32, random weights, with two ranks and with one process: the losses of all steps, the
@@ -196,12 +259,9 @@ judge(results, "no byte changes", checks)
 # one process does that sums its rows in two orders.
 
 # %%
-from benchmarks.fsdp2 import features
-
-alone = run_ranks("benchmarks.fsdp2.features", ranks=1, timeout=240)
-two = run_ranks("benchmarks.fsdp2.features", ranks=RANKS, timeout=600)
+alone, two = runs.get("features, one process"), runs.get("features, two ranks")
 checks, lines = {}, []
-for name in features.FEATURES:
+for name in features.FEATURES if alone and two else ():
     (loss, norm), (most, most_norm) = features.differences(name, two, alone), features.allowed(name, alone)
     found = two[name]
     checks[f"{name}: losses and norms"] = loss <= most and norm <= most_norm
@@ -211,18 +271,21 @@ for name in features.FEATURES:
         checks[f"{name}: bytes"] = found["compared"] == features.LINEAR and found["changed"] == 0
     lines.append((name, f"{loss:.1e}", f"{most:.1e}", f"{norm:.1e}", f"{found['share']:.4f}", *found["reduced"]))
     results.add("loss_difference", f"tiny Llama, {name}", loss, "loss")
-columns = ["feature", "losses differ by", "allowed", "norms, relative", "4-bit bytes of a rank", "reduced in"]
-display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
-checks["mixed precision: reduced in float32"] = two[features.MIXED]["reduced"] == ["torch.float32"]
-compared = sum(found["compared"] == features.LINEAR for found in two.values())
-checks["bytes were compared in every run but the captured one"] = compared == len(two) - 1
-accumulated = two["accumulation without communication"]["scattered"]
-checks["no reduce-scatter before the last micro-batch"] = set(accumulated[::2]) == {0} and min(accumulated[1::2]) > 0
-scales = two[features.SCALER]["scales"]
-checks["an infinity on one rank halves the scale on the other"] = scales[features.OVERFLOWING] == scales[0] / 2
-print(WHERE)
-judge(results, "features of FSDP2", checks)
-results.add("local_share", "4-bit bytes and scales", max(found["share"] for found in two.values()), "fraction")
+if lines:
+    columns = ["feature", "losses differ by", "allowed", "norms, relative", "4-bit bytes of a rank", "reduced in"]
+    display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
+    checks["mixed precision: reduced in float32"] = two[features.MIXED]["reduced"] == ["torch.float32"]
+    compared = sum(found["compared"] == features.LINEAR for found in two.values())
+    checks["bytes were compared in every run but the captured one"] = compared == len(two) - 1
+    accumulated = two["accumulation without communication"]["scattered"]
+    checks["no reduce-scatter before the last micro-batch"] = (
+        set(accumulated[::2]) == {0} and min(accumulated[1::2]) > 0
+    )
+    scales = two[features.SCALER]["scales"]
+    checks["an infinity on one rank halves the scale on the other"] = scales[features.OVERFLOWING] == scales[0] / 2
+    print(WHERE)
+    judge(results, "features of FSDP2", checks)
+    results.add("local_share", "4-bit bytes and scales", max(found["share"] for found in two.values()), "fraction")
 
 # %% [markdown]
 # ### The code: the Trainer's arguments, and the script
@@ -236,37 +299,13 @@ results.add("local_share", "4-bit bytes and scales", max(found["share"] for foun
 # show: unsloth_puzzles/fsdp2/train.py
 
 # %% [markdown]
-# ### Check 3: the loss of one GPU over 60 steps, compiled and not
-#
-# Decoder layers of Llama 3.2 1B's shapes with random weights in float32, by a plain loop over six batches of random
-# tokens: two
-# ranks with a row each, uncompiled and compiled, beside one uncompiled process with both rows. Activation checkpointing
-# is on.
+# ### Check 3: the loss of one process over 60 steps, compiled and not
 
 # %%
-STEPS = 60
-PARITY = {"shapes": "Llama 3.2 1B", "layers": 2, "vocabulary": 32000, "length": 512, "dtype": "float32", "steps": STEPS}
-if hardware.rehearsal or hardware.memory_gib < 20:
-    PARITY |= {"length": 256}
-
-
-def parity_runs(ranks, *compiled):
-    """What the steps module measures with the rows split over this many ranks, a case for each of `compiled`."""
-    path = os.path.join(folder, f"cases_{ranks}.json")
-    more = {"rows": RANKS // ranks, "profiled": ranks > 1, **PARITY}
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump([{"compiled": one, **more} for one in compiled], file)
-    return run_ranks("benchmarks.fsdp2.steps", path, ranks=ranks, timeout=900)["cases"]
-
-
 parity = {}
-if GPU:
-    (parity["one process"],) = parity_runs(1, False)
-    parity["uncompiled"], parity["compiled"] = parity_runs(RANKS, False, True)
-else:
-    print("SKIPPED: 60 steps at a model's shapes need a GPU; check 2 has compared tiny ones")
-
-# %%
+if "60 steps, one process" in runs and "60 steps, two ranks" in runs:
+    (parity["one process"],) = runs["60 steps, one process"]["cases"]
+    parity["uncompiled"], parity["compiled"] = runs["60 steps, two ranks"]["cases"]
 TEXT = f"{PARITY['layers']} layers of {PARITY['shapes']}'s shapes, float32, {RANKS} rows of {PARITY['length']} tokens"
 apart, checks = {}, {}
 for name in ("uncompiled", "compiled") if parity else ():
@@ -319,12 +358,15 @@ if parity:
 # an uncompiled step includes the host's; the GPU's own work, by PyTorch's profiler, does not.
 
 # %%
+timed = {}
 if GPU:
     LENGTH = 2048 if hardware.memory_gib >= 20 else 1024
-    path = os.path.join(folder, "kernels.json")
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"rows": 1, "length": LENGTH, "dtype": "bfloat16" if hardware.bf16 else "float16"}, file)
-    timed = run_ranks("benchmarks.fsdp2.kernels", path, ranks=1, timeout=600)
+    case = {"rows": 1, "length": LENGTH, "dtype": "bfloat16" if hardware.bf16 else "float16"}
+    path = write_json("kernels", case)
+    timed = run_all({"kernels": partial(run_ranks, "benchmarks.fsdp2.kernels", path, ranks=1, timeout=TIMEOUT)})
+else:
+    print("SKIPPED: de-quantisation is timed on a GPU")
+if timed := timed.get("kernels"):
     ours, theirs = timed["step_ms"]["ours"], timed["step_ms"]["bitsandbytes"]
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     speedup, low, high = (statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10])
@@ -336,8 +378,6 @@ if GPU:
     print(f"the GPU's work: {work['ours']}, with bitsandbytes {work['bitsandbytes']}: {of_gpu:.3f} x")
     results.add("step_speedup", "kernel of A against bitsandbytes", speedup, "x", low, high)
     results.add("gpu_time_speedup", "kernel of A against bitsandbytes", of_gpu, "x")
-else:
-    print("SKIPPED: de-quantisation is timed on a GPU")
 
 # %% [markdown]
 # ### Two GPUs: the script on Llama 3.1 8B
@@ -345,7 +385,8 @@ else:
 # On Kaggle's two T4s (and wherever there are two GPUs) the script trains the pre-quantised checkpoint for 60 steps on
 # one GPU and on two, compiled, with the same rows in the same order. In 16 bits two runs that sum in another order
 # differ: a third run, on one GPU with the rows of a step as two micro-batches, shows by how much. Twice that is
-# allowed. Where the hub cannot be reached, four layers of the architecture get random weights.
+# allowed. The two runs on one GPU go side by side, each on its own, so that all three leave the host two processes.
+# Where the hub cannot be reached, four layers of the architecture get random weights.
 #
 # ```
 # torchrun --nproc_per_node 2 -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
@@ -360,17 +401,18 @@ if TWO_GPUS:
     free_memory()
     model, flags, SOURCE = script.choose_model(folder)
     print(f"{SOURCE}")
-    for name, ranks, more in script.RUNS:
-        try:
-            runs[name] = script.run(model, *flags, *more, ranks=ranks, gpus=visible, folder=folder)
-        except Exception as error:
-            experiments.failed(f"the script, {name}", error)
+    jobs = {
+        name: partial(script.run, name, model, *flags, gpus=own, folder=folder)
+        for name, own in zip(script.RUNS, (*visible.split(","), visible), strict=True)
+    }
+    alone = {name: job for name, job in jobs.items() if name != script.TWO}
+    runs = run_all(alone, True) | run_all({script.TWO: jobs[script.TWO]})
 else:
     print("SKIPPED: the script on two GPUs, its speed and its memory: this machine has", len(gpus), "GPU(s)")
 
 # %%
 if len(runs) == len(script.RUNS):
-    one, regrouped, mine = (runs[name] for name, _, _ in script.RUNS)
+    one, regrouped, mine = (runs[name] for name in script.RUNS)
     noise = max(abs(a - b) for a, b in zip(one["losses"], regrouped["losses"], strict=True))
     gaps = [abs(a - b) for a, b in zip(mine["losses"], one["losses"], strict=True)]
     print(f"{SOURCE}: two GPUs differ from one by at most {max(gaps):.1e}, one GPU from itself by {noise:.1e}")
@@ -397,18 +439,22 @@ if len(runs) == len(script.RUNS):
 # on one GPU and on two with the same rows a GPU. The bound from above, now with the bandwidth that this machine has.
 
 # %%
-if TWO_GPUS:
-    from benchmarks.fsdp2 import timeline
+from benchmarks.fsdp2 import timeline
 
+measured = {}
+if TWO_GPUS:
     ROW = 2048 if hardware.memory_gib >= 20 else 1024
     case = {"rows": 1, "length": ROW, "layers": 4, "vocabulary": 32000, "steps": 12, "compiled": True, "profiled": True}
     case["dtype"] = "bfloat16" if hardware.bf16 else "float16"
-    path = os.path.join(folder, "prefetch.json")
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump([case], file)
-    measured = {ranks: run_ranks("benchmarks.fsdp2.steps", path, ranks=ranks, timeout=600) for ranks in (1, RANKS)}
-    one, mine = (measured[ranks]["cases"][0] for ranks in (1, RANKS))
-    bandwidth, rate = measured[RANKS]["gather_bytes_per_s"], hardware.matmul_flops[case["dtype"]]
+    path = write_json("prefetch", [case])
+    job = partial(run_ranks, "benchmarks.fsdp2.steps", path, timeout=TIMEOUT)
+    measured = run_all({f"steps on {ranks} GPU": partial(job, ranks=ranks) for ranks in (1, RANKS)})
+else:
+    print("SKIPPED: gathers beside products are seen on two GPUs")
+if len(measured) == 2:
+    of_one, of_two = measured.values()
+    one, mine = of_one["cases"][0], of_two["cases"][0]
+    bandwidth, rate = of_two["gather_bytes_per_s"], hardware.matmul_flops[case["dtype"]]
     gather_ms = 1e3 * sum(streams) * (RANKS - 1) / RANKS / bandwidth
     product_ms = 1e3 * 2 * weights * ROW / rate
     print(f"all-gather: {bandwidth / 1e9:.1f} GB/s; predicted for a layer: {gather_ms:.2f} ms to gather,")
@@ -424,8 +470,6 @@ if TWO_GPUS:
     axes.set_title(f"A step of 4 layers of Llama 3.1 8B's shapes, 1 x {ROW} a GPU, random weights; {WHERE}", fontsize=9)
     figure.savefig("resources/b_fsdp2_prefetch.png", dpi=110)
     plt.show()
-else:
-    print("SKIPPED: gathers beside products are seen on two GPUs")
 
 # %% [markdown]
 # ### What this does not do

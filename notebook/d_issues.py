@@ -155,6 +155,8 @@ judge(issues, "attention under transformers' models", checks)
 # %%
 import warnings
 
+from transformers.utils import logging as transformers_logging
+
 from benchmarks.vision.checks import (
     AFTER,
     BATCHES,
@@ -173,7 +175,9 @@ from benchmarks.vision.stock import stock_outcome, with_blank_images
 from unsloth_puzzles.vision.collator import VisionCollator
 from unsloth_puzzles.vision.mllama import patch_mllama
 
-warnings.filterwarnings("ignore", message=".*LANCZOS.*")
+transformers_logging.set_verbosity_error()
+warnings.filterwarnings("ignore", message=".*`hidden_state` is deprecated.*")  # of transformers' own call in Mllama
+torch.backends.cudnn.allow_tf32 = False  # convolutions in float32: their TF32 depends on how many images there are
 groups = {"Qwen": {}, "Llama": {}, "Pixtral": {}, "other families": {}}
 columns = (
     "family",

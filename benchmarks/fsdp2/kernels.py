@@ -80,7 +80,7 @@ def main(out: str, settings: str) -> None:
     found = measure(**json.loads(Path(settings).read_text()))
     write_json(out, found)
     for kernels, times in found["step_ms"].items():
-        print(f"{kernels}: {statistics.median(times):.1f} ms a step, the GPU's work {found['gpu_ms'][kernels]} ms")
+        print(f"{kernels}: {statistics.median(times):.1f} ms a step, the GPU's work {found['gpu_ms'][kernels]:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ start(); ...; finish()                                                        in
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.t4 import CONTEXT_GIB
 
 NOISE = ("Failed to load CPU gemm_4bit", "No CUDA runtime is found", "OMP_NUM_THREADS environment variable")
+Result = TypeVar("Result")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -60,6 +63,29 @@ def start_ranks(
 
     shared = ranks if gpus is None or len(gpus.split(",")) < ranks else 1
     return child.run(*command, timeout=timeout, env=env, show=show_news, gpu_gib=_gib_each(shared))
+
+
+def at_once(
+    jobs: Mapping[str, Callable[[], Result]], *, together: bool = True
+) -> Iterator[tuple[str, Result | child.ChildError]]:
+    """(name, what the job returns or the error that it ended with) for each of `jobs`, which start processes.
+
+    Args:
+        jobs: By name.
+        together: Side by side; otherwise one after another.
+    """
+    with ThreadPoolExecutor(len(jobs) if together else 1) as pool:
+        try:
+            futures = {name: pool.submit(job) for name, job in jobs.items()}
+            for name, future in futures.items():
+                error = future.exception()
+                if error is not None and not isinstance(error, child.ChildError):
+                    raise error
+                yield name, error or future.result()
+        except BaseException:  # an interrupt: else the pool would wait for its processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            child.end_all()
+            raise
 
 
 def _gib_each(processes: int) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.backprop.grpo import tiny_tokenizer
@@ -14,11 +15,13 @@ MODEL = "unsloth/Meta-Llama-3.1-8B-bnb-4bit"
 DISK_GB = 7  # the checkpoint has 5.7
 LAYERS = 4  # of the architecture, where the checkpoint is not to be had
 STEPS, LENGTH = 60, 512
-RUNS = (  # name, ranks, flags
-    ("one GPU, 2 rows", 1, ("--rows", "2")),
-    ("one GPU, 2 x 1 rows", 1, ("--rows", "1", "--accumulate", "2")),
-    ("two GPUs, 1 row each", 2, ("--rows", "2")),
-)
+ONE, REGROUPED, TWO = "one GPU, 2 rows", "one GPU, 2 x 1 rows", "two GPUs, 1 row each"
+RUNS = {  # flags
+    ONE: ("--rows", "2"),
+    REGROUPED: ("--rows", "1", "--accumulate", "2"),
+    TWO: ("--rows", "2"),
+}
+SHOWN = 20  # steps from one line of progress to the next
 
 
 def choose_model(folder: str) -> tuple[str, tuple[str, ...], str]:
@@ -41,14 +44,14 @@ def choose_model(folder: str) -> tuple[str, tuple[str, ...], str]:
     return str(path), ("--layers", str(LAYERS)), f"{LAYERS} layers of Llama 3.1 8B, random weights ({because})"
 
 
-def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: float = 900) -> dict:
+def run(name: str, model: str, *flags: str, gpus: str, folder: str, timeout: float = 900) -> dict:
     """Train STEPS steps of rows of LENGTH tokens.
 
     Args:
+        name: One of RUNS.
         model: A name or a folder.
         flags: More of the script's.
-        ranks: Each on a GPU of its own.
-        gpus: CUDA_VISIBLE_DEVICES, of which the first `ranks` are used.
+        gpus: CUDA_VISIBLE_DEVICES, a rank for each.
         folder: For the log and the summary.
         timeout: Seconds.
 
@@ -56,12 +59,15 @@ def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: fl
         "losses" of the steps; of the second half of them the median "seconds" and "tokens_per_s"; the largest
         "peak_gib" of each GPU; and "share" of the 4-bit bytes that a GPU holds, "compilations", "graph_breaks".
     """
-    log, summary = Path(folder, f"log_{ranks}_{len(flags)}.jsonl"), Path(folder, "summary.json")
+    number = list(RUNS).index(name)
+    log, summary = Path(folder, f"log_{number}.jsonl"), Path(folder, f"summary_{number}.json")
     log.unlink(missing_ok=True)
-    given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *flags)
+    given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *RUNS[name], *flags)
     given += ("--log-file", str(log), "--summary-file", str(summary))
-    own = ",".join(gpus.split(",")[:ranks])
-    start_ranks("unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=own)
+    ranks = len(gpus.split(","))
+    start_ranks(
+        "unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=gpus, show=_some_lines(name)
+    )  # fmt: skip
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     late = steps[len(steps) // 2 :]
     return {
@@ -71,3 +77,20 @@ def run(model: str, *flags: str, ranks: int, gpus: str, folder: str, timeout: fl
         "peak_gib": [max(peaks) for peaks in zip(*(line["peak_gib"] for line in steps), strict=True)],
         **json.loads(summary.read_text()),
     }
+
+
+def _some_lines(name: str) -> Callable[[str], None]:
+    """Show of a trainer's output each SHOWN-th of the lines that have a loss, and that it is at work."""
+    steps = 0
+
+    def show(line: str) -> None:
+        nonlocal steps
+        if "'loss': " in line:
+            steps += 1
+            if steps % SHOWN == 0:
+                loss = line.partition("'loss': '")[2].partition("'")[0]
+                print(f"{name}: step {steps} of {STEPS}, loss {loss}", flush=True)
+        elif line.startswith("..."):
+            print(f"{name}: {line}", flush=True)
+
+    return show

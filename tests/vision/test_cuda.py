@@ -12,6 +12,12 @@ from unsloth_puzzles.vision.mllama import patch_mllama
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def _convolutions_in_float32(monkeypatch):
+    """In TF32 a patch's embedding depends on how many images there are."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def _on_gpu(name: str):
     processor, model = fresh(name)
     if name == "mllama":

@@ -1,5 +1,7 @@
 """Processes that train together: how they are started."""
 
+import threading
+
 import pytest
 import torch
 
@@ -47,3 +49,26 @@ def test_ranks_that_share_a_limited_gpu_get_equal_parts(started, monkeypatch):
     for gpus, parts in ((None, 2), ("0", 2), ("0,1", 1)):
         ranks.start_ranks("module", ranks=2, timeout=5, gpus=gpus)
         assert started[-1][1]["gpu_gib"] == pytest.approx(12 / parts - CONTEXT_GIB)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_jobs_yield_results_and_errors_by_name(together):
+    def fail():
+        raise child.ChildError("it failed", "")
+
+    found = dict(ranks.at_once({"one": lambda: 1, "broken": fail, "two": lambda: 2}, together=together))
+    assert found["one"] == 1 and found["two"] == 2 and isinstance(found["broken"], child.ChildError)
+
+
+def test_jobs_run_side_by_side():
+    barrier = threading.Barrier(2, timeout=20)
+    found = dict(ranks.at_once({"one": barrier.wait, "two": barrier.wait}))
+    assert sorted(found.values()) == [0, 1]
+
+
+def test_another_error_ends_all_processes(monkeypatch):
+    ended = []
+    monkeypatch.setattr(child, "end_all", lambda: ended.append(True))
+    with pytest.raises(ZeroDivisionError):
+        list(ranks.at_once({"one": lambda: 1 / 0}))
+    assert ended == [True]
