@@ -148,15 +148,22 @@ import torch
 
 from benchmarks.fsdp2 import corruption
 from benchmarks.fsdp2.ranks import at_once, start_ranks
+from unsloth_puzzles.bench.child import ChildError
 
 
 def run_ranks(module, *arguments, ranks, timeout):
     """Run a module in this many processes, and return what it wrote."""
-    out = os.path.join(folder, f"{module.rpartition('.')[2]}_{ranks}.json")
+    name = f"{module.rpartition('.')[2]}, {ranks} process{'es' if ranks > 1 else ''}"
+    out = os.path.join(folder, f"{name}.json")
     free_memory()
-    start_ranks(module, out, *arguments, ranks=ranks, timeout=timeout, gpus=visible if GPU else None)
+    options = {"gpus": visible if GPU else None, "show": partial(print, f"{name}:", flush=True)}
+    start_ranks(module, out, *arguments, ranks=ranks, timeout=timeout, **options)
     with open(out, encoding="utf-8") as file:
-        return json.load(file)
+        found = json.load(file)
+    for case in found.get("cases", ()):
+        if "error" in case:  # the memory did not suffice
+            raise ChildError(case["error"], "")
+    return found
 
 
 def write_json(name, value):
@@ -460,10 +467,14 @@ if len(measured) == 2:
     print(f"all-gather: {bandwidth / 1e9:.1f} GB/s; predicted for a layer: {gather_ms:.2f} ms to gather,")
     print(f"{product_ms:.2f} ms of products in its forward, {2 * product_ms:.2f} ms in its backward")
     ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
-    share = timeline.hidden(mine["timeline"])
-    print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two; {share:.0%} of the gathers' time is hidden")
+    print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two")
     results.add("step_over_one_gpu", f"4 layers of 8B, 1 x {ROW} a GPU", ms[RANKS] / ms[1], "x")
-    results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
+    share = timeline.hidden(mine["timeline"])
+    if share is None:
+        experiments.failed("prefetch", "the profile of the step shows no gather")
+    else:
+        print(f"{share:.0%} of the gathers' time is hidden behind other work of the GPU")
+        results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
     results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")
     figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
     timeline.draw(axes, mine["timeline"])

@@ -153,12 +153,16 @@ def main(out: str, cases: str) -> None:
             torch.cuda.empty_cache()
         if RANK == 0:
             write_json(out, {"cases": found})
-            shown = {key: found[-1].get(key) for key in ("rows", "compiled", "tokens_per_s", "error")}
-            print("done:", shown, [round(ms) for ms in found[-1].get("step_ms", [])][-8:], flush=True)
+            print(f"{'compiled' if case.get('compiled') else 'uncompiled'}: {_outcome(found[-1])}", flush=True)
     bandwidth = gather_bandwidth() if WORLD > 1 and torch.cuda.is_available() else None
     if RANK == 0:
         write_json(out, {"cases": found, "gather_bytes_per_s": bandwidth})
     ranks.finish()
+
+
+def _outcome(found: dict) -> str:
+    late = found.get("step_ms", [])[-8:]
+    return found.get("error") or f"{len(found['losses'])} steps, the last ones of {statistics.median(late):.0f} ms"
 
 
 if __name__ == "__main__":
