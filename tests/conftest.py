@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 # Inductor compiles and loads test programs to see whether the compiler knows the vector instructions of the CPU, which
 # takes up to 70 s a process. It does; the environment passes that on to subprocesses.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+# A library that another process has not yet written, or never finished, cannot be loaded.
+_LIBRARIES = tempfile.TemporaryDirectory(prefix="inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _LIBRARIES.name
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,7 +14,7 @@ from unsloth_puzzles.fsdp2.train import main
 
 torch.set_num_threads(1)
 if rank := os.environ.get("RANK"):  # Inductor may load a library that another rank is still writing
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/inductor_of_rank_{rank}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] += f"/rank_{rank}"  # of the folder that conftest.py makes
 chosen = os.environ.get("CALLBACK")
 main(callbacks=[getattr(callbacks, chosen)()] if chosen else [])
 if rank:  # a thread of gloo that frees a tensor while Python ends aborts the process

@@ -53,7 +53,7 @@ def mean_of_both(model, batches) -> dict[str, torch.Tensor]:
 def compare(what: str, found: dict, expected: dict) -> None:
     off = relative_difference(found, expected)
     towers = sum("vision" in name or "visual" in name for name in found)
-    print(f"{what}: {off:.1e}, {towers} gradients of the tower", flush=True)
+    print(f"{what}: {off:.1e}, {towers} gradients of the tower\n", end="", flush=True)  # in one piece
     assert off <= LARGEST, what
 
 
