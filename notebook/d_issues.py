@@ -743,8 +743,10 @@ safe["no tools"] = ToolBox([]).call("power", {}).failed
 # %% [markdown]
 # The questions: ten tools of which three or four are on offer, arguments that are easily swapped, two calls in a turn,
 # errors to recover from, small talk, and questions that no tool on offer fits. No wording, word, city or number pair of
-# the test is in training, and one tool, `weather`, is never trained. A training conversation as tokens: green is
-# learnt, dark is a control token. The result holds `<|im_end|>` as text, which stays text.
+# the test is in training, and one tool, `weather`, is never trained. Nine of the tools are, and 24 others that no test
+# asks for: with nine names alone a model learns these by heart and does not read what is on offer. A training
+# conversation as tokens: green is learnt, dark is a control token. The result holds `<|im_end|>` as text, which stays
+# text.
 
 # %%
 from benchmarks import smollm2
@@ -782,7 +784,7 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 judge(issues, "tool calling, bad input and labels", safe)
 
 # %% [markdown]
-# QLoRA on all linear layers, 150 steps of 8 conversations; before and after on the same 260 held-out questions, decoded
+# QLoRA on all linear layers, 200 steps of 8 conversations; before and after on the same 260 held-out questions, decoded
 # greedily in batches, with Wilson's 95 % intervals. In the GGUF file the weights are Q4_1 already; NF4 on top
 # rounds a second time.
 
@@ -791,7 +793,7 @@ if model is not None:
     report = {}
     report["before"], _ = evaluate(model, tokenizer, questions, batch_size=64)
     print("before: measured; training ...", flush=True)
-    model, losses = fine_tune(model, tokenizer, steps=150, batch_size=8)
+    model, losses = fine_tune(model, tokenizer, steps=200, batch_size=8)
     report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=64)
     display(Markdown(table(report)))
     for name, share in report["after"].items():

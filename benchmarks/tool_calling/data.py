@@ -13,11 +13,13 @@ from functools import cache
 
 from benchmarks.tool_calling import wordings
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
+from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
 
 OFFERED = (3, 4)  # how many tools are on offer
-TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)
-_FUNCTIONS = {tool.__name__: tool for tool in TOOLS}
+TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)  # and tested
+_MORE = {tool.function.__name__: tool for tool in TRAINING_TOOLS}
+_FUNCTIONS = {tool.__name__: tool for tool in TOOLS} | {name: tool.function for name, tool in _MORE.items()}
 KINDS = {"one call": 0.5, "two calls": 0.12, "mended": 0.08, "needs none": 0.13, "none fits": 0.17}
 TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40, "held-out tool": 40}
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
@@ -76,7 +78,9 @@ test_questions.__test__ = False  # no test of pytest's
 
 @cache
 def all_tools() -> ToolBox:
-    return ToolBox(TOOLS, seconds=10.0)  # the machine may be busy, and a result is no matter of luck
+    return ToolBox(
+        list(_FUNCTIONS.values()), seconds=10.0
+    )  # the machine may be busy, and a result is no matter of luck
 
 
 def answer(results: list[str]) -> str:
@@ -85,18 +89,23 @@ def answer(results: list[str]) -> str:
 
 
 def _question(rng: random.Random, kind: str, test: bool) -> Question:
-    asked = wordings.TEST if test else wordings.TRAIN
-    names = [HELD_OUT] if kind == "held-out tool" else rng.sample(TRAINED, 2 if kind == "two calls" else 1)
+    asked, known = wordings.TEST, list(TRAINED)
+    if not test:
+        asked = wordings.TRAIN | {name: tool.wordings for name, tool in _MORE.items()}
+        known += _MORE
+    names = [HELD_OUT] if kind == "held-out tool" else rng.sample(known, 2 if kind == "two calls" else 1)
     if kind == "mended":
         names = ["find_price"]
-    others = [name for name in TRAINED if name not in names]
+    others = [name for name in known if name not in names]
     offered = [*names, *rng.sample(others, rng.choice(OFFERED) - len(names))]
     rng.shuffle(offered)
     if kind == "needs none":
         return Question(kind, rng.choice(wordings.CHAT_TEST if test else wordings.CHAT_TRAIN), tuple(offered))
-    arguments = [_ARGUMENTS[name](rng, test) for name in names]
+    arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
     calls = tuple(zip(names, arguments, strict=True))
     text = " And: ".join(rng.choice(asked[name]).format(**given) for name, given in calls)
+    if not test and kind != "mended":
+        text = rng.choice(wordings.BEFORE) + text + rng.choice(wordings.AFTER)
     if kind == "none fits":
         offered = rng.sample(others, len(offered))
         return Question(kind, text, tuple(offered))
@@ -134,18 +143,8 @@ def expected_results(question: Question) -> list[str]:
     return [result for result in results if not result.startswith("error: ")]
 
 
-@cache
-def _words() -> tuple[list[str], list[str]]:
-    """English words from Python's own documentation, most for training and others for the test."""
-    from pydoc_data.topics import topics
-
-    words = sorted({word for text in topics.values() for word in re.findall(r"\b[a-z]{4,8}\b", text)})
-    random.Random(1).shuffle(words)
-    return words[:1500], words[1500:2000]
-
-
 def _word(rng: random.Random, test: bool) -> str:
-    return rng.choice(_words()[test])
+    return rng.choice(wordings.TEST_WORDS if test else wordings.TRAIN_WORDS)
 
 
 def _pair(rng: random.Random, test: bool, first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:

@@ -3,42 +3,68 @@
 from benchmarks.tool_calling.tools import PRICES
 
 TRAIN = {
-    "add": ("What is {a} plus {b}?", "Add {a} and {b}.", "I need the sum of {a} and {b}.", "{a} + {b} = ?"),
+    "add": (
+        "What is {a} plus {b}?", "Add {a} and {b}.", "I need the sum of {a} and {b}.", "{a} + {b} = ?",
+        "What do {a} and {b} come to?", "Put {a} and {b} together.", "I have {a} and get {b} more. How many is that?",
+        "Total of {a} and {b}?", "{a} and {b} in all?", "Increase {a} by {b}.",
+    ),
     "subtract": (
-        "Take {subtrahend} away from {minuend}.",
-        "What is {minuend} minus {subtrahend}?",
-        "Subtract {subtrahend} from {minuend}.",
-        "How much is {minuend} less {subtrahend}?",
+        "Take {subtrahend} away from {minuend}.", "What is {minuend} minus {subtrahend}?",
+        "Subtract {subtrahend} from {minuend}.", "How much is {minuend} less {subtrahend}?",
+        "{minuend} - {subtrahend} = ?", "I had {minuend} and lost {subtrahend}. How many remain?",
+        "Lower {minuend} by {subtrahend}.", "Of {minuend}, {subtrahend} are gone. How many are there now?",
+        "I owe {minuend} and pay {subtrahend}. What do I still owe?", "Drop {subtrahend} from {minuend}.",
     ),
     "divide": (
-        "Divide {dividend} by {divisor}.",
-        "What is {dividend} divided by {divisor}?",
-        "How often does {divisor} go into {dividend}?",
-        "Split {dividend} into {divisor} equal parts.",
+        "Divide {dividend} by {divisor}.", "What is {dividend} divided by {divisor}?",
+        "How often does {divisor} go into {dividend}?", "Split {dividend} into {divisor} equal parts.",
+        "{dividend} / {divisor} = ?", "Hand out {dividend} sweets to {divisor} children. How many does each get?",
+        "Put {dividend} books into {divisor} boxes.", "Distribute {dividend} over {divisor} groups.",
+        "What is {dividend} over {divisor}?", "{divisor} friends split {dividend} coins.",
     ),
     "power": (
-        "What is {base} to the power of {exponent}?",
-        "Raise {base} to the power {exponent}.",
-        "Compute {base}^{exponent}.",
+        "What is {base} to the power of {exponent}?", "Raise {base} to the power {exponent}.",
+        "Compute {base}^{exponent}.", "{base} ** {exponent} = ?", "What is the {exponent}th power of {base}?",
+        "Take {base} to the {exponent}.", "Multiply {base} by itself, {exponent} factors in all.",
+        "Exponent {exponent}, base {base}: what comes out?", "{base} with exponent {exponent}?",
     ),
     "convert_length": (
-        "Convert {value} {source} to {target}.",
-        "How many {target} are {value} {source}?",
-        "What is {value} {source} in {target}?",
+        "Convert {value} {source} to {target}.", "How many {target} are {value} {source}?",
+        "What is {value} {source} in {target}?", "Change {value} {source} into {target}.",
+        "I walked {value} {source}. How many {target} is that?", "{value} {source} in {target}?",
+        "Write {value} {source} as {target}.", "The road has {value} {source}. Tell me the {target}.",
+        "How far is {value} {source}, measured in {target}?", "Turn {value} {source} into {target}.",
     ),
-    "reverse_text": ("Spell {text} backwards.", "Reverse the word {text}.", "Write {text} from back to front."),
+    "reverse_text": (
+        "Spell {text} backwards.", "Reverse the word {text}.", "Write {text} from back to front.",
+        "What does {text} look like backwards?", "Flip the letters of {text}.", "{text} from the end to the start?",
+        "Read {text} from right to left.", "Mirror the word {text}.", "Give me {text} with its letters reversed.",
+    ),
     "count_letter": (
-        "How many {letter} are in {word}?",
-        "Count the letter {letter} in {word}.",
-        "In {word}, how often is there a {letter}?",
+        "How many {letter} are in {word}?", "Count the letter {letter} in {word}.",
+        "In {word}, how often is there a {letter}?", "How many times does {word} have the letter {letter}?",
+        "Number of {letter} in {word}?", "Count every {letter} of the word {word}.",
+        "Does {word} have a {letter}, and how many?", "Tell me how often I write {letter} when I write {word}.",
+        "The letter {letter}: how many of them has {word}?",
     ),
-    "find_price": ("What does the {item} cost?", "How much is a {item}?", "Tell me the price of the {item}."),
+    "find_price": (
+        "What does the {item} cost?", "How much is a {item}?", "Tell me the price of the {item}.",
+        "What is the price of a {item}?", "How expensive is the {item}?", "I want a {item}. What do I have to pay?",
+        "Price for a {item}, please.", "What must I spend on a {item}?", "Check the price of a {item}.",
+        "What do you charge for a {item}?",
+    ),
     "travel_time": (
         "How long is the train from {origin} to {destination}?",
         "I go to {destination} from {origin} by train. How long does it take?",
-        "Train time from {origin} to {destination}?",
+        "Train time from {origin} to {destination}?", "How long does the train need to {destination} from {origin}?",
+        "I live in {origin} and take the train to {destination}. How long do I sit in it?",
+        "By train from {origin} to {destination}: how many hours?", "Travel time {origin} to {destination}, please.",
+        "When I leave {origin}, how much later does my train arrive in {destination}?",
+        "How long does a trip by rail to {destination} last if I start in {origin}?",
     ),
-}
+}  # fmt: skip
+BEFORE = ("", "", "", "", "Please tell me: ", "Hi! ", "One question. ", "Quickly: ", "Can you help? ", "Excuse me. ")
+AFTER = ("", "", "", "", " Thanks!", " I need it today.", " Please.", " Thank you.")
 TEST = {
     "add": ("Please sum up {a} and {b}.", "How much do {a} and {b} make together?"),
     "subtract": ("Remove {subtrahend} from {minuend}.", "I have {minuend} and give away {subtrahend}. What is left?"),
@@ -64,7 +90,12 @@ CHAT_TRAIN = (
     "Hello!", "Who are you?", "Tell me a joke.", "What is your favourite colour?", "Thank you very much.",
     "Write a short poem.", "Good morning.", "What can you do?", "How are you today?", "Is the sky blue?",
     "Name a fruit.", "Say something nice.", "Do you like winter?", "Good night.", "Tell me about dogs.",
-    "What is a river?", "Are you a robot?", "Give me some advice.",
+    "What is a river?", "Are you a robot?", "Give me some advice.", "Do you like books?", "Tell me a secret.",
+    "Name a flower.", "Is snow white?", "Hey, what is up?", "What is a bridge?", "Are you happy?",
+    "Thanks, that was kind.", "Write a sentence about rain.", "What do you think of me?", "How old are you?",
+    "Tell me about birds.", "Say goodbye to my sister.", "Do you like tea?", "Suggest a game.", "What is a school?",
+    "Can you dance?", "See you later.", "Tell me something sad.", "I am bored.", "My day was long.",
+    "Nice to meet you.",
 )  # fmt: skip
 CHAT_TEST = (
     "Good evening!", "Do you like music?", "Tell me a story.", "Name an animal.", "Is grass green?", "Hi there.",
@@ -82,5 +113,21 @@ TRAIN_CITIES = (
 TEST_CITIES = (
     "Athens", "Helsinki", "Geneva", "Budapest", "Naples", "Lyon", "Krakow", "Porto", "Bergen", "Riga",
     "Tallinn", "Bilbao", "Utrecht", "Bordeaux",
+)  # fmt: skip
+TRAIN_WORDS = (
+    "market", "window", "garden", "yellow", "planet", "silver", "button", "hammock", "kitchen", "letter", "morning",
+    "number", "orange", "pepper", "quarter", "rabbit", "summer", "tomato", "valley", "winter", "bottle", "castle",
+    "doctor", "engine", "flower", "guitar", "harbour", "island", "jacket", "ladder", "mirror", "needle", "ocean",
+    "pocket", "railway", "saddle", "teacher", "uncle", "village", "wallet", "answer", "bridge", "cotton", "dinner",
+    "entrance", "forest", "ginger", "honey", "insect", "journey", "kettle", "lemon", "museum", "nephew", "office",
+    "paper", "queen", "river", "station", "thunder", "umbrella", "violin", "weekend", "animal", "butter", "candle",
+    "desert", "eleven", "feather", "glass", "hotel", "income", "jungle", "kingdom", "leather", "money", "nature",
+    "onion", "parrot", "quality", "result", "shadow", "ticket", "useful", "velvet", "wooden", "zebra", "bicycle",
+)  # fmt: skip
+TEST_WORDS = (
+    "banana", "letterbox", "message", "balloon", "history", "mountain", "balcony", "cucumber", "elephant", "football",
+    "grammar", "hospital", "library", "machine", "notebook", "pattern", "question", "sandwich", "theatre", "universe",
+    "volcano", "whisper", "bamboo", "carrot", "distance", "evening", "freedom", "gallery", "holiday", "lantern",
+    "marble", "orchard", "pyramid", "receipt", "sentence", "tunnel", "vessel", "wisdom", "coconut", "meadow",
 )  # fmt: skip
 TRAIN_ITEMS, TEST_ITEMS = tuple(PRICES)[:10], tuple(PRICES)[10:]

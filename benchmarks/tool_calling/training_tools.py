@@ -1,0 +1,403 @@
+"""Tools that are trained and never tested, so that a model learns to read what is on offer and not ten names by heart.
+
+`TRAINING_TOOLS` has for each its wordings and how its arguments are drawn.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS
+
+COUNTRIES = ("France", "Spain", "Italy", "Norway", "Austria", "Ireland", "Portugal", "Poland", "Greece", "Denmark")
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
+GRAMS = {"g": 1.0, "kg": 1000.0, "pound": 453.592}
+
+
+class Trained(NamedTuple):
+    """A tool with how it is asked for and what with."""
+
+    function: Callable
+    wordings: tuple[str, ...]
+    arguments: Callable[[random.Random], dict]
+
+
+def multiply(first: int, second: int) -> int:
+    """Multiply two numbers.
+
+    Args:
+        first: A number.
+        second: Another number.
+    """
+    return first * second
+
+
+def larger(x: int, y: int) -> int:
+    """Tell the larger of two numbers.
+
+    Args:
+        x: A number.
+        y: Another number.
+    """
+    return max(x, y)
+
+
+def percentage(percent: int, number: int) -> float:
+    """Compute a percentage of a number.
+
+    Args:
+        percent: How many percent.
+        number: Of what.
+    """
+    return percent * number / 100
+
+
+def square(number: int) -> int:
+    """Square a number.
+
+    Args:
+        number: The number.
+    """
+    return number * number
+
+
+def convert_weight(amount: int, unit: Literal["g", "kg", "pound"], wanted: Literal["g", "kg", "pound"]) -> float:
+    """Convert a weight.
+
+    Args:
+        amount: The weight.
+        unit: Its unit.
+        wanted: The wanted unit.
+    """
+    return round(amount * GRAMS[unit] / GRAMS[wanted], 3)
+
+
+def population(city: str) -> int:
+    """Look up how many people live in a city.
+
+    Args:
+        city: The city.
+    """
+    return 1000 * _number(city, 900)
+
+
+def time_zone(place: str) -> str:
+    """Look up the time zone of a city.
+
+    Args:
+        place: The city.
+    """
+    return f"UTC+{_number(place, 3)}"
+
+
+def museums(city: str) -> int:
+    """Count the museums of a city.
+
+    Args:
+        city: The city.
+    """
+    return _number(city, 40)
+
+
+def mayor(town: str) -> str:
+    """Look up who is the mayor of a city.
+
+    Args:
+        town: The city.
+    """
+    return PEOPLE[_number(town, len(PEOPLE))]
+
+
+def hotel_price(city: str, nights: int) -> int:
+    """Look up what a hotel costs.
+
+    Args:
+        city: Where the hotel is.
+        nights: How many nights.
+    """
+    return nights * (50 + _number(city, 90))
+
+
+def bus_fare(start: str, end: str) -> int:
+    """Look up what a bus ticket costs.
+
+    Args:
+        start: Where the bus leaves.
+        end: Where it arrives.
+    """
+    return 5 + (2 * _number(start, 1000) + _number(end, 1000)) % 30
+
+
+def capital(country: str) -> str:
+    """Look up the capital of a country.
+
+    Args:
+        country: The country.
+    """
+    return TRAIN_CITIES[_number(country, len(TRAIN_CITIES))]
+
+
+def currency(country: str) -> str:
+    """Look up what money a country has.
+
+    Args:
+        country: The country.
+    """
+    return ("euro", "krone", "crown")[_number(country, 3)]
+
+
+def word_length(word: str) -> int:
+    """Count the letters of a word.
+
+    Args:
+        word: The word.
+    """
+    return len(word)
+
+
+def upper_case(text: str) -> str:
+    """Write a text in capital letters.
+
+    Args:
+        text: The text.
+    """
+    return text.upper()
+
+
+def repeat_text(text: str, times: int) -> str:
+    """Write a text several times.
+
+    Args:
+        text: The text.
+        times: How often.
+    """
+    return " ".join([text] * min(times, 9))
+
+
+def synonym(word: str) -> str:
+    """Find a word of the same meaning.
+
+    Args:
+        word: The word.
+    """
+    return TRAIN_WORDS[_number(word, len(TRAIN_WORDS))]
+
+
+def translate(word: str, language: Literal["French", "German", "Latin"]) -> str:
+    """Translate a word.
+
+    Args:
+        word: The word.
+        language: Into which language.
+    """
+    return word + {"French": "e", "German": "en", "Latin": "us"}[language]
+
+
+def stock(item: str) -> int:
+    """Count how many pieces of an item are in stock.
+
+    Args:
+        item: The item.
+    """
+    return _number(item, 60)
+
+
+def order(item: str, count: int) -> str:
+    """Order an item.
+
+    Args:
+        item: The item.
+        count: How many.
+    """
+    return f"{count} x {item} ordered"
+
+
+def set_alarm(hour: int, minute: int) -> str:
+    """Set an alarm.
+
+    Args:
+        hour: The hour, 0 to 23.
+        minute: The minute, 0 to 59.
+    """
+    return f"alarm at {hour}:{minute:02d}"
+
+
+def call_person(name: str) -> str:
+    """Call somebody by telephone.
+
+    Args:
+        name: Whom.
+    """
+    return f"{name} does not answer"
+
+
+def birthday(person: str) -> str:
+    """Look up when somebody has birthday.
+
+    Args:
+        person: Who.
+    """
+    return f"{MONTHS[_number(person, len(MONTHS))]} {1 + _number(person, 28)}"
+
+
+def days_in(month: str) -> int:
+    """Count the days of a month.
+
+    Args:
+        month: The month.
+    """
+    return 28 + _number(month, 4)
+
+
+def _number(text: str, below: int) -> int:
+    return sum(map(ord, text)) % below
+
+
+def _two(*names: str, low: int = 2, high: int = 99) -> Callable[[random.Random], dict]:
+    return lambda rng: {name: rng.randint(low, high) for name in names}
+
+
+def _one_of(name: str, values: tuple[str, ...]) -> Callable[[random.Random], dict]:
+    return lambda rng: {name: rng.choice(values)}
+
+
+def _pair_of(first: str, second: str, values: tuple[str, ...]) -> Callable[[random.Random], dict]:
+    return lambda rng: dict(zip((first, second), rng.sample(values, 2), strict=True))
+
+
+def _counted(name: str, values: tuple[str, ...], number: str, high: int = 9) -> Callable[[random.Random], dict]:
+    return lambda rng: {name: rng.choice(values), number: rng.randint(2, high)}
+
+
+TRAINING_TOOLS = (
+    Trained(
+        multiply,
+        ("What is {first} times {second}?", "Multiply {first} by {second}.", "{first} x {second}?",
+         "I need the product of {first} and {second}."),
+        _two("first", "second"),
+    ),
+    Trained(
+        larger,
+        ("Which is larger, {x} or {y}?", "Give me the bigger one of {x} and {y}.", "Is {x} or {y} the greater number?"),
+        _two("x", "y"),
+    ),
+    Trained(
+        percentage,
+        ("What is {percent} percent of {number}?", "Compute {percent} % of {number}.",
+         "I get {percent} percent of {number}. How much is that?"),
+        _two("percent", "number"),
+    ),
+    Trained(
+        square,
+        ("Square {number}.", "What is {number} squared?", "What is {number} multiplied by itself?"),
+        _two("number"),
+    ),
+    Trained(
+        convert_weight,
+        ("Convert {amount} {unit} to {wanted}.", "How many {wanted} are {amount} {unit}?",
+         "It weighs {amount} {unit}. What is that in {wanted}?"),
+        lambda rng: {"amount": rng.randint(2, 900), **_pair_of("unit", "wanted", tuple(GRAMS))(rng)},
+    ),
+    Trained(
+        population,
+        ("How many people live in {city}?", "What is the population of {city}?", "Is {city} a big city?",
+         "Number of inhabitants of {city}?"),
+        _one_of("city", TRAIN_CITIES),
+    ),
+    Trained(
+        time_zone,
+        ("Which time zone has {place}?", "What is the time zone in {place}?", "Tell me {place}'s time zone."),
+        _one_of("place", TRAIN_CITIES),
+    ),
+    Trained(
+        museums,
+        ("How many museums are there in {city}?", "Museums in {city}, how many?", "Does {city} have many museums?"),
+        _one_of("city", TRAIN_CITIES),
+    ),
+    Trained(
+        mayor,
+        ("Who is the mayor of {town}?", "Who governs the city of {town}?", "Name the mayor of {town}."),
+        _one_of("town", TRAIN_CITIES),
+    ),
+    Trained(
+        hotel_price,
+        ("What does a hotel in {city} cost for {nights} nights?", "I stay {nights} nights in {city}. Hotel price?",
+         "Price of {nights} hotel nights in {city}, please."),
+        _counted("city", TRAIN_CITIES, "nights"),
+    ),
+    Trained(
+        bus_fare,
+        ("What is the bus fare from {start} to {end}?", "How much is a bus ticket to {end} from {start}?",
+         "I take the bus from {start} to {end}. What do I pay?"),
+        _pair_of("start", "end", TRAIN_CITIES),
+    ),
+    Trained(
+        capital,
+        ("What is the capital of {country}?", "Which city is {country}'s capital?", "Capital of {country}?"),
+        _one_of("country", COUNTRIES),
+    ),
+    Trained(
+        currency,
+        ("What money do they have in {country}?", "Which currency has {country}?", "How do I pay in {country}?"),
+        _one_of("country", COUNTRIES),
+    ),
+    Trained(
+        word_length,
+        ("How long is the word {word}?", "How many letters does {word} have?", "Count all letters of {word}."),
+        _one_of("word", TRAIN_WORDS),
+    ),
+    Trained(
+        upper_case,
+        ("Write {text} in capital letters.", "Put {text} into upper case.", "Make {text} all capitals."),
+        _one_of("text", TRAIN_WORDS),
+    ),
+    Trained(
+        repeat_text,
+        ("Write {text} {times} times.", "Repeat the word {text} {times} times.", "Say {text} {times} times."),
+        _counted("text", TRAIN_WORDS, "times"),
+    ),
+    Trained(
+        synonym,
+        ("What is another word for {word}?", "Find a synonym of {word}.", "Which word means the same as {word}?"),
+        _one_of("word", TRAIN_WORDS),
+    ),
+    Trained(
+        translate,
+        ("What is {word} in {language}?", "Translate {word} into {language}.", "How do you say {word} in {language}?"),
+        lambda rng: {"word": rng.choice(TRAIN_WORDS), "language": rng.choice(("French", "German", "Latin"))},
+    ),
+    Trained(
+        stock,
+        ("How many pieces of {item} are in stock?", "Is there a {item} left in the shop?",
+         "Do you still have the {item}?"),
+        _one_of("item", TRAIN_ITEMS),
+    ),
+    Trained(
+        order,
+        ("Order {count} pieces of {item}.", "I want to buy {count} of the {item}.",
+         "Send me the {item}, {count} times."),
+        _counted("item", TRAIN_ITEMS, "count"),
+    ),
+    Trained(
+        set_alarm,
+        ("Wake me at {hour}:{minute}.", "Set an alarm for {hour} hours and {minute} minutes.",
+         "Please let it ring at {hour}:{minute}."),
+        lambda rng: {"hour": rng.randint(5, 23), "minute": rng.randint(10, 59)},
+    ),
+    Trained(
+        call_person,
+        ("Call {name}.", "Please phone {name}.", "I want to talk to {name}.", "Get {name} on the telephone."),
+        _one_of("name", PEOPLE),
+    ),
+    Trained(
+        birthday,
+        ("When is {person}'s birthday?", "On which day was {person} born?", "Birthday of {person}?"),
+        _one_of("person", PEOPLE),
+    ),
+    Trained(
+        days_in,
+        ("How many days does {month} have?", "How long is the month of {month}?", "Days of {month}?"),
+        _one_of("month", MONTHS),
+    ),
+)  # fmt: skip
