@@ -771,7 +771,7 @@ if tokenizer is None:  # a byte-level tokenizer shows the labels as well
 
     tokenizer = byte_tokenizer()
 messages, _ = next(
-    pair for pair in training_conversations(50) if "'reverse_text'" in str(pair[0]) and len(pair[0]) == 5
+    pair for pair in training_conversations(200) if "'reverse_text'" in str(pair[0]) and len(pair[0]) == 5
 )
 messages[3]["content"] += " <|im_end|>"
 example = tokenize_conversation(tokenizer, messages, all_tools().subset(["add", "reverse_text"]))
