@@ -4,14 +4,16 @@ import random
 
 import pytest
 import torch
+from torch.distributed.utils import _apply_to_tensors
 from transformers import LlamaConfig, masking_utils
 
 from tests.attention.conftest import make_batch
 from unsloth_puzzles.attention import masks
+from unsloth_puzzles.attention.interface import prepare
 from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
 from unsloth_puzzles.attention.model_mask import ModelMask
 from unsloth_puzzles.attention.models import make_mask, register
-from unsloth_puzzles.attention.pattern import dense_mask
+from unsloth_puzzles.attention.pattern import Pattern, dense_mask
 
 ROWS = 2
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -200,6 +202,18 @@ def test_offsets_may_be_tensors():
         device="cpu",
     )  # fmt: skip
     assert isinstance(made, ModelMask) and made.data[0, 0, 0].tolist() == [False, True, True, True, True]
+
+
+def test_masks_pass_through_what_casts_the_arguments_of_layers():
+    """FSDP2 takes a dataclass apart and builds it anew, which a subclass with arguments of its own does not survive."""
+    made = make_mask(
+        "dense", batch_size=1, q_length=3, kv_length=3, mask_function=masking_utils.causal_mask_function, config=CONFIG,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    of_batch = prepare(Pattern(), make_batch(3), "dense")
+    assert isinstance(made, ModelMask)
+    for mask in (made, of_batch):
+        assert _apply_to_tensors(lambda tensor: tensor.half(), {"attention_mask": mask})["attention_mask"] is mask
 
 
 def test_check_notices_changed_mask_functions(monkeypatch):

@@ -6,8 +6,6 @@ For the layers of a model the mask is prepared once: `mask = prepare(pattern, ba
 each.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from unsloth_puzzles.attention.backend import FEATURES, Backend
@@ -61,14 +59,20 @@ def attention(
     return prepare(Pattern(causal, window, soft_cap), batch, backend).attend(query, key, value, scale)
 
 
-@dataclass
 class Mask:
-    """A pattern on a batch, made ready for one backend."""
+    """A pattern on a batch, made ready for one backend.
 
-    pattern: Pattern
-    backend: Backend
-    data: object  # what the backend's `prepare` gave
-    packed: bool  # whether the batch has documents
+    It is no dataclass: FSDP2 takes those apart, among the arguments of a layer, to cast the tensors in them.
+
+    Args:
+        pattern: which keys a query sees.
+        backend: what computes.
+        data: what the backend's `prepare` gave.
+        packed: whether the batch has documents.
+    """
+
+    def __init__(self, pattern: Pattern, backend: Backend, data: object, packed: bool):
+        self.pattern, self.backend, self.data, self.packed = pattern, backend, data, packed
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
