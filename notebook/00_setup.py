@@ -147,6 +147,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved
 warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
 warnings.filterwarnings("ignore", message=".*no current CUDA context.*")  # of the backward's thread, which sets one
 warnings.filterwarnings("ignore", message=".*Guards may run slower on Python 3.13.0.*")
+for of_pytorch in (
+    "TypedStorage is deprecated",
+    "Profiler clears events",
+    "TensorFloat32 tensor cores",
+    "Online softmax",
+):
+    warnings.filterwarnings("ignore", message=f"\\s*.*{of_pytorch}.*")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only its CPU path would use
 
 SEED = 3407

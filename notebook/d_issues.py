@@ -597,6 +597,7 @@ else:
 found = {}
 for way, patch in WAYS.items():
     model = transformers_own() if way == "transformers" else ours()[0]
+    model.config.use_cache = False
     with patch(*[] if way == "transformers" else [model]), count_compilations() as counts:
         found[way] = train(model)
     print(f"{way:>12}: {' '.join(f'{loss:.6f}' for loss in found[way])}")

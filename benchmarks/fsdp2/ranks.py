@@ -5,6 +5,7 @@ start(); ...; finish()                                                        in
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from unsloth_puzzles.bench import child
 from unsloth_puzzles.bench.t4 import CONTEXT_GIB
 
 NOISE = ("Failed to load CPU gemm_4bit", "No CUDA runtime is found", "OMP_NUM_THREADS environment variable")
+_ERROR = re.compile(r"(?:\[(?P<rank>rank\d+)\]: )?(?P<what>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 Result = TypeVar("Result")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -57,12 +59,25 @@ def start_ranks(
         launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m")
         command = (*launcher, child.__name__, *command)
 
+    failed = False
+
     def show_news(line: str) -> None:
-        if show is not None and line.strip() and not any(noise in line for noise in NOISE):
+        nonlocal failed
+        failed = failed or "Traceback (most recent call last)" in line  # the error says what of it matters
+        if show is not None and line.strip() and not failed and not any(noise in line for noise in NOISE):
             show(line)
 
     shared = ranks if gpus is None or len(gpus.split(",")) < ranks else 1
-    return child.run(*command, timeout=timeout, env=env, show=show_news, gpu_gib=_gib_each(shared))
+    try:
+        return child.run(*command, timeout=timeout, env=env, show=show_news, gpu_gib=_gib_each(shared))
+    except child.ChildError as error:
+        raise child.ChildError(_reason(error), error.output) from None
+
+
+def _reason(error: child.ChildError) -> str:
+    """What the rank that failed first has said; torchrun's own last line says nothing."""
+    said = [match for line in error.output.splitlines() if (match := _ERROR.match(line))]
+    return f"{said[0]['rank'] or 'rank 0'}: {said[0]['what']}" if said else str(error)
 
 
 def at_once(

@@ -51,6 +51,34 @@ def test_ranks_that_share_a_limited_gpu_get_equal_parts(started, monkeypatch):
         assert started[-1][1]["gpu_gib"] == pytest.approx(12 / parts - CONTEXT_GIB)
 
 
+def test_an_error_says_what_the_rank_has_said(monkeypatch):
+    output = [
+        "[rank1]: Traceback (most recent call last):", '[rank1]:   File "a.py", line 1, in <module>',
+        "[rank1]: torch.OutOfMemoryError: CUDA out of memory", "ChildFailedError: ", "=====",
+    ]  # fmt: skip
+    said = []
+
+    def run(*command, show, **options):
+        for line in ["step 1", *output]:
+            show(line)
+        raise child.ChildError("torch.distributed.run ended with status 1: =====", "\n".join(output))
+
+    monkeypatch.setattr(child, "run", run)
+    with pytest.raises(child.ChildError, match="^rank1: torch.OutOfMemoryError: CUDA out of memory$"):
+        ranks.start_ranks("benchmarks.fsdp2.features", "out", ranks=2, timeout=5, show=said.append)
+    assert said == ["step 1"]
+
+
+@pytest.mark.parametrize("message", ["module took longer than 5 s", "module ended with status -9: it said nothing"])
+def test_an_error_without_a_traceback_is_kept(message, monkeypatch):
+    def run(*command, **options):
+        raise child.ChildError(message, "step 1")
+
+    monkeypatch.setattr(child, "run", run)
+    with pytest.raises(child.ChildError, match=message):
+        ranks.start_ranks("benchmarks.fsdp2.features", "out", ranks=2, timeout=5)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_jobs_yield_results_and_errors_by_name(together):
     def fail():
