@@ -77,7 +77,7 @@ def start_ranks(
 def _reason(error: child.ChildError) -> str:
     """What the rank that failed first has said; torchrun's own last line says nothing."""
     said = [match for line in error.output.splitlines() if (match := _ERROR.match(line))]
-    return f"{said[0]['rank'] or 'rank 0'}: {said[0]['what']}" if said else str(error)
+    return ": ".join(filter(None, said[0].group("rank", "what"))) if said else str(error)
 
 
 def at_once(

@@ -64,7 +64,7 @@ def test_an_error_says_what_the_rank_has_said(monkeypatch):
         raise child.ChildError("torch.distributed.run ended with status 1: =====", "\n".join(output))
 
     monkeypatch.setattr(child, "run", run)
-    with pytest.raises(child.ChildError, match="^rank1: torch.OutOfMemoryError: CUDA out of memory$"):
+    with pytest.raises(child.ChildError, match=r"^rank1: torch\.OutOfMemoryError: CUDA out of memory$"):
         ranks.start_ranks("benchmarks.fsdp2.features", "out", ranks=2, timeout=5, show=said.append)
     assert said == ["step 1"]
 
