@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def qlora_model(shapes: str, layers: int, vocabulary: int, dtype: torch.dtype, c
 def measure(
     *,
     rows: int,
-    length: int = 2048,
+    length: int | Sequence[int] = 2048,
     shapes: str = "Llama 3.1 8B",
     layers: int = 16,
     vocabulary: int = 128256,
@@ -82,7 +83,7 @@ def measure(
 
     Args:
         rows: Of each rank; with one process, of all.
-        length: Tokens of a row.
+        length: Tokens of a row; with several the steps take one after another.
         shapes: A key of SHAPES.
         layers: Of the model.
         vocabulary: Of the model.
@@ -115,7 +116,8 @@ def measure(
             stack.enter_context(patch_linear4bit(model))
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=None if kind == torch.float32 else kind, **sharding)
-        run = Run(model, rows, length, vocabulary, accumulation, kind, seed)
+        lengths = [length] if isinstance(length, int) else length
+        run = Run(model, rows, lengths, vocabulary, accumulation, kind, seed)
         found = run.train(steps)
         if profiled:
             found |= run.profile()

@@ -1,4 +1,4 @@
-"""One GPU and several: speed over the rows of a step, memory of the whole 8B, and losses in 16 bits for three seeds.
+"""One GPU and several: speed over the rows of a step, memory of the whole 8B, losses in 16 bits, compilations.
 
     python -m benchmarks.fsdp2.sweeps resources/measurements/b_fsdp2_sweeps.json
 
@@ -10,19 +10,23 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.fsdp2.ranks import start_ranks
+from benchmarks.fsdp2.ranks import at_once, start_ranks
 from unsloth_puzzles.bench.hardware import probe
 from unsloth_puzzles.bench.record import Measurements
 
 ROWS = (1, 2, 4, 8)  # a GPU
-CURVE = {"layers": 16, "steps": 12}
+CURVE = {"layers": 16, "steps": 10}
 PARITY = {"layers": 4, "length": 512, "steps": 60, "checkpointing": True}
 SEEDS = (1, 2, 3)
 WHOLE = {"rows": 1, "layers": 32, "steps": 6, "dtype": "float16", "compiled": True}  # all of Llama 3.1 8B
+LENGTHS = [128 + 37 * step for step in range(50)]
+MANY = {"rows": 1, "layers": 2, "vocabulary": 32000, "length": LENGTHS, "steps": len(LENGTHS), "compiled": True}
 TINY = {"shapes": "tiny", "layers": 2, "vocabulary": 256, "length": 24, "steps": 4}
 
 
@@ -38,24 +42,45 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
     Returns:
         Metrics "tokens_per_s" (the baseline is one GPU) and "scaling" over it, "step_over_one_gpu" (a step over the
         same rows a GPU without communication), "peak_gib", "loss_difference" (baseline: one GPU that sums its rows in
-        two orders), "gather_bytes_per_s".
+        two orders), "gather_bytes_per_s", and over many lengths "compilations" and "graph_breaks".
     """
     found = Measurements(path)
-    _curve(found, ranks, tiny, timeout)
+    curve, (whole, regrouped, split) = _curve_cases(tiny), _parity_cases(ranks, tiny)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    alone = {  # on one GPU each, side by side: nothing of the second is timed
+        "curve": partial(_run, curve, 1, timeout, gpus[0]),
+        "losses": partial(_run, whole + regrouped, 1, timeout, gpus[-1]),
+    }
+    one = _all(alone, together=len(gpus) > 1)
+    _add_curve(found, curve, one["curve"][0], *_run(curve, ranks, timeout))
     found.save()
-    _parity(found, ranks, tiny, timeout)
+    _add_parity(found, split, one["losses"][0], _run(split, ranks, timeout)[0])
     found.save()
     _memory(found, ranks, tiny, timeout)
+    found.save()
+    _lengths(found, ranks, tiny, timeout)
     found.save()
     return found
 
 
-def _curve(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
+def _all(jobs: dict[str, Callable[[], tuple]], together: bool) -> dict[str, tuple]:
+    """What the jobs return, by name; the error of the first that failed is raised."""
+    found = dict(at_once(jobs, together=together))
+    for one in found.values():
+        if isinstance(one, Exception):
+            raise one
+    return found
+
+
+def _curve_cases(tiny: bool) -> list[dict]:
     given = TINY if tiny else CURVE
-    names = ("uncompiled",) if tiny else ("uncompiled", "compiled")
-    cases = [{**given, "rows": rows, "compiled": name == "compiled"} for name in names for rows in ROWS]
-    one, _ = _run(cases, 1, timeout)
-    many, bandwidth = _run(cases, ranks, timeout)
+    kinds = (False,) if tiny else (False, True)
+    return [{**given, "rows": rows, "compiled": compiled} for compiled in kinds for rows in ROWS]
+
+
+def _add_curve(
+    found: Measurements, cases: list[dict], one: list[dict], many: list[dict], bandwidth: float | None
+) -> None:
     if bandwidth:
         found.add("gather_bytes_per_s", "all-gather of a layer's size", bandwidth, "bytes/s")
     for case, alone, shared in zip(cases, one, many, strict=True):
@@ -72,35 +97,52 @@ def _curve(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
             found.add("peak_gib", name, max(shared["peak_gib"]), "GiB", baselines=peaks)
 
 
-def _parity(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
-    """Losses of the same rows: all in one process, summed there in two orders, and a row each rank."""
+def _parity_cases(ranks: int, tiny: bool) -> tuple[list[dict], list[dict], list[dict]]:
+    """The same rows: all in one process, summed there in two orders, and a row each rank."""
     given = TINY if tiny else PARITY
     dtypes = ("float32",) if tiny else ("float32", "bfloat16", "float16")
     settings = [{**given, "dtype": dtype, "seed": seed} for dtype in dtypes for seed in SEEDS]
-    whole, _ = _run([{**each, "rows": ranks} for each in settings], 1, timeout)
-    regrouped, _ = _run([{**each, "rows": ranks, "accumulation": ranks} for each in settings], 1, timeout)
-    shared, _ = _run([{**each, "rows": 1} for each in settings], ranks, timeout)
-    for each, a, b, c in zip(settings, whole, regrouped, shared, strict=True):
+    whole = [{**each, "rows": ranks} for each in settings]
+    regrouped = [{**each, "rows": ranks, "accumulation": ranks} for each in settings]
+    return whole, regrouped, [{**each, "rows": 1} for each in settings]
+
+
+def _add_parity(found: Measurements, cases: list[dict], alone: list[dict], shared: list[dict]) -> None:
+    whole, regrouped = alone[: len(cases)], alone[len(cases) :]
+    for case, a, b, c in zip(cases, whole, regrouped, shared, strict=True):
         beside = {"one GPU, rows in another order": _apart(a, b)}
-        found.add("loss_difference", f"{each['dtype']}, seed {each['seed']}", _apart(a, c), "loss", baselines=beside)
+        name = f"{case.get('dtype', 'bfloat16')}, seed {case['seed']}"
+        found.add("loss_difference", name, _apart(a, c), "loss", baselines=beside)
 
 
 def _memory(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
     given = {**TINY, "rows": 1} if tiny else WHOLE
-    for name, more in (("whole model", {}), ("whole model, CPU offload", {"offload": True})):
-        ((case,), _) = _run([{**given, **more}], ranks, timeout)
+    cases = {"whole model": {}, "whole model, CPU offload": {"offload": True}}
+    done, _ = _run([{**given, **more} for more in cases.values()], ranks, timeout)
+    for name, case in zip(cases, done, strict=True):
+        if "error" in case:
+            print(f"SKIPPED: {name}: {case['error']}", flush=True)
+            continue
         found.add("share", name, case["share"], "fraction")
         if case["peak_gib"][0] is not None:
             found.add("peak_gib", name, max(case["peak_gib"]), "GiB")
             found.add("rest_gib", name, case["rest_gib"], "GiB")
 
 
-def _run(cases: list[dict], ranks: int, timeout: float) -> tuple[list[dict], float | None]:
+def _lengths(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
+    given = {**TINY, "rows": 1, "length": [20, 24, 28]} if tiny else MANY
+    ((case,), _) = _run([given], ranks, timeout)
+    name = f"{len(given['length'])} lengths"
+    found.add("compilations", name, case["compilations"], "compilations")
+    found.add("graph_breaks", name, case["graph_breaks"], "graph breaks")
+
+
+def _run(cases: list[dict], ranks: int, timeout: float, gpus: str | None = None) -> tuple[list[dict], float | None]:
     """What `steps` measures of each case, and the bandwidth of its all-gathers."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "cases.json"), Path(folder, "out.json")
         given.write_text(json.dumps(cases))
-        start_ranks("benchmarks.fsdp2.steps", str(out), str(given), ranks=ranks, timeout=timeout)
+        start_ranks("benchmarks.fsdp2.steps", str(out), str(given), ranks=ranks, timeout=timeout, gpus=gpus)
         found = json.loads(out.read_text())
     return found["cases"], found["gather_bytes_per_s"]
 

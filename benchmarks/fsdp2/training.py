@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ KERNEL = "dequantize_nf4_kernel"  # in the names of challenge A's kernels
 class Run:
     """A model with its optimizer and its rows."""
 
-    def __init__(self, model, rows: int, length: int, vocabulary: int, accumulation: int, dtype, seed: int):
-        self.model, self.rows, self.length, self.vocabulary = model, rows, length, vocabulary
+    def __init__(self, model, rows: int, lengths: Sequence[int], vocabulary: int, accumulation: int, dtype, seed: int):
+        self.model, self.rows, self.lengths, self.vocabulary = model, rows, lengths, vocabulary
         self.accumulation, self.dtype, self.device = accumulation, dtype, ranks.device()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = all(parameter.device.type == "cuda" for parameter in self.trained)
@@ -47,7 +48,7 @@ class Run:
             "losses": losses,
             "norms": [norm if norm < float("inf") else None for norm in norms],
             "step_ms": times,
-            "tokens_per_s": self.rows * WORLD * self.length / middle * 1e3,
+            "tokens_per_s": self.rows * WORLD * statistics.mean(self.lengths) / middle * 1e3,
             "rest_gib": torch.cuda.memory_allocated() / 2**30 if gpu else None,
             "peak_gib": _everyones(torch.cuda.max_memory_allocated() / 2**30 if gpu else None),
         }
@@ -71,8 +72,9 @@ class Run:
 
     def _batch(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * DISTINCT + self.drawn % DISTINCT)
+        size = (self.rows * WORLD, self.lengths[self.drawn % len(self.lengths)])
         self.drawn += 1
-        ids = torch.randint(0, self.vocabulary, (self.rows * WORLD, self.length), generator=generator)
+        ids = torch.randint(0, self.vocabulary, size, generator=generator)
         return ids.chunk(WORLD)[RANK].to(self.device)  # [rows, length]
 
     def _step(self, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from benchmarks.fsdp2 import sweeps
 from unsloth_puzzles.bench.record import Measurements
 
 
-def fake_run(cases, ranks, timeout):
+def fake_run(cases, ranks, timeout, gpus=None):
     """Runs whose steps take 100 ms on one GPU and 110 ms on two; in 8 rows the memory does not suffice."""
     found = []
     for case in cases:
@@ -21,6 +21,7 @@ def fake_run(cases, ranks, timeout):
             {
                 **case, "step_ms": [900.0, 500.0, step, step], "tokens_per_s": case["rows"] * ranks * 2048 / step * 1e3,
                 "peak_gib": [3.0, 4.0][:ranks], "rest_gib": 2.0, "share": 1 / ranks, "losses": [2.0, 1.0 + drift],
+                "compilations": 6, "graph_breaks": 0,
             }
         )  # fmt: skip
     return found, 2e11 if ranks > 1 else None
@@ -39,6 +40,7 @@ def test_records(tmp_path, monkeypatch):
     assert apart["value"] == pytest.approx(2e-3) and [*apart["baselines"].values()] == [pytest.approx(1e-3)]
     assert found.find("peak_gib", "whole model, CPU offload")[0]["value"] == 4.0
     assert found.find("gather_bytes_per_s")[0]["value"] == 2e11
+    assert found.find("compilations", "50 lengths")[0]["value"] == 6
 
 
 def test_fewer_gpus_than_ranks_are_refused(monkeypatch, capsys):
