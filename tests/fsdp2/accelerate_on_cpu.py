@@ -1,7 +1,9 @@
 """Let accelerate use FSDP2 on CPUs, which it ignores there: for tests alone."""
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import get_fsdp2_grad_scaler
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 _plugins: list = []
@@ -21,3 +23,15 @@ def _init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 
 
 AcceleratorState.__init__ = _init_with_fsdp
+
+
+_make = Accelerator.__init__
+
+
+def _make_with_scaler(self, *args, **kwargs):
+    _make(self, *args, **kwargs)
+    if self.mixed_precision == "fp16":  # what accelerate does on a GPU
+        self.native_amp, self.scaler = True, get_fsdp2_grad_scaler(device="cpu")
+
+
+Accelerator.__init__ = _make_with_scaler

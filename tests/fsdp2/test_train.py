@@ -110,9 +110,10 @@ def test_compiled_ranks_have_the_losses_of_one_process(one, flags, architecture,
 
 
 @pytest.mark.slow
-def test_ranks_in_16_bits_have_the_losses_of_one_process_with_their_rows(architecture, tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])  # float16 with the Trainer's GradScaler
+def test_ranks_in_16_bits_have_the_losses_of_one_process_with_their_rows(dtype, architecture, tmp_path):
     """A row each, cast by FSDP2, beside one process that has the rows as two micro-batches; then both compiled."""
-    flags = ("--steps", 3, "--dtype", "bfloat16")
+    flags = ("--steps", 3, "--dtype", dtype)
     rows = (*flags, "--rows", 1, "--accumulate", 2)
     one = run(architecture, tmp_path / "one.jsonl", *rows)
     two = run(architecture, tmp_path / "two.jsonl", *flags, ranks=2)
