@@ -200,9 +200,9 @@ assert Path(unsloth_puzzles.__file__).resolve().parent == written, "another unsl
 print("unsloth_puzzles is the copy that this notebook wrote")
 
 # %% [markdown]
-# From here on an experiment that raises an error is printed as `FAILED` with its reason and listed at the end, and the
-# run goes on: nothing that was not measured counts as passed. A cell that takes long says so. Figures of an earlier run
-# are removed, so that none of them can earn points in this one.
+# From here on an experiment that raises an error and a check that does not hold are printed as `FAILED` and listed at
+# the end, and the run goes on: nothing that was not measured counts as passed. A cell that takes long says so. Figures
+# of an earlier run are removed, so that none of them can earn points in this one.
 
 # %%
 from unsloth_puzzles.bench import experiments

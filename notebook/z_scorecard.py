@@ -9,7 +9,7 @@
 display(Markdown(section.summary()))
 
 # %% [markdown]
-# What raised an error in this run:
+# What raised an error or failed a check in this run:
 
 # %% tags=["report"]
 from unsloth_puzzles.bench import experiments

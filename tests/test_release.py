@@ -10,7 +10,10 @@ import pytest
 from tools.address import NOTEBOOK
 from tools.build_notebook import ROOT
 from tools.release import MEASUREMENTS, STAMP, describe, inconsistencies, passed_tests, publish, said_of_tests, stamp
+from unsloth_puzzles.bench import experiments
 from unsloth_puzzles.bench.code_digest import code_digest
+from unsloth_puzzles.bench.hardware import Hardware
+from unsloth_puzzles.bench.record import Measurements
 
 
 def executed(*sources: str) -> nbformat.NotebookNode:
@@ -22,7 +25,13 @@ def test_committed_notebook_is_a_complete_release() -> None:
     assert inconsistencies(nbformat.read(ROOT / NOTEBOOK, as_version=4)) == []
 
 
-def test_inconsistencies_name_what_is_wrong() -> None:
+def test_inconsistencies_name_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(experiments, "failures", [])
+    machine = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)
+    experiments.judge(Measurements(tmp_path / "x.json", machine), "a case", {"a check": False})
+    failed_check = capsys.readouterr().out
     node = executed("%%writefile unsloth_puzzles/a.py\nx = 1", "print(1)")
     assert "metadata must hold 'release'" in inconsistencies(node)[0]
     stamp(node, "c0ffee", "2026-11-28", "NVIDIA Test", "not run")
@@ -33,6 +42,8 @@ def test_inconsistencies_name_what_is_wrong() -> None:
     assert inconsistencies(node) == ["the files that it writes are not those of its stamp"]
     node.cells[0].source = "%%writefile unsloth_puzzles/a.py\nx = 1"
     node.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="FAILED: C: out of memory\n")]
+    assert any("an experiment failed" in line for line in inconsistencies(node))
+    node.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=failed_check)]
     assert any("an experiment failed" in line for line in inconsistencies(node))
     node.cells[1].execution_count = None
     assert any("was not executed" in line for line in inconsistencies(node))

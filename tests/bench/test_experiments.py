@@ -28,7 +28,7 @@ def test_error_is_printed_and_recorded_and_the_next_cell_runs(shell, capsys):
     assert "FAILED: table = {}" in said and "KeyError: 'bare products'" in said and "not reached" not in said
     assert "Traceback" not in said
     assert experiments.failures == [("table = {}", "KeyError: 'bare products'")]
-    assert experiments.report() == "Experiments that failed:\n\n- `table = {}`: KeyError: 'bare products'"
+    assert experiments.report() == "Errors and failed checks:\n\n- `table = {}`: KeyError: 'bare products'"
     assert shell.run_cell("print('the next')").success and "the next" in capsys.readouterr().out
 
 
@@ -84,7 +84,8 @@ def test_watch_is_refused_without_ipython(monkeypatch):
         experiments.watch()
 
 
-def test_judge_records_the_share_and_prints_failures(tmp_path, capsys):
+def test_judge_records_the_share_and_lists_failed_checks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "failures", [])
     results = Measurements(tmp_path / "x.json", MACHINE)
     experiments.judge(results, "all well", {"a": True, "b": True})
     experiments.judge(results, "one bad", {"a": True, "b": False, "c": math.nan == math.nan, "d": True})
@@ -92,6 +93,7 @@ def test_judge_records_the_share_and_prints_failures(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "all well: 2 of 2 checks passed\n" in said
     assert "one bad: 2 of 4 checks passed\n  FAILED: b\n  FAILED: c\n" in said
+    assert experiments.report() == "Errors and failed checks:\n\n- `one bad`: 2 of 4 checks failed: b; c"
 
 
 def test_judge_without_checks_is_refused(tmp_path):
@@ -101,7 +103,7 @@ def test_judge_without_checks_is_refused(tmp_path):
 
 def test_report_without_failures_says_so(monkeypatch):
     monkeypatch.setattr(experiments, "failures", [])
-    assert experiments.report() == "Experiments that failed: none."
+    assert experiments.report() == "Errors and failed checks: none."
 
 
 def test_failed_prints_and_records_a_reason(monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 `watch()` applies it to every later cell. An exception is printed as `FAILED: <reason>` and kept in `failures`; the cell
 ends, names that it had bound to new data are deleted, and the next cell runs. An interrupt still stops the notebook. A
-cell says every 25 seconds that it is at work.
+cell says every 25 seconds that it is at work. `judge()` keeps failed checks in `failures` as well.
 """
 
 import gc
@@ -21,7 +21,7 @@ from unsloth_puzzles.bench.record import Measurements
 QUIET_SECONDS = 25.0
 _WHOLE = (ModuleType, FunctionType, BuiltinFunctionType, type)  # what an import or a definition has made
 
-failures: list[tuple[str, str]] = []  # (the cell's first line of code, the reason), in the order of the run
+failures: list[tuple[str, str]] = []  # (a cell's first line of code, an experiment or a case; the reason), in order
 
 
 def watch(quiet_seconds: float = QUIET_SECONDS) -> None:
@@ -43,7 +43,7 @@ def watch(quiet_seconds: float = QUIET_SECONDS) -> None:
 
 
 def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> None:
-    """Record the share of checks that hold under the metric "checks_passed", and print the names of those that fail.
+    """Record the share of checks that hold under the metric "checks_passed". Print and record those that fail.
 
     Args:
         results: Gets the record.
@@ -55,9 +55,11 @@ def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> None:
     """
     if not checks:
         raise ValueError(f"checks must not be empty, got none for {case!r}")
-    failed = [name for name, good in checks.items() if not good]
-    results.add("checks_passed", case, (len(checks) - len(failed)) / len(checks), "fraction")
-    print(f"{case}: {len(checks) - len(failed)} of {len(checks)} checks passed", *failed, sep="\n  FAILED: ")
+    wrong = [name for name, good in checks.items() if not good]
+    results.add("checks_passed", case, (len(checks) - len(wrong)) / len(checks), "fraction")
+    print(f"{case}: {len(checks) - len(wrong)} of {len(checks)} checks passed", *wrong, sep="\n  FAILED: ")
+    if wrong:
+        failures.append((case, f"{len(wrong)} of {len(checks)} checks failed: {'; '.join(wrong)}"))
 
 
 def failed(name: str, reason: object) -> None:
@@ -74,10 +76,10 @@ def failed(name: str, reason: object) -> None:
 
 
 def report() -> str:
-    """Every experiment that failed, a Markdown line each."""
+    """Everything that raised an error or failed a check, a Markdown line each."""
     if not failures:
-        return "Experiments that failed: none."
-    return "\n".join(["Experiments that failed:", "", *(f"- `{cell}`: {reason}" for cell, reason in failures)])
+        return "Errors and failed checks: none."
+    return "\n".join(["Errors and failed checks:", "", *(f"- `{where}`: {reason}" for where, reason in failures)])
 
 
 def free_memory() -> None:
