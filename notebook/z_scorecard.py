@@ -20,7 +20,8 @@ display(Markdown(experiments.report()))
 # ## Scorecard
 #
 # Computed from the measurement files that this run wrote to `resources/measurements/`; no value is typed in. A
-# criterion that this machine could not measure, or whose challenge has no section yet, earns nothing and says so.
+# criterion without a measurement earns nothing. Where the puzzle has a penalty for what is not shown, a missing
+# measurement costs it, unless this machine has no GPU and the measurement needs one.
 
 # %% tags=["report"]
 from unsloth_puzzles.bench import scorecard

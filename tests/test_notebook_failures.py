@@ -45,6 +45,7 @@ def test_it_reaches_the_scorecard_whatever_fails(tmp_path: Path) -> None:
     assert "RuntimeError: sabotaged" in shown
     assert re.search(r"\*\*all challenges\*\* \| \*\*-?\d+ of 51\*\*", shown)
     won = {name: int(points) for name, points in re.findall(r"\| \*\*([A-E])\*\* .*?\*\*(-?\d+) of", shown)}
-    assert won["B"] == won["C"] == won["D"] == won["E"] == 0 and won["A"] <= 0
+    assert won["B"] == won["D"] == won["E"] == 0 and won["A"] <= 0
+    assert won["C"] == -2 - 1 - 3  # neither NF4's kernel nor the loss nor the norms were shown to be compiled
     reasons = [line for cell in node.cells if cell.cell_type == "code" for line in output_text(cell).splitlines()]
     assert not [line for line in reasons if "NameError" in line or "KeyError" in line]

@@ -21,7 +21,7 @@ def _record(metric: str, case: str, value: float, unit: str, **optional: object)
 
 
 MEASURED = {
-    "hardware": {"name": "NVIDIA Test"},
+    "hardware": {"name": "NVIDIA Test", "device": "cuda"},
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
     "date": "2026-11-22",
     "digest": None,

@@ -9,6 +9,7 @@ from unsloth_puzzles.bench.rubric import FILES, FULL, QLORA, RUBRIC, TITLES
 from unsloth_puzzles.bench.scorecard import score, table, totals
 
 MACHINE = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)
+CPU = Hardware("CPU", "cpu", None, 0, 8.0, None, None, False, True)
 PERFECT_A = {
     ("official_harness_speedup", "all"): 2.0,
     ("kernel_launches", "one call"): 1,
@@ -24,8 +25,8 @@ PERFECT_A = {
 
 @pytest.fixture
 def judge(tmp_path):
-    def judged(challenge, values):
-        measurements = Measurements(tmp_path / FILES[challenge], MACHINE)
+    def judged(challenge, values, machine=MACHINE):
+        measurements = Measurements(tmp_path / FILES[challenge], machine)
         for (metric, case), value in values.items():
             measurements.add(metric, case, value, "units")
         measurements.save()
@@ -97,7 +98,7 @@ def test_nothing_measured_is_no_pass_and_no_penalty():
 )
 def test_speed_up_points_add_up(judge, speed_up, expected):
     rows = judge("A", {("official_harness_speedup", "all"): speed_up})
-    assert points(rows, "speed-up") == points(rows) == expected
+    assert points(rows, "speed-up") == expected
 
 
 @pytest.mark.parametrize(
@@ -119,12 +120,59 @@ def test_each_measurement_of_a_counts(judge, metric, case, value, lost):
     assert points(judge("A", {**PERFECT_A, (metric, case): value})) == 14 - lost
 
 
-@pytest.mark.parametrize("missing", sorted(PERFECT_A))
-def test_a_missing_measurement_is_not_measured_and_not_a_pass(judge, missing):
+@pytest.mark.parametrize(
+    ("missing", "lost"),
+    [
+        (("kernel_launches", "one call"), 3),
+        (("mismatched_weights", "asm fp16"), 3),
+        (("mismatched_weights", "asm bf16"), 3),
+        (("cache_eviction_hints", "default kernel"), 1),
+        (("compile_graph_breaks", "fullgraph"), 1 + 1),
+        (("compile_mismatched", "fullgraph"), 1 + 1),
+        (("harness_checks_passed", "fp16"), 1 + 1),
+        (("harness_checks_passed", "bf16"), 1 + 1),
+        (("official_harness_speedup", "all"), 5 + 3),
+    ],
+)
+def test_a_missing_measurement_of_a_is_no_pass_and_costs_the_penalty_of_what_is_not_shown(judge, missing, lost):
     rows = judge("A", {key: value for key, value in PERFECT_A.items() if key != missing})
+    assert points(rows) == 14 - lost
     unmeasured = [row for row in rows if row.verdict == "not measured here"]
-    assert unmeasured and all(row.points == 0 and row.hardware == "" for row in unmeasured)
-    assert points(rows) == 14 - sum(row.possible for row in unmeasured)
+    assert all(row.points == 0 and row.hardware == "" for row in unmeasured)
+    penalised = [row for row in rows if row.verdict == "not met"]
+    assert all(row.points < 0 and "not measured" in row.measured for row in penalised)
+    assert len(penalised) == (lost not in (1, 3))
+
+
+def test_an_attempted_challenge_without_records_has_every_penalty_of_what_is_not_shown(judge):
+    """The "else" rows of A and C. A row "with excessive recompilation" needs a count of compilations."""
+    assert [row.points for row in judge("A", {})] == [0, 0, 0, 0, -3, -1, 0, 0, -1]
+    assert [row.points for row in judge("C", {})] == [0, -2, 0, 0, -1, -3, 0]
+    assert [points(judge(challenge, {})) for challenge in "BDE"] == [0, 0, 0]
+
+
+def test_a_machine_without_a_gpu_is_not_penalised_for_what_needs_one(judge):
+    assert [row.points for row in judge("A", {}, CPU)] == [0, 0, 0, 0, 0, -1, 0, 0, 0]
+    assert [row.points for row in judge("C", {}, CPU)] == [0, -2, 0, 0, -1, -3, 0]
+
+
+@pytest.mark.parametrize(
+    ("missing", "lost"),
+    [
+        (("graph_breaks", "all"), (1 + 2) + 2 + 1 + 1 + 3),
+        (("loss_difference", "compiled, float32"), (1 + 2) + 2 + 1 + 1 + 3),
+        (("checks_passed", "operators, 4-bit linear"), 1 + 2),
+        (("checks_passed", "operators, loss"), 1),
+        (("checks_passed", "operators, layer norms"), 3),
+        (("compilations", "attention"), 2),
+        (("compilations", "MLP"), 1),
+        (("compilations", "max-autotune"), 2),
+    ],
+)
+def test_a_missing_measurement_of_c_is_no_pass_and_costs_the_penalty_of_what_is_not_shown(judge, missing, lost):
+    best = perfect("C")
+    assert missing in best
+    assert points(judge("C", {key: value for key, value in best.items() if key != missing})) == 9 - lost
 
 
 def test_a_known_failure_counts_although_its_companion_is_not_measured(judge):

@@ -18,7 +18,9 @@ class Criterion:
     """One line of the rubric.
 
     `levels` are (points, conditions), best first: the first whose conditions all hold counts. If none holds, the
-    criterion gives `otherwise` points (0 or less). A `gate` that is not met takes the whole challenge's points away.
+    criterion gives `otherwise` points (0 or less). A negative `otherwise` is the puzzle's "else": it also applies if a
+    record is missing, unless the criterion `needs_gpu` and the machine has none. A negative level needs its records:
+    the puzzle's "with". A `gate` that is not met takes the whole challenge's points away.
     """
 
     challenge: str
@@ -26,6 +28,7 @@ class Criterion:
     levels: tuple[tuple[int, tuple[Condition, ...]], ...]
     otherwise: int = 0
     gate: bool = False
+    needs_gpu: bool = False
 
 
 MOST_COMPILATIONS = 30  # more is "excessive recompilation"

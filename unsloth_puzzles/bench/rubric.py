@@ -38,7 +38,13 @@ A = (
     Criterion("A", "speed-up of 1.05 or more over the three launches", only(1, speed_up(">=", 1.05))),
     Criterion("A", "speed-up of 1.10 or more over the three launches", only(2, speed_up(">=", 1.10))),
     Criterion("A", "speed-up of 1.15 or more over the three launches", only(2, speed_up(">=", 1.15))),
-    Criterion("A", "speed-up above 1.00 over the three launches (else -3)", only(0, speed_up(">", 1.00)), otherwise=-3),
+    Criterion(
+        "A",
+        "speed-up above 1.00 over the three launches (else -3)",
+        only(0, speed_up(">", 1.00)),
+        otherwise=-3,
+        needs_gpu=True,
+    ),
     Criterion(
         "A",
         "the kernel works inside torch.compile (else -1)",
@@ -68,6 +74,7 @@ A = (
             Condition("harness_checks_passed", "bf16", ">=", 1),
         ),
         otherwise=-1,
+        needs_gpu=True,
     ),
 )
 

@@ -1,7 +1,9 @@
 """What each criterion of the rubric was measured to be, and the points it gets.
 
 Every criterion names the metric and case, in a file of `resources/measurements/`, that decide it. A verdict comes from
-those files alone; what is in none of them is "not measured here" and gets no point.
+those files alone. A missing record wins no point. Where the puzzle has a penalty for what is not shown, it also costs
+the penalty, except in two cases, "not measured here": the machine has no GPU and the criterion needs one, or the
+challenge has no file, which is a challenge that was not attempted.
 """
 
 import operator
@@ -94,15 +96,23 @@ def _judge(criterion: Criterion, measurements: Measurements | None) -> Row:
     if True in outcomes:
         points = criterion.levels[outcomes.index(True)][0]
         verdict = MET if points == possible else PARTLY_MET if points > 0 else NOT_MET
-    elif None not in outcomes:
+    elif None not in outcomes or _penalised_unmeasured(criterion, measurements):
         verdict, points = NOT_MET, criterion.otherwise
     texts = dict.fromkeys(_measured(condition, measurements) for condition in conditions)
-    measured = "; ".join(texts) if any(_holds(condition, measurements) is not None for condition in conditions) else ""
+    known = verdict != NOT_MEASURED or any(_holds(condition, measurements) is not None for condition in conditions)
+    measured = "; ".join(texts) if known else ""
     hardware = ""
     if measurements and verdict != NOT_MEASURED:
         held = measurements.hardware.get("rehearsal")
         hardware = measurements.hardware["name"] + (" held to a T4's limits" if held else "")
     return Row(criterion.challenge, criterion.text, possible, measured, verdict, points, hardware)
+
+
+def _penalised_unmeasured(criterion: Criterion, measurements: Measurements | None) -> bool:
+    """Whether a missing record costs the criterion's penalty: what is not shown does not hold."""
+    if measurements is None or criterion.otherwise == 0:
+        return False
+    return not criterion.needs_gpu or measurements.hardware["device"] == "cuda"
 
 
 def _all_hold(conditions: Iterable[Condition], measurements: Measurements | None) -> bool | None:
