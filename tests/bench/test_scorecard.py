@@ -194,6 +194,26 @@ def test_b_without_compile_and_without_the_kaggle_example(judge):
 
 
 @pytest.mark.parametrize(
+    ("metric", "case", "value", "expected"),
+    [
+        ("checks_passed", "no byte changes", 0.9, 0),
+        ("checks_passed", "features of FSDP2", 0.9, 0),
+        ("checks_passed", "60 steps of ranks and one process", 0.9, 0),
+        ("loss_difference", "FSDP2 against one GPU", 1.1e-5, 0),
+        ("loss_difference", "FSDP2 compiled against one GPU", 1.1e-5, 3),
+        ("graph_breaks", "FSDP2 compiled", 1, 3),
+        ("compilations", "FSDP2 compiled", 31, 3),
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_each_measurement_of_training_on_two_ranks_counts(judge, metric, case, value, expected, missing):
+    values = perfect("B")
+    del values[metric, case]
+    rows = judge("B", values if missing else {**values, (metric, case): value})
+    assert rows[0].points == expected
+
+
+@pytest.mark.parametrize(
     ("metric", "case", "value", "lost"),
     [
         ("checks_passed", "flex, dynamic lengths", 0.5, 2),

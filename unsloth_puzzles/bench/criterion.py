@@ -34,6 +34,7 @@ class Criterion:
 MOST_COMPILATIONS = 30  # more is "excessive recompilation"
 LARGEST_LOSS_DIFFERENCE = 1e-3  # at any step, between two runs that should train alike
 LARGEST_FLOAT32_DIFFERENCE = 1e-4  # of the loss at any step, compiled and uncompiled, in float32
+LARGEST_RANKS_DIFFERENCE = 1e-5  # of the loss at any step, ranks and one process, in float32
 
 
 def level(points: int, *conditions: Condition) -> tuple[int, tuple[Condition, ...]]:
@@ -55,7 +56,8 @@ def compilations(case: str, comparison: str) -> Condition:
 
 
 def same_loss(case: str) -> Condition:
-    return Condition("loss_difference", case, "<=", LARGEST_LOSS_DIFFERENCE)
+    """Of FSDP2 in float32: the loss of every step is that of one process."""
+    return Condition("loss_difference", case, "<=", LARGEST_RANKS_DIFFERENCE)
 
 
 def compiled_part(part: str) -> tuple[Condition, ...]:
