@@ -28,3 +28,7 @@ from unsloth_puzzles.bench import scorecard
 
 rows = scorecard.score("resources/measurements")
 display(Markdown(scorecard.table(rows)))
+
+# %% [markdown]
+# The row "the script on two GPUs" gives its points on any two GPUs and with random weights, because its verdict says
+# so; Kaggle's two T4s, which the puzzle asks for, are met only where it says "met" alone.

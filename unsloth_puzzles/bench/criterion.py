@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Condition:
-    """A comparison of one recorded value, found by metric and case, with a bound."""
+    """A comparison of a recorded value, found by metric and case, with a bound. Without a case it is for all cases."""
 
     metric: str
-    case: str
+    case: str | None
     comparison: str  # one of >=, >, <=, ==
     bound: float
 
@@ -20,7 +20,8 @@ class Criterion:
     `levels` are (points, conditions), best first: the first whose conditions all hold counts. If none holds, the
     criterion gives `otherwise` points (0 or less). A negative `otherwise` is the puzzle's "else": it also applies if a
     record is missing, unless the criterion `needs_gpu` and the machine has none. A negative level needs its records:
-    the puzzle's "with". A `gate` that is not met takes the whole challenge's points away.
+    the puzzle's "with". A `gate` that is not met takes the whole challenge's points away. `asked_gpu` is the GPU that
+    the puzzle names: met on another one, or with random weights, the criterion keeps its points and says so.
     """
 
     challenge: str
@@ -29,6 +30,7 @@ class Criterion:
     otherwise: int = 0
     gate: bool = False
     needs_gpu: bool = False
+    asked_gpu: str = ""
 
 
 MOST_COMPILATIONS = 30  # more is "excessive recompilation"

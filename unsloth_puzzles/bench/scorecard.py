@@ -51,7 +51,7 @@ def score(directory: str | os.PathLike = "resources/measurements") -> list[Row]:
         gates = [row for row, criterion in zip(judged, criteria, strict=True) if criterion.gate and row.verdict != MET]
         if gates:  # an unmeasured gate is not a passed one; penalties stand
             judged = [_held_back(row, gates[0]) for row in judged]
-        rows += judged
+        rows += [_placed(row, criterion, measurements) for row, criterion in zip(judged, criteria, strict=True)]
     return rows
 
 
@@ -59,6 +59,19 @@ def _held_back(row: Row, gate: Row) -> Row:
     if row.points <= 0:
         return row
     return replace(row, points=0, verdict=f"{row.verdict}; no points, since this is {gate.verdict}: {gate.criterion}")
+
+
+def _placed(row: Row, criterion: Criterion, measurements: Measurements | None) -> Row:
+    """The row, whose verdict says if it was met on other GPUs than those asked for, or with random weights."""
+    if not criterion.asked_gpu or row.verdict != MET:
+        return row
+    said = [MET]
+    if criterion.asked_gpu not in measurements.hardware["name"]:
+        said.append(f"on these GPUs and not on Kaggle's {criterion.asked_gpu}s")
+    conditions = (condition for _, level in criterion.levels for condition in level)
+    if any("random weights" in found["case"] for condition in conditions for found in _found(condition, measurements)):
+        said.append("with random weights")
+    return replace(row, verdict=", ".join(said))
 
 
 def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
@@ -122,11 +135,17 @@ def _all_hold(conditions: Iterable[Condition], measurements: Measurements | None
 
 
 def _holds(condition: Condition, measurements: Measurements | None) -> bool | None:
-    found = measurements.find(condition.metric, condition.case) if measurements else []
-    return _COMPARISONS[condition.comparison](found[0]["value"], condition.bound) if found else None
+    found = _found(condition, measurements)
+    return all(_COMPARISONS[condition.comparison](one["value"], condition.bound) for one in found) if found else None
 
 
 def _measured(condition: Condition, measurements: Measurements | None) -> str:
-    found = measurements.find(condition.metric, condition.case) if measurements else []
-    value = f"{found[0]['value']:.5g} {found[0]['unit']}" if found else "not measured"
-    return f"{condition.metric} ({condition.case}): {value}"
+    found = _found(condition, measurements)
+    if not found:
+        return f"{condition.metric} ({condition.case or 'any case'}): not measured"
+    return "; ".join(f"{condition.metric} ({one['case']}): {one['value']:.5g} {one['unit']}" for one in found)
+
+
+def _found(condition: Condition, measurements: Measurements | None) -> list[dict]:
+    """The records that a condition is about."""
+    return measurements.find(condition.metric, condition.case) if measurements else []
