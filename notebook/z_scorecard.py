@@ -3,7 +3,8 @@
 #
 # The T4 column is a lower bound, not a prediction of the section's time: bytes and FLOPs that the section counts, at
 # this run's sizes, over a T4's bandwidth and rates, without the host. It is not part of the score. What a T4 should
-# take is predicted by the rehearsal, under the limits in README.
+# take is predicted by the rehearsal, under the limits in README. The GPU peak is PyTorch's in this process: what the
+# processes that a section starts allocate is not in it.
 
 # %% tags=["report"]
 display(Markdown(section.summary()))

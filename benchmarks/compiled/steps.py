@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.compiled.clock import free_pinned, kernels_of, milliseconds, now, pinned_gib
 from benchmarks.compiled.model import qlora_model, renew, text_batch
+from unsloth_puzzles.bench import memory
 from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.compiled.qlora import compile_qlora
@@ -102,7 +103,7 @@ def measure(
                     free_pinned()  # what the compiler has pinned, to benchmark kernels that write in place, is no part
                 ready()
             if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+                memory.reset_peak()
             start = now(device)
             losses.append(_step(model, optimizer, scaler, inputs, dtype))
             times.append((start, now(device)))

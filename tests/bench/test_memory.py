@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unsloth_puzzles.bench import memory
-from unsloth_puzzles.bench.memory import allocations, highest_since_restart, peak_memory, restart_highest
+from unsloth_puzzles.bench.memory import allocations, highest_since_restart, peak_memory, reset_peak, restart_highest
 
 MIB = 2**20
 
@@ -55,6 +55,9 @@ def test_peak_memory_does_not_hide_the_peak_before_it(monkeypatch):
     monkeypatch.setattr(memory, "_highest", 0)
     assert peak_memory(call) == (None, 50)
     assert highest_since_restart() == 700
+    peak = 900
+    reset_peak()
+    assert peak == 100 and highest_since_restart() == 900
     restart_highest()
     assert highest_since_restart() == 100
 

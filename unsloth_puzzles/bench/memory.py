@@ -27,7 +27,7 @@ def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
         return _cpu_peak(function)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    _reset_peak()
+    reset_peak()
     result = function()
     torch.cuda.synchronize()
     return result, torch.cuda.max_memory_allocated() - before
@@ -47,8 +47,21 @@ def allocations(function: Callable[[], object]) -> int:
 
 
 def highest_since_restart() -> int | None:
-    """Peak bytes in use on the current GPU since `restart_highest`, measured calls included; None without a GPU."""
+    """Peak bytes that this process used on the current GPU since `restart_highest`, across `reset_peak`.
+
+    None without a GPU.
+    """
     return max(_highest, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
+def reset_peak() -> None:
+    """Reset the peak statistics of the current GPU, as `torch.cuda.reset_peak_memory_stats`, and remember the peak.
+
+    Code that measures by itself resets through this function, so that a section's peak stays known.
+    """
+    global _highest
+    _highest = max(_highest, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
 
 
 def restart_highest() -> None:
@@ -57,12 +70,6 @@ def restart_highest() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _highest = 0
-
-
-def _reset_peak() -> None:
-    global _highest
-    _highest = max(_highest, torch.cuda.max_memory_allocated())
-    torch.cuda.reset_peak_memory_stats()
 
 
 def _requests() -> int:

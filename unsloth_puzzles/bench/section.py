@@ -14,7 +14,7 @@ from unsloth_puzzles.bench.markdown import table
 
 @dataclass
 class Section:
-    """A section's account: wall seconds, peak bytes (None without a GPU), bytes and FLOPs counted, T4 seconds."""
+    """A section's account: wall seconds, peak bytes of this process (None without a GPU), work counted, T4 seconds."""
 
     title: str
     started: float
@@ -27,7 +27,7 @@ class Section:
     def cells(self) -> tuple[str, str, str, str]:
         """Title, time, peak and prediction as text."""
         peak = "not measured (no GPU)" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
-        predicted = f"{self.t4_seconds:.2f} s" if self.bytes or self.flops else "no work counted"
+        predicted = f"{self.t4_seconds:.2f} s" if self.t4_seconds else "no work counted"
         return self.title, f"{self.seconds:.1f} s", peak, predicted
 
 
@@ -76,7 +76,8 @@ def finish() -> Section:
     done.peak_bytes = memory.highest_since_restart()
     _finished[done.title] = done
     title, seconds, peak, predicted = done.cells()
-    print(f"[{title}] {seconds}, GPU peak {peak}; work counted: {predicted} ({t4.LABEL})")
+    work_text = f"work counted: {predicted} ({t4.LABEL})" if done.t4_seconds else predicted
+    print(f"[{title}] {seconds}, GPU peak of this process: {peak}; {work_text}")
     return done
 
 
@@ -84,5 +85,5 @@ def summary() -> str:
     """All finished sections as a Markdown table."""
     import pandas  # here: every process that measures imports this module
 
-    columns = ["section", "time", "GPU peak", f"work counted, {t4.LABEL}"]
+    columns = ["section", "time", "GPU peak, this process", f"work counted, {t4.LABEL}"]
     return table(pandas.DataFrame([done.cells() for done in _finished.values()], columns=columns))
