@@ -18,6 +18,8 @@
 # **How to read it.** Each section: the task and its criteria, the idea, the bound predicted before anything is
 # measured, the code, the checks, the timings beside every baseline in the same run, what it does not do, and its score.
 #
+# <!-- scorecard -->
+#
 # <!-- contents -->
 
 # %% [markdown]

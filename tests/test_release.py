@@ -8,12 +8,25 @@ import nbformat
 import pytest
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import ROOT
-from tools.release import MEASUREMENTS, STAMP, describe, inconsistencies, passed_tests, publish, said_of_tests, stamp
+from tools.build_notebook import ROOT, build
+from tools.release import (
+    MEASUREMENTS,
+    SCORECARD,
+    STAMP,
+    describe,
+    inconsistencies,
+    passed_tests,
+    publish,
+    said_of_tests,
+    show_scorecard,
+    stamp,
+)
 from unsloth_puzzles.bench import experiments
 from unsloth_puzzles.bench.code_digest import code_digest
 from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
+
+GPU = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)
 
 
 def executed(*sources: str) -> nbformat.NotebookNode:
@@ -29,8 +42,7 @@ def test_inconsistencies_name_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(experiments, "failures", [])
-    machine = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)
-    experiments.judge(Measurements(tmp_path / "x.json", machine), "a case", {"a check": False})
+    experiments.judge(Measurements(tmp_path / "x.json", GPU), "a case", {"a check": False})
     failed_check = capsys.readouterr().out
     node = executed("%%writefile unsloth_puzzles/a.py\nx = 1", "print(1)")
     assert "metadata must hold 'release'" in inconsistencies(node)[0]
@@ -59,8 +71,10 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
     run, root = tmp_path / "run", tmp_path / "root"
     for place in (run, root):
         (place / MEASUREMENTS).mkdir(parents=True)
-    measured = {"date": "2026-11-28", "hardware": {"name": "NVIDIA Test"}, "digest": DIGEST}
-    (run / MEASUREMENTS / "a_nf4.json").write_text(json.dumps(measured))
+    results = Measurements(run / MEASUREMENTS / "a_nf4.json", GPU)
+    results.date, results.digest = "2026-11-28", DIGEST
+    results.add("kernel_launches", "one call", 1, "kernels")
+    results.save()
     nbformat.write(executed("print(1)"), run / NOTEBOOK)
     keep_tests(root)
     return run, root
@@ -83,6 +97,29 @@ def test_publish_replaces_notebook_resources_and_measurements(places: tuple[Path
     assert written.metadata[STAMP]["date"] == "2026-11-28" and inconsistencies(written) == []
     assert written.metadata[STAMP]["tests"] == TESTS
     assert (root / "resources/figure.png").read_bytes() == b"png"
+
+
+def test_publish_shows_the_scorecard_of_the_run(places: tuple[Path, Path]) -> None:
+    run, root = places
+    node = executed("print(1)")
+    node.cells.insert(0, nbformat.v4.new_markdown_cell(f"# Title\n\n{SCORECARD}\n\nMore."))
+    nbformat.write(node, run / NOTEBOOK)
+    assert publish(run, root) == []
+    shown = nbformat.read(root / NOTEBOOK, as_version=4).cells[0].source
+    assert "**Scorecard of the published run**, executed on 2026-11-28 on NVIDIA Test." in shown
+    assert "| A. NF4 to Triton | -2 | 14 | NVIDIA Test |" in shown  # 3 - 3 - 1 - 1
+    assert "| C. torch.compile without graph breaks | not measured | 9 | - |" in shown
+    assert "- A, custom inline asm works: not measured here" in shown
+    assert "a single Triton kernel:" not in shown and SCORECARD not in shown
+    assert shown.startswith("# Title") and shown.endswith("More.")
+
+
+def test_scorecard_stands_in_the_built_notebook_once_and_needs_no_release(tmp_path: Path) -> None:
+    built = build()
+    assert sum(cell.source.count(SCORECARD) for cell in built.cells if cell.cell_type == "markdown") == 1
+    stamp(built, "c0ffee", "2026-11-28", "NVIDIA Test", "not run")
+    show_scorecard(built, tmp_path)
+    assert "| **all** | **0** | **51** |  |" in built.cells[0].source
 
 
 def test_publish_refuses_a_notebook_with_an_error_and_writes_nothing(places: tuple[Path, Path]) -> None:

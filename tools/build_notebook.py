@@ -6,7 +6,8 @@ The sections are jupytext percent scripts. A code cell that holds one of these l
     # package        by collapsed cells that write every file of unsloth_puzzles/, a cell a folder
     # benchmarks     by the same for the files of benchmarks/ that the cells and what they start import
     # show: PATH     by `%%writefile PATH` and the file word for word, open: the files that a section explains
-In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents.
+In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents; `<!-- scorecard -->`
+is left to tools/release.py.
 """
 
 import argparse

@@ -15,7 +15,7 @@ import pandas
 
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
-from tools.measured_tables import gpu_tests, metric_table, provenance
+from tools.measured_tables import gpu_tests, metric_table, points_table, provenance
 from tools.readme_contents import FIGURES, FOLDERS, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
 from unsloth_puzzles.bench import scorecard
@@ -31,25 +31,11 @@ def readme(resources: Path = ROOT / "resources") -> str:
     page = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return page.render(
         badges=badges(),
-        score=score(measurements),
+        score=points_table(scorecard.score(measurements)),
         release=release(of),
         results=results(resources),
         rehearsal=rehearsal(measurements / "rehearsal.json", of["digest"]),
     )
-
-
-def score(measurements: Path) -> str:
-    """Points per challenge with the hardware that earned them, from the scorecard's rows."""
-    rows = scorecard.score(measurements)
-    lines = []
-    for challenge, (points, possible) in scorecard.totals(rows).items():
-        hardware = dict.fromkeys(row.hardware for row in rows if row.challenge == challenge and row.hardware)
-        if challenge in TITLES:
-            shown = points if hardware else "not measured"
-            lines.append((f"{challenge}. {TITLES[challenge]}", shown, possible, ", ".join(hardware) or "-"))
-        else:
-            lines.append(("**all**", f"**{points}**", f"**{possible}**", ""))
-    return table(pandas.DataFrame(lines, columns=["challenge", "points", "of", "measured on"]))
 
 
 def release(of: dict) -> str:

@@ -1,4 +1,4 @@
-"""Measurement files as Markdown: a table a metric, the tests on a GPU, and where the figures come from."""
+"""Measurement files as Markdown: the points, a table a metric, the tests on a GPU, where the figures come from."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,24 @@ import pandas
 from tools.readme_contents import SHORT, TURNED, WORST
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.markdown import table
+from unsloth_puzzles.bench.rubric import TITLES
+from unsloth_puzzles.bench.scorecard import Row, totals
 
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
 NAMELESS = ("relative", "loss", "reward", "compilations", "graph breaks")  # units that say what the caption says
+
+
+def points_table(rows: list[Row]) -> str:
+    """Points per challenge with the hardware that earned them, from the scorecard's rows."""
+    lines = []
+    for challenge, (points, possible) in totals(rows).items():
+        hardware = dict.fromkeys(row.hardware for row in rows if row.challenge == challenge and row.hardware)
+        if challenge in TITLES:
+            shown = points if hardware else "not measured"
+            lines.append((f"{challenge}. {TITLES[challenge]}", shown, possible, ", ".join(hardware) or "-"))
+        else:
+            lines.append(("**all**", f"**{points}**", f"**{possible}**", ""))
+    return table(pandas.DataFrame(lines, columns=["challenge", "points", "of", "measured on"]))
 
 
 def metric_table(records: list[dict], metric: str, caption: str) -> str:

@@ -19,7 +19,9 @@ from nbformat import NotebookNode
 
 from tools.address import NOTEBOOK
 from tools.build_notebook import PACKAGE, ROOT, package_of, text
+from tools.measured_tables import points_table
 from tools.outputs import lines_with, problems
+from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.rubric import FILES
 
@@ -27,6 +29,7 @@ STAMP = "release"
 KEYS = {"commit", "date", "digest", "hardware"}
 TESTS = "tests"  # the last key of a stamp, which releases of November 2026 and before lack
 UNTESTED = "not run"
+SCORECARD = "<!-- scorecard -->"  # in Markdown of a built notebook, where a release shows its points
 MEASUREMENTS = Path("resources/measurements")
 
 
@@ -54,6 +57,7 @@ def publish(folder: Path, root: Path = ROOT, *, untested: bool = False) -> list[
     stamp(node, _git(root, "rev-parse", "HEAD"), first["date"], first["hardware"]["name"], tests)
     if found := found + inconsistencies(node):
         return found
+    show_scorecard(node, folder / MEASUREMENTS)
     (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
     for name in FILES.values():  # a section that measured nothing must not keep another run's figures
         (root / MEASUREMENTS / name).unlink(missing_ok=True)
@@ -65,6 +69,29 @@ def stamp(node: NotebookNode, commit: str, date: str, hardware: str, tests: obje
     """Write into the metadata of an executed notebook what it is a release of."""
     digest = code_digest(package_of(node))
     node.metadata[STAMP] = {"commit": commit, "date": date, "digest": digest, "hardware": hardware, TESTS: tests}
+
+
+def show_scorecard(node: NotebookNode, measurements: Path) -> None:
+    """Replace `SCORECARD` in a stamped notebook by the points of its run, with the date and the hardware.
+
+    A notebook that is built and not released keeps the placeholder, a comment that no viewer shows.
+
+    Args:
+        node: Has the stamp.
+        measurements: The folder of the measurement files of its run.
+    """
+    of, rows = node.metadata[STAMP], scorecard.score(measurements)
+    short = [f"- {row.challenge}, {row.criterion}: {row.verdict}" for row in rows if row.verdict != scorecard.MET]
+    shown = [
+        f"**Scorecard of the published run**, executed on {of['date']} on {of['hardware']}. It is computed from the",
+        "measurements of that run. The last section computes the scorecard of the run at hand in the same way.",
+        "",
+        points_table(rows),
+        *(["", "Not simply met in the published run:", "", *short] if short else []),
+    ]
+    for cell in node.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace(SCORECARD, "\n".join(shown))
 
 
 def passed_tests(digest: str, root: Path = ROOT) -> dict[str, object] | None:
