@@ -11,8 +11,8 @@
 # %% [markdown]
 # ### The idea
 #
-# Compiling a whole training step invites everything that varies into one graph. Instead three regions are compiled,
-# each without a break, and what varies between batches enters them as tensors:
+# A graph of the whole training step would depend on everything that varies between batches. Instead three regions are
+# compiled, each without a graph break, and what varies between batches enters them as tensors:
 #
 # ```
 #  once a batch, not compiled     embeddings, cos and sin, the attention mask (block indices, documents, window)
@@ -22,31 +22,31 @@
 # ```
 #
 # - **One function for all layers.** Weights, adapters and quantisation states are inputs of the graph, so that sixteen
-#   layers, and their recomputation under gradient checkpointing, run one graph. What is no number (gradients or not,
-#   the kind of mask) has a function of its own, and so has the first layer where its input, the embeddings, wants no
-#   gradient (here it does, as after `prepare_model_for_kbit_training`). One reason to compile *again* is left: a
-#   forward without gradients of so few rows (below 3 on sm_90, below 64 elsewhere) that bitsandbytes' fused kernel is
-#   the faster one, in an evaluation or under checkpointing.
-# - **Lengths are variables** from the first compilation on: batch and length are marked dynamic, and nothing in the
-#   graph compares them with another size that happens to be equal (`use_duck_shape`).
+#   layers, and their recomputation under gradient checkpointing, run one graph. The non-tensor part of the compile key
+#   (gradients or not, the kind of mask) selects another function. The first layer has its own function if its input,
+#   the embeddings, needs no gradient; here it needs one, as after `prepare_model_for_kbit_training`. One reason to
+#   recompile is left: a forward without gradients of few rows (below 3 on sm_90, below 64 elsewhere), for which
+#   bitsandbytes' fused kernel is faster, in an evaluation or under checkpointing.
+# - **Lengths are symbolic** from the first compilation on: batch and length are marked dynamic, and without
+#   `use_duck_shape` the graph does not compare them with another size that happens to be equal.
 # - **Masks are tensors.** Flex attention's block indices are found by comparing the first and last position, and the
-#   first and last document, of each block of 128; window and document ids are tensors. So neither the window nor the
-#   packing of a batch is part of the code.
-# - **NF4 through A's operator.** Each linear layer de-quantises its weight in the forward and again in the backward; to
-#   the compiler the second call depends on the gradient, or both would be merged and every weight kept.
-# - **What is kept for the backward** is the partitioner's choice. Told to save a tenth (`activation_memory_budget=0.9`)
-#   it makes again whatever costs no matrix product: the MLP's activation, the normed inputs.
-# - **Adapters are cheap in FLOPs and dear in traffic and launches.** Their scaling is moved to where they have r
-#   columns (`lora.py`); those that read the same input share their first product (`shared_input.py`); the outputs of
-#   gate and up exist only inside the kernel that computes the activation (`swiglu.py`); and what does not depend on one
-#   another, such as casting all adapters of a layer, is one launch (`combo_kernels`).
-# - **The host does not wait for the GPU** where it need not. transformers searches the positions of each batch for
-#   packed documents, also positions that it has made itself, and waits for the answer. A batch that comes without mask
-#   and positions is told to have neither padding nor documents, so that the host can run ahead into the next step. A
-#   mask or positions that are given have to be looked at, by transformers and here: once a batch. And the backward's
-#   Python runs in the thread that calls it, not in autograd's own for the GPU, where it takes a tenth longer and more.
-# - **Values are rounded where eager mode rounds them**, also inside fused kernels (`emulate_precision_casts`), so that
-#   in 16 bits, too, the loss is the uncompiled model's.
+#   first and last document, of each block of 128; window and document ids are tensors. Neither the window nor the
+#   packing of a batch is part of the compiled code.
+# - **NF4 through A's operator.** Each linear layer de-quantises its weight in the forward and again in the backward.
+#   The second call takes the gradient as an input. Otherwise the compiler would merge both calls and keep every weight.
+# - **The partitioner chooses what is kept for the backward.** With `activation_memory_budget=0.9` it recomputes what
+#   needs no matrix product: the MLP's activation and the normed inputs.
+# - **Adapters cost few FLOPs but much memory traffic and many launches.** Their scaling is applied where they have r
+#   columns (`lora.py`). Adapters that read the same input share their first product (`shared_input.py`). The outputs of
+#   gate and up exist only inside the kernel that computes the activation (`swiglu.py`). Independent operations, such as
+#   casting all adapters of a layer, are one launch (`combo_kernels`).
+# - **The host avoids waiting for the GPU.** transformers searches the positions of each batch for packed documents,
+#   even positions that it has made itself, and waits for the result. For a batch without mask and positions it is told
+#   that there is neither padding nor a second document, so that the host can run ahead into the next step. A given mask
+#   or given positions are inspected, by transformers and here, once a batch. The backward's Python runs in the calling
+#   thread, because it takes at least a tenth longer in autograd's own thread for the GPU.
+# - **Values are rounded where eager mode rounds them**, inside fused kernels as well (`emulate_precision_casts`), so
+#   that the loss agrees with the uncompiled model's in 16 bits, too.
 #
 # ### The bound, before anything is measured
 #
@@ -75,19 +75,19 @@ if hardware.matmul_flops:
     rate = hardware.matmul_flops["bfloat16" if hardware.bf16 else "float16"]
     print(f"at least {1e3 * (products + attention_flops) / rate:.1f} ms here ({rate / 1e12:.0f} TFLOP/s)")
 else:
-    print("SKIPPED: what that takes here is known where the rate was measured, on a GPU")
+    print("SKIPPED: the time at least needed here: it follows from the measured matmul rate of a GPU")
 
 # %% [markdown]
 # ### The code: attention
 #
-# What can be asked, and what it means:
+# The arguments that describe which keys a query attends to:
 
 # %%
 # show: unsloth_puzzles/attention/pattern.py
 
 # %% [markdown]
 # Five backends compute it: PyTorch's flash attention for sequences laid end to end, flex attention, xformers, SDPA, and
-# the formula. Flex attention's blocks in closed form, and flex attention:
+# the formula. The next two files hold flex attention's blocks in closed form, and flex attention:
 
 # %%
 # show: unsloth_puzzles/attention/blocks.py
@@ -96,7 +96,7 @@ else:
 # show: unsloth_puzzles/attention/flex.py
 
 # %% [markdown]
-# One function over them, and the same under transformers' models:
+# One function selects the backend. The same function serves transformers' models:
 
 # %%
 # show: unsloth_puzzles/attention/interface.py
@@ -137,18 +137,18 @@ free_memory()
 display(Markdown(backend_table(DEVICE)))
 
 # %% [markdown]
-# "No" is what this interface does not offer, which may be less than the library behind a backend could do. A scale and
-# grouped queries all of them know; xformers, and SDPA with a mask, are given keys and values repeated for each query
-# head. By default SDPA is taken where its flag for causal masks says all; else flash, flex, xformers, SDPA, in this
-# order, whichever can, and below sm_80, on a T4, xformers and SDPA (in compiled layers SDPA) before flex. Each backend
-# is checked against float64 in section D.
+# "No" means that this interface does not offer the feature, although the library behind the backend may. All backends
+# support a custom scale and grouped queries. For xformers, and for SDPA with a mask, keys and values are repeated for
+# each query head. The default is SDPA if its causal flag describes the whole pattern. Otherwise it is the first of
+# flash, flex, xformers and SDPA that supports the pattern. Below sm_80, on a T4, xformers and SDPA (in compiled layers
+# SDPA alone) come before flex. Section D checks each backend against float64.
 #
 # ### Check 1: flex attention, two graphs at most
 #
-# Over 52 lengths, three windows, packed and not, forward and (on a GPU) backward: the result of every one is compared
-# with the formula, and the graphs are counted. On a GPU there are two, one for queries shorter than 128 and one for all
-# others: Inductor asks whether its decoding kernel could be taken, also where it may not, and keeps the answer as a
-# guard. Then `fail_on_recompile` forbids any more, for lengths never seen.
+# Flex attention runs over 52 lengths and three windows, packed and not, forward and (on a GPU) backward. Each result is
+# compared with the formula, and the graphs are counted. A GPU needs two graphs, one for queries shorter than 128 and
+# one for all others: Inductor tests whether its decoding kernel applies, even where that kernel is disabled, and guards
+# on the result. After that, new lengths run under `fail_on_recompile`.
 
 # %%
 from benchmarks.attention.checks import check_flex
@@ -169,18 +169,18 @@ free_memory()
 # weights. `transformers.Trainer` trains it twice for 50 steps of as many lengths (128 to 320 tokens, on a T4 up to 192;
 # on a CPU 4 steps), in float32 without TF32: uncompiled, with transformers' own attention and loss over bitsandbytes'
 # layers, and under `compile_qlora` with flex attention (on a CPU, where flex attention cannot be compiled into a layer,
-# with SDPA). Graph breaks, graphs (a row each of the tables) and reasons are Dynamo's own; compilations are those of
-# Inductor, forward and backward. Afterwards, counted apart and on a CPU alone, come batches that pack two documents
-# into a row and an evaluation (no gradients). To Dynamo a new function is no recompilation and has no reason; its
-# compilations count here like all others. Gradient accumulation, saved and loaded adapters, undoing, and TRL's
-# SFTTrainer are not run here but by the tests of `tests/compiled`.
+# with SDPA). Dynamo reports graph breaks, graphs (a row of the tables each) and the reasons of recompilations.
+# Compilations are Inductor's, forward and backward. Dynamo does not report a new function as a recompilation; its
+# compilations count here like all others. On a CPU, batches that pack two documents into a row and an evaluation
+# without gradients follow, and are counted separately. Gradient accumulation, saved and loaded adapters, undoing, and
+# TRL's SFTTrainer are not run here but by the tests in `tests/compiled`.
 
 # %%
 from benchmarks.compiled import trainer as qlora_trainer
 
 STEPS, LENGTHS = (50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
-held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections have left behind
+held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections still hold
 
 # %%
 model = qlora_model(DEVICE, torch.float32, not GPU, SIXTEEN if GPU else torch.float32)
@@ -201,7 +201,7 @@ for candidate in qlora_steps.CANDIDATES if model is not None else ():
 
 # %% [markdown]
 # What each part of the model was compiled to, in the run whose losses are compared below. The operators are those of
-# the graphs that Inductor was given: NF4 weights by A's operator, flex attention and its backward, the fused MLP, the
+# the graphs that Inductor received: NF4 weights by A's operator, flex attention and its backward, the fused MLP, the
 # norms' reciprocal roots, the loss's exponentials.
 
 # %%
@@ -242,9 +242,9 @@ if "compiled" in trainings:
     run = trainings["compiled"]
     everything = captures(run) + captures(run, "later_")
     breaks = sum(run["graph_breaks"].values()) + sum(run["later_graph_breaks"].values())
-    print(f"{run['steps']} steps of {len(set(run['lengths']))} lengths: {run['compilations']} compilations,")
-    print(f"{run['compile_seconds']:.0f} s of them; graph breaks: {run['graph_breaks'] or 'none'}; {HARDWARE}")
-    print("what Dynamo allows, as PyTorch has it:", run["limits"])
+    print(f"{run['steps']} steps of {len(set(run['lengths']))} lengths: {run['compilations']} compilations", end=" ")
+    print(f"in {run['compile_seconds']:.0f} s; graph breaks: {run['graph_breaks'] or 'none'}; {HARDWARE}")
+    print("Dynamo's limits:", run["limits"])
     display(Markdown(Counts(captures(run)).table()))
     if GPU:
         print(
@@ -255,7 +255,7 @@ if "compiled" in trainings:
         print(f"graph breaks: {run['later_graph_breaks'] or 'none'}")
         display(Markdown(Counts(captures(run, "later_")).table()))
     again = [one.reason for one in everything if one.reason]
-    print("again for a reason of Dynamo's:", *again or ["nothing"], sep="\n  ")
+    print("reasons of recompilations:", *again or ["none"], sep="\n  ")
     lines = ["| part | captured in | operators found |", "|---|---|---|"]
     for part, (functions, wanted) in OPERATORS.items():
         of = [one for one in everything if one.name.startswith(functions)]
@@ -302,18 +302,18 @@ else:
 # %% [markdown]
 # ### Time and memory of a step, and the loss in 16 bits
 #
-# Adapters of rank 16 under all linear layers, fused AdamW: transformers, PEFT and bitsandbytes as they are, beside the
-# same model under `compile_qlora`; 4 x 2048 tokens in bfloat16, on a T4 2 x 1024 in float16. Time is the GPU's, from a
-# step's beginning to its end, while the host goes on to the next, as in a training loop that does not read each loss.
-# Uncompiled runs are made first, compiled ones after them, in this process. Memory is what PyTorch has allocated in a
-# step, at its peak.
+# Adapters of rank 16 under all linear layers, fused AdamW: unmodified transformers, PEFT and bitsandbytes, beside the
+# same model under `compile_qlora`; 4 x 2048 tokens in bfloat16, on a T4 2 x 1024 in float16. A step is timed on the
+# GPU, from its beginning to its end, while the host continues with the next step, as in a training loop that does not
+# read each loss. Uncompiled runs come first and compiled runs after them, all in this process. Memory is the peak that
+# PyTorch allocates in a step.
 #
-# In 16 bits two uncompiled runs differ as well, if they differ in nothing but the kernel that computes attention. The
-# compiled run rounds where eager mode rounds, so it may differ from the uncompiled ones by twice what they differ among
-# themselves at most. `max_autotune=True` lets every product in the layers be benchmarked at the first batch's lengths,
-# Triton's tiles against cuBLAS's; Triton competes on GPUs with few multiprocessors, too, where Inductor would not let
-# it. Below sm_80, without Triton's tensor cores, it competes for LoRA's narrow products alone. There the host compiles
-# each run for about a minute, so one compiled run has both: max-autotune and gradient checkpointing.
+# In 16 bits two uncompiled runs differ as well, even if only the attention kernel differs. The compiled run rounds
+# where eager mode rounds, so its difference from the uncompiled runs may be at most twice the largest difference among
+# them. `max_autotune=True` benchmarks every product in the layers at the first batch's lengths, Triton's tiles against
+# cuBLAS. Triton competes also on GPUs with few multiprocessors, where Inductor excludes it by default. Below sm_80
+# Triton has no tensor cores, so there it competes for LoRA's narrow products only. There the host also needs about a
+# minute to compile a run, so one compiled run covers both max-autotune and gradient checkpointing.
 
 # %%
 if OLD or not GPU:
@@ -335,7 +335,7 @@ SIXTEEN_BIT = UNCOMPILED | {
     "compiled, with checkpointing": {**shape, "candidate": "compiled", "checkpointing": True},
     "compiled, max-autotune": {**short, "candidate": "compiled", "max_autotune": True, "profile": True},
 }
-if OLD:  # a T4's host compiles each run for a minute: one, with all that a small GPU wants
+if OLD:  # a T4's host needs a minute to compile a run: one run covers both
     SIXTEEN_BIT["compiled, max-autotune"]["checkpointing"] = True
     for case in CHECKPOINTING:
         del SIXTEEN_BIT[f"compiled, {case}"]
@@ -412,7 +412,8 @@ elif not GPU and len(runs) == 2:
     print(f"float32: {len(mine['losses'])} losses differ by at most {largest(mine, other):.1e}")
 
 # %% [markdown]
-# And what max-autotune found: who won each product, and how many of Triton's a step launches, by PyTorch's profiler.
+# What max-autotune chose: the winner of each product and, by PyTorch's profiler, how many of Triton's products a step
+# launches.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -448,9 +449,9 @@ free_memory()
 # %% [markdown]
 # ### More settings, on a large GPU
 #
-# Many more runs than a notebook has time for are made by a script (`make sweeps`) and kept in a file: 60 steps of as
-# many lengths, three uncompiled kernels of attention, other budgets for what the compiler keeps. What follows is drawn
-# from that file where it is there, says on what hardware and when it was made, and is no part of the score.
+# A script (`make sweeps`) makes more runs than a notebook has time for and keeps them in a file: 60 steps of as many
+# lengths, three uncompiled kernels of attention, other activation memory budgets. The tables and figures below come
+# from that file if it is present. They name its hardware and date, and are no part of the score.
 
 # %%
 SWEEPS = Path("resources/measurements/c_compile_sweeps.json")
@@ -465,14 +466,13 @@ runs = {name: run for name, run in swept["runs"].items() if "step_ms" in run}
 # %%
 if runs:
     display(steps_table(runs, {}))
-    print("Several runs compile at the same time, so the seconds are more than a run alone would take; each is timed")
-    print("while the others wait.")
+    print("Several runs compile at the same time, so a run alone compiles in fewer seconds. Steps are timed one run")
+    print("at a time.")
 
 # %% [markdown]
-# **Where the time goes**: what the GPU works in one more step, by PyTorch's profiler. The bound above is that of
-# products and attention alone. Copies to the host and back, with checkpointing, run beside the kernels; what a step
-# takes beyond the sum of all else is a GPU that waits: in compiled runs two to four microseconds from a kernel to the
-# next, on the average.
+# **Where the time goes**: GPU time of one more step, by PyTorch's profiler. The bound above covers products and
+# attention only. With checkpointing, copies to and from the host overlap the kernels. The remainder of a step is GPU
+# idle time: in compiled runs two to four microseconds between kernels, on average.
 
 # %%
 COPIES = "copies to and from the host"
@@ -517,7 +517,7 @@ if points:
     axes.set(xlabel="memory allocated in a step, peak, GiB", ylabel="a step, ms")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_title("a line ends at the time in which the GPU works, the mark is the step's", fontsize=9)
+    axes.set_title("mark: step time; other end of the line: time in which the GPU is busy", fontsize=9)
     for number, case in enumerate(CHECKPOINTING):
         pair = [points.get(f"{candidate}, {case}") for candidate in ("eager", "compiled")]
         if not all(pair):
@@ -547,17 +547,18 @@ else:
 # %% [markdown]
 # ### In 16 bits, step by step
 #
-# Sixty steps of as many lengths. Three uncompiled runs differ in nothing but the kernel that PyTorch's SDPA takes. The
-# compiled run rounds where eager mode rounds, so it should differ from them no more than they among themselves, twice
-# that at most. It is the default that was timed above but for its attention, "flash", since cuDNN's plans anew for each
-# length. A rehearsal of a T4 is compared likewise: twelve steps of 2 x 1024 tokens in float16, SDPA, 15 GiB of memory,
-# and two uncompiled runs. In the figure below the steps that compile lie above the pane of times.
+# Sixty steps of as many lengths. Three uncompiled runs differ only in the kernel that PyTorch's SDPA uses. The compiled
+# run rounds where eager mode rounds, so its difference from them should be at most twice the largest difference among
+# them. It uses the defaults timed above except `attention="flash"`, because cuDNN's attention makes a new plan for each
+# length. A rehearsal of a T4 is compared in the same way: twelve steps of 2 x 1024 tokens in float16, SDPA, 15 GiB of
+# memory, and two uncompiled runs. The steps that compile lie above the range of the time axis in the figure below.
 #
-# Compiled code could also round once where eager mode rounds several times (`eager_rounding=False`), and in bfloat16
-# that shows. LoRA's B begins at zero, an update moves it by the learning rate, 2e-4, and what it then adds to a layer's
-# output is less than half a unit in the last place of that output. Eager mode has rounded the output before it adds,
-# and rounds again, so that much of the first updates has no effect yet. Code that adds before it rounds is further from
-# eager mode's losses, in the first steps most, and nearer to those of a run in float32 with the same packed weights.
+# With `eager_rounding=False` compiled code rounds once where eager mode rounds several times. In bfloat16 the
+# difference is visible. LoRA's B begins at zero, and an update moves it by the learning rate, 2e-4. What it then adds
+# to a layer's output is less than half a unit in the last place of that output. Eager mode rounds the output before and
+# after the addition, so many of the first updates have no effect. Code that adds before it rounds gives losses that are
+# further from eager mode's, most of all in the first steps, and nearer to those of a float32 run with the same packed
+# weights.
 
 
 # %%
@@ -625,9 +626,9 @@ else:
 # %% [markdown]
 # ### Aimed at, and reached
 #
-# Set before it was measured, for an H200. A step takes as long as the slower of host and GPU: on a slow host the times,
-# their ratios, and the steps after which compiling has paid for itself are the host's. The table "where the time goes",
-# of an earlier run, shows the GPU's part alone ("busy without these copies").
+# These aims for an H200 were set before the measurement. A step takes as long as the slower of host and GPU. With a
+# slow host, the host determines the times, their ratios, and the number of steps after which compiling has paid for
+# itself. The table "where the time goes", of an earlier run, shows the GPU's time alone ("busy without these copies").
 
 # %%
 FULL = "4 x 2048, bfloat16"
@@ -663,26 +664,25 @@ else:
 # ### What this does not do
 #
 # - Each new kind of mask (a flag for SDPA, blocks for flex attention, documents for flash attention) is compiled once,
-#   and once more for the first layer where the embeddings want no gradient: a run that packs some of its batches
-#   compiles two functions more, and with flex attention four.
-# - On a GPU below sm_80 Triton has no tensor cores for flex attention: there flex is taken only where it is asked for,
-#   or where nothing else knows what is asked (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16
-#   keys, values and queries of a tile, and in the backward the gradient beside them, take 4 x 32 x 128 x 2 bytes = 32
-#   KiB of the 64 KiB that a T4's multiprocessor has; larger heads, and float32 at a head size of 128, have tiles of
-#   16 x 16. Inductor writes flex's code for the GPU that is there: that it compiles for a T4 as well was tried in a
-#   rehearsal, which is evidence and no proof.
-# - With gradient checkpointing the layers' inputs, but for the last one's, wait in pinned memory of the host, which
-#   must have room for them: the column of the table above.
-# - A loop that reads each loss waits for the GPU once a step, and so does transformers' `Trainer` unless it is told not
-#   to look for NaN (`logging_nan_inf_filter=False`). Such steps begin on a GPU that has nothing to do.
-# - cuDNN's attention, which PyTorch takes on an H200, plans anew for every length it has not met, a tenth of a second
-#   each and more: where lengths vary, `attention="flash"` is the faster choice, as in the runs of 60 lengths above.
-# - A mask with padding between real tokens is refused, and so is packing told by `cu_seq_lens_q` without position ids.
-# - Dropout in the adapters sets `activation_memory_budget` to 1.0, aloud: below that the compiler may draw a dropout
-#   again for the backward, and otherwise.
-# - A copy that is made of a compiled model (`copy.deepcopy`) cannot be undone: undo first, copy then. With labels and
-#   `return_dict=False` a call returns the loss alone, the logits having never been made.
-# - Nothing of this ran on a T4.
+#   and once more for the first layer if the embeddings need no gradient. A run that packs some of its batches compiles
+#   two functions more, and with flex attention four.
+# - On a GPU below sm_80 Triton has no tensor cores for flex attention. There flex is used on request only, or if no
+#   other backend supports the pattern (a soft cap). Its tiles are then 32 x 32: at a head size of 128 in float16 keys,
+#   values and queries of a tile, and in the backward the gradient, take 4 x 32 x 128 x 2 bytes = 32 KiB of the 64 KiB
+#   that a T4's multiprocessor has. Larger heads, and float32 at a head size of 128, have tiles of 16 x 16. Inductor
+#   generates flex's code for the GPU at hand. A rehearsal compiled it for a T4, which is evidence and no proof.
+# - With gradient checkpointing the inputs of all layers but the last are kept in pinned memory of the host, which needs
+#   room for them (the column "pinned on the host" above).
+# - A loop that reads each loss waits for the GPU once a step. So does transformers' `Trainer`, unless
+#   `logging_nan_inf_filter=False`. The GPU is idle at the start of such a step.
+# - cuDNN's attention, which PyTorch selects on an H200, makes a plan for every new length, which takes a tenth of a
+#   second or more. For varying lengths `attention="flash"` is faster, as in the runs of 60 lengths above.
+# - A mask with padding between real tokens is refused, and so is packing by `cu_seq_lens_q` without position ids.
+# - Dropout in the adapters sets `activation_memory_budget` to 1.0, with a warning: below 1.0 the compiler may recompute
+#   a dropout in the backward, with other random numbers.
+# - A copy of a compiled model (`copy.deepcopy`) cannot be undone: undo first, then copy. With labels and
+#   `return_dict=False` a call returns the loss only, because the logits are never made.
+# - None of this was run on a T4.
 
 # %% [markdown]
 # ### Score of this section
