@@ -11,8 +11,8 @@
 # %% [markdown]
 # ### The idea
 #
-# A loss that is a sum over rows is a sum over chunks of rows. Each chunk's logits can be made, differentiated and
-# forgotten before the next chunk's:
+# A loss that is a sum over rows is a sum over chunks of rows. Each chunk's logits can be made, differentiated and freed
+# before the next chunk's:
 #
 # ```
 #  for each chunk of rows                                   lives in
@@ -29,12 +29,12 @@
 #
 # - The gradients are made **in the forward**, where the logits are, so no logit is made twice: three matrix products,
 #   two if the head is frozen. The backward multiplies them by the upstream gradient, which is a scalar.
-# - **N is one number for all chunks**: the labels that count (or `num_items_in_batch`), never a mean per chunk, whose
-#   chunks hold different numbers of ignored labels.
+# - **N is one number for all chunks**: the number of labels that are not ignored (or `num_items_in_batch`). A mean per
+#   chunk would be wrong, because chunks hold different numbers of ignored labels.
 # - A function that returns a value **per row** (log-probabilities for GRPO and DPO) has an upstream gradient per row,
 #   unknown in the forward. There the backward makes the logits again: four products, exact for any upstream gradient.
 # - $G_c$ comes from `torch.autograd` through the user's function, in eager mode or compiled by Inductor, and is written
-#   over the logits. Nothing in the operator knows what cross entropy is.
+#   over the logits. The operator has no code for a particular loss.
 # - Two `backward` methods are written by hand, as the puzzle's `torch.autograd.Function` demands: the operator's own,
 #   which multiplies by the upstream gradient (or does the chunks again), and that of the matrix product $Z=XW^\top$ in
 #   `heads.py`, $G_cW$ and $G_c^\top X_c$ above, because PyTorch's own would make a new dW for every chunk. No loss has
@@ -42,8 +42,8 @@
 #
 # ### The bound, before anything is measured
 #
-# With $R$ rows, hidden size $H$ and vocabulary $V$ each matrix product is $2RHV$ FLOPs, and whoever returns gradients
-# has to hold them. At the puzzle's shape (4 x 4096 rows, H = 4096, V = 128256, bf16):
+# With $R$ rows, hidden size $H$ and vocabulary $V$ each matrix product is $2RHV$ FLOPs. Gradients that are returned
+# need memory in any method. At the puzzle's shape (4 x 4096 rows, H = 4096, V = 128256, bf16):
 #
 # | | FLOPs | memory that must be there |
 # |---|---|---|
@@ -56,8 +56,8 @@
 #
 # Small chunks save memory and cost time: each one reads W for its logits, reads it again for dX and reads and writes
 # dW, 8 bytes per weight, against 6c FLOPs per weight of arithmetic. The best possible time in chunks is that of these
-# matrix products alone in the same chunks, and it is measured beside everything else. (Whoever holds all logits has
-# larger products, which are faster: `torch.compile` of the plain loss can be below this floor.)
+# matrix products alone in the same chunks. It is measured beside all candidates. (With all logits at once the products
+# are larger and faster: `torch.compile` of the plain loss can be below this floor.)
 
 # %%
 from unsloth_puzzles.bench import section
@@ -74,7 +74,7 @@ if hardware.matmul_flops:
             f"{what}: {flops / 1e12:.1f} TFLOP, at least {1e3 * flops / rate:.1f} ms here ({rate / 1e12:.0f} TFLOP/s)"
         )
 else:
-    print("SKIPPED: what the matrix products need here is known where their rate was measured, on a GPU")
+    print("SKIPPED: the time of the matrix products: it follows from their measured rate on a GPU")
 
 # %% [markdown]
 # ### The code
@@ -114,21 +114,21 @@ else:
 # show: unsloth_puzzles/backprop/sums.py
 
 # %% [markdown]
-# The losses: plain functions of one chunk's logits, a few lines each. No derivative stands anywhere.
+# The losses: plain functions of one chunk's logits, a few lines each. None contains a derivative.
 
 # %%
 # show: unsloth_puzzles/backprop/losses.py
 
 # %% [markdown]
-# Those that give a number per row, for policy gradients and preferences:
+# The functions that return a number per row, for policy gradients and preferences:
 
 # %%
 # show: unsloth_puzzles/backprop/log_probs.py
 
 # %% [markdown]
-# The rest of `unsloth_puzzles/backprop/` is in the set-up: the size of a chunk (`chunks.py`; "auto" asks the machine
-# how many FLOPs it does while it moves a byte), refusals, random numbers, arithmetic in place, the loss under
-# transformers' and TRL's trainers, and GRPO. The baselines are in `benchmarks/backprop/`.
+# The rest of `unsloth_puzzles/backprop/` is in the set-up: the size of a chunk (`chunks.py`; "auto" is derived from the
+# GPU's FLOPs per byte moved), refusals, random numbers, arithmetic in place, the loss under transformers' and TRL's
+# trainers, and GRPO. The baselines are in `benchmarks/backprop/`.
 
 # %%
 import logging
@@ -170,9 +170,9 @@ def differentiated(loss, *inputs):
 # %% [markdown]
 # ### Check 1: cross entropy
 #
-# In float64 against `F.cross_entropy` on the full logits: the same loss and gradients to 1e-12 of their norm, where a
-# difference of that size is the order of a sum. 111 rows in chunks of 16: the last chunk is ragged, the first holds no
-# label that counts, and the others hold different numbers of them.
+# Loss and gradients are compared in float64 with `F.cross_entropy` on the full logits. They agree to 1e-12 of their
+# norm; the order of a sum causes differences of that size. There are 111 rows in chunks of 16: the last chunk is
+# ragged, all labels of the first chunk are ignored, and the other chunks ignore different numbers of labels.
 
 # %%
 EXACT = 1e-12
@@ -258,10 +258,11 @@ judge(results, "cross entropy", checks)
 # %% [markdown]
 # ### Check 2: the upcast is the user's, the derivative is autograd's
 #
-# A spy looks at what the function is given in 16 bits, and the loss must be that of a float32 upcast of exactly these
-# logits; a second spy sees in which dtype the loss takes its exponentials. That the derivative is autograd's shows
-# where no formula could know it: in a function invented here, in one that stops a gradient, and in one whose derivative
-# is a lie. The only `backward` methods in `backprop` are those of the operator and of its matrix product.
+# One function records the 16-bit logits that it is given: the loss must be that of a float32 upcast of exactly these
+# logits. A dispatch mode records the dtype of every exponential. Three more functions show that the derivative is
+# autograd's, because no formula could anticipate them: one invented here, one that stops a gradient, and one with a
+# deliberately wrong derivative. The only `backward` methods in `backprop` are those of the operator and of its matrix
+# product.
 
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,7 +309,7 @@ judge(
 
 
 class Lie(torch.autograd.Function):
-    """The identity, whose derivative is 42."""
+    """The identity with a wrong derivative, 42."""
 
     @staticmethod
     def forward(ctx, z):
@@ -320,7 +321,7 @@ class Lie(torch.autograd.Function):
 
 
 def invented(logits, labels, strength, temperature):
-    """Nobody's loss: with a tensor a row and a tensor for all, both of which want gradients."""
+    """A new loss with a value per row and a value for all rows, both of which need gradients."""
     waves = torch.sin(logits / temperature).cumsum(-1).square().mean(-1)
     return (waves * strength + torch.sigmoid(logits).amax(-1) * (labels != -100)).sum()
 
@@ -343,7 +344,10 @@ exact = invented(full(), flat, strength.flatten(), temperature)
 checks["a function invented here, extra arguments included"] = (
     far(differentiated(ours, *inputs), differentiated(exact, *inputs)) <= EXACT
 )
-for name, function in (("a stopped gradient stays stopped", half_stopped), ("a false derivative is believed", lying)):
+for name, function in (
+    ("a stopped gradient stays stopped", half_stopped),
+    ("a wrong derivative is used as it is", lying),
+):
     ours = memory_efficient_linear(x, head, labels, function, **of_mean)
     exact = function(full(), flat) / valid
     checks[name] = far(differentiated(ours, *parameters), differentiated(exact, *parameters)) <= EXACT
@@ -370,7 +374,7 @@ judge(results, "derivatives by autograd", checks)
 # %% [markdown]
 # ### Check 3: other functions
 #
-# Each against the same thing on full logits, in float64: loss and gradients to 1e-12.
+# Each function is compared with the same function of full logits in float64: loss and gradients agree to 1e-12.
 
 # %%
 teacher = new_head(frozen=True)
@@ -441,7 +445,8 @@ judge(results, "other functions", checks)
 # %% [markdown]
 # ### Check 4: any chunk size
 #
-# Rows, bytes or "auto": the same result, and never more logits at once than the chunk, as a hook on the head sees it.
+# Chunk sizes in rows, in bytes and "auto" give the same result. A hook on the head checks that it never returns more
+# rows of logits at once than the chunk size.
 
 # %%
 truth = differentiated(F.cross_entropy(full(), flat), *parameters)
@@ -467,7 +472,7 @@ judge(results, "chunk sizes", checks)
 # %% [markdown]
 # ### Memory and time at the puzzle's shape
 #
-# Forward and backward from the hidden states on, all candidates in turn in one run; the peak is what comes on top of
+# Forward and backward from the hidden states, all candidates in turn in one run. The peak is the memory on top of
 # inputs and weights, gradients included. Ours is the plain `cross_entropy` shown above, compiled, with "auto" chunks.
 # The floor is the bare matrix products in the same chunks. A GPU with less memory gets fewer rows, so that the eager
 # baseline fits.
@@ -569,9 +574,9 @@ if not GPU:
 # %% [markdown]
 # ### How exact the gradients are
 #
-# Relative error of dX and dW against the truth in float64 (from the same 16-bit inputs), for labels as a trained model
-# sees them. dW is summed over chunks: in 16 bits each addition rounds; summed in float32 only the rounding of the
-# logits' gradient to 16 bits is left, which eager mode has as well.
+# Relative error of dX and dW against a float64 reference (from the same 16-bit inputs), for labels as a trained model
+# sees them. dW is summed over chunks. In 16 bits each addition rounds. In float32 the only rounding left is that of the
+# logits' gradient to 16 bits, which eager mode has as well.
 
 # %%
 wrong = {}
@@ -585,7 +590,7 @@ def measure_errors():
     try:
         return errors.gradient_errors(case, named)
     except torch.OutOfMemoryError:
-        print("SKIPPED: the truth in a wider dtype does not fit into this GPU's memory")
+        print("SKIPPED: the reference in a wider dtype does not fit into this GPU's memory")
         return {}
 
 
@@ -612,8 +617,8 @@ if baselines.EAGER in wrong:
 #
 # The frontier: every point of ours is one chunk size, and beside it the bare matrix products in chunks of that size.
 # Full logits grow with rows x vocabulary; a chunk with its rows x vocabulary, and dW with hidden size x vocabulary.
-# Every size is compiled anew, which takes minutes, so a script measures them (`make sweeps`), and the figures say on
-# what hardware and when. Nothing of them is part of the score.
+# Every size is compiled anew, which takes minutes, so a script measures them (`make sweeps`). The figures name its
+# hardware and date. They are no part of the score.
 
 # %%
 SWEEPS_FILE = Path("resources/measurements/e_backprop_sweeps.json")
@@ -665,7 +670,7 @@ for axes, head_case in zip(panes, HEADS, strict=True):
         of = [at[name] for _, at in points if name in at]
         if of and name in (linear_losses.OURS, baselines.FLOOR):
             axes.plot(*zip(*of, strict=True), style, color=color, label=f"{name}, by chunk size")
-        elif of:  # it has no chunks of ours: the same point at each size
+        elif of:  # independent of our chunk size: the same point at each
             axes.plot(*of[0], style, color=color, label=name)
     for size, at in points:
         axes.annotate(size, at[linear_losses.OURS], xytext=(3, 4), textcoords="offset points", fontsize=7)
@@ -701,11 +706,11 @@ plt.close(figure)
 # %% [markdown]
 # ### Llama 3.2 1B: the standard loss and ours, from the same seed
 #
-# Two trainings of 60 steps that differ in the loss alone: micro-batches with different numbers of labels that count,
-# two of two sequences a step in full fine-tuning, one of four under QLoRA; real text, chunks of 256 rows (a micro-batch
-# has 384 or 768: "auto" would take them at once). On a T4 a sequence has 128 tokens, not 192, and a chunk 128 rows.
-# The steps go four times over the same 15 batches, so that learning shows as a fall from pass to pass, whatever the
-# weights are. Two modes:
+# Two trainings of 60 steps differ in the loss only. Micro-batches have different numbers of labels that are not
+# ignored. A step has two micro-batches of two sequences in full fine-tuning, and one of four under QLoRA. The text is
+# real, and a chunk has 256 rows (a micro-batch has 384 or 768, and "auto" would take them at once). On a T4 a sequence
+# has 128 tokens, not 192, and a chunk 128 rows. The steps repeat the same 15 batches four times, so that learning shows
+# as a fall from pass to pass, with any weights. Two modes:
 #
 # - **Full fine-tuning** with a tied head in float32 (no TF32), by SGD without momentum and without clipping. AdamW
 #   divides every gradient by its size, so a wrong scale of the gradients would not show in its curve; SGD shows it.
@@ -716,7 +721,7 @@ plt.close(figure)
 # large, and a mean per chunk in place of one mean over the batch. Each must differ from the standard loss by more than
 # the limit of 1e-3 within the 20 steps that it is run for.
 #
-# One process makes all runs, one after the other; on a large GPU each mode has a process, and the two run side by side.
+# One process makes all runs, one after the other. On a large GPU each mode has a process, and the two run side by side.
 # With so few rows the logits are a small part of the peak memory; weights and gradients are most of it. The model is
 # patched in one line:
 #
@@ -725,7 +730,7 @@ plt.close(figure)
 #     trainer.train()
 # ```
 #
-# First that hook by itself, on a tiny Llama: loss and gradients of a step, and what the model is after `undo()`.
+# First the hook alone, on a tiny Llama: loss and gradients of a step, and the model after `undo()`.
 
 # %%
 from benchmarks.models import random_llama, tiny_llama_config
@@ -754,8 +759,9 @@ for name, more in (("mean", {}), ("num_items_in_batch", {"num_items_in_batch": t
 judge(results, "use_memory_efficient_loss, a step", checks)
 
 # %% [markdown]
-# And under the trainers: `transformers.Trainer` with gradient accumulation, an evaluation whose metric gets predicted
-# tokens instead of logits, and TRL's `SFTTrainer` with the metrics it logs; each beside the same training without ours.
+# The same under trainers: `transformers.Trainer` with gradient accumulation, an evaluation whose metric gets predicted
+# tokens instead of logits, and TRL's `SFTTrainer` with the metrics it logs. Each is compared with the same training
+# without our loss.
 
 # %%
 from contextlib import nullcontext
@@ -821,7 +827,7 @@ checks["evaluation: a metric without logits"] = abs(found["eval_accuracy"] - sha
 judge(results, "use_memory_efficient_loss, under trainers", checks)
 
 # %% [markdown]
-# Now the curves: settings and batches, one training, and the process that makes all of them.
+# The curves: settings and batches, then the process that makes all trainings.
 
 # %%
 from benchmarks.backprop import llama_curve
@@ -930,11 +936,11 @@ plt.close(figure)
 # %% [markdown]
 # ### GRPO: every loss type, against full logits and against TRL
 #
-# TRL's GRPO needs from the head one log-probability per sampled token, and their entropies; everything after that
+# TRL's GRPO needs from the head one log-probability per sampled token, and their entropies. Everything after that
 # (ratio, clipping, KL, normalisation, metrics) is TRL's own code in both trainers. The grid: loss type x importance
-# level x two-sided clipping (delta) x KL (beta) x gradient accumulation, on the same inputs; of the last three two
-# combinations are tried here, and the package's tests go through all of them. In float64 against a plain full-logits
-# trainer (1e-10), in float32 against TRL's fused head (1e-5): loss, every gradient, every metric.
+# level x two-sided clipping (delta) x KL (beta) x gradient accumulation, on the same inputs. Two combinations of the
+# last three are tried here; the package's tests try all. The comparisons are in float64 against a plain full-logits
+# trainer (1e-10) and in float32 against TRL's fused head (1e-5): loss, every gradient, every metric.
 
 # %%
 from trl import GRPOTrainer
@@ -1030,11 +1036,11 @@ judge(results, "GRPO", checks)
 # %% [markdown]
 # ### A real GRPO run
 #
-# A tiny Llama from fixed-seed weights learns to write vowels: the reward is the share of a completion's characters that
-# are one, which a program can check. Generation, rewards, advantages, updates: all of it, with TRL's trainer and with
-# ours, from the same seed. The two sample the same completions until the last bit of some probability decides another
-# token. As each batch is used once, the ratio is 1 and the loss itself says nothing of the log-probabilities (it is the
-# mean advantage); their gradient does, so its norm is compared.
+# A tiny Llama from fixed-seed weights learns to write vowels: the reward is the share of vowels among the characters of
+# a completion. TRL's trainer and ours both run generation, rewards, advantages and updates from the same seed. The two
+# sample the same completions until a rounding difference flips a sampled token. Each batch is used once, so the ratio
+# is 1, and the loss is the mean advantage whatever the log-probabilities are. The gradient depends on them, so its norm
+# is compared.
 
 # %%
 SHORTER = {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
@@ -1102,8 +1108,8 @@ plt.close(figure)
 # The head alone: from hidden states of 16 x 1024 completion tokens (4 x 1024 on a GPU with less than 40 GiB) to the
 # gradients of hidden states and head, for the same clipped loss; and a whole step of Llama 3.2 1B (forward, loss,
 # backward; gradient checkpointing, no generation). "Full logits" holds them all in float32, as one would write it;
-# TRL's own trainer has had a fused head since 1.16. Liger's GRPO loss is shown with and without TF32 (below sm_80
-# it is left out). It has no part in the whole step, since TRL 1.16 no longer calls it.
+# TRL's own trainer has had a fused head since 1.16. Liger's GRPO loss is shown with and without TF32 (below sm_80 it is
+# left out). It is not part of the whole step, since TRL 1.16 no longer calls it.
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:
@@ -1199,30 +1205,30 @@ plt.close(figure)
 # ### What this does not do
 #
 # - **Less memory than one chunk of logits.** Apple's CCE never writes a logit to memory: its extra memory is dX, and dW
-#   if the head is trained, less than ours in both cases, and it needs no chunk size. Liger's chunks are smaller than
-#   ours, so it takes a little less as well. CCE pays in time (it makes the logits twice, in Triton, and counts on
-#   gradients so small that blocks of them can be left out), and both compute cross entropy only.
-# - **The least time where memory is no matter.** `torch.compile` of the plain loss holds all logits in 16 bits, needs
-#   several times our memory, and is as fast or faster; for GRPO so is TRL's own kernel on full logits. The aims below
-#   compare GRPO's head only; the cell after this list compares its whole step.
+#   if the head is trained. That is less than ours in both cases, and it needs no chunk size. Liger's chunks are smaller
+#   than ours, so it needs a little less as well. CCE takes more time: it makes the logits twice, in Triton, and relies
+#   on blocks whose gradients are small enough to be skipped. Both compute cross entropy only.
+# - **The shortest time if memory does not matter.** `torch.compile` of the plain loss holds all logits in 16 bits,
+#   needs several times our memory, and is as fast or faster; for GRPO so is TRL's own kernel on full logits. The aims
+#   below compare GRPO's head only; the cell after this list compares its whole step.
 # - **Small vocabularies.** At 8192 ours is no faster than eager mode and slower than Liger's, as the figure over the
-#   vocabulary shows: probably for the host's sake, which is busy with a chunk almost as long as the GPU. There the
-#   logits are small, and nobody needs a chunk of them.
-# - **A loss that mixes rows** (a contrastive loss over the batch, say) is no sum over rows. The first call compares a
-#   chunk with its halves and refuses it.
+#   vocabulary shows. The probable cause is the host, which needs almost as long for a chunk as the GPU. Logits of that
+#   size are small and need no chunks.
+# - **A loss that mixes rows** (a contrastive loss over the batch, for example) is not a sum over rows. The first call
+#   compares a chunk with its halves and refuses such a loss.
 # - **Double backward and `torch.func`** raise an error: gradients are made in the forward, once.
 # - **A head in an FSDP2 group of its own** is refused: the chunks call the head without a graph, so FSDP2 would leave
 #   the group's gradients on their rank. accelerate makes such a group of final norm and head. A head that is replicated
 #   works, and so does one in the root group, as `shard_qlora(..., shard_embeddings=True)` makes it: section B trains
 #   both. The GRPO trainer refuses FSDP and DeepSpeed. Tensor parallelism of the head is not tested.
-# - 16-bit dW is rounded at every chunk, as the errors above show; `accumulate_dtype=torch.float32` adds the chunks
-#   without that, and needs twice dW's memory.
-# - Speed is the compiled function's. In eager mode the same function makes several passes over each chunk.
+# - 16-bit dW is rounded at every chunk, as the errors above show; `accumulate_dtype=torch.float32` adds the chunks in
+#   float32, and needs twice dW's memory.
+# - The times hold for a compiled function. In eager mode the same function makes several passes over each chunk.
 # - The GRPO trainer is written for TRL 1.16 and refuses any other: what the trainer asks of its model is not a public
 #   interface. `cast_lm_head_to_fp32` and logits that are neither scaled nor soft-capped but changed otherwise are
 #   refused by name.
-# - Full fine-tuning of 1 B weights with AdamW in float32 needs 18 GiB of weights, gradients and moments, more than a T4
-#   has, whatever the loss takes. The curve uses SGD, which needs 9 GiB.
+# - Full fine-tuning of 1 B weights with AdamW in float32 needs 18 GiB of weights, gradients and moments, which is more
+#   than a T4 has with any loss. The curve uses SGD, which needs 9 GiB.
 
 # %%
 whole_step = grpo_measured.get("whole step", {}) if GPU else {}
@@ -1237,11 +1243,11 @@ if grpo_head.OURS not in whole_step:
 # %% [markdown]
 # ### Aimed at, and reached
 #
-# The figures that this section set out to reach on an H200, and what this run measured. The one over the bare matrix
-# products with a frozen head is the tightest: there the function of a chunk stands beside two products instead of
-# three. Each sample follows an untimed one of its own: before that the products' own time spread by more than what is
-# left to the limit, probably since the clocks follow the power that the candidate before has drawn. It still spreads so
-# far that another run may miss that limit: the sweep over chunk sizes, a run of its own, has that ratio above it.
+# The aims of this section for an H200, and what this run measured. The ratio to the bare matrix products with a frozen
+# head has the smallest margin: there the function of a chunk stands beside two products instead of three. An untimed
+# call of the same candidate precedes each sample. Without it the products' own time varied by more than that margin,
+# probably because the clock rate follows the power that the previous candidate has drawn. It still varies so much that
+# another run may miss this aim: the sweep over chunk sizes, a run of its own, has the ratio above it.
 
 # %%
 AIMS = [  # metric, case, at most
