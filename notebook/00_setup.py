@@ -12,8 +12,8 @@
 # on the machine at hand says `SKIPPED: reason`, and a skip is never counted as a pass.
 #
 # **On a T4.** No T4 has run this notebook. It was rehearsed on a larger GPU, held to a T4's memory, two CPU cores and
-# compute capability; what that showed, and how long a T4 should take, stands under the limits in README. Whatever is
-# said of a T4 below, where no T4 has run it, is a prediction and says so.
+# compute capability. README reports the result, and the predicted time on a T4, under its limits. Every statement about
+# a T4 below that no T4 has shown is marked as a prediction.
 #
 # **How to read it.** Each section: the task and its criteria, the idea, the bound predicted before anything is
 # measured, the code, the checks, the timings beside every baseline in the same run, what it does not do, and its score.
@@ -26,7 +26,7 @@
 # ## Set-up
 #
 # Install what is missing or known not to work. torch and triton stay as the machine has them, and so does every package
-# that is new enough; with nothing missing no connection is made.
+# that is new enough. If nothing is missing, no connection is made.
 
 # %%
 import importlib
@@ -47,13 +47,13 @@ PINNED = {
     "matplotlib": "3.11.2",
     "scikit-learn": "1.9.1",
 }
-ALONE = {  # without what they depend on: it is here already, and torch must stay
+ALONE = {  # without their dependencies, which are installed already; torch must stay
     "torchvision": "0.26.0",
     "gguf": "0.19.0",
     "xllamacpp": "2026.10.11549",
     "libgguf": "0.2.2",
 }
-FOR_GPUS = {  # a backend of attention, and other people's kernels to time beside ours; each is left out if it must be
+FOR_GPUS = {  # an attention backend, and kernels of other projects to time beside ours; each is optional
     "xformers": "0.0.35",
     "liger-kernel": "0.8.5",
     "cut-cross-entropy": "25.1.1",
@@ -126,8 +126,8 @@ for package, version in (PINNED | ALONE | FOR_GPUS).items():
         print(f"kept: {package} {now}; pinned: {version}")
 
 # %% [markdown]
-# This kernel sees one GPU, also where there are two, so that no trainer spreads a model over both. Without a GPU the
-# kernels run in Triton's interpreter. Both have to be said before torch and triton are imported.
+# This kernel sees one GPU even if there are two, so that no trainer spreads a model over both. Without a GPU the
+# kernels run in Triton's interpreter. Both settings must precede the import of torch and triton.
 
 # %%
 import logging
@@ -216,8 +216,8 @@ for name in FILES.values():
     Path("resources/measurements", name).unlink(missing_ok=True)
 
 # %% [markdown]
-# One probe decides the sizes and what can run. Its copy bandwidth and matmul rates are measured here, on this machine:
-# they are the ceilings that every later timing is held against.
+# One probe decides the sizes and what can run. It measures copy bandwidth and matmul rates on this machine: the
+# ceilings that later timings are compared with.
 
 # %%
 from unsloth_puzzles.bench import section

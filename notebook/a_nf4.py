@@ -26,9 +26,9 @@
 # $$w_i = \mathrm{round}\Big(\mathrm{code}[n_i]\cdot\big(\mathrm{code}_2[q_{\lfloor i/64\rfloor}]\cdot
 # \mathrm{absmax}_2[\lfloor i/16384\rfloor] + \mathrm{offset}\big)\Big)$$
 #
-# Unsloth's way, when the puzzle was set, was three launches: de-quantise the absmax into a float32 buffer, add the
-# offset to the buffer, de-quantise the weights. The arithmetic is a handful of instructions a weight; what costs is
-# moving bytes, and launching.
+# When the puzzle was set, Unsloth used three launches: de-quantise the absmax into a float32 buffer, add the offset to
+# the buffer, de-quantise the weights. The arithmetic is a few instructions a weight. The cost is in moving bytes and in
+# launching kernels.
 #
 # ### The bound, before anything is measured
 #
@@ -66,21 +66,21 @@ for rows, columns, dtype in SHAPES:
 # ### The code
 #
 # The inline assembly first. The 16 table values lie across the lanes of a half warp, one in each, and a shuffle looks a
-# code up. Everything in it exists on sm_75; below sm_80 there is no instruction that rounds to bfloat16, so that is
-# done in integers.
+# code up. All its instructions exist on sm_75. Below sm_80 no instruction rounds to bfloat16, so integer arithmetic
+# does it.
 
 # %%
 # show: unsloth_puzzles/nf4/asm.py
 
 # %% [markdown]
-# The kernel. The same source without assembly is the plain-Triton path (it also runs in the interpreter); both are held
-# to the same bits below.
+# The kernel. The same source without assembly is the plain-Triton path (it also runs in the interpreter). The checks
+# below require the same bits from both.
 
 # %%
 # show: unsloth_puzzles/nf4/kernel.py
 
 # %% [markdown]
-# For a small matrix the host costs more than the kernel, so the launch deserves as much care as the kernel.
+# For a small matrix the host takes longer than the kernel, so the launch is optimised as well.
 
 # %%
 # show: unsloth_puzzles/nf4/build.py
@@ -98,7 +98,7 @@ for rows, columns, dtype in SHAPES:
 # show: unsloth_puzzles/nf4/dequantize.py
 
 # %% [markdown]
-# And what is built on it, challenge B's and C's linear layer: $y = xW^\top + b$ whose backward de-quantises $W$ again
+# The linear layer of challenges B and C is built on it: $y = xW^\top + b$, whose backward de-quantises $W$ again
 # instead of keeping it.
 
 # %%
@@ -140,7 +140,7 @@ results = Measurements("resources/measurements/a_nf4.json", hardware)
 contracted_figure = None  # of experiments that may fail
 t4_reports, CANDIDATES = [], {"ours": dequantize_nf4, **baselines("cuda")} if GPU else {}
 
-# Processes of their own, which work while check 1 does and have no part in it: compilers, and a count of launches.
+# Separate processes that run beside check 1: compilers, and a count of launches.
 background = ThreadPoolExecutor(3)  # one each: an interrupt leaves none that has not begun
 compiling = {
     name: background.submit(cross_compile_in_subprocess, f"benchmarks.nf4.variants:{name}")
@@ -225,21 +225,21 @@ for path, config in PATHS.items():
 judge(results, "the same bits as bitsandbytes", bits)
 
 # %% [markdown]
-# ### Check 2: why others' bits differ, and that it is no bug in Triton
+# ### Check 2: other implementations differ by contraction, not by a bug in Triton
 #
 # By default Triton lets the compiler contract `code2 * absmax2 + offset` into one fused multiply-add, which rounds once
-# where bitsandbytes (a multiply in one kernel, an addition in the next) rounds twice. That is a licence of every
-# compiler for GPUs, not an error. The assembly says `mul.rn` and `add.rn`, which are never contracted; the plain path
-# is compiled with `enable_fp_fusion=False`. The compiled code shows it:
+# where bitsandbytes (a multiply in one kernel, an addition in the next) rounds twice. Compilers for GPUs may do so; it
+# is not an error. The assembly says `mul.rn` and `add.rn`, which are never contracted. The plain path is compiled with
+# `enable_fp_fusion=False`. The compiled code shows it:
 
 # %%
 for report in compiling["contraction_jobs"].result():
     print(f"plain path, {report.name:8}: {report.contracted} fma.rn.f32 in the PTX")
 
 # %% [markdown]
-# What it does to the result, with the same kernel compiled both ways (on a CPU, where nothing contracts, the fused
-# result is worked out in float64 instead). In float32 some per cent of all weights move by an ulp or two; rounding to
-# fp16 hides nearly all of that, and rounding to bf16, which is coarser, more still:
+# The effect on the result, with the same kernel compiled both ways. (A CPU does not contract, so there the fused result
+# is computed in float64.) In float32 a few per cent of all weights change by one or two ulp. Rounding to fp16 hides
+# nearly all of these changes, and rounding to bf16, which is coarser, hides more:
 
 # %%
 exactly = {}
@@ -284,8 +284,8 @@ if contracted_figure:
 # %% [markdown]
 # ### Check 3: one launch, one allocation
 #
-# The profiler counts kernels and the allocator's statistics count requests for memory, in a process of their own: once
-# a process has been profiled its launches stay slow, and they are timed below.
+# The profiler counts kernels, and the allocator's statistics count requests for memory. Both run in a separate process,
+# because launches stay slow in a process that has been profiled, and they are timed below.
 
 # %%
 if GPU:
@@ -329,8 +329,8 @@ arguments = tuple(nf4_weight(layer.weight.data, layer.weight.quant_state))
 print("opcheck:", torch.library.opcheck(torch.ops.unsloth_puzzles.dequantize_nf4, arguments))
 
 # %% [markdown]
-# Is it as fast there? The puzzle's MLP in fp16, compiled as a whole (Inductor fuses the activation), and the operator
-# alone, where a compiled call also pays for Dynamo's guards on the host:
+# Speed inside `torch.compile`: the puzzle's MLP in fp16, compiled as a whole (Inductor fuses the activation), and the
+# operator alone, where a compiled call also pays for Dynamo's guards on the host:
 
 # %%
 if GPU:
@@ -363,9 +363,9 @@ else:
     print("SKIPPED: compiled and eager are timed on a GPU")
 
 # %% [markdown]
-# So a compiled MLP is no slower. De-quantising one matrix as a compiled function of its own is, by the clock: the host
-# checks the guards on the layer and its quantisation state at every call, which takes longer than the kernel. Compile a
-# model, where one set of guards stands before many layers, not a single call.
+# A compiled function that de-quantises one matrix takes longer by the wall clock than the plain call. At every call the
+# host checks the guards on the layer and its quantisation state, which takes longer than the kernel. Compile a model,
+# where one set of guards covers many layers, and not a single call.
 
 # %% [markdown]
 # ### Check 5: the T4's compiler
@@ -393,10 +393,10 @@ judge(results, "built for a T4: no spills, at most 64 KiB shared", fits)
 # %% [markdown]
 # ### The puzzle's harness
 #
-# An MLP of three `Linear4bit` layers; every candidate is checked at the DEFAULT tolerances of
-# `torch.testing.assert_close`, then 1000 rounds of three matrices with a synchronise after each matrix, by the wall
-# clock. The candidates take turns, eleven times (on a T4, which takes ten times as long, five); a ratio is that of two
-# neighbours.
+# An MLP of three `Linear4bit` layers. Every candidate is checked at the DEFAULT tolerances of
+# `torch.testing.assert_close`. Then 1000 rounds of three matrices are timed by the wall clock, with a synchronise after
+# each matrix. The candidates alternate, eleven times (five on a T4, which takes ten times as long). A ratio compares
+# two consecutive measurements.
 
 # %%
 candidates = {"ours": dequantize_nf4} | ({THREE_LAUNCHES: three_launches} if GPU else {})
@@ -442,7 +442,8 @@ else:
 # ### Device time, and the host's
 #
 # Device time from CUDA graphs, buffers rotating over at least four times the L2 cache, candidates interleaved. The
-# share of this machine's measured copy bandwidth counts 2.516 bytes a weight for everybody (the baselines move more).
+# share of this machine's measured copy bandwidth counts 2.516 bytes a weight for every candidate (the baselines move
+# more).
 
 # %%
 device_us = {}
@@ -629,15 +630,14 @@ else:
     print("SKIPPED: variants are timed on a GPU")
 
 # %% [markdown]
-# Why the default is what it is: the assembly, because it does in one instruction what plain Triton needs several for
-# (a look-up without a trip to the L1 cache, a flush without a comparison) and because no compiler flag can contract it;
-# the shuffle, because `prmt` needs some fifty instructions a word more; two words a thread, because one leaves too few
-# loads in flight and four too few threads. Whether a program has 128 threads or 512 makes no difference that these two
-# sizes could show. The look-ups that lose much do so by instructions: selects by their number, `tl.gather` by its trips
-# through shared memory.
+# The default uses the assembly, because it does in one instruction what plain Triton needs several for (a look-up
+# without an access to the L1 cache, a flush without a comparison), and because no compiler flag can contract it. It
+# uses the shuffle, because `prmt` needs some fifty instructions more a word. It uses two words a thread: one leaves too
+# few loads in flight, four too few threads. At these two sizes 128 and 512 threads a program do not differ measurably.
+# Instructions limit the slowest look-ups: selects by their number, `tl.gather` by its accesses to shared memory.
 #
-# Cache eviction, as the compiled default kernel has it: packed bytes are never read again and neither are the weights
-# by this kernel, so both leave the caches first.
+# Cache eviction, as the compiled default kernel has it: the kernel reads packed bytes once and never reads the weights
+# that it writes, so both are marked to be evicted first.
 
 # %%
 for default in (report for report in t4_reports if report.name == "asm float16 whole"):
@@ -648,8 +648,8 @@ for default in (report for report in t4_reports if report.name == "asm float16 w
 # %% [markdown]
 # ### The linear layer: gradients, memory, decoding
 #
-# `nf4_linear` against float64: its relative error may not exceed that of the same product made with the whole
-# de-quantised matrix in the same dtype, by more than a few per cent of noise.
+# `nf4_linear` against float64: its relative error may exceed that of the same product, made with the whole de-quantised
+# matrix in the same dtype, by no more than a few per cent of noise.
 
 # %%
 from unsloth_puzzles.nf4 import nf4_linear
@@ -677,10 +677,10 @@ judge(results, "errors of the linear layer", no_worse)
 
 # %% [markdown]
 # `patch_linear4bit(model)` puts it under every 4-bit layer of a transformers or PEFT model. Without gradients and for
-# few rows, which is decoding, bitsandbytes' fused 4-bit GEMM stays in use: it never writes the 16-bit matrix. Where the
-# two cross, and how fast a model generates before and after, a script measures (`make sweeps`). Where Unsloth is
-# installed it times that, too. What follows is from its file, says on what hardware and when, and is no part of the
-# score.
+# few rows, which is decoding, bitsandbytes' fused 4-bit GEMM stays in use: it never writes the 16-bit matrix. A script
+# (`make sweeps`) measures at how many rows the two are equally fast, and how fast a model generates before and after.
+# It times Unsloth too if it is installed. The results below come from its file, name its hardware and date, and are no
+# part of the score.
 
 # %%
 SWEEPS = Path("resources/measurements/a_nf4_sweeps.json")
@@ -716,9 +716,9 @@ else:
 # ### What a T4 should do
 #
 # Predicted, not measured: the largest of bytes over its 320 GB/s, instructions (counted in the sm_75 binary above) over
-# what its 40 multiprocessors can issue, and shuffles and conversions over what their slower units can do. The kernel is
-# bound by memory there too. Bytes alone would make it 1.10x faster than the three launches; whatever lies beyond that
-# depends on how well bitsandbytes' kernels use a T4 and on its host, which was not measured.
+# the issue rate of its 40 multiprocessors, and shuffles and conversions over the rates of their slower units. The
+# kernel is bound by memory there too. Bytes alone would make it 1.10x faster than the three launches. Any further
+# speed-up depends on how well bitsandbytes' kernels use a T4 and on its host, which was not measured.
 
 # %%
 for rows, columns, name in SHAPES if t4_reports else ():
@@ -741,18 +741,19 @@ print("three launches move 2.766 bytes a weight:", f"{2.766 / BYTES:.2f}x;", t4.
 # - Triton does not officially support sm_75; kernels without a matrix product, such as this one, work there.
 # - A newer Unsloth has a fused kernel of its own. The speed-up above is over the three launches of the puzzle, not over
 #   that kernel.
-# - A patched model does not generate faster. One row a step stays with bitsandbytes' kernel before and after; what
-#   differs is a little work on the host around it, and the spread of so short a measurement is wide.
-# - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), as exact but slower.
-# - Decoding does not use it: for one or two rows a fused 4-bit GEMM wins, and bitsandbytes has one. Where the two cross
-#   was measured on an H200; on other GPUs bitsandbytes stays in use below 64 rows unless `min_rows` says otherwise.
+# - A patched model does not generate faster. Decoding one row a step uses bitsandbytes' kernel before and after. The
+#   difference is a little work on the host around it, and the spread of so short a measurement is wide.
+# - Memory that is not 16-byte aligned takes a byte-wise path (see the ablation), which is exact but slower.
+# - Decoding does not use it: for one or two rows a fused 4-bit GEMM is faster, and bitsandbytes has one. The number of
+#   rows at which the two are equally fast was measured on an H200. On other GPUs bitsandbytes stays in use below 64
+#   rows unless `min_rows` says otherwise.
 # - NF4 only. FP4 and 8-bit weights are refused by name.
 
 # %% [markdown]
 # ### Aimed at, and reached
 #
-# The figures that this section set out to reach on an H200, and what this run measured. How long the host takes to
-# enqueue a call depends on what else the host does: on a busier one all candidates take longer.
+# The aims of this section for an H200, and what this run measured. The time that the host takes to enqueue a call
+# depends on its other work: on a busier host all candidates take longer.
 
 # %%
 AIMS = [  # metric, case, at least (positive) or at most (negative)
@@ -773,7 +774,7 @@ for metric, case, aim in AIMS:
     good = bool(found) and (found[0]["value"] >= aim if at_least else found[0]["value"] <= -aim)
     reached += good
     if found and (good and metric in ("mismatched_weights", "sm75_spills", "sm75_shared_bytes")):
-        continue  # a row for each would be long: only what fails is listed
+        continue  # only failures are listed
     measured = f"{found[0]['value']:.3g} {found[0]['unit']}" if found else "SKIPPED: not measured here"
     verdict = "reached" if good else "missed" if found else ""
     lines.append(
