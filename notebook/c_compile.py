@@ -205,7 +205,7 @@ for candidate in qlora_steps.CANDIDATES if model is not None else ():
 # norms' reciprocal roots, the loss's exponentials.
 
 # %%
-OPERATORS = {  # part: (the captured functions it is in, {what it must hold: the operators that are it})
+OPERATORS = {  # part: (the captured functions that contain it, {feature: the operators that show it})
     "4-bit linear": (
         ("LlamaDecoderLayer",),
         {

@@ -85,7 +85,7 @@ else:
 # show: unsloth_puzzles/backprop/linear.py
 
 # %% [markdown]
-# The loop over the chunks, for losses that are sums over rows. Results row by row have a loop of their own beside it,
+# The loop over the chunks, for losses that are sums over rows. Functions with a result per row use another loop,
 # `rowwise.py`, which computes the logits again in the backward.
 
 # %%
@@ -99,9 +99,9 @@ else:
 # show: unsloth_puzzles/backprop/eager.py
 
 # %% [markdown]
-# The head may be any module (tied, frozen, LoRA, 4-bit): its trainable tensors are replaced by leaves, and whatever
-# calls `F.linear` with one of them adds to one buffer instead of making a dW per chunk: `_Linear`, the matrix product
-# with its derivative.
+# The head may be any module (tied, frozen, LoRA, 4-bit). Its trainable tensors are replaced by leaves, and every
+# `F.linear` with one of them adds to one buffer instead of making a dW per chunk: `_Linear`, the matrix product with
+# its derivative.
 
 # %%
 # show: unsloth_puzzles/backprop/heads.py
@@ -486,10 +486,10 @@ HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
 # On a CPU 16 bits are not worth measuring, and a T4 has no product that adds them to float32: there dW has one dtype.
-# On a CPU, and beside a T4, compiling eager mode's formula would take longer than all the rest.
+# On a CPU, and on a T4's host, compiling eager mode's formula would take longer than all other candidates.
 ONE_DTYPE = (linear_losses.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32)
 WITHOUT = () if GPU and not SLOW else (*ONE_DTYPE, baselines.COMPILED)
-MINE = {  # beside which floor, and which of Liger's
+MINE = {  # the floor and the Liger candidate that each is compared with
     linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
     linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
 }
@@ -500,7 +500,7 @@ for name in WITHOUT:
 
 
 def measure_head(head_case, train_head):
-    """All candidates on one head. What it holds is free when it ends, by an error, too."""
+    """Measure all candidates on one head. Its tensors are freed when it ends, also by an error."""
     case = make_case(SHAPE, DEVICE, train_head=train_head)
     calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
     found = linear_losses.measure(calls, rounds=ROUNDS, may_fail=[name for name in calls if name not in MINE])
@@ -837,7 +837,7 @@ CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
 if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
-elif SLOW:  # float32 without tensor cores: what 60 steps take is the tokens of a step
+elif SLOW:  # float32 without tensor cores: the time of 60 steps is proportional to the tokens of a step
     for given in curve_settings.values():
         given |= {"length": 128, "chunk_size": 128}
 curves = {}  # by (mode, run)
@@ -964,7 +964,7 @@ def policy(dtype):
 
 
 def completions_of(tiny_policy):
-    """What TRL's preparation returns: padding on both sides, uneven lengths, ratios of which some are clipped."""
+    """Inputs as TRL prepares them: padding on both sides, uneven lengths, some ratios clipped."""
     random = torch.Generator().manual_seed(SEED)
     lengths = torch.tensor([[7], [1], [5], [7], [2], [3], [6], [4]])
     data = {
@@ -1001,7 +1001,7 @@ def grpo_step(trainer, data, accumulation):
 
 
 # %%
-scratch = tempfile.mkdtemp()  # nothing is saved, but the trainers make the folder
+scratch = tempfile.mkdtemp()  # the trainers make the folder, although they save nothing
 checks, worst = {}, {dtype: 0.0 for dtype in TIGHT}
 for dtype, plain in ((torch.float64, grpo.FullLogitsGRPOTrainer), (torch.float32, GRPOTrainer)):
     ours = partial(MemoryEfficientGRPOTrainer, chunk_size=6, compile=False)

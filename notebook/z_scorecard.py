@@ -1,10 +1,10 @@
 # %% [markdown]
 # ## Time and memory of the run
 #
-# The T4 column is a lower bound, not a prediction of the section's time: bytes and FLOPs that the section counts, at
-# this run's sizes, over a T4's bandwidth and rates, without the host. It is not part of the score. What a T4 should
-# take is predicted by the rehearsal, under the limits in README. The GPU peak is PyTorch's in this process: what the
-# processes that a section starts allocate is not in it.
+# The GPU peak is PyTorch's in this process; memory of the processes that a section starts is not included. The T4
+# column is a lower bound, not a prediction of the section's time: the bytes and FLOPs that the section counts, at this
+# run's sizes, over a T4's bandwidth and rates, without the host. It is not part of the score. README reports, under its
+# limits, the time on a T4 that the rehearsal predicts.
 
 # %% tags=["report"]
 display(Markdown(section.summary()))
@@ -32,4 +32,4 @@ display(Markdown(scorecard.table(rows)))
 
 # %% [markdown]
 # The row "the script on two GPUs" gives its points on any two GPUs and with random weights, because its verdict says
-# so; Kaggle's two T4s, which the puzzle asks for, are met only where it says "met" alone.
+# so. Kaggle's two T4s, which the puzzle asks for, are shown only if the verdict is "met" alone.
