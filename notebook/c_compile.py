@@ -86,8 +86,8 @@ else:
 # show: unsloth_puzzles/attention/pattern.py
 
 # %% [markdown]
-# Five backends compute it: PyTorch's flash attention for sequences laid end to end, flex attention, xformers, SDPA, and
-# the formula. The next two files hold flex attention's blocks in closed form, and flex attention:
+# Five backends compute attention: PyTorch's flash attention for sequences laid end to end, flex attention, xformers,
+# SDPA and the formula. The next two files hold flex attention's blocks in closed form, and flex attention:
 
 # %%
 # show: unsloth_puzzles/attention/blocks.py
