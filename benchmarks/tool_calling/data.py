@@ -6,14 +6,14 @@ question whose tool is not on offer. Three or four tools are on offer each time.
 
 import json
 import random
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.tool_calling import wordings
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
+from benchmarks.tool_calling.wordings import number_pair, words_apart
 from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
 
 OFFERED = (3, 4)  # how many tools are on offer
@@ -34,12 +34,14 @@ class Question:
         text: What the user says.
         offered: Names of the tools on offer.
         turns: The calls (name, arguments) of each turn that answer it; none where the model must not call.
+        parts: What `text` was made of: a wording and what stands in its slots, for each call or once.
     """
 
     kind: str
     text: str
     offered: tuple[str, ...]
     turns: tuple[tuple[tuple[str, dict], ...], ...] = ()
+    parts: tuple[tuple[str, dict], ...] = ()
 
     @property
     def messages(self) -> list[dict]:
@@ -51,7 +53,7 @@ def training_conversations(
 ) -> list[tuple[list[dict], tuple[str, ...]]]:
     """Messages and the names of the tools on offer, `count` times; `calls_per_turn` as in `ChatFormat`."""
     questions = for_format(training_questions(count, seed), calls_per_turn)
-    return [(_conversation(question), question.offered) for question in questions]
+    return [(conversation(question), question.offered) for question in questions]
 
 
 def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Question]:
@@ -76,6 +78,48 @@ def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[
 test_questions.__test__ = False  # no test of pytest's
 
 
+def shared(training: Sequence[Question], test: Sequence[Question]) -> dict[str, set]:
+    """What both have, by name; nothing if the test is held out.
+
+    "wording within a word": wordings of the test that differ from one of training in a word at most. "number pair":
+    the two numbers of a call, in the order of its arguments.
+    """
+    theirs, ours = _contents(training), _contents(test)
+    near = {one for one in ours["wording"] if any(words_apart(one, other) <= 1 for other in theirs["wording"])}
+    return {name: found & theirs[name] for name, found in ours.items()} | {"wording within a word": near}
+
+
+def _contents(questions: Sequence[Question]) -> dict[str, set]:
+    found: dict[str, set] = {name: set() for name in ("question", "wording", "word", "city", "item", "number pair")}
+    for question in questions:
+        found["question"].add(question.text)
+        for wording, given in question.parts:
+            found["wording"].add(wording)
+            for name, value in given.items():
+                if name in _KINDS_OF_ARGUMENTS:
+                    kind = _KINDS_OF_ARGUMENTS[name]
+                    found[kind].add(value.removesuffix("s") if kind == "item" else value)
+            numbers = tuple(value for value in given.values() if isinstance(value, int))
+            if len(numbers) == 2:
+                found["number pair"].add(numbers)
+    return found
+
+
+_KINDS_OF_ARGUMENTS = {"text": "word", "word": "word", "item": "item"} | dict.fromkeys(
+    ("city", "place", "town", "origin", "destination", "start", "end"), "city"
+)
+
+
+def summary(questions: Sequence[Question]) -> str:
+    """A Markdown table of the kinds: how many questions, texts and wordings."""
+    lines = ["| kind | questions | different texts | wordings |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(question.kind for question in questions):
+        of = [question for question in questions if question.kind == kind]
+        wordings_of = {wording for question in of for wording, _ in question.parts}
+        lines.append(f"| {kind} | {len(of)} | {len({question.text for question in of})} | {len(wordings_of)} |")
+    return "\n".join(lines)
+
+
 @cache
 def all_tools() -> ToolBox:
     return ToolBox(
@@ -89,35 +133,37 @@ def answer(results: list[str]) -> str:
 
 
 def _question(rng: random.Random, kind: str, test: bool) -> Question:
-    asked, known = wordings.TEST, list(TRAINED)
+    asked, known, wanted = wordings.TEST, list(TRAINED), list(TRAINED)
     if not test:
         asked = wordings.TRAIN | {name: tool.wordings for name, tool in _MORE.items()}
         known += _MORE
-    names = [HELD_OUT] if kind == "held-out tool" else rng.sample(known, 2 if kind == "two calls" else 1)
+        wanted = wanted if rng.random() < 0.5 else list(_MORE)  # or the nine would be a quarter of what is trained
+    names = [HELD_OUT] if kind == "held-out tool" else rng.sample(wanted, 2 if kind == "two calls" else 1)
     if kind == "mended":
         names = ["find_price"]
+        asked = {"find_price": wordings.PLURAL_TEST if test else wordings.PLURAL_TRAIN}
     others = [name for name in known if name not in names]
     offered = [*names, *rng.sample(others, rng.choice(OFFERED) - len(names))]
     rng.shuffle(offered)
     if kind == "needs none":
-        return Question(kind, rng.choice(wordings.CHAT_TEST if test else wordings.CHAT_TRAIN), tuple(offered))
-    arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
-    calls = tuple(zip(names, arguments, strict=True))
-    text = " And: ".join(rng.choice(asked[name]).format(**given) for name, given in calls)
-    if not test and kind != "mended":
-        text = rng.choice(wordings.BEFORE) + text + rng.choice(wordings.AFTER)
+        said = rng.choice(wordings.CHAT_TEST if test else wordings.CHAT_TRAIN)
+        return Question(kind, said, tuple(offered), parts=((said, {}),))
     if kind == "none fits":
         offered = rng.sample(others, len(offered))
-        return Question(kind, text, tuple(offered))
+    arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
+    turns = [tuple(zip(names, arguments, strict=True))]
     if kind == "mended":
-        ((name, given),) = calls
-        plural = {"item": given["item"] + "s"}
-        text = re.sub(r"\ba (?=\w+s\b)", "", rng.choice(asked[name]).format(**plural))
-        return Question(kind, text, tuple(offered), (((name, plural),), calls))
-    return Question(kind, text, tuple(offered), (calls,))
+        arguments = [{"item": arguments[0]["item"] + "s"}]
+        turns.insert(0, (("find_price", arguments[0]),))
+    parts = tuple((rng.choice(asked[name]), given) for name, given in zip(names, arguments, strict=True))
+    text = " And: ".join(wording.format(**given) for wording, given in parts)
+    if not test:
+        text = rng.choice(wordings.BEFORE) + text + rng.choice(wordings.AFTER)
+    return Question(kind, text, tuple(offered), () if kind == "none fits" else tuple(turns), parts)
 
 
-def _conversation(question: Question) -> list[dict]:
+def conversation(question: Question) -> list[dict]:
+    """The messages of a question that is answered as it should be."""
     messages = question.messages
     for turn in question.turns:
         calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in turn]
@@ -147,21 +193,13 @@ def _word(rng: random.Random, test: bool) -> str:
     return rng.choice(wordings.TEST_WORDS if test else wordings.TRAIN_WORDS)
 
 
-def _pair(rng: random.Random, test: bool, first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    """Two numbers, of which the test has every fifth pair and training the others."""
-    while True:
-        a, b = rng.randint(*first), rng.randint(*second)
-        if ((7 * a + b) % 5 == 0) == test:
-            return a, b
-
-
 def _named(*names: str, first: tuple[int, int] = (1, 999), second: tuple[int, int] = (1, 999)) -> Callable:
-    return lambda rng, test: dict(zip(names, _pair(rng, test, first, second), strict=True))
+    return lambda rng, test: dict(zip(names, number_pair(rng, test, first, second), strict=True))
 
 
 def _length(rng: random.Random, test: bool) -> dict:
     source, target = rng.sample(("m", "km", "mile"), 2)
-    return {"value": _pair(rng, test, (1, 999), (0, 0))[0], "source": source, "target": target}
+    return {"value": number_pair(rng, test, (1, 999), (0, 0))[0], "source": source, "target": target}
 
 
 def _count(rng: random.Random, test: bool) -> dict:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS
+from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS, number_pair
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Austria", "Ireland", "Portugal", "Poland", "Greece", "Denmark")
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack")
@@ -53,15 +53,6 @@ def percentage(percent: int, number: int) -> float:
     return percent * number / 100
 
 
-def square(number: int) -> int:
-    """Square a number.
-
-    Args:
-        number: The number.
-    """
-    return number * number
-
-
 def convert_weight(amount: int, unit: Literal["g", "kg", "pound"], wanted: Literal["g", "kg", "pound"]) -> float:
     """Convert a weight.
 
@@ -98,6 +89,15 @@ def museums(city: str) -> int:
         city: The city.
     """
     return _number(city, 40)
+
+
+def dialling_code(place: str) -> str:
+    """Look up the code to dial before a telephone number in a city.
+
+    Args:
+        place: The city.
+    """
+    return f"0{_number(place, 900) + 100}"
 
 
 def mayor(town: str) -> str:
@@ -254,8 +254,11 @@ def _number(text: str, below: int) -> int:
     return sum(map(ord, text)) % below
 
 
-def _two(*names: str, low: int = 2, high: int = 99) -> Callable[[random.Random], dict]:
-    return lambda rng: {name: rng.randint(low, high) for name in names}
+def _two(
+    first: str, second: str, low: tuple[int, int] = (2, 2), high: tuple[int, int] = (99, 99)
+) -> Callable[[random.Random], dict]:
+    ranges = tuple(zip(low, high, strict=True))
+    return lambda rng: dict(zip((first, second), number_pair(rng, False, *ranges), strict=True))
 
 
 def _one_of(name: str, values: tuple[str, ...]) -> Callable[[random.Random], dict]:
@@ -289,11 +292,6 @@ TRAINING_TOOLS = (
         _two("percent", "number"),
     ),
     Trained(
-        square,
-        ("Square {number}.", "What is {number} squared?", "What is {number} multiplied by itself?"),
-        _two("number"),
-    ),
-    Trained(
         convert_weight,
         ("Convert {amount} {unit} to {wanted}.", "How many {wanted} are {amount} {unit}?",
          "It weighs {amount} {unit}. What is that in {wanted}?"),
@@ -314,6 +312,11 @@ TRAINING_TOOLS = (
         museums,
         ("How many museums are there in {city}?", "Museums in {city}, how many?", "Does {city} have many museums?"),
         _one_of("city", TRAIN_CITIES),
+    ),
+    Trained(
+        dialling_code,
+        ("What is the dialling code of {place}?", "Which code do I dial for {place}?", "Code for calls to {place}?"),
+        _one_of("place", TRAIN_CITIES),
     ),
     Trained(
         mayor,
@@ -382,8 +385,8 @@ TRAINING_TOOLS = (
     Trained(
         set_alarm,
         ("Wake me at {hour}:{minute}.", "Set an alarm for {hour} hours and {minute} minutes.",
-         "Please let it ring at {hour}:{minute}."),
-        lambda rng: {"hour": rng.randint(5, 23), "minute": rng.randint(10, 59)},
+         "Let it ring at {hour}:{minute}."),
+        _two("hour", "minute", (5, 10), (23, 59)),
     ),
     Trained(
         call_person,

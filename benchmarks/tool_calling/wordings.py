@@ -1,5 +1,8 @@
 """How questions are put, for training and for the test: no wording, word, city, item or number pair is in both."""
 
+import random
+import re
+
 from benchmarks.tool_calling.tools import PRICES
 
 TRAIN = {
@@ -10,10 +13,11 @@ TRAIN = {
     ),
     "subtract": (
         "Take {subtrahend} away from {minuend}.", "What is {minuend} minus {subtrahend}?",
-        "Subtract {subtrahend} from {minuend}.", "How much is {minuend} less {subtrahend}?",
+        "What is left if I subtract {subtrahend} from {minuend}?", "How much is {minuend} less {subtrahend}?",
         "{minuend} - {subtrahend} = ?", "I had {minuend} and lost {subtrahend}. How many remain?",
         "Lower {minuend} by {subtrahend}.", "Of {minuend}, {subtrahend} are gone. How many are there now?",
-        "I owe {minuend} and pay {subtrahend}. What do I still owe?", "Drop {subtrahend} from {minuend}.",
+        "I owe {minuend} and pay {subtrahend}. What do I still owe?",
+        "Please subtract the number {subtrahend} from {minuend}.",
     ),
     "divide": (
         "Divide {dividend} by {divisor}.", "What is {dividend} divided by {divisor}?",
@@ -31,7 +35,7 @@ TRAIN = {
     "convert_length": (
         "Convert {value} {source} to {target}.", "How many {target} are {value} {source}?",
         "What is {value} {source} in {target}?", "Change {value} {source} into {target}.",
-        "I walked {value} {source}. How many {target} is that?", "{value} {source} in {target}?",
+        "I walked {value} {source}. How many {target} is that?", "{value} {source}, how many {target}?",
         "Write {value} {source} as {target}.", "The road has {value} {source}. Tell me the {target}.",
         "How far is {value} {source}, measured in {target}?", "Turn {value} {source} into {target}.",
     ),
@@ -86,16 +90,25 @@ TEST = {
     ),
 }
 
+# Of several pieces of an item, which the price list does not know by this name.
+PLURAL_TRAIN = (
+    "What do the {item} cost?", "How much are {item}?", "Tell me the price of the {item}.",
+    "What is the price of {item}?", "How expensive are the {item}?", "I want {item}. What do I have to pay?",
+    "Price for {item}, please.", "What must I spend on {item}?", "Check the price of {item}.",
+    "What do you charge for {item}?",
+)  # fmt: skip
+PLURAL_TEST = ("How much would I pay for {item}?", "Look up what {item} cost.")
+
 CHAT_TRAIN = (
-    "Hello!", "Who are you?", "Tell me a joke.", "What is your favourite colour?", "Thank you very much.",
-    "Write a short poem.", "Good morning.", "What can you do?", "How are you today?", "Is the sky blue?",
-    "Name a fruit.", "Say something nice.", "Do you like winter?", "Good night.", "Tell me about dogs.",
-    "What is a river?", "Are you a robot?", "Give me some advice.", "Do you like books?", "Tell me a secret.",
-    "Name a flower.", "Is snow white?", "Hey, what is up?", "What is a bridge?", "Are you happy?",
-    "Thanks, that was kind.", "Write a sentence about rain.", "What do you think of me?", "How old are you?",
-    "Tell me about birds.", "Say goodbye to my sister.", "Do you like tea?", "Suggest a game.", "What is a school?",
-    "Can you dance?", "See you later.", "Tell me something sad.", "I am bored.", "My day was long.",
-    "Nice to meet you.",
+    "Hello!", "Who are you?", "I want to hear a joke.", "What is your favourite colour?", "Thank you very much.",
+    "Write a short poem.", "I wish you a good morning.", "What can you do?", "How are you today?",
+    "Why is the sky blue?", "Which fruit is sweet?", "Say something nice.", "Winter is cold, isn't it?", "Sleep well.",
+    "Why do dogs bark?", "Explain to me how rivers form.", "Is there a robot inside you?", "Give me some advice.",
+    "Which book did you read last?", "Do you have a secret?", "I like flowers.", "Snow is white.", "Hey, what is up?",
+    "Why do we build bridges?", "Are you happy?", "Thanks, that was kind.", "Make up a sentence with the word rain.",
+    "What do you think of me?", "How old are you?", "Describe a bird to me.", "My sister says goodbye.",
+    "Shall we have some tea?", "I have nothing to play.", "What do people do at school?", "Show me how you dance.",
+    "Bye for now.", "I feel sad.", "I am bored.", "My day was long.", "Nice to meet you.",
 )  # fmt: skip
 CHAT_TEST = (
     "Good evening!", "Do you like music?", "Tell me a story.", "Name an animal.", "Is grass green?", "Hi there.",
@@ -131,3 +144,22 @@ TEST_WORDS = (
     "marble", "orchard", "pyramid", "receipt", "sentence", "tunnel", "vessel", "wisdom", "coconut", "meadow",
 )  # fmt: skip
 TRAIN_ITEMS, TEST_ITEMS = tuple(PRICES)[:10], tuple(PRICES)[10:]
+
+
+def number_pair(rng: random.Random, test: bool, first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """Two numbers from two ranges, of which the test has every fifth pair and training the others."""
+    while True:
+        a, b = rng.randint(*first), rng.randint(*second)
+        if ((7 * a + b) % 5 == 0) == test:
+            return a, b
+
+
+def words_apart(one: str, other: str) -> int:
+    """How many words must be changed, added or left out to make one wording the other; all slots are equal."""
+    a, b = (re.findall(r"\*|\w+", re.sub(r"\{\w+\}", "*", text.lower())) for text in (one, other))
+    row = list(range(len(b) + 1))
+    for i, word in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, its in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != its))
+    return row[-1]

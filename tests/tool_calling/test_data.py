@@ -1,12 +1,12 @@
 """Training and test share no wording, word, city or number pair, and every wanted call is right."""
 
-import json
-import re
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.tool_calling import data, wordings
 from benchmarks.tool_calling.tools import HELD_OUT, PRICES
+from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import tokenize_conversation
 
@@ -27,19 +27,10 @@ def test_what_a_question_needs_is_on_offer_or_not_as_its_kind_says():
         wanted = {name for turn in question.turns for name, _ in turn}
         assert wanted <= {*question.offered}
         assert bool(wanted) == (question.kind not in ("needs none", "none fits"))
+    fits = {wording: name for name, each in wordings.TEST.items() for wording in each}
     for question in TEST:
         if question.kind == "none fits":
-            (fits,) = _fitting(question.text)
-            assert fits not in question.offered
-
-
-def _fitting(text):
-    """The tools whose wordings the text has."""
-    patterns = {
-        name: [re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(asked)) for asked in each]
-        for name, each in wordings.TEST.items()
-    }
-    return [name for name, each in patterns.items() if any(re.fullmatch(one, text) for one in each)]
+            assert fits[question.parts[0][0]] not in question.offered
 
 
 def test_the_held_out_tool_is_never_seen_in_training():
@@ -47,25 +38,64 @@ def test_the_held_out_tool_is_never_seen_in_training():
     assert all(HELD_OUT in question.offered for question in TEST if question.kind == "held-out tool")
 
 
-def test_wordings_and_arguments_are_apart():
-    assert not {question.text for question in TRAIN} & {question.text for question in TEST}
-    for name, asked in wordings.TRAIN.items():
-        assert not {*asked} & {*wordings.TEST[name]}
-    assert not {*wordings.CHAT_TRAIN} & {*wordings.CHAT_TEST}
-    train, test = _arguments(TRAIN), _arguments(TEST)
-    assert not train & test and len(test) > 100
+def test_nothing_of_the_test_is_in_training():
+    found = data.shared(TRAIN, TEST)
+    assert {*found} == {
+        "question", "wording", "wording within a word", "word", "city", "item", "number pair",
+    } and not any(found.values())  # fmt: skip
 
 
-def _arguments(questions):
-    """All arguments; of those in which a letter or a unit repeats, the word or the number."""
-    found = set()
-    for question in questions:
-        for turn in question.turns:
-            for name, given in turn:
-                kept = {k: v for k, v in given.items() if k not in ("letter", "source", "target")}
-                values = kept.values() if name in ("count_letter", "reverse_text") else [json.dumps(kept)]
-                found |= {(name if name == "convert_length" else "", value) for value in values}
-    return found
+def test_all_wordings_are_apart():
+    """Also those that no question above has."""
+    train = [*wordings.CHAT_TRAIN, *wordings.PLURAL_TRAIN]
+    train += [one for each in wordings.TRAIN.values() for one in each]
+    train += [one for tool in TRAINING_TOOLS for one in tool.wordings]
+    test = [*wordings.CHAT_TEST, *wordings.PLURAL_TEST, *(one for each in wordings.TEST.values() for one in each)]
+    assert min(wordings.words_apart(one, other) for one in test for other in train) == 2
+
+
+@pytest.mark.parametrize(
+    "wording, given, name, value",
+    [
+        ("{x} beside {y}", {"x": 10, "y": 5}, "number pair", (10, 5)),
+        ("Say {word}.", {"word": "banana"}, "word", "banana"),
+        ("Where is {place}?", {"place": "Athens"}, "city", "Athens"),
+        ("Some {item}.", {"item": "ladders"}, "item", "ladder"),
+        ("Remove {x} from it.", {"x": 1}, "wording within a word", "Remove {subtrahend} from {minuend}."),
+        ("Hi there.", {}, "wording", "Hi there."),
+    ],
+)
+def test_what_is_shared_is_found(wording, given, name, value):
+    test = [
+        *TEST,
+        replace(
+            TEST[0],
+            parts=(("Sum it up to the end.", {"a": 10, "b": 5}), ("Where do I see it here?", {"item": "ladder"})),
+        ),
+    ]
+    planted = replace(TRAIN[0], text="?", parts=((wording, given),))
+    assert data.shared([*TRAIN, planted], test)[name] == {value}
+
+
+def test_words_apart():
+    assert wordings.words_apart("What is {a} plus {b}?", "what is {x} plus {y}") == 0
+    assert wordings.words_apart("Add {a} to {b}.", "Please add {a} {b}.") == 2
+    assert wordings.words_apart("Hello", "") == wordings.words_apart("", "Hello") == 1
+
+
+def test_half_of_the_trained_calls_are_of_tested_tools():
+    """And a call is not rarer than none."""
+    names = [question.turns[0][0][0] for question in TRAIN if question.kind == "one call"]
+    assert 0.4 < sum(name in data.TRAINED for name in names) / len(names) < 0.6
+    assert {*names} == {*data.TRAINED, *(tool.function.__name__ for tool in TRAINING_TOOLS)}
+    assert 0.6 < sum(bool(question.turns) for question in TRAIN) / len(TRAIN) < 0.8
+
+
+def test_summary_counts_each_kind():
+    lines = data.summary(TEST).splitlines()
+    assert len(lines) == 2 + len({question.kind for question in TEST})
+    assert [sum(int(line.split("|")[2]) for line in lines[2:])] == [len(TEST)]
+    assert lines[-1].startswith("| held-out tool | 40 |") and lines[-1].endswith("| 4 |")
 
 
 @pytest.mark.parametrize(
