@@ -22,6 +22,7 @@ section.start("D. Unsloth's open issues")
 GPU = hardware.device == "cuda"
 DEVICE = hardware.device
 DTYPE = torch.float32 if not GPU else torch.bfloat16 if hardware.bf16 else torch.float16
+HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
 issues = Measurements("resources/measurements/d_issues.json", hardware)
 free_memory()
 
@@ -693,8 +694,7 @@ if name:
 # What a model may get wrong, without a model: each line is a call as a model might write it, and what it reads back.
 
 # %%
-import matplotlib.pyplot as plt
-from IPython.display import HTML
+from IPython.display import HTML, Image
 
 from unsloth_puzzles.tool_calling.replies import read_tagged
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
@@ -719,7 +719,7 @@ def read_file(path: str) -> str:
     return open(path).read()
 
 
-safe, model, tokenizer = {}, None, None
+safe = {}
 toolbox = ToolBox([power, read_file], seconds=1)
 
 # %%
@@ -742,23 +742,58 @@ for name, (body, expected) in ATTEMPTS.items():
 safe["no tools"] = ToolBox([]).call("power", {}).failed
 
 # %% [markdown]
-# The questions: ten tools of which three or four are on offer, arguments that are easily swapped, two calls in a turn,
-# errors to recover from, small talk, and questions that no tool on offer fits. No wording, word, city or number pair of
-# the test is in training, and one tool, `weather`, is never trained. Nine of the tools are, and 24 others that no test
-# asks for: with nine names alone a model learns these by heart and does not read what is on offer. A training
-# conversation as tokens: green is learnt, dark is a control token. The result holds `<|im_end|>` as text, which stays
-# text.
+# A training conversation as tokens, of a byte-level tokenizer: green is learnt, dark is a control token. The result
+# holds `<|im_end|>` as text, which stays text.
 
 # %%
-from benchmarks import smollm2
-from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
-from benchmarks.tool_calling.evaluate import METRICS, evaluate, table
-from benchmarks.tool_calling.train import fine_tune
-from unsloth_puzzles.tool_calling.conversation import run_conversation
+from benchmarks.tool_calling import data as tool_data
+from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
+from benchmarks.tool_calling.data import Question, all_tools
 from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 
-questions = test_questions()
+asked, of_bytes = "What is 12 plus 30? And: Spell lamp backwards.", byte_tokenizer()
+calls = (("add", {"a": 12, "b": 30}), ("reverse_text", {"text": "lamp"}))
+messages = tool_data.conversation(Question("two calls", asked, ("add", "reverse_text"), (calls,)))
+messages[3]["content"] += " <|im_end|>"
+example = tokenize_conversation(of_bytes, messages, all_tools().subset(["add", "reverse_text"]))
+display(HTML(tokens_html(of_bytes, example)))
+stop = ChatEncoder(of_bytes).stop
+learnt = of_bytes.decode([label for label in example["labels"] if label != IGNORED])
+safe["labels are the assistant's"] = learnt.startswith("<tool_call>") and "tool_response" not in learnt
+safe["stop tokens are learnt"] = example["labels"].count(stop) == 2
+safe["text is no control token"] = example["input_ids"].count(stop) == 5
+
+# %% [markdown]
+# The questions: ten tools of which three or four are on offer, arguments that are easily swapped, two calls in a turn,
+# errors to recover from, small talk, and questions that no tool on offer fits. Training and test share no wording,
+# word, city, item or number pair, and no wording of the test is within one word of a training wording. One tool,
+# `weather`, is never trained. Nine of the tools are, and 24 others that no test asks for: with nine names alone a model
+# learns these by heart and does not read what is on offer.
+
+# %%
+STEPS, BATCH_SIZE = 200, 8
+questions = tool_data.test_questions()
+display(Markdown(tool_data.summary(questions)))
+print(f"{len(questions)} questions, {sum(not question.turns for question in questions)} of them to abstain from")
+for what, both in tool_data.shared(tool_data.training_questions(STEPS * BATCH_SIZE), questions).items():
+    safe[f"training and test share no {what}"] = not both
+judge(issues, "tool calling, bad input and labels", safe)
+
+# %% [markdown]
+# QLoRA on all linear layers, 200 steps of 8 conversations; before and after on the same held-out questions, decoded
+# greedily in batches, with Wilson's 95 % intervals. These intervals cover the draw of the questions. They do not cover
+# the choice of the wordings, and small talk repeats 20 sentences with other tools on offer. In the GGUF file the
+# weights are Q4_1 already; NF4 on top rounds a second time.
+
+# %%
+from benchmarks import smollm2
+from benchmarks.tool_calling.evaluate import METRICS, evaluate, table
+from benchmarks.tool_calling.figure import tool_calling_figure
+from benchmarks.tool_calling.train import fine_tune
+from unsloth_puzzles.tool_calling.conversation import run_conversation
+
+model = None
 if not GPU:
     print("SKIPPED: the QLoRA run on SmolLM2-135M: it takes hours without a GPU")
 else:
@@ -766,61 +801,30 @@ else:
         model, tokenizer, source = smollm2.load("model", device=DEVICE, dtype=DTYPE)
         print(source)
     except OSError as refusal:
-        print(f"SKIPPED: the QLoRA run on SmolLM2-135M: {refusal}")
-if tokenizer is None:  # a byte-level tokenizer shows the labels as well
-    from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-messages, _ = next(
-    pair for pair in training_conversations(200) if "'reverse_text'" in str(pair[0]) and len(pair[0]) == 5
-)
-messages[3]["content"] += " <|im_end|>"
-example = tokenize_conversation(tokenizer, messages, all_tools().subset(["add", "reverse_text"]))
-display(HTML(tokens_html(tokenizer, example)))
-stop = ChatEncoder(tokenizer).stop
-learnt = tokenizer.decode([label for label in example["labels"] if label != IGNORED])
-safe["labels are the assistant's"] = learnt.startswith("<tool_call>") and "tool_response" not in learnt
-safe["stop tokens are learnt"] = example["labels"].count(stop) == 2
-safe["text is no control token"] = example["input_ids"].count(stop) == 5
-judge(issues, "tool calling, bad input and labels", safe)
-
-# %% [markdown]
-# QLoRA on all linear layers, 200 steps of 8 conversations; before and after on the same 260 held-out questions, decoded
-# greedily in batches, with Wilson's 95 % intervals. In the GGUF file the weights are Q4_1 already; NF4 on top
-# rounds a second time.
+        print(f"SKIPPED: the QLoRA run on SmolLM2-135M: {smollm2.one_line(refusal)}")
 
 # %%
 if model is not None:
     report = {}
     report["before"], _ = evaluate(model, tokenizer, questions, batch_size=64)
     print("before: measured; training ...", flush=True)
-    model, losses = fine_tune(model, tokenizer, steps=200, batch_size=8)
+    model, losses = fine_tune(model, tokenizer, steps=STEPS, batch_size=BATCH_SIZE)
     report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=64)
+    before, after = report["before"], report["after"]
     display(Markdown(table(report)))
-    for name, share in report["after"].items():
-        before = {"before": report["before"][name].value} if name in report["before"] else None
-        issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=before)
+    for name, share in after.items():
+        baselines = {"before": before[name].value} if name in before else None
+        issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
 
-    shown = [*METRICS, "exact call, held-out tool"]
-    figure, axis = plt.subplots(figsize=(8, 3.2))
-    for row, (when, colour) in enumerate({"before": "tab:grey", "after": "tab:green"}.items()):
-        shares = [report[when][name] for name in shown]
-        places = [n + 0.38 * (row - 0.5) for n in range(len(shown))]
-        low, high = zip(*(share.interval for share in shares), strict=True)
-        values = [share.value for share in shares]
-        errors = [
-            [max(0, v - a) for v, a in zip(values, low, strict=True)],
-            [max(0, b - v) for v, b in zip(values, high, strict=True)],
-        ]
-        axis.bar(places, values, 0.36, color=colour, label=when)
-        axis.errorbar(places, values, errors, fmt="none", color="black", capsize=3)
-    axis.set_xticks(range(len(shown)), [*METRICS, "exact call,\nheld-out tool"])
-    axis.set(ylim=(0, 1.25), ylabel="share of held-out questions", title="SmolLM2-135M before and after QLoRA")
-    axis.legend(loc="upper left", ncol=2)
-    figure.tight_layout()
-    figure.savefig("resources/d_tool_calling.png", dpi=150)
-    plt.show()
-    after = report["after"]
+    tool_calling_figure(report, f"{source}, batch of {BATCH_SIZE}, {HARDWARE}", "resources/d_tool_calling.png")
+    display(Image("resources/d_tool_calling.png"))
+    better = {
+        f"{name} better than before": after[name].value > before[name].value
+        for name in METRICS
+        if before[name].value < 1
+    }
+    at_one = [name for name in METRICS if before[name].value == 1]
+    print(f"not compared with before, since nothing was to be gained: {', '.join(at_one) or 'none'}")
     judge(
         issues,
         "tool calling",
@@ -829,19 +833,19 @@ if model is not None:
             "exact call at least 0.9": after["exact call"].value >= 0.9,
             "abstention at least 0.9": after["abstention"].value >= 0.9,
             "held-out tool at least 0.6": after["exact call, held-out tool"].value >= 0.6,
-            "better than before": all(after[name].value >= report["before"][name].value for name in METRICS),
+            **better,
         },
     )
-    talk = [{"role": "user", "content": "What is 12 plus 30? And: Spell lamp backwards."}]
+    talk = [{"role": "user", "content": asked}]
     done = run_conversation(model, tokenizer, talk, all_tools().subset(["add", "reverse_text", "weather"]))
     for message in done.messages:
         print(f"{message['role']:>9}: {message['content'] or message.get('tool_calls')}")
 
 # %% [markdown]
 # **What it does not do.** The wordings are simple ones, written by hand, and the results come from one model of 135 M
-# weights. A tool runs in a forked process that has no files, no network and a limit on time and memory: that bounds
-# what a model can do with a function one trusts, and is no prison for hostile code. Text such as `</tool_response>` in
-# a result stays text, but a model without tokens of its own for such tags reads the same characters. Qwen3 runs without
+# weights. A tool runs in a forked process that has no files, no network and a limit on time and memory. That bounds
+# what a model can do with a trusted function. It does not contain hostile code. Text such as `</tool_response>` in a
+# result stays text, but a model without tokens of its own for such tags reads the same characters. Qwen3 runs without
 # thinking; Llama 3.2 has one call a turn. `benchmarks/tool_calling` has more seeds, 16-bit runs, other models by name
 # (`--model Qwen/Qwen2.5-0.5B-Instruct`), and GRPO with tools under challenge E's loss.
 

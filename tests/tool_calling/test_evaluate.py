@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.tool_calling.data import Question, for_format
-from benchmarks.tool_calling.evaluate import Share, count, judge_calls, table
+from benchmarks.tool_calling.evaluate import METRICS, Share, count, judge_calls, table
 from unsloth_puzzles.tool_calling.conversation import Conversation
 from unsloth_puzzles.tool_calling.replies import Call
 from unsloth_puzzles.tool_calling.toolbox import Result, failure
@@ -80,3 +80,22 @@ def test_wilson_interval():
     assert Share(0, 10).interval == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert Share(10, 10).interval == pytest.approx((0.72247, 1.0), abs=1e-5)
     assert Share(5, 10).interval == pytest.approx((0.23659, 0.76341), abs=1e-5)
+
+
+def test_figure_draws_each_share_with_its_interval(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    from benchmarks.tool_calling.figure import HELD_OUT, tool_calling_figure
+
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    names = [*METRICS, HELD_OUT]
+    report = {"before": dict.fromkeys(names, Share(0, 9)), "after": dict.fromkeys(names, Share(6, 8))}
+    tool_calling_figure(report, "a model, a machine", tmp_path / "figure.png")
+    axes = pyplot.gca()
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert [bar.get_height() for bar in axes.patches] == [0.0] * len(names) + [0.75] * len(names)
+    intervals = [tuple(lines.get_segments()[0][:, 1]) for lines in axes.collections]
+    assert intervals == [pytest.approx(Share(*hits).interval) for hits in ((0, 9), (6, 8)) for _ in names]
+    assert "a model, a machine" in axes.get_title()
+    assert axes.get_xticklabels()[0].get_text() == f"{METRICS[0]}\nn = 8"
+    pyplot.close("all")

@@ -1,0 +1,37 @@
+"""Shares before and after a training run as a figure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.tool_calling.evaluate import METRICS, Share
+
+HELD_OUT = "exact call, held-out tool"
+
+
+def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str, path: str | Path) -> None:
+    """Draw the shares of "before" and "after" with their intervals.
+
+    Args:
+        report: From each of both names to what `evaluate` counts.
+        of_what: The model, its weights, the batch and the hardware, for the title.
+        path: Of the PNG.
+    """
+    import matplotlib.pyplot as plt
+
+    shown = [*METRICS, HELD_OUT]
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for row, (when, colour) in enumerate({"before": "tab:grey", "after": "tab:green"}.items()):
+        shares = [report[when][name] for name in shown]
+        places = [n + 0.38 * (row - 0.5) for n in range(len(shown))]
+        axes.bar(places, [share.value for share in shares], 0.36, color=colour, label=when)
+        for place, share in zip(places, shares, strict=True):
+            low, high = share.interval
+            axes.vlines(place, low, high, color="black")
+    counts = [report["after"][name].count for name in shown]
+    names = [*METRICS, "exact call,\nheld-out tool"]
+    axes.set_xticks(range(len(shown)), [f"{name}\nn = {n}" for name, n in zip(names, counts, strict=True)])
+    axes.set(ylim=(0, 1.2), ylabel="share of held-out questions")
+    axes.set_title(f"Before and after QLoRA; lines: Wilson's 95 % intervals\n{of_what}", fontsize=10)
+    axes.legend(loc="upper left", ncol=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
