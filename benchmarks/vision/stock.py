@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 import torch
 
@@ -36,6 +37,6 @@ def _outcome(processor, rows: Sequence[Mapping]) -> str:
     try:
         labels = DataCollatorForVisionLanguageModeling(processor)(copy.deepcopy(list(rows)))["labels"]
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:60]}"
+        return f"{type(error).__name__}: {shorten(str(error) or 'no message', 140, placeholder=' ...')}"
     learnt = torch.isin(labels, torch.tensor(image_token_ids(processor))).sum().item()
     return f"{learnt} image tokens are labels"

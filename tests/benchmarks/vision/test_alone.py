@@ -1,0 +1,38 @@
+"""The notebook's check of a family holds, and fails where a mask is wrong."""
+
+from benchmarks.vision import alone
+from benchmarks.vision.stock import stock_outcome
+
+
+def test_pixtral_pays_for_images_that_share_a_sequence():
+    found = alone.check_family("pixtral", "cpu")
+    assert len(found.checks) == 9 and all(found.checks.values())
+    assert found.difference <= alone.LARGEST and found.work == 1 < found.work_alone < 2 and found.unpatched is None
+
+
+def test_mllama_is_measured_without_its_patch_first():
+    found = alone.check_family("mllama", "cpu")
+    assert all(found.checks.values()) and found.work == found.work_alone == 1
+    assert found.difference <= alone.LARGEST and min(found.unpatched) > 100 * alone.LARGEST
+
+
+def test_a_dropped_attention_mask_fails(monkeypatch):
+    class Broken(alone.VisionCollator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            return {**batch, "attention_mask": batch["attention_mask"] * 0 + 1}
+
+    monkeypatch.setattr(alone, "VisionCollator", Broken)
+    found = alone.check_family("llava", "cpu")
+    assert [name for name, good in found.checks.items() if not good] == ["llava, padding on the left"]
+
+
+def test_messages_of_others_are_not_cut_within_a_word(monkeypatch):
+    from trl.trainer import sft_trainer
+
+    def collator(_):
+        raise ValueError("a word " * 50)
+
+    monkeypatch.setattr(sft_trainer, "DataCollatorForVisionLanguageModeling", collator)
+    for part in stock_outcome(None, []).split("; with images=[] "):
+        assert part.endswith(("word ...", " a ...")) and len(part) <= 140 + len("ValueError: ")
