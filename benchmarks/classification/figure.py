@@ -6,12 +6,13 @@ from pathlib import Path
 from benchmarks.classification.training import Run
 
 
-def confusion_figure(run: Run, labels: Sequence[str], path: str | Path) -> None:
+def confusion_figure(run: Run, labels: Sequence[str], of_what: str, path: str | Path) -> None:
     """Draw what was predicted for the texts of each class: shares of a row in colour, numbers of texts in the cells.
 
     Args:
         run: With predicted and expected labels.
         labels: The names, in the order of the logits.
+        of_what: The model, its weights and the hardware, for the title.
         path: Of the PNG.
     """
     import matplotlib.pyplot as plt
@@ -27,7 +28,8 @@ def confusion_figure(run: Run, labels: Sequence[str], path: str | Path) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="predicted package", ylabel="package of the docstring")
-    axes.set_title(f"accuracy {run.score.accuracy:.3f}, macro-F1 {run.score.macro_f1:.3f}")
+    accuracy, macro_f1, count = run.score.accuracy, run.score.macro_f1, len(run.expected)
+    axes.set_title(f"{count} docstrings: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}\n{of_what}", fontsize=10)
     figure.colorbar(image, ax=axes, label="share of the package's docstrings", shrink=0.8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -164,7 +164,8 @@ def _qwen(family: str, text: dict) -> tuple[PreTrainedModel, object]:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     patch = 16 if family == "qwen3_vl" else 14
     if family == "qwen3_vl":
-        rope["mrope_interleaved"] = True
+        # Time has every third of the 8 pairs, as in real models: the engine does not turn a pair beyond its section.
+        rope |= {"mrope_interleaved": True, "mrope_section": [3, 3, 2]}
         text = {"head_dim": 16, "num_hidden_layers": 3, **text}
     options = {**_TEXT, "tie_word_embeddings": True, **_ids(made), "rope_parameters": rope, **text}
     tower = {"depth": 4, "num_heads": 4, "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2}

@@ -1,47 +1,84 @@
 """An adapter trained on an NF4 model, exported, and run by the engine: the answers of both, adapter on and off.
 
 proof = prove("qwen2_vl", folder)
-proof.on.equal, proof.on.error, proof.moved
+proof.answers[0].equal, proof.answers[0].error, proof.moved
 """
 
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.gguf.engine import Answer, ask
-from benchmarks.gguf.models import picture, tiny
+from benchmarks.gguf.models import FAMILIES, picture, tiny
 from benchmarks.gguf.reference import (
     answer,
     class_token_last,
-    distance,
     epsilon_of_norms,
     gelu_by_table,
     half_convolution,
 )
 from benchmarks.models import nf4_config
 from unsloth_puzzles.gguf.export import export_gguf
+from unsloth_puzzles.gguf.merge import merged_state_dict
 
 SIZES = {"qwen3_vl": (96, 128), "qwen2_vl": (84, 112), "qwen2_5_vl": (168, 224)}  # of images that are not resized
 SQUARE = (56, 56)
 LINEAR = r".*\b(q|k|v|o|gate|up|down)_proj"
 
 
-class Compared(NamedTuple):
-    """The engine beside transformers."""
+class Deviation(NamedTuple):
+    """What llama.cpp (xllamacpp 2026.10) computes otherwise than transformers, whatever the file says."""
 
-    equal: bool  # tokens of all answers
-    error: float  # the largest difference of log-probabilities
-    emulated: float  # the same beside transformers with the engine's known deviations
+    what: str
+    source: str
+    families: tuple[str, ...]
+    without_image: bool  # whether it shows in answers without an image
+    apply: Callable[[torch.nn.Module], None]  # gives it to transformers' model
+
+
+SEEING = tuple(family for family in FAMILIES if family != "llama")
+DEVIATIONS = (
+    Deviation("GELU from a table of float16", "GGML_GELU_FP16 in ggml-cpu/vec.h", SEEING, False, gelu_by_table),
+    Deviation(
+        "pixels and kernel of the patch convolution rounded to float16", "ggml_conv_2d in ggml.c", SEEING, False,
+        half_convolution,
+    ),
+    Deviation(
+        "RMS norms with an epsilon of 0", "llama_model_qwen2vl::load_arch_hparams, which does not read it",
+        ("qwen2_vl", "qwen2_5_vl"), True, partial(epsilon_of_norms, epsilon=0.0),
+    ),
+    Deviation("class token of CLIP last", "llama.cpp issue 25814", ("llava_clip",), False, class_token_last),
+)  # fmt: skip
+
+
+class Compared(NamedTuple):
+    """An answer of the engine beside transformers'. Errors are of log-probabilities, over what both choose alike."""
+
+    adapter: str  # "on" or "off"
+    image: bool
+    equal: bool  # all tokens
+    error: float
+    emulated_equal: bool  # the same beside transformers with the deviations that apply
+    emulated_error: float
+    deviations: tuple[str, ...]  # none: then both pairs are the same
+
+    def within(self, limit: float) -> bool:
+        """Whether all tokens are equal and the error is below `limit`, with the deviations that apply emulated."""
+        return self.emulated_equal and self.emulated_error < limit
 
 
 class Proof(NamedTuple):
     """What an export is worth."""
 
-    on: Compared
-    off: Compared
+    answers: tuple[Compared, ...]
     moved: float  # how far the adapter moves the engine's first log-probability
 
 
@@ -54,9 +91,17 @@ def requests(family: str) -> list[dict]:
 
 
 def prove(
-    family: str, folder: str | Path, device: str = "cpu", *, tokens: int = 32, steps: int = 8, **lora: object
+    family: str,
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    tokens: int = 32,
+    steps: int = 8,
+    quantization: str = "f32",
+    projector: str = "f32",
+    **lora: object,
 ) -> Proof:
-    """Train, export in float32, and compare.
+    """Train, export, and compare.
 
     Args:
         family: of `models.tiny`.
@@ -64,48 +109,86 @@ def prove(
         device: where transformers computes; the engine runs on the CPU.
         tokens: how many each answer has.
         steps: of training.
+        quantization: of the exported text model.
+        projector: of the exported vision tower.
         **lora: further settings of `LoraConfig`.
     """
     model, processor = qlora(family, Path(folder, "base"), device, **lora)
     train(model, processor, family, steps)
-    ours, theirs = {}, {}
-    for name in ("on", "off"):
-        if name == "off":
-            model.base_model.disable_adapter_layers()
-        paths = export_gguf(model, processor, Path(folder, name), "f32", "f32", progress=False)
-        theirs[name] = ask(*paths, requests(family), tokens=tokens)
-        ours[name] = [answer(model, processor, one, tokens) for one in requests(family)]
-    model.base_model.enable_adapter_layers()
+    asked, theirs, ours, emulated = requests(family), {}, {}, {}
+    for side in ("on", "off"):
+        with _adapter(model, side):
+            paths = export_gguf(model, processor, Path(folder, side), quantization, projector, progress=False)
+            theirs[side] = ask(*paths, asked, tokens=tokens)
+            ours[side] = [answer(model, processor, one, tokens) for one in asked]
+    applying = [deviations(family, "image" in one) for one in asked]
     emulate(model, family)
-    emulated = {"on": [answer(model, processor, one, tokens) for one in requests(family)]}
-    model.base_model.disable_adapter_layers()
-    emulated["off"] = [answer(model, processor, one, tokens) for one in requests(family)]
-    model.base_model.enable_adapter_layers()
-    compared = {name: _compared(theirs[name], ours[name], emulated[name]) for name in ("on", "off")}
-    moved = abs(theirs["on"][-1].log_probs[0] - theirs["off"][-1].log_probs[0])
-    return Proof(compared["on"], compared["off"], moved)
+    for side in ("on", "off"):
+        with _adapter(model, side):
+            emulated[side] = [
+                answer(model, processor, one, tokens) if known else plain
+                for one, known, plain in zip(asked, applying, ours[side], strict=True)
+            ]
+    answers = tuple(
+        Compared(side, "image" in asked[n], *beside(their, ours[side][n]), *beside(their, emulated[side][n]),
+                 tuple(one.what for one in applying[n]))
+        for side in ("on", "off")
+        for n, their in enumerate(theirs[side])
+    )  # fmt: skip
+    return Proof(answers, abs(theirs["on"][-1].log_probs[0] - theirs["off"][-1].log_probs[0]))
 
 
-def _compared(theirs: list[Answer], ours: list[Answer], emulated: list[Answer]) -> Compared:
-    plain = [distance(one, other) for one, other in zip(theirs, ours, strict=True)]
-    known = [distance(one, other) for one, other in zip(theirs, emulated, strict=True)]
-    error = max((off if equal else float("inf")) for equal, off in known)
-    return Compared(all(equal for equal, _ in plain), max(off for _, off in plain), error)
+def _adapter(model: PeftModel, side: str):
+    return model.disable_adapter() if side == "off" else nullcontext()
+
+
+def beside(one: Answer, other: Answer) -> tuple[bool, float]:
+    """Whether prompts and tokens are equal, and the largest difference of log-probabilities until tokens part.
+
+    Without a common first token the difference is that of the first, of two tokens then.
+    """
+    same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
+    alike = same.index(False) if False in same else len(same)
+    pairs = list(zip(one.log_probs, other.log_probs, strict=True))[: max(1, alike)]
+    equal = one.prompt_tokens == other.prompt_tokens and all(same)
+    return equal, max(abs(a - b) for a, b in pairs)
+
+
+def deviations(family: str, image: bool) -> tuple[Deviation, ...]:
+    """Those that show in an answer with or without an image."""
+    return tuple(one for one in DEVIATIONS if family in one.families and (image or one.without_image))
 
 
 def emulate(model: torch.nn.Module, family: str) -> None:
-    """Give transformers' model the engine's known deviations.
-
-    llama.cpp 2026.10 computes the RMS norms of the `qwen2vl` architecture with an epsilon of 0, whatever the file says,
-    puts CLIP's class token last, convolves in float16, and has GELU in a table of float16.
-    """
+    """Give transformers' model all deviations of its family."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    gelu_by_table(base)
-    half_convolution(base)
-    if family.startswith("qwen2"):
-        epsilon_of_norms(base, 0.0)
-    if family == "llava_clip":
-        class_token_last(base)
+    for one in deviations(family, image=True):
+        one.apply(base)
+
+
+def merging_errors(model: PeftModel) -> tuple[float, float]:
+    """Errors of the merged weights of NF4 layers with LoRA, over the norm of what the adapters change.
+
+    The reference is dequantize(W) + scale * B A in float64.
+
+    Returns:
+        Of `merged_state_dict`, and of PEFT's `merge_and_unload`, which is given a copy of the model.
+    """
+    ours, theirs = merged_state_dict(model), copy.deepcopy(model).merge_and_unload()
+    squares = torch.zeros(3, dtype=torch.float64)
+    for name, module in model.get_base_model().named_modules():
+        if not hasattr(module, "lora_A") or not module.lora_A:
+            continue
+        change = module.get_delta_weight("default").double().cpu()
+        exact = _dequantized(module.base_layer) + change
+        found = (ours[f"{name}.weight"].double(), _dequantized(theirs.get_submodule(name)))
+        squares += torch.stack([change.square().sum(), *((one - exact).square().sum() for one in found)])
+    mine, pefts = (squares[1:] / squares[0]).sqrt().tolist()
+    return mine, pefts
+
+
+def _dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).double().cpu()
 
 
 def qlora(family: str, folder: Path, device: str = "cpu", **lora: object) -> tuple[PeftModel, object]:

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from benchmarks.gguf.engine import ask
+from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.models import EXPRESSIONS, FAMILIES, LLAMA3_ROPE, tiny, tokenizer
-from benchmarks.gguf.proof import SQUARE, emulate, prove, requests
+from benchmarks.gguf.proof import SQUARE, beside, deviations, emulate, merging_errors, prove, qlora, requests, train
 from benchmarks.gguf.reference import answer, distance
 from unsloth_puzzles.bench.child import ChildError
 from unsloth_puzzles.gguf.export import export_gguf
@@ -22,11 +22,42 @@ TEXT = "It's 12345 o'clock;  the CLASS of 7 objects\n\n isn't  self.x[10] + déj
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_adapter_answers_as_in_transformers(family, options, tmp_path):
     proof = prove(family, tmp_path, **options)
-    for side in (proof.on, proof.off):
-        assert side.emulated < (ERROR if family == "qwen3_vl" else EXACT)  # infinite where a token differs
-        if family == "llama":  # nothing deviates
-            assert side.equal and side.error < 1e-5
+    assert [(one.adapter, one.image) for one in proof.answers] == [
+        (side, image) for side in ("on", "off") for image in ([False] if family == "llama" else [False, True])
+    ]
+    for one in proof.answers:
+        assert one.within(EXACT if one.image else 1e-5)
+        if not one.deviations:
+            assert (one.equal, one.error) == (one.emulated_equal, one.emulated_error)
     assert proof.moved > 20 * ERROR
+
+
+def test_the_default_types_of_a_vision_family(tmp_path):
+    proof = prove("qwen2_vl", tmp_path, tokens=8, quantization="q8_0", projector="f16")
+    assert all(1e-3 < one.emulated_error < 0.1 for one in proof.answers)
+
+
+def test_merging_by_peft_rounds_again(tmp_path):
+    model, processor = qlora("llama", tmp_path)
+    train(model, processor, "llama", 2)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    ours, pefts = merging_errors(model)
+    assert ours < 1e-6 and pefts > 0.1
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_deviations_by_family():
+    assert not deviations("llama", image=True) and not deviations("qwen3_vl", image=False)
+    assert [len(deviations(family, image=True)) for family in FAMILIES] == [0, 3, 2, 3, 3, 2]
+    assert [len(deviations(family, image=False)) for family in FAMILIES] == [0, 0, 0, 1, 1, 0]
+
+
+def test_errors_count_until_tokens_part():
+    ours = Answer(3, [1, 2, 3], [-1.0, -2.0, -3.0], "")
+    assert beside(ours, ours) == (True, 0.0)
+    assert beside(ours, Answer(3, [1, 9, 3], [-1.5, -9.0, -3.0], "")) == (False, 0.5)
+    assert beside(ours, Answer(3, [9, 2, 3], [-1.25, -9.0, -3.0], "")) == (False, 0.25)
+    assert beside(ours, ours._replace(prompt_tokens=4)) == (False, 0.0)
 
 
 def test_class_token_of_clip_is_the_engines_deviation(tmp_path):

@@ -41,5 +41,5 @@ def test_sweep(tmp_path):
 
 def test_confusion_figure(tmp_path):
     run = Run([], Score(0.75, 0.7), [0, 1, 1, 0], [0, 1, 1, 1], True, 1.0)
-    confusion_figure(run, LABELS, tmp_path / "confusion.png")
+    confusion_figure(run, LABELS, "a model, a machine", tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
