@@ -34,7 +34,7 @@ def test_trained_adapter_answers_as_in_transformers(family, options, tmp_path):
 
 def test_the_default_types_of_a_vision_family(tmp_path):
     proof = prove("qwen2_vl", tmp_path, tokens=8, quantization="q8_0", projector="f16")
-    assert all(1e-3 < one.emulated_error < 0.1 for one in proof.answers)
+    assert all(1e-3 < one.emulated_error < 0.2 for one in proof.answers)
 
 
 def test_merging_by_peft_rounds_again(tmp_path):
