@@ -832,6 +832,7 @@ ATTEMPTS = {
     "too long": ('{"name": "power", "arguments": {"base": 9, "exponent": 4000}}', "must return at most 1000"),
     "a file": ('{"name": "read_file", "arguments": {"path": "/etc/passwd"}}', "must use no files"),
 }  # fmt: skip
+safe.update(dict.fromkeys([*ATTEMPTS, "no tools"], False))  # what is not checked has not passed
 for name, (body, expected) in ATTEMPTS.items():
     reply = read_tagged(f"<tool_call>\n{body}\n</tool_call>")
     heard = reply.error or toolbox.call(*reply.calls[0]).content
@@ -850,6 +851,7 @@ from benchmarks.tool_calling.data import Question, all_tools
 from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 
+safe.update(dict.fromkeys(("labels are the assistant's", "stop tokens are learnt", "text is no control token"), False))
 asked, of_bytes = "What is 12 plus 30? And: Spell lamp backwards.", byte_tokenizer()
 calls = (("add", {"a": 12, "b": 30}), ("reverse_text", {"text": "lamp"}))
 messages = tool_data.conversation(Question("two calls", asked, ("add", "reverse_text"), (calls,)))
