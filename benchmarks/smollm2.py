@@ -50,7 +50,7 @@ def one_line(text: object) -> str:
 def _download(path: Path) -> str:
     """Download the file to `path`; returns the reason of a failure, or an empty text.
 
-    Asked once a process: three parts of a notebook need the file, and no answer can take minutes.
+    Asked once a process: three parts of a notebook need the file, and a refusal may take minutes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:

@@ -339,9 +339,10 @@ if ENGINE:
     groups, lines = {"LLaVA": {}, "Qwen-VL": {}, "text": {}}, []
     for case, (family, options) in CASES.items():
         checks = groups["LLaVA" if "llava" in family else "Qwen-VL" if "qwen" in family else "text"]
+        tokens = 32 if GPU and options is not DEFAULT else 8
         try:
             with tempfile.TemporaryDirectory() as folder:
-                proof = prove(family, folder, DEVICE, tokens=32 if GPU else 8, **options)
+                proof = prove(family, folder, DEVICE, tokens=tokens, **options)
         except Exception as error:  # the other families have groups of their own
             experiments.failed(f"GGUF export, {case}", error)
             checks[f"{case}, ran to the end"] = False
