@@ -1,16 +1,19 @@
-"""Each feature of FSDP2, on QLoRA of a small Llama: losses, gradient norms and bytes of two ranks beside one process.
+"""Each feature of FSDP2, on QLoRA of a small Llama: what it does, and losses and norms of two ranks beside one process.
 
     python -m benchmarks.fsdp2.features OUT                                       one process
     torchrun --nproc_per_node 2 -m benchmarks.fsdp2.features OUT                  two
 
-Every process draws the same weights, adapters and rows; a rank takes its share of the rows.
+Every process draws the same weights, adapters and rows; a rank takes its share of the rows. The layers of the one
+process are bitsandbytes' own.
 """
 
 import contextlib
 import math
 import sys
+from collections.abc import Callable
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -19,12 +22,13 @@ from benchmarks.fsdp2.ranks import RANK, WORLD
 from benchmarks.fsdp2.watch import Watch
 from benchmarks.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
+from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.fsdp2 import linear
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
 
-STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 17, 256
+STEPS, ROWS, LENGTH, VOCABULARY, CHUNK = 3, 4, 17, 256, 16
 OVERFLOWING = 1  # the step of "GradScaler" in which one rank's gradients hold an infinity
 FEATURES = {  # by name: options of `train`
     "per-parameter sharding": {},
@@ -105,10 +109,17 @@ def train(
         sharding: Options of `shard_qlora`.
 
     Returns:
-        "losses" over all rows and "norms" of the gradients, by step; "scales" of the scaler; "magnitudes", of
-        DoRA's the gradients of the first step. Of several ranks also
-        "share" of the 4-bit bytes that this rank holds, "changed" (bytes that a layer saw changed), "compared" (its
-        layers), "reduced" (dtypes in which gradients were reduced) and "scattered" (reduce-scatters by micro-batch).
+        "device"; "losses" over all rows and "norms" of the gradients, by step; "scales" of the scaler; "magnitudes", of
+        DoRA's the gradients of the first step; "plain_layers", how many layers are bitsandbytes' own. Of several ranks
+        also, of this rank,
+
+        - "share" of the 4-bit bytes and "split", of the trained tensors, that it holds; "embeddings_split", whether
+          embedding and head are sharded; "shards_on" and "states_on", kinds of devices of shards and AdamW's states;
+        - "changed", bytes that a layer saw changed, and "compared", its layers;
+        - by micro-batch "gathered" (all-gathers), "scattered" (reduce-scatters), "forwards" of the first layer;
+        - "computed" and "reduced", the dtypes of adapters in that layer and of gradients when they were reduced;
+        - "logit_rows", the most that one product made in the last step; "updates", operators of the optimizer;
+          "captures" and "graph_breaks". Hooks would break captured layers: there "compared" is 0, "logit_rows" None.
     """
     dtype = _half() if mixed else None
     model, watch = qlora(checkpointing, dtype or torch.float32, dora), Watch()
@@ -117,19 +128,22 @@ def train(
             pack_nf4(model)
             watch.streams(model)
         if chunked:
-            stack.enter_context(use_memory_efficient_loss(model, chunk_size=16))
+            stack.enter_context(use_memory_efficient_loss(model, chunk_size=CHUNK))
+        counts = stack.enter_context(count_compilations())
         if compiled:
             for layer in model.get_base_model().model.layers:
                 layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=False)
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=dtype, **sharding)
-            if not compiled:
-                watch.layers(model)
-        found = _steps(model, watch, accumulation, fused, scaler, dtype)
-    return found | watch.found(model)
+            watch.layers(model, bytes=not compiled)
+        found = _steps(model, watch, accumulation, fused, scaler, dtype, products=not compiled)
+    found["plain_layers"] = sum(type(module) is Linear4bit for module in model.modules())
+    return found | {"captures": len(counts.captures), "graph_breaks": sum(counts.graph_breaks.values())}
 
 
-def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: torch.dtype | None) -> dict:
+def _steps(
+    model, watch, accumulation: int, fused: bool, scaler: bool, dtype: torch.dtype | None, products: bool
+) -> dict:
     device = ranks.device()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
@@ -142,7 +156,8 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
             if WORLD > 1:
                 model.set_requires_gradient_sync(number == accumulation)
             with watch.micro_batch(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = model(input_ids=batch, labels=batch).loss / accumulation
+                with watch.products(VOCABULARY) if products and step == STEPS - 1 else contextlib.nullcontext():
+                    loss = model(input_ids=batch, labels=batch).loss / accumulation
                 scale.scale(loss).backward()
             total += loss.detach().float()
         if scaler and step == OVERFLOWING and RANK == WORLD - 1:
@@ -152,14 +167,16 @@ def _steps(model, watch, accumulation: int, fused: bool, scaler: bool, dtype: to
         if step == 0:
             magnitudes = [ranks.gathered(one.grad) for one in trained if one.ndim == 1]
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
-        scale.step(optimizer)
+        with watch.update():
+            scale.step(optimizer)
         scale.update()
         optimizer.zero_grad()
         losses.append(ranks.average(total))
         norms.append(ranks.whole(norm).item())
         scales.append(scale.get_scale())
     norms = [norm if math.isfinite(norm) else None for norm in norms]  # JSON has no infinity
-    return {"losses": losses, "norms": norms, "scales": scales, "magnitudes": magnitudes}
+    found = {"device": device.type, "losses": losses, "norms": norms, "scales": scales, "magnitudes": magnitudes}
+    return found | watch.found(model, optimizer)
 
 
 def _half() -> torch.dtype:
@@ -180,11 +197,104 @@ def differences(name: str, two: dict[str, dict], one: dict[str, dict]) -> tuple[
 
 
 def allowed(name: str, one: dict[str, dict]) -> tuple[float, float]:
-    """The largest `differences` that may be: in 16 bits twice those of one process that sums its rows in two orders."""
+    """The largest `differences` that may be: in 16 bits twice those of one process that sums its rows in two orders.
+
+    Twice, for the ranks sum in a third order: it differs from the first by no more than from the second, and the second
+    from the first, together.
+    """
     if name != MIXED:
         return LARGEST_DIFFERENCE, LARGEST_NORM_DIFFERENCE
     loss, norm = _apart(one[MIXED], one[REGROUPED])
     return 2 * loss, 2 * norm
+
+
+def seen(name: str, two: dict[str, dict], one: dict[str, dict]) -> tuple[str, bool | None]:
+    """What a feature did, and whether that is what it is for; None where this machine cannot show it.
+
+    Args:
+        name: Of the feature.
+        two: What `main` has written of several ranks.
+        one: The same of one process.
+    """
+    found, plain = two[name], two[PLAIN]
+    if name == PLAIN:
+        return f"{found['split']:.0%} of the trained tensors are sharded", found["split"] == 1
+    effects = [EFFECTS[option](found, plain, one) for option in FEATURES[name]]
+    goods = [good for _, good in effects]
+    return "; ".join(text for text, _ in effects), None if set(goods) == {None} else False not in goods
+
+
+def unseen(two: dict[str, dict], one: dict[str, dict]) -> bool:
+    """Whether the run without any feature shows no effect of one: else `seen` would prove nothing."""
+    return not any(effect(two[PLAIN], two[PLAIN], one)[1] for effect in EFFECTS.values())
+
+
+def _kept(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    ours, theirs = found["gathered"][0], plain["gathered"][0]
+    return f"{ours} all-gathers a step; {theirs} without it", ours < theirs
+
+
+def _offloaded(found: dict, plain: dict, one: dict) -> tuple[str, bool | None]:
+    if found["device"] == "cpu":
+        return "no other device here", None
+    places = found["shards_on"] + found["states_on"]
+    return f"shards on {found['shards_on'][0]}, AdamW's states on {found['states_on'][0]}", set(places) == {"cpu"}
+
+
+def _checkpointed(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    return f"{found['forwards'][0]} forwards of a layer", set(found["forwards"]) == {2}
+
+
+def _embeddings(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    return f"embedding and head {'sharded' if found['embeddings_split'] else 'whole'}", found["embeddings_split"]
+
+
+def _chunked(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    rows = found["logit_rows"]
+    return f"{rows} rows of logits at most; {plain['logit_rows']} without it", 0 < rows <= CHUNK < plain["logit_rows"]
+
+
+def _captured(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    captures, breaks = found["captures"], found["graph_breaks"]
+    return f"{captures} captures, {breaks} graph breaks", captures > 0 and breaks == 0
+
+
+def _fused(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    used = "aten._fused_adamw_" in found["updates"]
+    return f"{'aten._fused_adamw_ has' if used else 'plain operators have'} written", used
+
+
+def _accumulated(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    first, last = found["scattered"][:-1:2], found["scattered"][1::2]
+    good = len(found["scattered"]) == 2 * STEPS and set(first) == {0} and min(last) > 0
+    return f"{', '.join(map(str, found['scattered'][:2]))} reduce-scatters by micro-batch", good
+
+
+def _skipped(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    scales = found["scales"]
+    good = found["norms"][OVERFLOWING] is None and scales[OVERFLOWING] == scales[OVERFLOWING - 1] / 2
+    return f"scale {', '.join(f'{scale:g}' for scale in scales)} on the other rank", good
+
+
+def _mixed(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    computed, reduced = (", ".join(found[key]).replace("torch.", "") for key in ("computed", "reduced"))
+    good = computed in ("bfloat16", "float16") and reduced == "float32"
+    return f"adapters in {computed}, gradients reduced in {reduced}", good
+
+
+def _magnitudes(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
+    ours, theirs = found["magnitudes"], one[DORA]["magnitudes"]
+    if len(ours) != len(theirs):
+        return f"{len(ours)} magnitudes", False
+    apart = max(math.dist(a, b) / math.hypot(*b) for a, b in zip(ours, theirs, strict=True))
+    return f"gradients of {len(ours)} magnitudes differ by {apart:.1e}", apart <= LARGEST_NORM_DIFFERENCE
+
+
+EFFECTS: dict[str, Callable[[dict, dict, dict], tuple[str, bool | None]]] = {  # by option of `train`
+    "reshard_after_forward": _kept, "offload": _offloaded, "checkpointing": _checkpointed, "chunked": _chunked,
+    "shard_embeddings": _embeddings, "compiled": _captured, "fused": _fused, "accumulation": _accumulated,
+    "scaler": _skipped, "mixed": _mixed, "dora": _magnitudes,
+}  # fmt: skip
 
 
 def _apart(a: dict, b: dict) -> tuple[float, float]:

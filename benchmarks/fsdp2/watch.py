@@ -1,14 +1,20 @@
-"""What ranks do besides training: the bytes that layers see, and the gradients that are reduced."""
+"""What ranks do besides training: the bytes that layers see, collectives, forwards, products, and where tensors lie."""
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fsdp2.ranks import WORLD
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.shard import base_of
 from unsloth_puzzles.fsdp2.stream import stream_of
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 class Watch:
@@ -17,54 +23,124 @@ class Watch:
     def __init__(self):
         self.whole: dict[str, torch.Tensor] = {}
         self.changed: dict[str, int] = {}
+        self.gathered: list[int] = []
         self.scattered: list[int] = []
         self.reduced: set[str] = set()
+        self.forwards: list[int] = []
+        self.computed: set[str] = set()
+        self.logit_rows: int | None = None
+        self.updates: set[str] = set()
 
     def streams(self, model: torch.nn.Module) -> None:
         """Keep each layer's bytes from before they are sharded."""
         self.whole = {name: stream_of(layer.weight).clone() for name, layer in packed_layers(model)}
 
-    def layers(self, model: torch.nn.Module) -> None:
-        """Compare the bytes that a layer computes with."""
+    def layers(self, model: torch.nn.Module, bytes: bool) -> None:
+        """Count the forwards of the first decoder layer, and note the dtypes that its adapters have in them.
+
+        Args:
+            model: Sharded.
+            bytes: Also compare the bytes that each packed layer computes with, by hooks that break captured layers.
+        """
+
+        def count(layer, args):
+            self.forwards[-1] += 1
+            self.computed |= {str(one.dtype) for one in layer.parameters() if one.requires_grad}
 
         def compare(name, layer, args):
             apart = (stream_of(layer.weight) != self.whole[name]).sum().item()
             self.changed[name] = self.changed.get(name, 0) + apart
 
-        for name, layer in packed_layers(model):
+        base_of(model).model.layers[0].register_forward_pre_hook(count)  # after FSDP2's own, which gathers
+        for name, layer in packed_layers(model) if bytes else ():
             layer.register_forward_pre_hook(partial(compare, name))
 
     @contextlib.contextmanager
-    def micro_batch(self):
-        """Count the reduce-scatters of a forward and backward."""
+    def micro_batch(self) -> Iterator[None]:
+        """Count the collectives of a forward and backward, and the forwards of a layer."""
         if WORLD == 1:
             yield
             return
-        plain, started = dist.reduce_scatter_tensor, []
-
-        def counted(output, input, *args, **kwargs):
-            started.append(str(input.dtype))
-            return plain(output, input, *args, **kwargs)
-
-        dist.reduce_scatter_tensor = counted
-        try:
+        self.forwards.append(0)
+        with _counted("all_gather_into_tensor") as gathered, _counted("reduce_scatter_tensor") as scattered:
             yield
-        finally:
-            dist.reduce_scatter_tensor = plain
-        self.scattered.append(len(started))
-        self.reduced |= set(started)
+        self.gathered.append(len(gathered))
+        self.scattered.append(len(scattered))
+        self.reduced |= set(scattered)
 
-    def found(self, model: torch.nn.Module) -> dict[str, object]:
+    @contextlib.contextmanager
+    def products(self, vocabulary: int) -> Iterator[None]:
+        """Note the most rows of logits that one product makes."""
+        with _Operators() as operators:
+            yield
+        logits = [shape for name, shape in operators.seen if name in _PRODUCTS and shape[-1] == vocabulary]
+        self.logit_rows = max([self.logit_rows or 0, *(shape[:-1].numel() for shape in logits)])
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Note by which operators an optimizer writes."""
+        with _Operators() as operators:
+            yield
+        self.updates |= {str(name.overloadpacket) for name, _ in operators.seen}
+
+    def found(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         if WORLD == 1:
             return {}
-        held = sum(2 * layer.weight.to_local().numel() for _, layer in packed_layers(model))
+        base, packed = base_of(model), packed_layers(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        states = [state["exp_avg"] for state in optimizer.state.values()]
+        embeddings = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+        held = sum(2 * layer.weight.to_local().numel() for _, layer in packed)
         return {
             "share": held / sum(len(stream) for stream in self.whole.values()),
+            "split": sum(isinstance(one, DTensor) for one in trained) / len(trained),
             "changed": sum(self.changed.values()),
             "compared": len(self.changed),
-            "reduced": sorted(self.reduced),
+            "gathered": self.gathered,
             "scattered": self.scattered,
+            "reduced": sorted(self.reduced),
+            "forwards": self.forwards,
+            "computed": sorted(self.computed),
+            "logit_rows": self.logit_rows,
+            "updates": sorted(self.updates),
+            "shards_on": _devices([*trained, *(layer.weight for _, layer in packed)]),
+            "states_on": _devices(states),
+            "embeddings_split": all(isinstance(one, DTensor) for one in embeddings),
         }
+
+
+class _Operators(TorchDispatchMode):
+    """The operators that ran, with the shapes of what they returned (of one tensor; else none)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[torch._ops.OpOverload, torch.Size]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.seen.append((func, found.shape if isinstance(found, torch.Tensor) else torch.Size()))
+        return found
+
+
+@contextlib.contextmanager
+def _counted(name: str) -> Iterator[list[str]]:
+    """The dtypes that a collective of `torch.distributed` was given, one a call."""
+    plain, started = getattr(dist, name), []
+
+    def counted(*args, **kwargs):
+        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
+        started.append(str(next(tensors).dtype))
+        return plain(*args, **kwargs)
+
+    setattr(dist, name, counted)
+    try:
+        yield started
+    finally:
+        setattr(dist, name, plain)
+
+
+def _devices(tensors) -> list[str]:
+    return sorted({(one.to_local() if isinstance(one, DTensor) else one).device.type for one in tensors})
 
 
 def packed_layers(model: torch.nn.Module) -> list[tuple[str, StreamLinear4bit]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.fsdp2.corruption import CASES, FLOAT16, changed_by_copy
-from benchmarks.fsdp2.features import FEATURES, allowed, differences
+from benchmarks.fsdp2.features import FEATURES, allowed, differences, seen, unseen
 from benchmarks.fsdp2.ranks import start_ranks
 
 pytestmark = pytest.mark.gpu
@@ -50,4 +50,5 @@ def test_features_on_a_gpu(runs, name):
     one, two = runs
     (loss, norm), (most, most_norm) = differences(name, two, one), allowed(name, one)
     assert loss <= most and norm <= most_norm
+    assert seen(name, two, one)[1] and unseen(two, one)
     assert two[name]["changed"] == 0 and two[name]["share"] == 0.5 and two[name]["reduced"] == ["torch.float32"]

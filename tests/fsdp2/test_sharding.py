@@ -17,6 +17,8 @@ from benchmarks.fsdp2.features import (
     STEPS,
     allowed,
     differences,
+    seen,
+    unseen,
 )  # fmt: skip
 from benchmarks.fsdp2.ranks import start_ranks
 
@@ -46,6 +48,32 @@ def test_losses_and_norms_match_one_process(one, two, name):
     assert loss <= most and norm <= most_norm
     assert len(two[name]["losses"]) == STEPS and two[name]["losses"][-1] != two[name]["losses"][0]
     assert min(norm for norm in two[name]["norms"] if norm is not None) > 0.1
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_each_feature_does_what_it_is_for(one, two, name):
+    text, good = seen(name, two, one)
+    assert text and good is (None if name == "CPU offload" else True)  # all tensors are on the CPU here
+
+
+def test_the_run_without_a_feature_shows_none(one, two):
+    assert unseen(two, one)
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in (PLAIN, "CPU offload")])
+def test_a_feature_that_does_nothing_is_noticed(one, two, name):
+    assert seen(name, two | {name: two[PLAIN]}, one)[1] is False
+
+
+@pytest.mark.parametrize("places, good", [(("cpu", "cpu"), True), (("cuda", "cpu"), False), (("cpu", "cuda"), False)])
+def test_offload_is_seen_where_there_is_a_gpu(one, two, places, good):
+    shards, states = places
+    found = two["CPU offload"] | {"device": "cuda", "shards_on": [shards], "states_on": [states]}
+    assert seen("CPU offload", two | {"CPU offload": found}, one)[1] is good
+
+
+def test_one_process_has_the_layers_of_bitsandbytes(one):
+    assert {found["plain_layers"] for found in one.values()} == {14}
 
 
 def test_one_process_in_16_bits_differs_from_float32(one):
