@@ -53,7 +53,7 @@ def measure(
     settings = dict(locals())
     kind = getattr(torch, dtype)
     model = qlora_model(shapes, layers, vocabulary, kind, checkpointing=True)
-    run = Run(model, rows, length, vocabulary, 1, kind, seed=5)
+    run = Run(model, rows, [length], vocabulary, 1, kind, seed=5)
 
     def step(kernels: str, what):
         with patch_linear4bit(model) if kernels == OURS else contextlib.nullcontext():
@@ -80,7 +80,9 @@ def main(out: str, settings: str) -> None:
     found = measure(**json.loads(Path(settings).read_text()))
     write_json(out, found)
     for kernels, times in found["step_ms"].items():
-        print(f"{kernels}: {statistics.median(times):.1f} ms a step, the GPU's work {found['gpu_ms'][kernels]:.2f} ms")
+        work = found["gpu_ms"][kernels]
+        of_gpu = "" if work is None else f", the GPU's work {work:.2f} ms"
+        print(f"{kernels}: {statistics.median(times):.1f} ms a step{of_gpu}")
 
 
 if __name__ == "__main__":
