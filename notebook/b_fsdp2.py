@@ -116,7 +116,9 @@ plt.show()
 #
 # With frozen weights and activation checkpointing a token costs three products with each weight: forward,
 # recomputation, and the gradient of the input. A gather is hidden where the products of a layer take longer than the
-# next layer's bytes.
+# gather of the next layer's bytes. In the backward a layer takes two products, so half of the tokens suffice there.
+#
+# The script below gives a rank 512 tokens a step. All times in this cell are predictions.
 
 # %%
 streams = [Layout(shape, 64, 256, RANKS).size for shape in LLAMA_8B.values()]
@@ -126,8 +128,11 @@ print(f"a decoder layer: {weights / 1e6:.1f} M weights, {sum(streams) / 2**20:.1
 print(f"8B, 32 layers: each rank receives {received / 1e9:.2f} GB a micro-batch")
 for name, bandwidth, rate in (("two T4s, PCIe", 5e9, 25e12), ("two H200s, NVLink", 300e9, 600e12)):
     forward = sum(streams) / RANKS / bandwidth * rate / (2 * weights)
+    stays = [max(0.0, 1 - 512 * products / forward) for products in (1, 2)]
     print(f"{name} (assumed {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s): "
           f"{forward:.0f} tokens a rank hide a layer's gather in its forward")  # fmt: skip
+    print(f"  with 512 tokens a rank {stays[0]:.0%} of a gather stay visible in a forward, {stays[1]:.0%} in a "
+          f"backward: {1e3 * 32 * sum(stays) * sum(streams) / RANKS / bandwidth:.0f} ms a step of 8B")  # fmt: skip
 
 # %% [markdown]
 # ### The code: the byte stream
@@ -219,17 +224,22 @@ for changed in found.values():
 # show: unsloth_puzzles/fsdp2/shard.py
 
 # %% [markdown]
-# ### The runs of checks 2 and 3
+# ### The runs of checks 2 to 4
 #
-# Losses are compared there and nothing is timed, so on a large machine the four runs go side by side.
+# Losses are compared there and nothing is timed, so on a large machine the runs go side by side.
 #
-# - **Features**: a tiny Llama, each feature for a few steps, in one process and on two ranks.
+# - **Features**: a tiny Llama, each feature for a few steps, in one process and on two ranks. The layers of the one
+#   process are bitsandbytes' own, with its de-quantisation.
+# - **SFTTrainer**: three steps of the script on a tiny Llama. The layers of its one process are bitsandbytes' own as
+#   well. Without two GPUs its processes run on the CPU, where accelerate ignores FSDP2: a patch of accelerate, which
+#   only these runs load, makes it use FSDP2 there.
 # - **60 steps**: decoder layers of Llama 3.2 1B's shapes in float32 with activation checkpointing, by a plain loop over
 #   six batches of random tokens: one uncompiled process with both rows of a batch; two ranks with a row each,
-#   uncompiled and compiled.
+#   uncompiled and compiled. Here the one process runs the kernel of A, too (`patch_linear4bit`), so this comparison
+#   shows what FSDP2 changes. The package's tests compare the kernel and packed layers with bitsandbytes' own.
 
 # %%
-from benchmarks.fsdp2 import features
+from benchmarks.fsdp2 import features, script
 
 STEPS = 60
 PARITY = {"shapes": "Llama 3.2 1B", "layers": 2, "vocabulary": 32000, "length": 512, "dtype": "float32", "steps": STEPS}
@@ -243,6 +253,12 @@ def features_of(ranks):
     return partial(run_ranks, "benchmarks.fsdp2.features", ranks=ranks, timeout=TIMEOUT)
 
 
+def trainer_of(name, ranks):
+    """A job: the script on a tiny model, on GPUs if each of two ranks has one."""
+    own = ",".join(visible.split(",")[:ranks]) if TWO_GPUS else None
+    return partial(script.run_tiny, name, TINY, ranks=ranks, gpus=own, folder=folder, timeout=TIMEOUT)
+
+
 def steps_of(ranks, *compiled):
     """A job: 60 steps with the rows split over this many ranks, once for each of `compiled`."""
     more = {"rows": RANKS // ranks, "profiled": ranks > 1, **PARITY}
@@ -250,7 +266,11 @@ def steps_of(ranks, *compiled):
     return partial(run_ranks, "benchmarks.fsdp2.steps", path, ranks=ranks, timeout=TIMEOUT)
 
 
+TINY = script.tiny_model(folder)
 jobs = {"features, one process": features_of(1), "features, two ranks": features_of(RANKS)}
+jobs |= {
+    name: trainer_of(name, ranks) for name, ranks in (("SFTTrainer, one process", 1), ("SFTTrainer, two ranks", RANKS))
+}
 if GPU:
     jobs |= {"60 steps, one process": steps_of(1, False), "60 steps, two ranks": steps_of(RANKS, False, True)}
 else:
@@ -260,10 +280,15 @@ runs = run_all(jobs, LARGE_MACHINE)
 # %% [markdown]
 # ### Check 2: every feature of FSDP2
 #
-# QLoRA of a tiny Llama in float32, random weights, with two ranks and with one process: the losses of all steps, the
-# norms of the gradients, and the dtype in which gradients are reduced. Two halves of a batch are summed in another
-# order than the whole, so 1e-5 is allowed of a loss and 1e-4 of a norm. Mixed precision may differ by twice as much as
-# one process does that sums its rows in two orders.
+# QLoRA of a tiny Llama in float32, random weights, with two ranks and with one process. Two questions for each feature:
+#
+# - **Does it break nothing?** The losses of all steps and the norms of the gradients are compared. Two halves of a
+#   batch are summed in another order than the whole, so 1e-5 is allowed of a loss and 1e-4 of a norm. Mixed precision
+#   may differ by twice as much as one process does that sums its rows in two orders. Twice, since the ranks sum in a
+#   third order: it differs from the first by at most its difference from the second plus that of the second.
+# - **Does it do anything?** "seen" says what the ranks did: where shards lie, how many collectives and forwards ran,
+#   how many rows the largest product of logits had, which operators wrote. The run without any feature must show none
+#   of this.
 
 # %%
 alone, two = runs.get("features, one process"), runs.get("features, two ranks")
@@ -276,20 +301,29 @@ for name in features.FEATURES if alone and two else ():
     checks[f"{name}: half of the 4-bit bytes"] = found["share"] == 1 / RANKS
     if found["compared"]:  # hooks that compare would break the captured layers
         checks[f"{name}: bytes"] = found["compared"] == features.LINEAR and found["changed"] == 0
-    lines.append((name, f"{loss:.1e}", f"{most:.1e}", f"{norm:.1e}", f"{found['share']:.4f}", *found["reduced"]))
+    effect, good = features.seen(name, two, alone)
+    if good is not None:  # else this machine cannot show it
+        checks[f"{name}: seen"] = good
+    lines.append(
+        (name, f"{loss:.1e}", f"{most:.1e}", f"{norm:.1e}", f"{most_norm:.1e}", f"{found['share']:.4f}", effect)
+    )
     results.add("loss_difference", f"tiny Llama, {name}", loss, "loss")
 if lines:
-    columns = ["feature", "losses differ by", "allowed", "norms, relative", "4-bit bytes of a rank", "reduced in"]
+    columns = [
+        "feature",
+        "losses differ by",
+        "allowed",
+        "norms, relative",
+        "norms allowed",
+        "4-bit bytes of a rank",
+        "seen",
+    ]
     display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
-    checks["mixed precision: reduced in float32"] = two[features.MIXED]["reduced"] == ["torch.float32"]
+    checks["the run without a feature shows none"] = features.unseen(two, alone)
+    checks["the one process has bitsandbytes' own layers"] = alone[features.PLAIN]["plain_layers"] == features.LINEAR
+    checks["gradients are reduced in float32"] = all(found["reduced"] == ["torch.float32"] for found in two.values())
     compared = sum(found["compared"] == features.LINEAR for found in two.values())
     checks["bytes were compared in every run but the captured one"] = compared == len(two) - 1
-    accumulated = two["accumulation without communication"]["scattered"]
-    checks["no reduce-scatter before the last micro-batch"] = (
-        set(accumulated[::2]) == {0} and min(accumulated[1::2]) > 0
-    )
-    scales = two[features.SCALER]["scales"]
-    checks["an infinity on one rank halves the scale on the other"] = scales[features.OVERFLOWING] == scales[0] / 2
     print(WHERE)
     judge(results, "features of FSDP2", checks)
     results.add("local_share", "4-bit bytes and scales", max(found["share"] for found in two.values()), "fraction")
@@ -306,7 +340,30 @@ if lines:
 # show: unsloth_puzzles/fsdp2/train.py
 
 # %% [markdown]
-# ### Check 3: the loss of one process over 60 steps, compiled and not
+# ### Check 3: through TRL's SFTTrainer
+#
+# The script as it stands (`pack_nf4`, `fsdp2_arguments`, `prepare_trainer`, `SFTTrainer`), with losses and gradient
+# norms from its own log. The same limits as in check 2.
+
+# %%
+trained = [runs.get(name) for name in ("SFTTrainer, two ranks", "SFTTrainer, one process")]
+if all(trained):
+    (loss, norm), (two, _) = map(max, script.differences(*trained)), trained
+    THERE = WHERE if TWO_GPUS else f"{RANKS} processes on a CPU, gloo"
+    losses = ", ".join(f"{value:.6f}" for value in two["losses"])
+    print(f"{len(two['losses'])} steps of a tiny Llama, float32, {THERE}: losses {losses}")
+    print(f"losses differ from one process by at most {loss:.1e}, norms by {norm:.1e}")
+    results.add("loss_difference", f"SFTTrainer, {THERE}", loss, "loss")
+    judge(results, "through SFTTrainer", {
+        "losses within 1e-5": loss <= features.LARGEST_DIFFERENCE,
+        "norms within 1e-4, none 0": norm <= features.LARGEST_NORM_DIFFERENCE and min(two["norms"]) > 0,
+        "each rank holds half of the 4-bit bytes": two["share"] == 1 / RANKS,
+    })  # fmt: skip
+if GPU and not TWO_GPUS:
+    print("SKIPPED on the GPU: accelerate gives each rank a GPU of its own, and this machine has one")
+
+# %% [markdown]
+# ### Check 4: the loss of one process over 60 steps, compiled and not
 
 # %%
 parity = {}
@@ -343,10 +400,11 @@ if parity:
 if parity:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
     shown = range(1, STEPS + 1)
-    upper.plot(shown, parity["one process"]["losses"], color="tab:orange", linewidth=3, label="one process")
-    upper.plot(shown, parity["compiled"]["losses"], color="tab:blue", linewidth=1.2, label="two ranks, compiled")
-    for name, gaps in apart.items():
-        lower.semilogy(shown, [max(gap, 1e-8) for gap in gaps], ".-", label=f"two ranks, {name}")
+    upper.plot(shown, parity["one process"]["losses"], color="tab:orange", linewidth=5, label="one process")
+    for (name, gaps), (color, width) in zip(apart.items(), (("tab:green", 3), ("tab:blue", 1)), strict=True):
+        style = {"color": color, "label": f"two ranks, {name}"}
+        upper.plot(shown, parity[name]["losses"], linewidth=width, **style)
+        lower.semilogy(shown, [max(gap, 1e-8) for gap in gaps], "o-", linewidth=width, markersize=2 * width, **style)
     lower.axhline(1e-5, color="tab:red", linestyle=":", label="limit, 1e-5")
     upper.set_ylabel("loss, nats a token")
     lower.set(xlabel="step", ylabel="difference of losses,\nnats a token\n(0 drawn at 1e-8)")
@@ -360,9 +418,14 @@ if parity:
 # %% [markdown]
 # ### The kernel of A against bitsandbytes' de-quantisation
 #
-# The same uncompiled steps on one GPU: layers of 8B's shapes, one row. A forward, a recomputation and a backward
-# de-quantise each weight. One model takes both kinds of steps, a pair at a time and in changing order. The wall time of
-# an uncompiled step includes the host's; the GPU's own work, by PyTorch's profiler, does not.
+# What is compared: training steps of one process on one GPU, without FSDP2 and without `torch.compile`. Two layers of
+# 8B's shapes with checkpointing and AdamW, one row. Once the layers are bitsandbytes' own `Linear4bit`, as with the
+# script's `--no-compile --dequantize bitsandbytes`; once `patch_linear4bit` puts the kernel of A under the same layers,
+# as with `--no-compile` alone. A forward, a recomputation and a backward de-quantise each weight. One model takes both
+# kinds of steps, a pair at a time and in changing order, so that a clock that drifts reaches both; two runs of the
+# script would not share it. The wall time of such a step includes the host's; the GPU's own work, by PyTorch's
+# profiler, does not. "Faster" means here that the median of the paired ratios is above 1 and that the GPU's own work
+# takes less time. It says nothing of compiled steps, nor of two GPUs.
 
 # %%
 timed = {}
@@ -379,10 +442,17 @@ if timed := timed.get("kernels"):
     speedup, low, high = (statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10])
     of_gpu = timed["gpu_ms"]["bitsandbytes"] / timed["gpu_ms"]["ours"]
     print(f"2 layers of Llama 3.1 8B's shapes, 1 x {LENGTH} tokens, random weights, {hardware.name}")
-    print(f"a step: {statistics.median(ours):.1f} ms, with bitsandbytes {statistics.median(theirs):.1f} ms")
-    print(f"  {speedup:.3f} x, the median of {len(ratios)} pairs ({low:.3f} to {high:.3f}, without the outer tenths)")
-    work = {kernels: f"{ms:.2f} ms" for kernels, ms in timed["gpu_ms"].items()}
-    print(f"the GPU's work: {work['ours']}, with bitsandbytes {work['bitsandbytes']}: {of_gpu:.3f} x")
+    columns = ["a step of", "kernel of A, ms", "bitsandbytes, ms", "ratio", "lower bound", "upper bound"]
+    wall = [f"{statistics.median(times):.1f}" for times in (ours, theirs)]
+    work = [f"{timed['gpu_ms'][kernels]:.2f}" for kernels in ("ours", "bitsandbytes")]
+    lines = [("wall time", *wall, f"{speedup:.3f}", f"{low:.3f}", f"{high:.3f}")]
+    lines += [("the GPU's own work", *work, f"{of_gpu:.3f}", "", "")]
+    display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
+    print(f"ratio of the wall time: the median of {len(ratios)} pairs; the bounds leave out the outer tenths")
+    judge(results, "faster with the kernel of A", {
+        "median of the paired ratios above 1": speedup > 1,
+        "the GPU's own work takes less time": of_gpu > 1,
+    })  # fmt: skip
     results.add("step_speedup", "kernel of A against bitsandbytes", speedup, "x", low, high)
     results.add("gpu_time_speedup", "kernel of A against bitsandbytes", of_gpu, "x")
 
@@ -392,7 +462,12 @@ if timed := timed.get("kernels"):
 # On Kaggle's two T4s (and wherever there are two GPUs) the script trains the pre-quantised checkpoint for 60 steps on
 # one GPU and on two, compiled, with the same rows in the same order. In 16 bits two runs that sum in another order
 # differ: a third run, on one GPU with the rows of a step as two micro-batches, shows by how much. Twice that is
-# allowed. The two runs on one GPU go side by side, each on its own, so that all three leave the host two processes.
+# allowed, as in check 2: of the losses the largest difference, of the gradient norms the mean one. The norms are
+# compared since AdamW hides a wrong scale of the gradients: a sum over two ranks in place of their mean has twice the
+# norm. Where one GPU differs from itself by 1e-2 of a loss or by a tenth of a norm, the comparison shows nothing, and
+# it fails.
+#
+# The two runs on one GPU go side by side, each on its own, so that all three leave the host two processes.
 # Where the hub cannot be reached, four layers of the architecture get random weights.
 #
 # ```
@@ -401,13 +476,12 @@ if timed := timed.get("kernels"):
 # ```
 
 # %%
-from benchmarks.fsdp2 import script
-
-runs = {}
+runs, CASE = {}, WHERE
 if TWO_GPUS:
     free_memory()
-    model, flags, SOURCE = script.choose_model(folder)
-    print(f"{SOURCE}")
+    model, flags, kind, source = script.choose_model(folder)
+    CASE = f"{WHERE}, {kind}"
+    print(source)
     jobs = {
         name: partial(script.run, name, model, *flags, gpus=own, folder=folder)
         for name, own in zip(script.RUNS, (*visible.split(","), visible), strict=True)
@@ -418,32 +492,66 @@ else:
     print("SKIPPED: the script on two GPUs, its speed and its memory: this machine has", len(gpus), "GPU(s)")
 
 # %%
+checks = {"all three runs ended": len(runs) == len(script.RUNS)}
+if script.TWO in runs:
+    results.add("steps_trained", CASE, len(runs[script.TWO]["losses"]), "steps")
 if len(runs) == len(script.RUNS):
     one, regrouped, mine = (runs[name] for name in script.RUNS)
-    noise = max(abs(a - b) for a, b in zip(one["losses"], regrouped["losses"], strict=True))
-    gaps = [abs(a - b) for a, b in zip(mine["losses"], one["losses"], strict=True)]
-    print(f"{SOURCE}: two GPUs differ from one by at most {max(gaps):.1e}, one GPU from itself by {noise:.1e}")
+    (gaps, norms), (noises, norm_noises) = script.differences(mine, one), script.differences(regrouped, one)
+    gap, noise, norm, norm_noise = max(gaps), max(noises), statistics.mean(norms), statistics.mean(norm_noises)
+    print(CASE)
+    print(f"losses: two GPUs differ from one by at most {gap:.1e}, one GPU from itself by {noise:.1e}")
+    print(f"gradient norms, relative: two GPUs differ in the mean by {norm:.1e} (at most {max(norms):.1e}),")
+    print(f"  one GPU from itself by {norm_noise:.1e} (at most {max(norm_noises):.1e})")
     frame = pandas.DataFrame(runs).T
     frame["peak memory by GPU, GiB"] = [", ".join(f"{peak:.2f}" for peak in peaks) for peaks in frame["peak_gib"]]
     frame = frame[["tokens_per_s", "seconds", "peak memory by GPU, GiB", "compilations", "graph_breaks"]]
     display(Markdown(table(frame.reset_index(names="run"))))
-    case = "the script, two GPUs"
-    results.add("loss_difference", case, max(gaps), "loss", baselines={"one GPU, regrouped": noise})
-    results.add("tokens_per_s", case, mine["tokens_per_s"], "tokens/s", baselines={"one GPU": one["tokens_per_s"]})
-    results.add("peak_gib", case, max(mine["peak_gib"]), "GiB", baselines={"one GPU": max(one["peak_gib"])})
-    results.add("steps_trained", "two GPUs, one script", len(mine["losses"]), "steps")
-    judge(results, "the script on two GPUs", {
-        "losses within twice the difference of one GPU's two orders": max(gaps) <= 2 * noise,
+    checks |= {
+        "losses within twice the difference of one GPU's two orders": gap <= 2 * noise,
+        "norms within twice the difference of one GPU's two orders": norm <= 2 * norm_noise,
+        "one GPU's two orders differ by less than 1e-2 of a loss, 0.1 of a norm": noise < 1e-2 and norm_noise < 0.1,
+        "no norm is 0": 0 not in mine["norms"],
         "no graph breaks": mine["graph_breaks"] == 0,
         "at most 8 compilations": 0 < mine["compilations"] <= 8,
         "each GPU holds half of the 4-bit bytes": mine["share"] <= 0.5001,
-    })  # fmt: skip
+    }
+if TWO_GPUS:
+    judge(results, "the script on two GPUs", checks)
+
+# %%
+if len(runs) == len(script.RUNS):
+    case = "the script, two GPUs"
+    results.add("loss_difference", case, gap, "loss", baselines={"one GPU, regrouped": noise})
+    results.add("norm_difference", case, norm, "fraction", baselines={"one GPU, regrouped": norm_noise})
+    results.add("share", case, mine["share"], "fraction")
+    results.add("tokens_per_s", case, mine["tokens_per_s"], "tokens/s", baselines={"one GPU": one["tokens_per_s"]})
+    results.add("scaling", case, mine["tokens_per_s"] / one["tokens_per_s"], "x")
+    results.add("peak_gib", case, max(mine["peak_gib"]), "GiB", baselines={"one GPU": max(one["peak_gib"])})
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    shown = range(1, len(one["losses"]) + 1)
+    upper.plot(shown, one["losses"], color="tab:orange", linewidth=4, label=script.ONE)
+    upper.plot(shown, mine["losses"], color="tab:blue", linewidth=1.2, label=script.TWO)
+    for name, found, color in ((script.TWO, gaps, "tab:blue"), (script.REGROUPED, noises, "tab:gray")):
+        lower.semilogy(shown, [max(each, 1e-8) for each in found], ".-", color=color, label=name)
+    lower.axhline(2 * noise, color="tab:red", linestyle=":", label=f"limit, {2 * noise:.1e}")
+    lower.set_ylim(top=100 * noise)
+    upper.set_ylabel("loss, nats a token")
+    lower.set(xlabel="step", ylabel=f"difference from\n{script.ONE},\nnats a token")
+    upper.set_title(f"The script, Llama 3.1 8B: {CASE}", fontsize=9)
+    upper.legend(fontsize=8)
+    lower.legend(fontsize=8, loc="upper right", ncols=3)
+    figure.savefig("resources/b_fsdp2_script.png", dpi=110)
+    plt.show()
 
 # %% [markdown]
 # ### Prefetch: what the gathers cost
 #
 # FSDP2 gathers the next layer's bytes while this layer computes. Four layers of 8B's shapes, compiled, by a plain loop,
 # on one GPU and on two with the same rows a GPU. The bound from above, now with the bandwidth that this machine has.
+# FSDP2's own copies into and out of its buffers do not count as work that hides a gather. The share that is hidden is
+# reported and not judged: a host that is late leaves gaps, and a gather that falls into one is visible without
+# delaying anything. What a gather costs is in the time of the step.
 
 # %%
 from benchmarks.fsdp2 import timeline
@@ -469,11 +577,16 @@ if len(measured) == 2:
     ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
     print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two")
     results.add("step_over_one_gpu", f"4 layers of 8B, 1 x {ROW} a GPU", ms[RANKS] / ms[1], "x")
-    share = timeline.hidden(mine["timeline"])
+    share, most = timeline.hidden(mine["timeline"]), timeline.predicted(4, gather_ms, product_ms)
     if share is None:
         experiments.failed("prefetch", "the profile of the step shows no gather")
     else:
-        print(f"{share:.0%} of the gathers' time is hidden behind other work of the GPU")
+        gathers = [length / 1e3 for lane, _, length in mine["timeline"] if lane == "all-gather"]
+        took = statistics.median(gathers)
+        print(f"{len(gathers)} gathers took {took:.3g} ms, the median; predicted for a layer {gather_ms:.2f} ms")
+        print(f"{share:.0%} of their time is hidden behind the GPU's products; predicted at most {most:.0%}, since the "
+              "first gather of a forward and of a backward has no layer to hide behind")  # fmt: skip
+        results.add("gather_ms", f"4 layers of 8B, 1 x {ROW} a GPU", took, "ms", baselines={"predicted": gather_ms})
         results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
     results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")
     figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
@@ -493,6 +606,50 @@ if len(measured) == 2:
 # - A sharded model cannot be merged or un-packed: save the adapters, and load them over the base model in one process.
 # - Resume only checkpoints of your own: torch unpickles the metadata of sharded checkpoints.
 # - Two ranks that share one GPU show that losses and bytes are right. They say nothing about speed.
+
+# %% [markdown]
+# ### Aimed at, and reached
+#
+# Where an aim was set for other sizes than this notebook's, it says so. Peak memory of all 32 layers, speed over 1 to 8
+# rows a GPU and a run over 50 lengths take longer than this notebook: `benchmarks.fsdp2.sweeps` measures them on two
+# GPUs. Kill and resume is a test of the package.
+
+# %%
+BESIDE, DIFFERENCE = "kernel of A against bitsandbytes", "loss difference, 60 steps"
+AIMS = (  # what, the aim, the record's metric and case, where
+    ("bytes changed by gathering", "0", "bytes_changed", "byte streams, all cases", WHERE),
+    ("4-bit bytes of a rank over all", "at most 0.5001", "local_share", "4-bit bytes and scales", WHERE),
+    (f"{DIFFERENCE}, float32", "at most 1e-5", "loss_difference", "FSDP2 against one GPU", WHERE),
+    (f"{DIFFERENCE}, float32, compiled", "at most 1e-5", "loss_difference", "FSDP2 compiled against one GPU", WHERE),
+    (f"{DIFFERENCE}, 16 bits", "at most twice one GPU's", "loss_difference", "the script, two GPUs", CASE),
+    ("graph breaks", "0", "graph_breaks", "FSDP2 compiled", WHERE),
+    ("compilations, one length", "at most 8 over 50 lengths", "compilations", "FSDP2 compiled", WHERE),
+    ("speed of a step over bitsandbytes'", "at least 1.05", "step_speedup", BESIDE, hardware.name),
+    (
+        "a step over one without communication, 1 row a GPU",
+        "at most 1.08 at 4 rows a GPU",
+        "step_over_one_gpu",
+        None,
+        WHERE,
+    ),
+    (
+        f"tokens/s of two GPUs over one, 1 x {script.LENGTH} a GPU",
+        "at least 1.85 at 4 x 2048 a GPU",
+        "scaling",
+        "the script, two GPUs",
+        CASE,
+    ),
+)
+lines = []
+for what, aim, metric, case, where in AIMS:
+    record = next(iter(results.find(metric, case)), None)
+    if record is None:
+        lines.append((what, aim, "not measured here", ""))
+        continue
+    beside = "".join(f"; {name}: {value:.4g}" for name, value in record["baselines"].items())
+    where += f"; {record['case']}" if case is None else ""
+    lines.append((what, aim, f"{record['value']:.4g}{beside}", where))
+display(Markdown(table(pandas.DataFrame(lines, columns=["metric", "aim", "reached", "where"]))))
 
 # %% [markdown]
 # ### Score of this section

@@ -1,6 +1,7 @@
-"""The training script on one GPU and on two: the same rows in the same order, and what its log says."""
+"""The training script in one process and in two: the same rows in the same order, and what its log says."""
 
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 from benchmarks.backprop.grpo import tiny_tokenizer
 from benchmarks.fsdp2.ranks import start_ranks
 from benchmarks.fsdp2.steps import shaped_config
-from benchmarks.models import hub_refuses
+from benchmarks.models import hub_refuses, tiny_llama_config
 
+SCRIPT, ON_CPU = "unsloth_puzzles.fsdp2.train", "benchmarks.fsdp2.on_cpu"
 MODEL = "unsloth/Meta-Llama-3.1-8B-bnb-4bit"
 DISK_GB = 7  # the checkpoint has 5.7
 LAYERS = 4  # of the architecture, where the checkpoint is not to be had
@@ -21,27 +23,30 @@ RUNS = {  # flags
     REGROUPED: ("--rows", "1", "--accumulate", "2"),
     TWO: ("--rows", "2"),
 }
+TINY = ("--layers", "2", "--steps", "3", "--rows", "2", "--length", "20", "--dtype", "float32", "--no-compile")
+ON_ONE = ("--dequantize", "bitsandbytes")  # of the tiny run in one process: bitsandbytes' own layers
 SHOWN = 20  # steps from one line of progress to the next
 
 
-def choose_model(folder: str) -> tuple[str, tuple[str, ...], str]:
+def choose_model(folder: str) -> tuple[str, tuple[str, ...], str, str]:
     """What the script is to train: the checkpoint, or the architecture with random weights.
 
     Args:
         folder: Where configuration and tokenizer of the architecture are written.
 
     Returns:
-        The model's name, flags of the script, and a text that says which it is and why.
+        The model's name, flags of the script, what kind of weights these are, and a text that says why.
     """
     reason = hub_refuses()
     free_gb = shutil.disk_usage(folder).free / 1e9
     if not reason and free_gb >= DISK_GB:
-        return MODEL, (), f"real weights, {MODEL}"
+        return MODEL, (), "real weights", f"{MODEL}, real weights"
     path = Path(folder, "llama-3.1-8b")
     shaped_config("Llama 3.1 8B", LAYERS, 128256).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     because = reason or f"{free_gb:.1f} GB of disk are free, and the checkpoint needs {DISK_GB}"
-    return str(path), ("--layers", str(LAYERS)), f"{LAYERS} layers of Llama 3.1 8B, random weights ({because})"
+    kind = f"{LAYERS} layers, random weights"
+    return str(path), ("--layers", str(LAYERS)), kind, f"Llama 3.1 8B, {kind} ({because})"
 
 
 def run(name: str, model: str, *flags: str, gpus: str, folder: str, timeout: float = 900) -> dict:
@@ -56,27 +61,80 @@ def run(name: str, model: str, *flags: str, gpus: str, folder: str, timeout: flo
         timeout: Seconds.
 
     Returns:
-        "losses" of the steps; of the second half of them the median "seconds" and "tokens_per_s"; the largest
-        "peak_gib" of each GPU; and "share" of the 4-bit bytes that a GPU holds, "compilations", "graph_breaks".
+        "losses" and gradient "norms" of the steps; of the second half of them the median "seconds" and "tokens_per_s";
+        the largest "peak_gib" of each GPU, None without; and "share" of the 4-bit bytes that a rank holds,
+        "compilations", "graph_breaks".
     """
-    number = list(RUNS).index(name)
-    log, summary = Path(folder, f"log_{number}.jsonl"), Path(folder, f"summary_{number}.json")
-    log.unlink(missing_ok=True)
     given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *RUNS[name], *flags)
+    return _run(name, SCRIPT, given, len(gpus.split(",")), folder, timeout, {"gpus": gpus})
+
+
+def tiny_model(folder: str) -> str:
+    """A folder with configuration and tokenizer of a tiny Llama."""
+    path, tokenizer = Path(folder, "tiny-llama"), tiny_tokenizer()
+    tiny_llama_config(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run_tiny(name: str, model: str, *, ranks: int, gpus: str | None, folder: str, timeout: float = 900) -> dict:
+    """Train the model of `tiny_model` for the steps of TINY, in one process with bitsandbytes' own layers.
+
+    Args:
+        name: Of the run.
+        model: The folder.
+        ranks: 1 for a plain process.
+        gpus: One for each rank; None runs it on the CPU.
+        folder: As for `run`.
+        timeout: As for `run`.
+
+    Returns:
+        What `run` returns.
+    """
+    given = ("--model", model, *TINY, *(ON_ONE if ranks == 1 else ()))
+    options = {"gpus": "", "TRITON_INTERPRET": "1"} if gpus is None else {"gpus": gpus}
+    return _run(name, ON_CPU if gpus is None else SCRIPT, given, ranks, folder, timeout, options)
+
+
+def differences(a: dict, b: dict) -> tuple[list[float], list[float]]:
+    """Of two runs the differences by step: of losses, absolute, and of norms, relative to the second's.
+
+    A step that a GradScaler skips has no finite norm. Norms differ by 0 where both runs skip it, by infinity where one
+    does.
+    """
+    losses = [abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True)]
+    norms = [_relative(x, y) for x, y in zip(a["norms"], b["norms"], strict=True)]
+    return losses, norms
+
+
+def _relative(x: float, y: float) -> float:
+    if math.isfinite(x) and math.isfinite(y):
+        return abs(x - y) / y
+    return math.inf if math.isfinite(x) or math.isfinite(y) else 0.0
+
+
+def _run(
+    name: str, module: str, given: tuple[str, ...], ranks: int, folder: str, timeout: float, options: dict[str, str]
+) -> dict:
+    file = name.replace(" ", "_").replace(",", "")
+    log, summary = Path(folder, f"{file}.jsonl"), Path(folder, f"{file}.json")
+    log.unlink(missing_ok=True)
     given += ("--log-file", str(log), "--summary-file", str(summary))
-    ranks = len(gpus.split(","))
-    start_ranks(
-        "unsloth_puzzles.fsdp2.train", *given, ranks=ranks, timeout=timeout, gpus=gpus, show=_some_lines(name)
-    )  # fmt: skip
+    start_ranks(module, *given, ranks=ranks, timeout=timeout, show=_some_lines(name), **options)
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     late = steps[len(steps) // 2 :]
     return {
         "losses": [line["loss"] for line in steps],
+        "norms": [line["grad_norm"] for line in steps],
         "seconds": statistics.median(line["seconds"] for line in late),
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in late),
-        "peak_gib": [max(peaks) for peaks in zip(*(line["peak_gib"] for line in steps), strict=True)],
+        "peak_gib": [_max(peaks) for peaks in zip(*(line["peak_gib"] for line in steps), strict=True)],
         **json.loads(summary.read_text()),
     }
+
+
+def _max(peaks: tuple[float | None, ...]) -> float | None:
+    return None if None in peaks else max(peaks)
 
 
 def _some_lines(name: str) -> Callable[[str], None]:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 Events = list[tuple[str, float, float]]  # lane, start and duration in us, as `training.Run.profile` gives them
-LANES = ("all-gather", "reduce-scatter", "compute")
+LANES = ("all-gather", "reduce-scatter", "copies", "compute")
+COLORS = ("tab:orange", "tab:red", "tab:gray", "tab:blue")
 
 
 def hidden(events: Events, lane: str = "all-gather") -> float | None:
-    """The share of a lane's time in which the GPU also computed.
+    """The share of a lane's time in which the GPU also computed; FSDP2's own copies hide nothing.
 
     Args:
         events: Of one step.
@@ -25,9 +26,23 @@ def hidden(events: Events, lane: str = "all-gather") -> float | None:
     return both / total
 
 
+def predicted(layers: int, gather: float, products: float) -> float:
+    """The share that a step can hide of the gathers of its layers, each before a layer's forward and its backward.
+
+    The first gather of a forward has no layer before it to hide behind, and neither has the first of a backward.
+
+    Args:
+        layers: Of the model.
+        gather: Time of a gather.
+        products: Time of a layer's forward. A backward with recomputation takes twice as long.
+    """
+    forward, backward = min(gather, products), min(gather, 2 * products)
+    return (layers - 1) * (forward + backward) / (2 * layers * gather)
+
+
 def draw(axes, events: Events) -> None:
     """A row a lane, time to the right in ms."""
-    for row, (lane, color) in enumerate(zip(LANES, ("tab:orange", "tab:red", "tab:blue"), strict=True)):
+    for row, (lane, color) in enumerate(zip(LANES, COLORS, strict=True)):
         spans = [(start / 1e3, length / 1e3) for one, start, length in events if one == lane]
         axes.broken_barh(spans, (row - 0.4, 0.8), color=color)
     axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="ms from the step's first kernel")

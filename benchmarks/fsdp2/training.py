@@ -14,6 +14,7 @@ from benchmarks.fsdp2.ranks import RANK, WORLD
 
 DISTINCT = 6  # batches, which come again and again, so that a loss falls
 KERNEL = "dequantize_nf4_kernel"  # in the names of challenge A's kernels
+COPIES = ("memcpy", "memset", "multi_tensor_apply", "split_with_sizes", "chunk_cat")  # of FSDP2, in and out of buffers
 
 
 class Run:
@@ -103,7 +104,7 @@ class Run:
 def _lane(name: str) -> str:
     lower = name.lower()
     if "nccl" not in lower:
-        return "compute"
+        return "copies" if any(part in lower for part in COPIES) else "compute"
     return "all-gather" if "allgather" in lower else "reduce-scatter" if "reducescatter" in lower else "other"
 
 

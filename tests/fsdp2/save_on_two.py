@@ -13,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.fsdp2 import ranks
+from benchmarks.fsdp2 import (
+    accelerate_on_cpu,  # noqa: F401
+    ranks,
+)
 from benchmarks.fsdp2.ranks import RANK, WORLD
 from benchmarks.models import random_nf4_llama, tiny_llama_config
-from tests.fsdp2 import accelerate_on_cpu  # noqa: F401
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.save import save_adapters

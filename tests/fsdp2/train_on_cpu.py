@@ -6,10 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import accelerate_on_cpu  # noqa: F401
 import callbacks
 import torch
 
+from benchmarks.fsdp2 import accelerate_on_cpu  # noqa: F401  (patches accelerate)
 from unsloth_puzzles.fsdp2.train import main
 
 torch.set_num_threads(1)

@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks.fsdp2.timeline import draw, hidden
+from benchmarks.fsdp2.timeline import draw, hidden, predicted
+from benchmarks.fsdp2.training import _lane
 
 EVENTS = [
     ("compute", 0.0, 10.0),
@@ -11,6 +12,7 @@ EVENTS = [
     ("compute", 30.0, 10.0),
     ("all-gather", 12.0, 6.0),  # 3 of 6 beside a product
     ("all-gather", 32.0, 2.0),  # all
+    ("copies", 12.0, 6.0),  # hide nothing
     ("reduce-scatter", 50.0, 5.0),
 ]
 
@@ -21,9 +23,35 @@ def test_hidden_share():
     assert hidden(EVENTS[:3]) is None
 
 
+@pytest.mark.parametrize(
+    "name, lane",
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-gather"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "reduce-scatter"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::CopyFunctor>", "copies"),
+        ("void at::native::detail::split_with_sizes_copy_out_contiguous_no_cast_kernel", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "compute"),
+    ],
+)
+def test_lane_of_a_kernel(name, lane):
+    assert _lane(name) == lane
+
+
+@pytest.mark.parametrize("gather, expected", [(1.0, 6 / 8), (3.0, 3 * (2 + 3) / 24), (8.0, 3 * (2 + 4) / 64)])
+def test_predicted_share(gather, expected):
+    """Four layers whose forward takes 2 and whose backward takes 4."""
+    assert predicted(4, gather, 2.0) == pytest.approx(expected)
+
+
 def test_picture_has_a_row_a_lane():
     _, axes = plt.subplots()
     draw(axes, EVENTS)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["all-gather", "reduce-scatter", "compute"]
-    assert [len(bars.get_paths()) for bars in axes.collections] == [2, 1, 3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "all-gather",
+        "reduce-scatter",
+        "copies",
+        "compute",
+    ]
+    assert [len(bars.get_paths()) for bars in axes.collections] == [2, 1, 1, 3]
     plt.close()

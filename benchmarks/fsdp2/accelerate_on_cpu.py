@@ -1,4 +1,4 @@
-"""Let accelerate use FSDP2 on CPUs, which it ignores there: for tests alone."""
+"""Let accelerate use FSDP2 on CPUs, which it ignores there: for comparisons of losses alone."""
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
