@@ -577,15 +577,15 @@ if len(measured) == 2:
     ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
     print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two")
     results.add("step_over_one_gpu", f"4 layers of 8B, 1 x {ROW} a GPU", ms[RANKS] / ms[1], "x")
-    share, most = timeline.hidden(mine["timeline"]), timeline.predicted(4, gather_ms, product_ms)
+    share, expected = timeline.hidden(mine["timeline"]), timeline.predicted(4, gather_ms, product_ms)
     if share is None:
         experiments.failed("prefetch", "the profile of the step shows no gather")
     else:
         gathers = [length / 1e3 for lane, _, length in mine["timeline"] if lane == "all-gather"]
         took = statistics.median(gathers)
         print(f"{len(gathers)} gathers took {took:.3g} ms, the median; predicted for a layer {gather_ms:.2f} ms")
-        print(f"{share:.0%} of their time is hidden behind the GPU's products; predicted at most {most:.0%}, since the "
-              "first gather of a forward and of a backward has no layer to hide behind")  # fmt: skip
+        print(f"{share:.0%} of their time is hidden behind the GPU's products; behind layers alone {expected:.0%} is")
+        print("predicted, since the first gather of a forward and of a backward has no layer before it")
         results.add("gather_ms", f"4 layers of 8B, 1 x {ROW} a GPU", took, "ms", baselines={"predicted": gather_ms})
         results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
     results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")

@@ -27,7 +27,7 @@ def hidden(events: Events, lane: str = "all-gather") -> float | None:
 
 
 def predicted(layers: int, gather: float, products: float) -> float:
-    """The share that a step can hide of the gathers of its layers, each before a layer's forward and its backward.
+    """The share of its gathers, one before a layer's forward and one before its backward, that layers can hide.
 
     The first gather of a forward has no layer before it to hide behind, and neither has the first of a backward.
 
