@@ -360,7 +360,7 @@ if all(trained):
         "each rank holds half of the 4-bit bytes": two["share"] == 1 / RANKS,
     })  # fmt: skip
 if GPU and not TWO_GPUS:
-    print("SKIPPED on the GPU: accelerate gives each rank a GPU of its own, and this machine has one")
+    print("SKIPPED on the GPU: the script's ranks talk through NCCL, which refuses two of them on one GPU")
 
 # %% [markdown]
 # ### Check 4: the loss of one process over 60 steps, compiled and not
@@ -551,7 +551,8 @@ if len(runs) == len(script.RUNS):
 # on one GPU and on two with the same rows a GPU. The bound from above, now with the bandwidth that this machine has.
 # FSDP2's own copies into and out of its buffers do not count as work that hides a gather. The share that is hidden is
 # reported and not judged: a host that is late leaves gaps, and a gather that falls into one is visible without
-# delaying anything. What a gather costs is in the time of the step.
+# delaying anything. The time of a gather includes waiting for the other rank. What all of it costs is in the time of
+# the step.
 
 # %%
 from benchmarks.fsdp2 import timeline
@@ -584,8 +585,10 @@ if len(measured) == 2:
         gathers = [length / 1e3 for lane, _, length in mine["timeline"] if lane == "all-gather"]
         took = statistics.median(gathers)
         print(f"{len(gathers)} gathers took {took:.3g} ms, the median; predicted for a layer {gather_ms:.2f} ms")
-        print(f"{share:.0%} of their time is hidden behind the GPU's products; behind layers alone {expected:.0%} is")
-        print("predicted, since the first gather of a forward and of a backward has no layer before it")
+        print(
+            f"{share:.0%} of their time is hidden behind the GPU's work; predicted behind layers alone: {expected:.0%},"
+        )
+        print("since the first gather of a forward and of a backward has no layer before it")
         results.add("gather_ms", f"4 layers of 8B, 1 x {ROW} a GPU", took, "ms", baselines={"predicted": gather_ms})
         results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
     results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")
