@@ -81,7 +81,8 @@ A = (
 _SHARDED = (
     works("no byte changes"),
     works("features of FSDP2"),
-    works("60 steps of ranks and one process"),
+    works("through SFTTrainer"),
+    works("60 steps, uncompiled"),
     same_loss("FSDP2 against one GPU"),
 )
 B = (
@@ -92,6 +93,7 @@ B = (
             level(
                 5,
                 *_SHARDED,
+                works("60 steps, compiled"),
                 same_loss("FSDP2 compiled against one GPU"),
                 Condition("graph_breaks", "FSDP2 compiled", "==", 0),
                 compilations("FSDP2 compiled", "<="),
@@ -108,6 +110,7 @@ B = (
             Condition("dequantize_launches", "one weight and pass, compiled", "==", 1),
             Condition("step_speedup", "kernel of A against bitsandbytes", ">", 1.00),
             Condition("gpu_time_speedup", "kernel of A against bitsandbytes", ">", 1.00),
+            works("faster with the kernel of A"),
         ),
     ),
     Criterion(
