@@ -268,13 +268,15 @@ def steps_of(ranks, *compiled):
 
 TINY = script.tiny_model(folder)
 jobs = {"features, one process": features_of(1), "features, two ranks": features_of(RANKS)}
-jobs |= {
-    name: trainer_of(name, ranks) for name, ranks in (("SFTTrainer, one process", 1), ("SFTTrainer, two ranks", RANKS))
-}
-if GPU:
-    jobs |= {"60 steps, one process": steps_of(1, False), "60 steps, two ranks": steps_of(RANKS, False, True)}
+if GPU and not (TWO_GPUS or LARGE_MACHINE):
+    print("SKIPPED: SFTTrainer and the 60 steps take minutes with one small GPU, where this section scores nothing")
 else:
-    print("SKIPPED: 60 steps at a model's shapes need a GPU; the features are compared at tiny ones")
+    of_trainer = {"SFTTrainer, one process": 1, "SFTTrainer, two ranks": RANKS}
+    jobs |= {name: trainer_of(name, ranks) for name, ranks in of_trainer.items()}
+    if GPU:
+        jobs |= {"60 steps, one process": steps_of(1, False), "60 steps, two ranks": steps_of(RANKS, False, True)}
+    else:
+        print("SKIPPED: 60 steps at a model's shapes need a GPU; the features are compared at tiny ones")
 runs = run_all(jobs, LARGE_MACHINE)
 
 # %% [markdown]
