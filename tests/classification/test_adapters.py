@@ -128,6 +128,11 @@ def test_other_models_are_refused(checkpoint, tmp_path):
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
     with pytest.raises(TypeError, match=r"^model must be what load_classifier returns, got a PeftModel"):
         add_adapters(adapted)
+    adapted.add_adapter("other", LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    adapted.set_adapter("other")
+    with pytest.raises(ValueError, match=r"^model must have the adapter 'default' active, .*, got other"):
+        save_classifier(adapted, tokenizer, tmp_path)
+    adapted.set_adapter("default")
     tokenizer.pad_token = "</s>"
     with pytest.raises(ValueError, match=r"^tokenizer must pad with token 2, the model's, got 1"):
         save_classifier(adapted, tokenizer, tmp_path)

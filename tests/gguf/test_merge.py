@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear8bitLt
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -149,6 +149,14 @@ def _bias():
     return get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_bias=True))
 
 
+IA3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+def _adapted(config):
+    return get_peft_model(random_llama(tiny_llama_config(64), "cpu"), config)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -158,13 +166,12 @@ def _bias():
         (_of_8_bits, r"model must have NF4, float32, float16 or bfloat16 weights, got torch\.int8 in 0\.weight"),
         (lambda: nn.Sequential(nn.Linear(4, 4, device="meta")), r"model must be loaded, got 0\.weight on the meta"),
         (_packed, r"model must have whole weights, got .* in 0\.weight; undo what packs or shards it first"),
+        (lambda: _adapted(IA3), r"model must have LoRA or DoRA adapters only, got IA3"),
         (
-            lambda: get_peft_model(
-                random_llama(tiny_llama_config(64), "cpu"),
-                IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-            ),
+            lambda: _adapted(IA3).get_base_model(),
             r"LoRA or DoRA adapters only, got peft\.tuners\.ia3\.layer\.Linear in model\.layers\.0\.self_attn\.k_proj",
         ),
+        (lambda: _adapted(PROMPT), r"model must have LoRA or DoRA adapters only, got PROMPT_TUNING"),
         (_bias, r"model must have adapters without biases, got lora_bias in"),
     ],
 )

@@ -116,6 +116,13 @@ def test_a_machine_that_starts_no_process_is_a_message(monkeypatch):
     assert BOX.call("add", {"a": 3}).content == "error: add: must get a process of its own, got out of processes"
 
 
+def test_a_worker_that_may_start_no_process_is_a_message(monkeypatch):
+    """As in a worker of a DataLoader or of a pool."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    result = BOX.call("add", {"a": 3})
+    assert result.failed and "must get a process of its own, got daemonic processes" in result.content
+
+
 def test_what_a_tool_prints_goes_nowhere(capfd):
     def shout(text: str) -> str:
         """Shout.

@@ -49,6 +49,22 @@ def _bytes(a: Any, b: list[bytes | set]):
     """
 
 
+def _list(a: list):
+    """Do.
+
+    Args:
+        a: Some.
+    """
+
+
+def _lists(a: dict[str, list] | tuple | None):
+    """Do.
+
+    Args:
+        a: Some.
+    """
+
+
 @pytest.mark.parametrize(
     "functions, error, message",
     [
@@ -59,7 +75,9 @@ def _bytes(a: Any, b: list[bytes | set]):
         ([_no_description], ValueError, "function must have type hints and a docstring with Args, got _no_description"),
         ([_no_docstring], ValueError, "function must have type hints and a docstring with Args, got _no_docstring"),
         ([_star], ValueError, r"parameters of _star must be given by name, got \*a: int"),
-        ([_bytes], ValueError, "type hints of _bytes must be of JSON's types, got bytes, set for b"),
+        ([_bytes], ValueError, r"type hints of _bytes must be of JSON's types \(.*\), got bytes, set for b"),
+        ([_list], ValueError, r"type hints of _list must be of JSON's types \(list\[int\], not list\), got list for a"),
+        ([_lists], ValueError, r"type hints of _lists must be of JSON's types \(.*\), got list, tuple for a"),
     ],
 )
 def test_functions_without_a_schema_are_refused(functions, error, message):

@@ -76,6 +76,11 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
             f"tokenizer must pad with token {config.get_text_config().pad_token_id}, the model's, "
             f"got {tokenizer.pad_token_id}; save the tokenizer that load_classifier returned"
         )
+    if model.active_adapters != ["default"]:
+        raise ValueError(
+            f"model must have the adapter 'default' active, which is what load_trained loads, "
+            f"got {', '.join(model.active_adapters) or 'none'}"
+        )
     # PEFT would save the embeddings, too, if they have a row for the padding token, which no result depends on.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

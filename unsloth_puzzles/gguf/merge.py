@@ -42,6 +42,9 @@ def merged_state_dict(model: nn.Module) -> "MergedStateDict":
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
+            for kind in (getattr(config.peft_type, "value", config.peft_type) for config in model.peft_config.values()):
+                if kind != "LORA":  # what a prompt learns is no part of any layer
+                    raise ValueError(f"model must have LoRA or DoRA adapters only, got {kind}")
             model = model.get_base_model()
     return MergedStateDict(dict(_weights(model, "")))
 

@@ -42,7 +42,7 @@ def run_isolated(function: Callable, arguments: dict, seconds: float, max_charac
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             process.start()
-        except OSError as error:  # no memory, or too many processes
+        except (OSError, AssertionError) as error:  # no memory, too many processes, or in a worker that may have none
             receiver.close()
             sender.close()
             raise ValueError(f"must get a process of its own, got {error}") from None

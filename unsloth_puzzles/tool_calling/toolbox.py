@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
 from unsloth_puzzles.tool_calling.isolation import run_isolated
 
-_TYPES = {int, float, str, bool, type(None), list, dict, tuple, Any}
+_TYPES = {int, float, str, bool, type(None), dict, Any}  # a list without the type of its items becomes an object
 
 
 class Result(NamedTuple):
@@ -149,7 +149,9 @@ def _schema(function: Callable) -> dict:
     for parameter, hint in get_type_hints(function).items():
         if parameter != "return" and (unknown := _types(hint) - _TYPES):
             names = ", ".join(sorted(getattr(each, "__name__", str(each)) for each in unknown))
-            raise ValueError(f"type hints of {name} must be of JSON's types, got {names} for {parameter}")
+            raise ValueError(
+                f"type hints of {name} must be of JSON's types (list[int], not list), got {names} for {parameter}"
+            )
     schema["function"].pop("return", None)  # no template shows it
     return schema
 
