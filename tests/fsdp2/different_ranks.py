@@ -10,10 +10,13 @@ from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
+from benchmarks.backprop.grpo import tiny_tokenizer
 from benchmarks.fsdp2 import (
     accelerate_on_cpu,  # noqa: F401
     ranks,
@@ -65,12 +68,25 @@ def shard(
     shard_qlora(model, ranks.mesh())
 
 
-def prepare(optimizer: tuple | None = None, arguments: dict = MappingProxyType({}), **of_the_second: object) -> None:
-    model = qlora(**(of_the_second if RANK else {}))
+def prepare(
+    optimizer: tuple | None = None,
+    arguments: dict = MappingProxyType({}),
+    of_both: dict = MappingProxyType({}),
+    **of_the_second: object,
+) -> None:
+    model = qlora(**of_both, **(of_the_second if RANK else {}))
     pack_nf4(model)
     settings = TrainingArguments(use_cpu=True, report_to=[], **arguments, **fsdp2_arguments(model))
     prepare_trainer(Trainer(model, settings, optimizer_cls_and_kwargs=optimizer))
     model(input_ids=torch.arange(6).view(1, 6))  # nothing refuses it any more
+
+
+def prepare_of_trl(**config: object) -> None:
+    model = qlora(**config)
+    pack_nf4(model)
+    settings = SFTConfig(use_cpu=True, bf16=False, report_to=[], **fsdp2_arguments(model))
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 4})
+    prepare_trainer(SFTTrainer(model, settings, train_dataset=rows, processing_class=tiny_tokenizer()))
 
 
 def forget_to_prepare() -> None:
@@ -98,6 +114,9 @@ CASES = {
     "an optimizer by name": lambda: prepare(arguments={"optim": "adafactor"}),
     "an optimizer by class": lambda: prepare((torch.optim.RMSprop, {})),
     "compiled by the Trainer": lambda: prepare(arguments={"torch_compile": True}),
+    "a trained head under TRL": lambda: prepare_of_trl(modules_to_save=["lm_head"]),
+    "a frozen head under TRL": prepare_of_trl,
+    "a trained head under a Trainer": lambda: prepare(of_both={"modules_to_save": ["lm_head"]}),
     "not prepared": forget_to_prepare,
 }
 

@@ -60,6 +60,7 @@ def test_both_ranks_refuse_values_that_differ(errors, name, what):
             "an optimizer by class",
             "ValueError: optimizer_cls_and_kwargs must be of Adam, AdamW, SGD of torch.optim, got",
         ),
+        ("a trained head under TRL", "ValueError: model must have a frozen head under a trainer of TRL, got a trained"),
         ("compiled by the Trainer", "ValueError: torch_compile must be False, got True"),
         ("not prepared", "RuntimeError: trainer must be prepared before it trains; call prepare_trainer(trainer)"),
     ],
@@ -69,7 +70,9 @@ def test_what_fsdp2_breaks_is_refused(errors, name, message):
     assert first == second and str(first).startswith(message)
 
 
-@pytest.mark.parametrize("name", ["the same", "the same, under a Trainer"])
+@pytest.mark.parametrize(
+    "name", ["the same", "the same, under a Trainer", "a frozen head under TRL", "a trained head under a Trainer"]
+)
 def test_models_that_are_the_same_are_taken(errors, name):
     assert errors[name] == [None, None]
 

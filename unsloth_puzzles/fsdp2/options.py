@@ -102,8 +102,8 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
 
     Raises:
         ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: another optimizer than Adam and SGD,
-            `torch_compile`, `cpu_ram_efficient_loading`. On all ranks, if trained parameters or frozen weights of one
-            differ from the first rank's.
+            `torch_compile`, `cpu_ram_efficient_loading`, a trained head under a trainer of TRL. On all ranks, if
+            trained parameters or frozen weights of one differ from the first rank's.
     """
     arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
     if plugin is None or plugin.fsdp_version != 2:
@@ -119,6 +119,13 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
     check_packed(trainer.model, trainer.accelerator.num_processes)
+    head = base_of(trainer.model).get_output_embeddings()
+    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+    if trained and any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+        raise ValueError(
+            "model must have a frozen head under a trainer of TRL, got a trained one: TRL reads its weight past FSDP2, "
+            "and no rank would get the gradients of the others; transformers' Trainer trains it"
+        )
     float32_adapters(trainer.model)
     compare_trained(trainer.model)
     compare_frozen(trainer.model)
