@@ -3,21 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
 
 CONFIG = {"target_modules": ["q_proj", "down_proj"], "r": 4, "init_lora_weights": False}
-
-
-@pytest.fixture
-def mesh():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def qlora(**config):

@@ -19,6 +19,7 @@ from unsloth_puzzles.fsdp2.shard import (
     base_of,
     check_packed,
     check_uniform,
+    compute_in,
     float32_adapters,
     follow_requires_grad,
     frozen_embeddings,
@@ -93,7 +94,8 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     """Set what `TrainingArguments` cannot say. Call it between making the trainer and `train()`.
 
     Adapters become float32 again, which TRL casts to bfloat16, also on GPUs without it. Gradients are reduced in
-    float32 also with `fp16` and `bf16`; accelerate's preset reduces in 16 bits.
+    float32 also with `fp16` and `bf16`; accelerate's preset reduces in 16 bits. Frozen embeddings that are not sharded
+    become the dtype of these, in which autocast would use them.
 
     Args:
         trainer: Of a packed model, with the arguments of `fsdp2_arguments`.
@@ -130,9 +132,11 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     compare_trained(trainer.model)
     compare_frozen(trainer.model)
     check_uniform(trainer.model)
+    whole = [] if shard_embeddings else frozen_embeddings(base_of(trainer.model))
     if dtype := _DTYPES.get(trainer.accelerator.mixed_precision):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        compute_in(trainer.model, dtype, whole)
     _allow(trainer.model)
     follow_requires_grad(trainer.model)
     if not shard_embeddings:
-        plugin.ignored_modules = frozen_embeddings(base_of(trainer.model))
+        plugin.ignored_modules = whole

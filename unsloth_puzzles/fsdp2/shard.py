@@ -1,6 +1,7 @@
 """Shard a packed model by FSDP2, for training loops without a Trainer."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
+from unsloth_puzzles.fsdp2.stream import ByteStream
 
 
 def shard_qlora(
@@ -42,7 +44,7 @@ def shard_qlora(
         offload: Keep shards, gradients and optimizer states in pinned CPU memory. The process group needs a backend
             for CPU tensors as well ("cuda:nccl,cpu:gloo").
         param_dtype: The dtype in which adapters and norms compute (float16, bfloat16); gradients are reduced in
-            float32. None keeps each parameter's own.
+            float32. Frozen embeddings that are not sharded become this dtype. None keeps each parameter's own.
         shard_embeddings: Shard embedding and head as well, which then are gathered in every step. What is trained of
             them is sharded in any case.
 
@@ -68,6 +70,8 @@ def shard_qlora(
     }
     if not shard_embeddings:
         options["ignored_params"] = {one for module in frozen_embeddings(base) for one in module.parameters()}
+    if param_dtype is not None:
+        compute_in(model, param_dtype, () if shard_embeddings else frozen_embeddings(base))
     follow_requires_grad(model)
     for layer in base.base_model.layers:
         fully_shard(layer, **options)
@@ -75,6 +79,32 @@ def shard_qlora(
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
     return model
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype, whole: Iterable[nn.Module]) -> None:
+    """Prepare what FSDP2's mixed precision leaves as it is. Call it before the model is sharded.
+
+    FSDP2 casts what it gathers, and the inputs of the layers: not in the recomputation of a checkpoint, and so that a
+    mask's finite minimum of float32 becomes the -inf of 16 bits. Rows that see no key would be NaN.
+
+    Args:
+        model: A causal LM of transformers with adapters of PEFT.
+        dtype: The policy's `param_dtype`.
+        whole: Modules that FSDP2 ignores, whose weights become `dtype`. Hidden states then have it from the start.
+    """
+    for module in whole:
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not isinstance(parameter, ByteStream):
+                parameter.data = parameter.data.to(dtype)
+    for layer in base_of(model).base_model.layers:
+        layer.register_forward_pre_hook(_finite_mask, with_kwargs=True)  # it runs after FSDP2's
+
+
+def _finite_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.is_floating_point():
+        kwargs = {**kwargs, "attention_mask": mask.clamp(min=torch.finfo(mask.dtype).min)}
+    return args, kwargs
 
 
 def follow_requires_grad(model: nn.Module) -> None:
