@@ -204,6 +204,26 @@ def test_offsets_may_be_tensors():
     assert isinstance(made, ModelMask) and made.data[0, 0, 0].tolist() == [False, True, True, True, True]
 
 
+@pytest.mark.parametrize("positions", [None, torch.tensor([[0, 1, 2, 0, 1]])], ids=["one document", "packed"])
+def test_each_device_has_a_mask_of_its_own(positions):
+    """Layers of one model may lie on several devices; the documents come from the first."""
+    function = masking_utils.causal_mask_function
+    if positions is not None:
+        packed = masking_utils.packed_sequence_mask_function(masking_utils.find_packed_sequence_indices(positions))
+        function = masking_utils.and_masks(function, packed)
+    made = make_mask(
+        "dense", batch_size=1, q_length=5, kv_length=5, mask_function=function, config=CONFIG, dtype=torch.float32,
+        device="cpu",
+    )  # fmt: skip
+    assert isinstance(made, ModelMask) and made.packed is (positions is not None)
+    query, key = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    expected = made.attend(query, key, key)
+    elsewhere = made.attend(query.to("meta"), key.to("meta"), key.to("meta"))
+    assert elsewhere.is_meta and elsewhere.shape == expected.shape
+    assert {mask.data.device.type for mask in made._prepared.values()} == {"cpu", "meta"}
+    assert torch.equal(made.attend(query, key, key), expected)
+
+
 def test_masks_pass_through_what_casts_the_arguments_of_layers():
     """FSDP2 takes a dataclass apart and builds it anew, which a subclass with arguments of its own does not survive."""
     made = make_mask(

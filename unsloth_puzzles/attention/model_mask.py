@@ -82,7 +82,7 @@ class ModelMask(Mask):
     def _of(self, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Mask:
         lengths, (heads, kv_heads, head_size, value_size) = self.lengths, sizes
         gradients = self._gradients or torch.is_grad_enabled()  # a checkpoint computes first without them
-        kind = (*sizes, dtype, gradients)
+        kind = (*sizes, dtype, device, gradients)
         if kind not in self._prepared:
             batch = Batch(
                 size=lengths.batch_size,
@@ -93,7 +93,7 @@ class ModelMask(Mask):
                 head_size=head_size,
                 dtype=dtype,
                 device=device,
-                documents=self._documents,
+                documents=None if self._documents is None else self._documents.to(device),
                 gradients=gradients,
                 value_head_size=value_size,
             )
