@@ -3,9 +3,10 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
+from benchmarks.models import random_nf4_llama, tiny_llama_config
 from tests.fsdp2.models import layer, losses_and_gradients, qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4
@@ -99,6 +100,43 @@ def test_state_dict_holds_a_stub_and_adapters_load():
     state[stubs[0]] = torch.zeros(3)
     with pytest.raises(RuntimeError, match="must be the stub of a packed layer"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        torch.nn.Module.half,
+        torch.nn.Module.float,
+        torch.nn.Module.bfloat16,
+        torch.nn.Module.double,
+        lambda model: model.to(torch.float16),
+        lambda model: model.to("cpu", torch.float32, non_blocking=True),
+        lambda model: model.type(torch.bfloat16),
+        lambda model: model.get_base_model().model.half(),
+        prepare_model_for_kbit_training,
+    ],
+)
+def test_a_packed_model_is_not_cast(cast):
+    """float16 is what the stream says it is: only the tables would be rounded."""
+    model = _small()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(TypeError, match=r"^dtype must be .*packed .*, got torch.*; cast the model.* before pack_nf4"):
+        cast(model)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_packed_model_is_moved():
+    model = _small()
+    packed = next(module for module in model.modules() if isinstance(module, StreamLinear4bit))
+    moved = {one.device.type for one in (*packed.to("meta").buffers(), packed.weight)}
+    assert moved == {"meta"} and packed.code.dtype == torch.float32
+
+
+def _small():
+    model = random_nf4_llama(tiny_llama_config(64, 1), "cpu", torch.float32)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    pack_nf4(model, 1)
+    return model
 
 
 def _tied():

@@ -51,6 +51,15 @@ class StreamLinear4bit(Linear4bit):
         dtype = dtype or self.compute_dtype or torch.float32
         return _dequantize(self.weight, self.code, self.code2, self.offset, self.layout, dtype)
 
+    def _apply(self, fn, recurse=True):
+        """Refuse a cast: one to float16 would leave the stream, which says it is float16, and round the tables."""
+        if (dtype := fn(self.code).dtype) != self.code.dtype:
+            raise TypeError(
+                f"dtype must be left out for a packed model, got {dtype}; "
+                "cast the model before pack_nf4, or its adapters alone"
+            )
+        return super()._apply(fn, recurse)
+
     # The model's state dict names the frozen weight: torch's `ignore_frozen_params` removes a key that must exist. A
     # stub stands for it, so that saving a checkpoint never gathers 4-bit weights.
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -168,7 +168,10 @@ class ByteStream(torch.Tensor):
         if func not in _MOVES:
             raise TypeError(f"func must move bytes of the packed weight, got {func}")
         if (cast := kwargs.pop("dtype", None)) not in (None, DTYPE):
-            raise TypeError(f"dtype must be that of the packed weight, got {cast} for {func}")
+            raise TypeError(
+                f"dtype must be that of the packed weight, got {cast} for {func}; "
+                "cast the model, or call prepare_model_for_kbit_training, before pack_nf4"
+            )
         found = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
         if func is aten.copy_.default:
             return args[0]
