@@ -103,6 +103,18 @@ def test_state_dict_holds_a_stub_and_adapters_load():
 
 
 @pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda model: get_peft_model(model.get_base_model(), LoraConfig(target_modules=["v_proj"])),
+        lambda model: model.add_adapter("later", LoraConfig(target_modules=["v_proj"])),
+    ],
+)
+def test_a_packed_layer_gets_no_adapter(adapt):
+    with pytest.raises(AttributeError, match=r"^model must not be packed to get adapters; .* before pack_nf4$"):
+        adapt(_small())
+
+
+@pytest.mark.parametrize(
     "cast",
     [
         torch.nn.Module.half,

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 DTYPE = torch.float16  # what a stream says it is
 _INSIDE = torch.int16  # what it holds: the same size
 _ALIGNMENT = 16  # bytes: the kernel's widest load
+_ADAPTED_LATE = "model must not be packed to get adapters; call get_peft_model, and add_adapter, before pack_nf4"
 
 aten = torch.ops.aten
 _MOVES = frozenset(
@@ -139,6 +140,15 @@ class ByteStream(torch.Tensor):
     def quant_state(self) -> None:
         """PEFT reads it to merge adapters and to add DoRA."""
         raise AttributeError("model must not be packed to merge or add adapters like this; undo pack_nf4 first")
+
+    @property
+    def compress_statistics(self) -> None:
+        """PEFT reads it to adapt a layer."""
+        raise AttributeError(_ADAPTED_LATE)
+
+    def __add__(self, other: object) -> None:
+        """PEFT adds A and B to it for the magnitudes of DoRA."""
+        raise TypeError(_ADAPTED_LATE)
 
     def __tensor_flatten__(self):
         return ["_words"], None
