@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.models import random_llama, tiny_llama_config
+from unsloth_puzzles.backprop.probe import logit_transform
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 
@@ -65,3 +66,12 @@ def test_other_heads_get_the_gradients_of_one_process(grouped, mesh):
     assert found.keys() == expected.keys() and ("lm_head.weight" in found) != grouped
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("patch", [use_memory_efficient_loss, logit_transform])
+def test_a_model_whose_wrapper_is_sharded_is_to_be_patched_before(patch, mesh):
+    """FSDP2 gathers around the forward of the wrapper; the model in it is tried without."""
+    wrapper = torch.nn.Sequential(make_model())
+    fully_shard(wrapper, mesh=mesh)
+    with pytest.raises(ValueError, match=r"^model must be patched before it is sharded, got a .*before shard_qlora"):
+        patch(wrapper[0])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -176,6 +177,11 @@ def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
             try:
                 return module(**inputs)
             except Exception as error:
+                if any(isinstance(parameter, DTensor) for parameter in causal_lm.parameters()):
+                    raise ValueError(
+                        f"model must be patched before it is sharded, got a sharded {type(causal_lm).__name__}; "
+                        "patch its loss, or compile it, before shard_qlora or fully_shard"
+                    ) from error
                 names = ", ".join(inputs)
                 raise ValueError(f"model must run with {names}, got {type(causal_lm).__name__}: {error}") from error
 
