@@ -81,6 +81,32 @@ def prepare(
     model(input_ids=torch.arange(6).view(1, 6))  # nothing refuses it any more
 
 
+def one_step(**arguments: object) -> tuple[Trainer, float]:
+    """A prepared trainer, and the loss of its model before."""
+    model, ids = qlora(layers=1), [[(7 * row + place) % 64 for place in range(9)] for row in range(8)]
+    pack_nf4(model)
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
+    settings = {"max_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, **arguments}
+    settings = TrainingArguments(use_cpu=True, report_to=[], **settings, **fsdp2_arguments(model))
+    trainer = Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+    prepare_trainer(trainer)
+    return trainer, loss
+
+
+def evaluate_at_the_start() -> None:
+    trainer, before = one_step(eval_on_start=True)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["eval_loss"] - before) < 1e-5
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+def predict_first() -> None:
+    trainer, _ = one_step()
+    trainer.predict(trainer.eval_dataset)
+
+
 def prepare_of_trl(**config: object) -> None:
     model = qlora(**config)
     pack_nf4(model)
@@ -117,6 +143,12 @@ CASES = {
     "a trained head under TRL": lambda: prepare_of_trl(modules_to_save=["lm_head"]),
     "a frozen head under TRL": prepare_of_trl,
     "a trained head under a Trainer": lambda: prepare(of_both={"modules_to_save": ["lm_head"]}),
+    "evaluated before it is trained": lambda: one_step()[0].evaluate(),
+    "predicts before it is trained": predict_first,
+    "evaluated at the start of its training": evaluate_at_the_start,
+    "evaluated in bfloat16": lambda: prepare(arguments={"bf16_full_eval": True}),
+    "evaluated in float16": lambda: prepare(arguments={"fp16_full_eval": True}),
+    "some tokens, under a Trainer": lambda: prepare(of_both={"trainable_token_indices": [1, 5]}),
     "not prepared": forget_to_prepare,
 }
 

@@ -62,6 +62,24 @@ def test_adapters_are_trained_after_they_were_disabled(reshard, before, mesh, mo
         assert any("first" in name for name in one) and not any("second" in name for name in one)
 
 
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_some_tokens_are_trained(dtype, mesh):
+    """PEFT writes the trained rows into the frozen embedding, which FSDP2 leaves whole."""
+    found = []
+    for sharded in (False, True):
+        model = random_nf4_llama(tiny_llama_config(64, 1), "cpu", torch.float32)
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(**CONFIG, trainable_token_indices=[3, 5]), "first")
+        pack_nf4(model)
+        if sharded:
+            shard_qlora(model, mesh, param_dtype=dtype)
+        found.append(train(model, lambda *_: None)[0])
+    expected, gradients = found
+    for one, other in zip(gradients, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5 if dtype is None else 0.05)
+        assert sum("token_adapter" in name for name in one) == 1
+
+
 def test_a_sharded_model_generates_the_same_tokens(mesh, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, ids = qlora(task_type="CAUSAL_LM"), torch.arange(2, 10).view(1, 8)

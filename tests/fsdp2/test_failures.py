@@ -62,6 +62,11 @@ def test_both_ranks_refuse_values_that_differ(errors, name, what):
         ),
         ("a trained head under TRL", "ValueError: model must have a frozen head under a trainer of TRL, got a trained"),
         ("compiled by the Trainer", "ValueError: torch_compile must be False, got True"),
+        ("evaluated before it is trained", "RuntimeError: trainer must train before it evaluates or predicts, got no"),
+        ("predicts before it is trained", "RuntimeError: trainer must train before it evaluates or predicts, got no"),
+        ("evaluated in bfloat16", "ValueError: bf16_full_eval must be False, got True"),
+        ("evaluated in float16", "ValueError: fp16_full_eval must be False, got True"),
+        ("some tokens, under a Trainer", "ValueError: model must have no trainable_token_indices under a Trainer, got"),
         ("not prepared", "RuntimeError: trainer must be prepared before it trains; call prepare_trainer(trainer)"),
     ],
 )
@@ -71,7 +76,14 @@ def test_what_fsdp2_breaks_is_refused(errors, name, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["the same", "the same, under a Trainer", "a frozen head under TRL", "a trained head under a Trainer"]
+    "name",
+    [
+        "the same",
+        "the same, under a Trainer",
+        "a frozen head under TRL",
+        "a trained head under a Trainer",
+        "evaluated at the start of its training",
+    ],
 )
 def test_models_that_are_the_same_are_taken(errors, name):
     assert errors[name] == [None, None]

@@ -8,11 +8,14 @@ with compile_qlora(trainer):
 """
 
 import os
+from functools import partial
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
 from unsloth_puzzles.fsdp2.shard import (
@@ -97,6 +100,9 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     float32 also with `fp16` and `bf16`; accelerate's preset reduces in 16 bits. Frozen embeddings that are not sharded
     become the dtype of these, in which autocast would use them.
 
+    `evaluate()` and `predict()` work after `train()`, in which accelerate shards the model. With `eval_on_start=True`
+    the arguments have `train()` evaluate the model that is not trained yet.
+
     Args:
         trainer: Of a packed model, with the arguments of `fsdp2_arguments`.
         shard_embeddings: Shard embedding and head as well, which then are gathered in every step. What is trained of
@@ -104,8 +110,9 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
 
     Raises:
         ValueError: The trainer does not use FSDP2, or asks for what FSDP2 breaks: another optimizer than Adam and SGD,
-            `torch_compile`, `cpu_ram_efficient_loading`, a trained head under a trainer of TRL. On all ranks, if
-            trained parameters or frozen weights of one differ from the first rank's.
+            `torch_compile`, `cpu_ram_efficient_loading`, `bf16_full_eval`, `fp16_full_eval`, a trained head under a
+            trainer of TRL, `trainable_token_indices`. On all ranks, if trained parameters or frozen weights of one
+            differ from the first rank's.
     """
     arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
     if plugin is None or plugin.fsdp_version != 2:
@@ -118,6 +125,9 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
         raise ValueError(f"optimizer_cls_and_kwargs must be of {names} of torch.optim, got {chosen[0].__name__}")
     if arguments.torch_compile:
         raise ValueError("torch_compile must be False, got True: it breaks at FSDP2's hooks; use compile_qlora")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(arguments, name):
+            raise ValueError(f"{name} must be False, got True: it would cast the packed weights; use bf16 or fp16")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("cpu_ram_efficient_loading must be False, got True: it would lose the packed weights")
     check_packed(trainer.model, trainer.accelerator.num_processes)
@@ -128,6 +138,13 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
             "model must have a frozen head under a trainer of TRL, got a trained one: TRL reads its weight past FSDP2, "
             "and no rank would get the gradients of the others; transformers' Trainer trains it"
         )
+    if name := next(
+        (name for name, one in trainer.model.named_modules() if isinstance(one, TrainableTokensLayer)), None
+    ):
+        raise ValueError(
+            f"model must have no trainable_token_indices under a Trainer, got {name}, which accelerate shards twice; "
+            "use modules_to_save, or a loop of your own with shard_qlora"
+        )
     float32_adapters(trainer.model)
     compare_trained(trainer.model)
     compare_frozen(trainer.model)
@@ -137,6 +154,17 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         compute_in(trainer.model, dtype, whole)
     _allow(trainer.model)
+    trainer.evaluation_loop = partial(_evaluation_loop, trainer)
     follow_requires_grad(trainer.model)
     if not shard_embeddings:
         plugin.ignored_modules = whole
+
+
+def _evaluation_loop(trainer: Trainer, *args: object, **kwargs: object) -> EvalLoopOutput:
+    """That of the trainer's class, which cannot shard a model without its optimizer."""
+    if not isinstance(trainer.model, FSDPModule):
+        raise RuntimeError(
+            "trainer must train before it evaluates or predicts, got no train(); "
+            "to evaluate first, give eval_on_start=True and call train()"
+        )
+    return type(trainer).evaluation_loop(trainer, *args, **kwargs)
