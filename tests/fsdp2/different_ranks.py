@@ -1,4 +1,4 @@
-"""Two ranks whose models differ, and the error that each rank gets.
+"""Two ranks whose models or rows differ, and the error that each rank gets.
 
 torchrun --nproc_per_node 2 -m tests.fsdp2.different_ranks OUT
 """
@@ -81,6 +81,35 @@ def prepare(
     model(input_ids=torch.arange(6).view(1, 6))  # nothing refuses it any more
 
 
+def unequal_labels(by_a_trainer: bool) -> None:
+    """Rows of 8, 6, 2 and 1 labels: the ranks' numbers differ, however they share the rows."""
+    model = qlora(layers=1)
+    pack_nf4(model)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    ids = torch.arange(36).view(4, 9)
+    labels = ids.masked_fill(torch.arange(9) > torch.tensor([8, 6, 2, 1])[:, None], -100)
+    loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    expected = [loss.item(), torch.nn.utils.get_total_norm([one.grad for one in trained]).item()]
+    model.zero_grad()
+    if by_a_trainer:
+        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
+        settings = TrainingArguments(use_cpu=True, report_to=[], **settings, **fsdp2_arguments(model))
+        rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+        trainer = Trainer(model, settings, train_dataset=rows)
+        prepare_trainer(trainer)
+        trainer.train()
+        found = [trainer.state.log_history[0][name] for name in ("loss", "grad_norm")]
+    else:
+        shard_qlora(model, ranks.mesh())
+        own, count = slice(2 * RANK, 2 * RANK + 2), (labels[:, 1:] != -100).sum() / 2
+        loss = model(input_ids=ids[own], labels=labels[own], num_items_in_batch=count).loss
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+        found = [ranks.average(loss.detach()), ranks.whole(norm).item()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 def one_step(**arguments: object) -> tuple[Trainer, float]:
     """A prepared trainer, and the loss of its model before."""
     model, ids = qlora(layers=1), [[(7 * row + place) % 64 for place in range(9)] for row in range(8)]
@@ -149,6 +178,8 @@ CASES = {
     "evaluated in bfloat16": lambda: prepare(arguments={"bf16_full_eval": True}),
     "evaluated in float16": lambda: prepare(arguments={"fp16_full_eval": True}),
     "some tokens, under a Trainer": lambda: prepare(of_both={"trainable_token_indices": [1, 5]}),
+    "unequal labels, under a Trainer": lambda: unequal_labels(True),
+    "unequal labels, by shard_qlora": lambda: unequal_labels(False),
     "not prepared": forget_to_prepare,
 }
 

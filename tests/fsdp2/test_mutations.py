@@ -1,6 +1,6 @@
 """The suite notices a broken byte stream: each mutation of a copy of the source makes the test named with it fail."""
 
-from tests.mutants import mutation, mutation_tests
+from tests.mutants import Mutation, mutation, mutation_tests
 
 NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
 HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
@@ -66,6 +66,33 @@ MUTATIONS = {
         "pass",
         "test_failures.py::test_both_ranks_refuse_values_that_differ[other adapters-values of trained parameters]",
     ),
+    "hooks removed": Mutation(
+        (
+            ("stream.py", "def fsdp_pre_all_gather(", "def pre_all_gather("),
+            ("stream.py", "def fsdp_post_all_gather(", "def post_all_gather("),
+        ),
+        "test_stream.py::test_fsdp2_gathers_bytes_and_casts_none[None]",
+    ),
+    "num_items_in_batch ignored": mutation(
+        "shard.py",
+        "model.register_forward_pre_hook(_write_requires_grad)",
+        "model.register_forward_pre_hook(_write_requires_grad)\n"
+        "    drop = lambda _, args, kwargs: (args, kwargs | {'num_items_in_batch': None})\n"
+        "    model.register_forward_pre_hook(drop, with_kwargs=True)",
+        "test_failures.py::test_ranks_with_unequal_labels_have_the_loss_and_norm_of_one_process",
+    ),
+    "the mask's minimum becomes infinite": mutation(
+        "shard.py",
+        "mask.clamp(min=torch.finfo(mask.dtype).min)",
+        "mask",
+        "test_mixed.py::test_an_additive_mask_of_float32_stays_finite",
+    ),
+    "replicated embeddings keep float32": mutation(
+        "shard.py",
+        "parameter.data = parameter.data.to(dtype)",
+        "pass",
+        "test_mixed.py::test_replicated_embeddings_have_the_dtype_of_the_policy",
+    ),
     "codes of the other rank's share": mutation(
         "stream.py",
         "(stream,) = all_gather_outputs",
@@ -75,6 +102,6 @@ MUTATIONS = {
         SHARDED,
     ),
 }
-FAST = ("arithmetic on bytes", "the collective gets numbers", "absmax of the neighbour block")
+FAST = ("arithmetic on bytes", "the collective gets numbers", "absmax of the neighbour block", "hooks removed")
 
 runs, test_the_unmutated_copy_passes, test_mutation_is_caught = mutation_tests("fsdp2", MUTATIONS, FAST)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tests.fsdp2.models import layer
+from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
 
 LAYOUTS = st.builds(
@@ -96,6 +99,19 @@ def test_gathered_tensor_shares_the_bytes_of_the_collective():
     assert type(gathered) is torch.Tensor and inner == (share,)
     assert torch.equal(stream_of(gathered), stream_of(stream)) and gathered.data_ptr() == share.data_ptr()
     assert stream.fsdp_post_all_gather((share,), None, torch.float16, out=gathered) is None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_fsdp2_gathers_bytes_and_casts_none(dtype, mesh):
+    """Without the hooks it would gather float16, which its copies change on a GPU and its policy casts."""
+    model = torch.nn.Sequential(layer())
+    pack_nf4(model, 1)
+    before = stream_of(model[0].weight).clone()
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    model.unshard()
+    (parameter,) = model._get_fsdp_state()._fsdp_param_group.fsdp_params
+    assert [gathered.dtype for gathered in parameter.all_gather_outputs] == [torch.uint8]
+    assert torch.equal(stream_of(model[0].weight.data), before)
 
 
 def test_words_must_be_int16():
