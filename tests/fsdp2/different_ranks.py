@@ -25,7 +25,7 @@ from benchmarks.fsdp2.ranks import RANK
 from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
-from unsloth_puzzles.fsdp2.shard import shard_qlora
+from unsloth_puzzles.fsdp2.shard import base_of, shard_qlora
 
 
 def qlora(
@@ -131,6 +131,15 @@ def evaluate_at_the_start() -> None:
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def train_in_bfloat16(attention: str) -> None:
+    """A float32 model whose layers are computed again in the backward."""
+    options = {"per_device_train_batch_size": 4, "logging_steps": 1, "bf16": True, "gradient_checkpointing": True}
+    trainer, before = one_step(**options)
+    base_of(trainer.model).set_attn_implementation(attention)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - before) < 2e-3 * before
+
+
 def predict_first() -> None:
     trainer, _ = one_step()
     trainer.predict(trainer.eval_dataset)
@@ -181,6 +190,9 @@ CASES = {
     "unequal labels, under a Trainer": lambda: unequal_labels(True),
     "unequal labels, by shard_qlora": lambda: unequal_labels(False),
     "not prepared": forget_to_prepare,
+    # The last: `accelerate_on_cpu` keeps the policy of 16 bits for the trainers that follow.
+    "float32 trained in bfloat16": lambda: train_in_bfloat16("sdpa"),
+    "float32 trained in bfloat16, eager attention": lambda: train_in_bfloat16("eager"),
 }
 
 

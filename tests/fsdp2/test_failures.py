@@ -83,6 +83,8 @@ def test_what_fsdp2_breaks_is_refused(errors, name, message):
         "a frozen head under TRL",
         "a trained head under a Trainer",
         "evaluated at the start of its training",
+        "float32 trained in bfloat16",
+        "float32 trained in bfloat16, eager attention",
     ],
 )
 def test_models_that_are_the_same_are_taken(errors, name):
