@@ -62,7 +62,25 @@ def test_adapters_are_trained_after_they_were_disabled(reshard, before, mesh, mo
         assert any("first" in name for name in one) and not any("second" in name for name in one)
 
 
-@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda model: (model.add_adapter("third", LoraConfig(**CONFIG)), model.set_adapter("third")), "third"),
+        (lambda model: model.get_input_embeddings().requires_grad_(True), "embed_tokens"),
+    ],
+)
+def test_what_is_trained_since_it_was_sharded_is_refused(change, named, mesh):
+    model, ids = qlora(), torch.arange(8).view(1, 8)
+    pack_nf4(model)
+    shard_qlora(model, mesh)
+    model(input_ids=ids, labels=ids).loss.backward()
+    change(model)
+    with pytest.raises(RuntimeError, match=f"^model must train only what FSDP2 has sharded, got .*{named}.*, whose"):
+        model(input_ids=ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_some_tokens_are_trained(dtype, mesh):
     """PEFT writes the trained rows into the frozen embedding, which FSDP2 leaves whole."""
     found = []

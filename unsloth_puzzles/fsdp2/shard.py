@@ -112,20 +112,30 @@ def follow_requires_grad(model: nn.Module) -> None:
 
     PEFT's `disable_adapter` and `set_adapter` flip `requires_grad` of the parameters that a module shows: of a gathered
     group the gathered copies, which FSDP2 sets back to those of the shards with the next gather. Each forward of
-    `model` writes what a gathered copy says to its shard. Call it before the model is sharded.
+    `model` writes what a gathered copy says to its shard. It raises RuntimeError for what is trained and not sharded,
+    such as an adapter that was added since. Call it before the model is sharded.
     """
     model.register_forward_pre_hook(_write_requires_grad)
 
 
 def _write_requires_grad(model: nn.Module, _: tuple) -> None:
+    managed = set()
     for module in model.modules():
         group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        if group is None or not group.is_unsharded:
-            continue
-        for parameter in group.fsdp_params:
+        for parameter in () if group is None else group.fsdp_params:
+            managed.add(id(parameter.sharded_param))
+            if not group.is_unsharded:
+                continue
+            managed.add(id(parameter.unsharded_param))
             trained = parameter.unsharded_param.requires_grad
             if parameter.sharded_param.requires_grad != trained:
                 parameter.sharded_param.requires_grad_(trained)
+    for name, parameter in model.named_parameters() if managed and torch.is_grad_enabled() else ():
+        if parameter.requires_grad and id(parameter) not in managed:
+            raise RuntimeError(
+                f"model must train only what FSDP2 has sharded, got {name}, whose gradients it would not reduce; "
+                "add adapters, and set requires_grad, before pack_nf4"
+            )
 
 
 def frozen_embeddings(model: PreTrainedModel) -> list[nn.Module]:
