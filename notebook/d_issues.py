@@ -871,10 +871,11 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 # errors to recover from, small talk, and questions that no tool on offer fits. Training and test share no wording,
 # word, city, item or number pair, and no wording of the test is within one word of a training wording. One tool,
 # `weather`, is never trained. Nine of the tools are, and 24 others that no test asks for: with nine names alone a model
-# learns these by heart and does not read what is on offer.
+# learns these by heart and does not read what is on offer. A question about `clocks` first fails, for the list has
+# `clock`; a model that asks for `clock` at once is right too.
 
 # %%
-STEPS, BATCH_SIZE = 200, 8
+STEPS, BATCH_SIZE = 200, 16
 questions = tool_data.test_questions()
 display(Markdown(tool_data.summary(questions)))
 print(f"{len(questions)} questions, {sum(not question.turns for question in questions)} of them to abstain from")
@@ -883,7 +884,7 @@ for what, both in tool_data.shared(tool_data.training_questions(STEPS * BATCH_SI
 judge(issues, "tool calling, bad input and labels", safe)
 
 # %% [markdown]
-# QLoRA on all linear layers, 200 steps of 8 conversations; before and after on the same held-out questions, decoded
+# QLoRA on all linear layers, 200 steps of 16 conversations; before and after on the same held-out questions, decoded
 # greedily in batches, with Wilson's 95 % intervals. These intervals cover the draw of the questions. They do not cover
 # the choice of the wordings, and small talk repeats 20 sentences with other tools on offer. In the GGUF file the
 # weights are Q4_1 already; NF4 on top rounds a second time.

@@ -150,6 +150,9 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
         return Question(kind, said, tuple(offered), parts=((said, {}),))
     if kind == "none fits":
         offered = rng.sample(others, len(offered))
+        if not test and rng.random() < 0.3:
+            said = rng.choice(wordings.UNKNOWN)
+            return Question(kind, said, tuple(offered), parts=((said, {}),))
     arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
     turns = [tuple(zip(names, arguments, strict=True))]
     if kind == "mended":
@@ -190,7 +193,7 @@ def expected_results(question: Question) -> list[str]:
 
 
 def _word(rng: random.Random, test: bool) -> str:
-    return rng.choice(wordings.TEST_WORDS if test else wordings.TRAIN_WORDS)
+    return rng.choice(wordings.TEST_WORDS) if test else wordings.made_up_or(rng, wordings.TRAIN_WORDS)
 
 
 def _named(*names: str, first: tuple[int, int] = (1, 999), second: tuple[int, int] = (1, 999)) -> Callable:
@@ -209,6 +212,8 @@ def _count(rng: random.Random, test: bool) -> dict:
 
 def _cities(rng: random.Random, test: bool) -> dict:
     origin, destination = rng.sample(wordings.TEST_CITIES if test else wordings.TRAIN_CITIES, 2)
+    if not test:
+        origin, destination = wordings.made_up_or(rng, (origin,)), wordings.made_up_or(rng, (destination,))
     return {"origin": origin, "destination": destination}
 
 

@@ -51,8 +51,9 @@ def evaluate(
 
     Of the questions that need calls (the kind "held-out tool" is counted apart, and in none of these):
     "parse rate": the first reply has calls, all readable; "exact call": in every turn the calls are those wanted,
-    names and arguments; "executed result": the calls that do not fail return what is wanted; "final answer": the
-    answer contains each result. Of the others: "abstention": no call, readable or not. "exact call, KIND" of each kind.
+    names and arguments (of the kind "mended" the call that fails may be left out); "executed result": the calls that
+    do not fail return what is wanted; "final answer": the answer contains each result.
+    Of the others: "abstention": no call, readable or not. "exact call, KIND" of each kind.
 
     Returns:
         The shares by name, and the conversations.
@@ -97,7 +98,7 @@ def judge_calls(question: Question, conversation: Conversation) -> dict[str, boo
     answer = conversation.answer or ""
     return {
         "parse rate": bool(first) and all(call is not None for call, _ in first),
-        "exact call": _same(made, question.turns),
+        "exact call": _same(made, question.turns) or (question.kind == "mended" and _same(made, question.turns[-1:])),
         "executed result": [result.content for _, result in conversation.calls if not result.failed] == wanted,
         "final answer": all(result in answer for result in wanted),
     }

@@ -4,7 +4,11 @@ from typing import Literal
 
 PRICES = {
     "spoon": 3, "lamp": 45, "chair": 80, "pencil": 2, "mirror": 60, "carpet": 120, "kettle": 35, "towel": 12,
-    "candle": 6, "blanket": 40, "basket": 18, "hammer": 22, "ladder": 95, "pillow": 25, "bucket": 9, "clock": 55,
+    "candle": 6, "blanket": 40, "sofa": 700, "bicycle": 350, "teapot": 28, "saucer": 5, "ruler": 4, "jacket": 110,
+    "sweater": 65, "helmet": 75, "violin": 480, "drawer": 90, "needle": 1, "bottle": 8, "napkin": 7, "armchair": 260,
+    "guitar": 240, "scooter": 150, "curtain": 85, "screw": 11, "button": 13, "wallet": 38, "shovel": 31, "tent": 190,
+    "rake": 24, "vase": 27, "toaster": 42, "whistle": 14, "puzzle": 19, "kite": 16, "drum": 130, "trowel": 15,
+    "basket": 18, "hammer": 22, "ladder": 95, "pillow": 25, "bucket": 9, "clock": 55,
 }  # fmt: skip
 KILOMETRES = {"m": 0.001, "km": 1.0, "mile": 1.609}
 
@@ -93,8 +97,8 @@ def find_price(item: str) -> int:
         item: The item.
     """
     if item not in PRICES:
-        near = [known for known in PRICES if known in item]
-        raise ValueError(f"item is not in the list, got {item}" + (f"; use {near[0]}" if near else ""))
+        near = sorted((known for known in PRICES if known in item), key=len)
+        raise ValueError(f"item is not in the list, got {item}" + (f"; use {near[-1]}" if near else ""))
     return PRICES[item]
 
 

@@ -18,7 +18,7 @@ from benchmarks.tool_calling.evaluate import evaluate, table
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 200, 8, 1e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 200, 16, 1e-3
 
 
 def fine_tune(

@@ -50,7 +50,9 @@ NAMES = ("parse rate", "exact call", "executed result", "final answer")
         (TWO, made([RIGHT], [PRICE], answer="7 and 55"), (1, 0, 1, 1)),
         (*for_format([TWO], 1), made([RIGHT], [PRICE], answer="7 and 55"), (1, 1, 1, 1)),
         (MENDED, made([FAILED], [PRICE], answer="55"), (1, 1, 1, 1)),
-        (MENDED, made([PRICE], answer="55"), (1, 0, 1, 1)),
+        (MENDED, made([PRICE], answer="55"), (1, 1, 1, 1)),
+        (MENDED, made([FAILED], answer="55"), (1, 0, 0, 1)),
+        (MENDED, made([FAILED], [FAILED], [PRICE], answer="55"), (1, 0, 1, 1)),
     ],
 )
 def test_calls_are_judged(question, conversation, expected):
