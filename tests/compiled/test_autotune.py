@@ -74,6 +74,12 @@ def test_narrow_products_get_tall_tiles(sizes):
     assert kept(product(*sizes), SMALL_TILE, TALL_TILE, WIDE_TILE) == [TALL_TILE, WIDE_TILE]
 
 
+def test_narrow_products_get_the_eight_largest_tiles():
+    tiles = [(64, 16 * factor, 16) for factor in (3, 9, 1, 8, 2, 7, 4, 10, 6, 5)]
+    assert kept(product(1024, 512, 16), *tiles) == [tile for tile in tiles if tile[1] > 32]
+    assert len(kept(product(1024, 512, 1024), *[WIDE_TILE] * 12)) == 12
+
+
 def test_below_sm_80_narrow_products_get_two_tiles_and_wide_ones_none(monkeypatch):
     monkeypatch.setattr(autotune, "capability", lambda: 75)
     large = (128, 256, 16)  # 72 KiB

@@ -2,8 +2,8 @@
 
 A product is benchmarked at the sizes of the first batch, each of its candidates compiled before. Inductor's list is
 shortened to tiles that suit the product, since compiling them all takes minutes: wide products get tiles of 128 x 128,
-LoRA's narrow ones (rank r on one side) the tall tiles. Below sm_80, where Triton has no tensor cores, wide products get
-no tiles, and narrow ones two that fit the 64 KiB of shared memory of a T4.
+LoRA's narrow ones (rank r on one side) the eight largest of the tall tiles. Below sm_80, where Triton has no tensor
+cores, wide products get no tiles, and narrow ones two that fit the 64 KiB of shared memory of a T4.
 """
 
 import logging
@@ -21,6 +21,7 @@ from unsloth_puzzles.device import capability
 OPTIONS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON", "autotune_num_choices_displayed": 0}
 _WIDE = 256  # rows, columns and inner size of a product that fills tiles of 128 x 128
 _TALL = 64  # rows of a tile for the others
+_MOST = 8  # tiles for a narrow product
 _FEW = 2  # tiles for a narrow product below sm_80: a T4 often has two slow cores beside it to compile them
 _PRINTS = ("PRINT_AUTOTUNE", "_log_autotune_choices_stats")  # a line a product on the standard error
 _SHARED = 48 * 2**10  # bytes of shared memory for the operands of such a tile
@@ -106,6 +107,8 @@ def suited(choices: list) -> list:
     kept = [choice for choice in tiles if suits(choice)] or tiles
     if old:
         kept = [choice for choice in kept if _shared_bytes(choice) <= _SHARED][:_FEW]
+    elif not wide:
+        kept = sorted(kept, key=lambda choice: -math.prod(_tile(choice)))[:_MOST]
     return [choice for choice in choices if not _is_triton(choice) or choice in kept]
 
 
