@@ -208,7 +208,7 @@ print("unsloth_puzzles is the copy that this notebook wrote")
 
 # %%
 from unsloth_puzzles.bench import experiments
-from unsloth_puzzles.bench.rubric import FILES
+from unsloth_puzzles.bench.challenges import FILES
 
 experiments.watch()
 Path("resources/measurements").mkdir(parents=True, exist_ok=True)

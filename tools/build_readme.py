@@ -19,8 +19,8 @@ from tools.measured_tables import gpu_tests, metric_table, points_table, provena
 from tools.readme_contents import FIGURES, FOLDERS, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
 from unsloth_puzzles.bench import scorecard
+from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.markdown import table
-from unsloth_puzzles.bench.rubric import FILES, TITLES
 
 
 def readme(resources: Path = ROOT / "resources") -> str:

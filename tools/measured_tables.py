@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas
 
 from tools.readme_contents import SHORT, TURNED, WORST
+from unsloth_puzzles.bench.challenges import TITLES
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.markdown import table
-from unsloth_puzzles.bench.rubric import TITLES
 from unsloth_puzzles.bench.scorecard import Row, totals
 
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number

@@ -22,8 +22,8 @@ from tools.build_notebook import PACKAGE, ROOT, package_of, text
 from tools.measured_tables import points_table
 from tools.outputs import lines_with, problems
 from unsloth_puzzles.bench import scorecard
+from unsloth_puzzles.bench.challenges import FILES
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
-from unsloth_puzzles.bench.rubric import FILES
 
 STAMP = "release"
 KEYS = {"commit", "date", "digest", "hardware"}

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.bench.rubric import FILES, FULL, QLORA, RUBRIC, TITLES
+from unsloth_puzzles.bench.rubric import FULL, QLORA, RUBRIC
 from unsloth_puzzles.bench.scorecard import score, table, totals
 
 MACHINE = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)

@@ -14,8 +14,8 @@ from nbformat import NotebookNode
 from tools.build_notebook import build, written_files
 from tools.outputs import failures, output_text
 from unsloth_puzzles.bench import scorecard
+from unsloth_puzzles.bench.challenges import FILES
 from unsloth_puzzles.bench.code_digest import code_digest
-from unsloth_puzzles.bench.rubric import FILES
 
 SECTIONS = {"A": "a_nf4", "E": "e_backprop", "C": "c_compile", "D": "d_issues", "B": "b_fsdp2"}
 FIRST_CELL = "import sitecustomize\n\nsitecustomize.watch_cells()"

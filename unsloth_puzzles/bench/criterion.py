@@ -37,6 +37,10 @@ MOST_COMPILATIONS = 30  # more is "excessive recompilation"
 LARGEST_LOSS_DIFFERENCE = 1e-3  # at any step, between two runs that should train alike
 LARGEST_FLOAT32_DIFFERENCE = 1e-4  # of the loss at any step, compiled and uncompiled, in float32
 LARGEST_RANKS_DIFFERENCE = 1e-5  # of the loss at any step, ranks and one process, in float32
+LARGEST_FULL_DIFFERENCE = 2e-4  # of the loss at any step of full fine-tuning in float32
+LARGEST_RATIO = 2  # in 16 bits: that difference over the largest one among uncompiled runs
+LARGEST_GRADIENT_NORM_DIFFERENCE = 1e-4  # relative, at any step
+LEAST_REWARD_RISE = 0.1  # last ten steps' mean over the first ten's, of a reward from 0 to 1
 
 
 def level(points: int, *conditions: Condition) -> tuple[int, tuple[Condition, ...]]:
@@ -55,6 +59,11 @@ def speed_up(comparison: str, bound: float) -> Condition:
 
 def compilations(case: str, comparison: str) -> Condition:
     return Condition("compilations", case, comparison, MOST_COMPILATIONS)
+
+
+def few_compilations(points: int, penalty: int, case: str, *conditions: Condition) -> tuple:
+    """The levels of a criterion that takes points away for excessive recompilation."""
+    return level(points, *conditions, compilations(case, "<=")), level(penalty, compilations(case, ">"))
 
 
 def same_loss(case: str) -> Condition:

@@ -1,11 +1,16 @@
 """The marking rubric of the five puzzles, as data: every criterion, its points, and the measurement that decides it."""
 
 from unsloth_puzzles.bench.criterion import (
+    LARGEST_FULL_DIFFERENCE,
+    LARGEST_GRADIENT_NORM_DIFFERENCE,
     LARGEST_LOSS_DIFFERENCE,
+    LARGEST_RATIO,
+    LEAST_REWARD_RISE,
     Condition,
     Criterion,
     compilations,
     compiled_part,
+    few_compilations,
     level,
     only,
     same_loss,
@@ -13,25 +18,7 @@ from unsloth_puzzles.bench.criterion import (
     works,
 )
 
-TITLES = {
-    "A": "NF4 to Triton",
-    "B": "QLoRA with FSDP2",
-    "C": "torch.compile without graph breaks",
-    "D": "Unsloth's open issues",
-    "E": "Memory-efficient backprop",
-}
-FILES = {  # in resources/measurements/
-    "A": "a_nf4.json",
-    "B": "b_fsdp2.json",
-    "C": "c_compile.json",
-    "D": "d_issues.json",
-    "E": "e_backprop.json",
-}
-LARGEST_FULL_DIFFERENCE = 2e-4  # the same of full fine-tuning in float32
-LARGEST_RATIO = 2  # in 16 bits: that difference over the largest one among uncompiled runs
-LARGEST_GRADIENT_NORM_DIFFERENCE = 1e-4  # relative, at any step
 FULL, QLORA = "Llama 1B, full fine-tuning", "Llama 1B, QLoRA"
-LEAST_REWARD_RISE = 0.1  # last ten steps' mean over the first ten's, of a reward from 0 to 1
 
 A = (
     Criterion("A", "a single Triton kernel", only(3, Condition("kernel_launches", "one call", "==", 1))),
@@ -48,31 +35,19 @@ A = (
     Criterion(
         "A",
         "the kernel works inside torch.compile (else -1)",
-        only(
-            1,
-            Condition("compile_graph_breaks", "fullgraph", "==", 0),
-            Condition("compile_mismatched", "fullgraph", "==", 0),
-        ),
+        only(1, *(Condition(f"compile_{name}", "fullgraph", "==", 0) for name in ("graph_breaks", "mismatched"))),
         otherwise=-1,
     ),
     Criterion(
         "A",
         "custom inline asm works",
-        only(
-            3,
-            Condition("mismatched_weights", "asm fp16", "==", 0),
-            Condition("mismatched_weights", "asm bf16", "==", 0),
-        ),
+        only(3, *(Condition("mismatched_weights", f"asm {dtype}", "==", 0) for dtype in ("fp16", "bf16"))),
     ),
     Criterion("A", "uses cache eviction", only(1, Condition("cache_eviction_hints", "default kernel", ">=", 1))),
     Criterion(
         "A",
         "tested in fp16 and bf16 (else -1)",
-        only(
-            1,
-            Condition("harness_checks_passed", "fp16", ">=", 1),
-            Condition("harness_checks_passed", "bf16", ">=", 1),
-        ),
+        only(1, *(Condition("harness_checks_passed", dtype, ">=", 1) for dtype in ("fp16", "bf16"))),
         otherwise=-1,
         needs_gpu=True,
     ),
@@ -144,30 +119,25 @@ C = (
     Criterion(
         "C",
         "attention compiled without excessive recompilation (with -3)",
-        (
-            level(2, *compiled_part("attention"), compilations("attention", "<=")),
-            level(-3, compilations("attention", ">")),
-        ),
+        few_compilations(2, -3, "attention", *compiled_part("attention")),
     ),
     Criterion(
         "C",
         "MLP compiled (excessive recompilation -3)",
-        (level(1, *compiled_part("MLP"), compilations("MLP", "<=")), level(-3, compilations("MLP", ">"))),
+        few_compilations(1, -3, "MLP", *compiled_part("MLP")),
     ),
     Criterion("C", "loss compiled (else -1)", only(0, *compiled_part("loss")), otherwise=-1),
     Criterion("C", "layer norms compiled (else -3)", only(0, *compiled_part("layer norms")), otherwise=-3),
     Criterion(
         "C",
         "max-autotune Triton matmul without excessive recompilation (with -2)",
-        (
-            level(
-                2,
-                Condition("triton_matmuls", "max-autotune", ">=", 1),
-                Condition("graph_breaks", "max-autotune", "==", 0),
-                Condition("loss_difference_ratio", "max-autotune", "<=", LARGEST_RATIO),
-                compilations("max-autotune", "<="),
-            ),
-            level(-2, compilations("max-autotune", ">")),
+        few_compilations(
+            2,
+            -2,
+            "max-autotune",
+            Condition("triton_matmuls", "max-autotune", ">=", 1),
+            Condition("graph_breaks", "max-autotune", "==", 0),
+            Condition("loss_difference_ratio", "max-autotune", "<=", LARGEST_RATIO),
         ),
     ),
 )

@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas
 
 from unsloth_puzzles.bench import markdown
+from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.criterion import Condition, Criterion
 from unsloth_puzzles.bench.record import Measurements
-from unsloth_puzzles.bench.rubric import FILES, RUBRIC, TITLES
+from unsloth_puzzles.bench.rubric import RUBRIC
 
 MET, PARTLY_MET, NOT_MET, NOT_MEASURED = "met", "partly met", "not met", "not measured here"
 
