@@ -1,7 +1,7 @@
 # make notebook      build the notebook, execute it for the hardware found, print the scorecard (writes build/ only)
 # make test          lint, format, and the tests that are quick
 # make test-slow     lint, format, and all tests, kept in resources/measurements/tests.json: before a release
-# make publish       on a GPU: test-slow unless it passed with this code; then the run, kept as notebook, resources/, README
+# make publish       on a GPU: test-slow unless it passed with this code; the run, kept: notebook, resources/, README, RESULTS
 # make publish UNTESTED=1    the same without test-slow, which the release then says
 # make sweeps        on a GPU: the sweeps that are too long for the notebook, kept for it in resources/measurements/
 # make sweeps-gpus   on two GPUs: one GPU and both compared, kept in resources/measurements/

@@ -1,1 +1,1 @@
-"""What turns the sources into the notebook, the README and the kept measurements."""
+"""What turns the sources into the notebook, README, RESULTS and the kept measurements."""

@@ -1,12 +1,13 @@
-"""README.md from tools/readme_template.md and resources/: no figure in it is typed in.
+"""README.md and RESULTS.md from their templates and resources/: no measured value in them is typed in.
 
-python -m tools.build_readme           write it
-python -m tools.build_readme --check   exit 1 when README.md is not what the measurements give
+python -m tools.build_readme           write both
+python -m tools.build_readme --check   exit 1 when one of them is not what the measurements give
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import jinja2
@@ -15,27 +16,75 @@ import pandas
 
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
-from tools.measured_tables import gpu_tests, metric_table, points_table, provenance
-from tools.readme_contents import FIGURES, FOLDERS, SWEPT, TABLES
+from tools.measured_tables import amount, gpu_tests, machine, metric_table, points_table, provenance
+from tools.readme_claims import NOT_MEASURED, claims_table, minutes_table
+from tools.readme_contents import FIGURES, PLACES, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.markdown import table
 
+# README's figures, with the file of the run that drew each. A figure of sweeps has hardware and date in its title: the
+# sweeps may have been measured again since it was drawn.
+SHOWN = {"a_nf4_bandwidth": "a_nf4.json", "e_backprop_frontier": None}
+IN_TITLE = "Hardware, date and weights stand in the title."
 
-def readme(resources: Path = ROOT / "resources") -> str:
-    """The README's text for what lies in `resources`; what has no measurement says so."""
-    template = (ROOT / "tools" / "readme_template.md").read_text(encoding="utf-8")
+
+def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
+    """The text of each page by its file name, for what lies in `resources`; what has no measurement says so."""
     measurements = resources / "measurements"
-    of = nbformat.read(ROOT / NOTEBOOK, as_version=4).metadata[STAMP]
-    page = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return page.render(
+    released = nbformat.read(ROOT / NOTEBOOK, as_version=4)
+    of = released.metadata[STAMP]
+    readme = _filled(
+        "readme_template.md",
         badges=badges(),
+        claims=claims_table(measurements),
+        figures="\n\n".join(shown_figure(resources, name, source) for name, source in SHOWN.items()),
+        minutes=minutes_table(measurements, released, of),
+        of=of,
+        tests=said_of_tests(of.get(TESTS)),
+        unsloth=beside_unsloth(measurements / "a_nf4_sweeps.json"),
+    )
+    results_page = _filled(
+        "results_template.md",
         score=points_table(scorecard.score(measurements)),
         release=release(of),
         results=results(resources),
         rehearsal=rehearsal(measurements / "rehearsal.json", of["digest"]),
     )
+    return {"README.md": readme, "RESULTS.md": results_page}
+
+
+def _filled(template: str, **content: object) -> str:
+    text = (ROOT / "tools" / template).read_text(encoding="utf-8")
+    page = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(**content)
+    return "".join(_wrapped(line) for line in page.splitlines(keepends=True))
+
+
+def _wrapped(line: str) -> str:
+    """A line of prose as lines of at most 120 characters; rows of tables, badges and figures as they are."""
+    if len(line) <= 121 or line.startswith(("|", "![", "[![")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def shown_figure(resources: Path, name: str, source: str | None) -> str:
+    """A figure of README and its caption, with hardware and date of the measurement file `source`."""
+    drawn = resources / f"{name}.png"
+    measured = resources / "measurements" / source if source else drawn
+    if not (drawn.exists() and measured.exists()):
+        return f"{FIGURES[name]}: {NOT_MEASURED}."
+    where = f"{machine(json.loads(measured.read_text(encoding='utf-8')))}, random weights." if source else IN_TITLE
+    return f"{_image(drawn, resources)}\n\n{FIGURES[name]}. {where}"
+
+
+def beside_unsloth(path: Path) -> str:
+    """The official harness beside an installed Unsloth, a part of a sentence."""
+    head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
+    found = [one for one in head["records"] if one["metric"] == "harness_speedup_beside_unsloth"]
+    shown = [f"{amount(one['value'], one['unit'])} ({one['case']})" for one in found]
+    return f"{', '.join(shown)}, {machine(head)}" if shown else NOT_MEASURED
 
 
 def release(of: dict) -> str:
@@ -57,23 +106,27 @@ def results(resources: Path) -> str:
         parts.append(f"### {challenge}. {TITLES[challenge]}")
         if not path.exists():
             parts.append("Not measured yet.")
-            continue
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(provenance(measured))
-        parts += [metric_table(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
-        parts += _swept(resources / "measurements", *SWEPT[file]) if file in SWEPT else []
+        else:
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(provenance(measured))
+            parts += [metric_table(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
+        parts += _swept(resources / "measurements", file)
         parts += [_image(figure, resources) for figure in _figures(path.stem, resources)]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
 
 
-def _swept(measurements: Path, file: str, tables: tuple[tuple[str, str], ...]) -> list[str]:
-    """What `make sweeps` kept in `file`, with its own provenance."""
-    path = measurements / file
-    if not path.exists():
-        return ["By `make sweeps`: not measured yet."]
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    head = f"By `make sweeps`, a run of its own: {provenance(measured)}"
-    return [head, *(metric_table(measured["records"], metric, caption) for metric, caption in tables)]
+def _swept(measurements: Path, file: str) -> list[str]:
+    """What sweeps kept beside `file`, each with its own provenance."""
+    parts = []
+    for name, tables in SWEPT.get(file, {}).items():
+        path = measurements / name
+        if not path.exists():
+            parts.append(f"Sweeps in `{name}`: not measured yet.")
+            continue
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"Sweeps in `{name}`, a run of their own: {provenance(measured)}")
+        parts += [metric_table(measured["records"], metric, caption) for metric, caption in tables]
+    return parts
 
 
 def rehearsal(path: Path, release_digest: str) -> str:
@@ -125,7 +178,7 @@ def _beside_aim(predicted: float | None, aim: float) -> str:
 
 def _figures(stem: str, resources: Path) -> list[Path]:
     """The figures that belong to a measurement file, by the beginnings of their paths."""
-    places = (f"{stem}_", f"{stem}/", *FOLDERS.get(stem, ()))
+    places = (f"{stem}_", f"{stem}/", *PLACES.get(stem, ()))
     figures = sorted(resources.glob("**/*.png"))
     return [figure for figure in figures if figure.relative_to(resources).as_posix().startswith(places)]
 
@@ -136,17 +189,21 @@ def _image(figure: Path, resources: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write README.md from its template and the measurements.")
-    parser.add_argument("--check", action="store_true", help="compare with README.md, write nothing")
+    parser = argparse.ArgumentParser(description="Write README.md and RESULTS.md from templates and measurements.")
+    parser.add_argument("--check", action="store_true", help="compare with the files, write nothing")
     options = parser.parse_args(arguments)
-    path, made = ROOT / "README.md", readme()
-    if not options.check:
-        path.write_text(made, encoding="utf-8")
-        print(f"{path}: written")
-        return 0
-    same = path.exists() and path.read_text(encoding="utf-8") == made
-    print("README.md is what the measurements give." if same else "README.md differs: run python -m tools.build_readme")
-    return 0 if same else 1
+    differs = False
+    for name, made in pages().items():
+        path = ROOT / name
+        if not options.check:
+            path.write_text(made, encoding="utf-8")
+            print(f"{path}: written")
+        elif path.exists() and path.read_text(encoding="utf-8") == made:
+            print(f"{name} is what the measurements give.")
+        else:
+            print(f"{name} differs: run python -m tools.build_readme")
+            differs = True
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas
 
-from tools.readme_contents import SHORT, TURNED, WORST
+from tools.readme_contents import CHECKS, SCORES, SHORT, TURNED, WORST
 from unsloth_puzzles.bench.challenges import TITLES
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.markdown import table
@@ -33,12 +33,15 @@ def metric_table(records: list[dict], metric: str, caption: str) -> str:
 
     Args:
         records: Of a measurement file, of all metrics.
-        metric: The one to show. One in `WORST` is a line with the largest value; one in `TURNED` has a column a case.
+        metric: The one to show. One in `WORST` is a line with the largest value; one in `CHECKS` names what passed, and
+            has a row for what did not; one in `TURNED` has a column a case.
         caption: Stands above the table, with the unit where the numbers do not have it.
     """
     mine = [record for record in records if record["metric"] == metric]
     if not mine:
         return f"**{caption}**: not measured."
+    if metric in CHECKS:
+        return _checks(mine, caption)
     if metric in WORST:
         worst = max(mine, key=lambda record: record["value"])
         if not worst["value"]:
@@ -48,6 +51,7 @@ def metric_table(records: list[dict], metric: str, caption: str) -> str:
     if metric in TURNED:
         frame = frame.set_index("case").T.reset_index(names="")
     unit = "" if mine[0]["unit"] in (*RATIOS, *NAMELESS) else f", {mine[0]['unit']}"
+    unit = ", from 0 to 1" if metric in SCORES else unit
     return f"**{caption}{unit}**\n\n{table(frame)}"
 
 
@@ -66,8 +70,13 @@ def gpu_tests(path: Path) -> str:
 def provenance(measured: dict) -> str:
     """A sentence about the head of a measurement file: hardware, date and versions."""
     versions = ", ".join(f"{name} {measured['versions'][name]}" for name in ("torch", "triton", "bitsandbytes"))
+    return f"{machine(measured)}, {versions}."
+
+
+def machine(measured: dict) -> str:
+    """Hardware and date of the head of a measurement file."""
     held = " held to a T4's limits (a rehearsal)" if measured["hardware"].get("rehearsal") else ""
-    return f"{measured['hardware']['name']}{held}, {measured['date']}, {versions}."
+    return f"{measured['hardware']['name']}{held}, {measured['date']}"
 
 
 def amount(value: float, unit: str) -> str:
@@ -75,13 +84,22 @@ def amount(value: float, unit: str) -> str:
     if unit in ("x", "times", "ratio"):
         return f"{value:.2f}x"
     if unit == "fraction":
-        return f"{100 * value:.1f} %"
+        return ">99.9 %" if 0.9995 <= value < 1 else f"{100 * value:.1f} %"
     return f"{_number(value)} {unit}".strip()
+
+
+def _checks(mine: list[dict], caption: str) -> str:
+    """The groups of checks that all passed, by name, and a table of the other groups."""
+    whole = [record["case"] for record in mine if record["value"] == 1]
+    others = [_row(record) for record in mine if record["value"] != 1]
+    names = f" ({'; '.join(whole)})" if whole else ""
+    said = f"**{caption}**: all in {len(whole)} of {len(mine)} groups{names}."
+    return f"{said}\n\n{table(pandas.DataFrame(others))}" if others else said
 
 
 def _row(record: dict) -> dict[str, str]:
     """Case, ours with its spread, and each baseline; the unit stands in the caption unless it is part of the number."""
-    unit = record["unit"] if record["unit"] in RATIOS else ""
+    unit = record["unit"] if record["unit"] in RATIOS and record["metric"] not in SCORES else ""
     low, high, others = record.get("low"), record.get("high"), record.get("baselines") or {}
     ours = amount(record["value"], unit)
     if low is not None and high is not None:

@@ -1,16 +1,19 @@
-"""What README shows of the measurements: a table a metric, and what each figure shows."""
+"""What RESULTS.md shows of the measurements: a table a metric, and what each figure shows."""
 
-# Measurement file -> (metric, what it is called here). A metric in WORST is one row: the largest value over all cases.
+# Measurement file -> (metric, what it is called here). WORST, CHECKS, SCORES and TURNED say how a metric is shown.
 TABLES = {
     "a_nf4.json": (
         ("official_harness_speedup", "Official harness: three launches' time over ours, wall clock"),
+        ("official_harness_us", "Official harness: wall time of one round"),
         ("speedup_vs_unsloth_device", "Three launches' time over ours, device time"),
         ("device_us", "Device time of one matrix"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
+        ("compile_wall_us", "Wall time of a function with the kernel under `torch.compile`"),
         ("mismatched_weights", "Weights that differ from bitsandbytes"),
         ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
+        ("checks_passed", "Named checks that passed"),
     ),
     "b_fsdp2.json": (
         ("bytes_changed", "Bytes of 65,536 that gathering changes, beside plain float16 storage"),
@@ -20,6 +23,7 @@ TABLES = {
         ("step_speedup", "Step of one GPU: bitsandbytes' de-quantisation over ours"),
         ("graph_breaks", "Graph breaks"),
         ("compilations", "Inductor's compilations of a rank"),
+        ("steps_trained", "Steps that the script trained on two GPUs"),
         ("tokens_per_s", "Tokens a second, beside one GPU"),
         ("peak_gib", "Peak memory of a GPU, beside one GPU alone"),
         ("checks_passed", "Named checks that passed"),
@@ -36,7 +40,17 @@ TABLES = {
     ),
     "d_issues.json": (
         ("checks_passed", "Named checks that passed"),
-        ("compilations", "Compilations of flex attention over 52 lengths, three windows, packed or not"),
+        ("compilations", "Compilations of flex attention over all lengths, windows and packings of the check"),
+        ("vision_loss_alone_and_in_a_batch", "Vision: largest difference of a row's losses, alone and in a batch"),
+        ("vision_tower_flops_over_those_of_the_images", "Vision: FLOPs of the vision tower over those of the images"),
+        ("gguf_log_probability_error", "GGUF export: largest error of a log-probability"),
+        ("gguf_merging_error_over_the_change", "GGUF export: error of the merge over the adapter's change"),
+        ("gguf_error_of_type", "GGUF export: mean error of a log-probability, by file type"),
+        ("gguf_size", "GGUF export: size of the file"),
+        ("classification_loss_difference", "Classification: largest difference from transformers' loss"),
+        ("macro_f1", "Classification: macro-F1"),
+        ("accuracy", "Classification: accuracy"),
+        ("tool_calling", "Tool calling: share of held-out questions, before and after training"),
     ),
     "e_backprop.json": (
         ("extra_peak_gib", "Extra peak memory of forward and backward, gradients included"),
@@ -59,30 +73,50 @@ TABLES = {
         ("checks_passed", "Named checks that passed"),
     ),
 }
-SWEPT = {  # the same for what `make sweeps` measured, by the file beside whose tables it stands
-    "b_fsdp2.json": (
-        "b_fsdp2_sweeps.json",
-        (
+SWEPT = {  # the same for what sweeps measured, by the file beside whose tables they stand
+    "a_nf4.json": {
+        "a_nf4_sweeps.json": (
+            ("harness_speedup_beside_unsloth", "The official harness in one process with the real Unsloth"),
+            ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
+            ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
+            ("linear_us", "Device time of a linear layer without gradients"),
+            ("linear_forward_backward_us", "Device time of a linear layer, forward and backward"),
+            ("prefill_tokens_per_s", "Prefill before and after `patch_linear4bit`"),
+            ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
+            ("sanitizer_errors", "compute-sanitizer errors"),
+        ),
+    },
+    "b_fsdp2.json": {
+        "b_fsdp2_sweeps.json": (
             ("scaling", "Tokens a second of two GPUs over those of one"),
             ("step_over_one_gpu", "A step over the same rows on one GPU, without communication"),
             ("loss_difference", "Two GPUs and one over 60 steps: largest difference of the loss, nats"),
             ("peak_gib", "Peak memory of a GPU"),
             ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
         ),
-    ),
-    "a_nf4.json": (
-        "a_nf4_sweeps.json",
-        (
-            ("harness_speedup_beside_unsloth", "The official harness in one process with the real Unsloth"),
-            ("device_us_beside_unsloth", "Device time beside the real Unsloth, in its own process"),
-            ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
-            ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
-            ("sanitizer_errors", "compute-sanitizer errors"),
+    },
+    "d_issues.json": {
+        "d_vision_sweeps.json": (
+            ("vision_step_ms", "Time of a training step, beside blank images in text rows"),
+            ("vision_padding", "Share of padding, rows grouped by kind and in random order"),
         ),
-    ),
+        "d_classification_sweeps.json": (
+            ("macro_f1", "Classification over seeds: macro-F1"),
+            ("accuracy", "Classification over seeds: accuracy"),
+            ("loss_difference", "Classification: largest difference from transformers' loss"),
+        ),
+    },
+    "e_backprop.json": {
+        "e_backprop_sweeps.json": (
+            ("frontier_peak_gib", "Extra peak memory, by rows of a chunk"),
+            ("frontier_ms", "Time of forward and backward, by rows of a chunk"),
+            ("vocabulary_peak_gib", "Extra peak memory, by size of the vocabulary"),
+            ("vocabulary_ms", "Time of forward and backward, by size of the vocabulary"),
+        ),
+    },
 }
 FIGURES = {  # what a figure shows, for who cannot see it
-    "a_nf4_bandwidth": "Share of the copy bandwidth over matrix sizes from 1 M to 1 G weights, ours and every baseline",
+    "a_nf4_bandwidth": "Share of the copy bandwidth over the size of the matrix, ours and every baseline",
     "a_nf4_contraction": "By how much and where float32 weights differ when the multiply-add is contracted",
     "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
     "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
@@ -92,13 +126,22 @@ FIGURES = {  # what a figure shows, for who cannot see it
     "b_fsdp2_stream": "Where codes and scales of one weight lie in its byte stream, and where two ranks split it",
     "c_compile_frontier": "Time of a QLoRA step over its peak memory, eager and compiled, checkpointed and not",
     "c_compile_parity": "Loss, time and memory over 60 steps of as many lengths, three uncompiled runs and ours",
-    "e_backprop_frontier": "Time over extra peak memory for chunks of 256 to 4096 rows, every baseline and the floor",
+    "d_confusion": "Which packages the classifier takes for which, on docstrings that it was not trained on",
+    "d_gguf_types": "Size of the exported file and error of the log-probabilities, by file type",
+    "d_tool_calling": "Shares of held-out questions answered as they should be, before and after training",
+    "d_vision_tower": "FLOPs of the vision tower, by the share of text rows, ours and with blank images",
+    "e_backprop_frontier": "Time over extra peak memory for several sizes of a chunk, every baseline and the floor",
     "e_backprop_grpo_memory": "GRPO's extra peak memory, head alone and whole step, ours, TRL, Liger and full logits",
     "e_backprop_grpo_reward": "Reward and entropy over the steps of a GRPO run, TRL's trainer and ours overlaid",
     "e_backprop_vocabulary": "Extra peak memory and time over the size of the vocabulary, ours and every baseline",
     "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over the steps, standard loss and ours, and their difference below",
 }
-FOLDERS = {"e_backprop": ("q5/",)}  # figures that lie elsewhere, by the measurement file that they belong to
+PLACES = {"d_issues": ("d_",), "e_backprop": ("q5/",)}  # figures with other beginnings, by their file
 SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
-TURNED = {"extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms"}  # a row a candidate, a column a case
-WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}
+TURNED = {  # a row a candidate, a column a case
+    "extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms", "macro_f1", "vocabulary_peak_gib",
+    "vocabulary_ms",
+}  # fmt: skip
+WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}  # the largest value alone
+CHECKS = {"checks_passed"}  # the names of those that passed, and a row for each that did not
+SCORES = {"macro_f1", "accuracy", "tool_calling"}  # fractions that are written as numbers from 0 to 1

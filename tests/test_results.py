@@ -1,0 +1,184 @@
+"""RESULTS.md holds what resources/ holds: the tables follow the JSON, and what is not there is said not to be."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tools.build_notebook import ROOT
+from tools.build_readme import release, results
+from tools.measured_tables import RATIOS, amount, gpu_tests, metric_table
+from tools.readme_contents import CHECKS, FIGURES, SCORES, TABLES, TURNED, WORST
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
+
+
+def _record(metric: str, case: str, value: float, unit: str, **optional: object) -> dict:
+    fields = {"metric": metric, "case": case, "value": value, "unit": unit}
+    return fields | {"low": None, "high": None, "baselines": {}} | optional
+
+
+MEASURED = {
+    "hardware": {"name": "NVIDIA Test", "device": "cuda"},
+    "versions": {"torch": "2.11.0", "triton": "3.6.0", "bitsandbytes": "0.50.2"},
+    "date": "2026-11-22",
+    "digest": None,
+    "records": [
+        _record("official_harness_speedup", "all", 1.9, "x", low=1.85, high=1.95, baselines={"PEFT": 0.5}),
+        _record("mismatched_weights", "asm fp16", 0, "weights"),
+        _record("mismatched_weights", "asm bf16", 45, "weights"),
+        _record("copy_bandwidth_fraction", "8192x28672", 0.964, "fraction"),
+    ],
+}
+
+
+def test_committed_results_have_every_measured_value() -> None:
+    """Read back from the page, not through the generator's own layout."""
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for name, tables in TABLES.items():
+        path = ROOT / "resources" / "measurements" / name
+        records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+        challenge = page.split(f"\n### {name[0].upper()}. ")[1].split("\n### ")[0]
+        for metric, caption in tables:
+            for record in (r for r in records if r["metric"] == metric and metric not in WORST):
+                section = challenge.split(f"**{caption}")[1].split("\n**")[0]
+                if metric in CHECKS and record["value"] == 1:
+                    assert record["case"] in " ".join(section.split())
+                    continue
+                if metric in TURNED:
+                    heads, ours = re.findall(r"^\| (?:ours)? ?\| (.+) \|$", section, flags=re.MULTILINE)
+                    cells = dict(zip(heads.split(" | "), (text.split()[0] for text in ours.split(" | ")), strict=True))
+                    assert cells[record["case"]] == amount(record["value"], "")
+                    continue
+                cells = dict(re.findall(r"^\| (.+?) \| (\S+(?: %)?)", section, flags=re.MULTILINE))
+                unit = record["unit"] if record["unit"] in RATIOS and metric not in SCORES else ""
+                assert cells[record["case"]] == amount(record["value"], unit)
+
+
+def test_table_shows_spread_and_baselines(tmp_path: Path) -> None:
+    page = results(_resources(tmp_path))
+    assert "| case | ours | PEFT |" in page
+    assert "| all | 1.90x (1.85x to 1.95x) | 0.50x |" in page
+    assert "| 8192x28672 | 96.4 % |" in page
+    assert "45 weights, the largest of 2 cases" in page
+    assert "NVIDIA Test, 2026-11-22, torch 2.11.0" in page
+
+
+def test_missing_measurements_are_named(tmp_path: Path) -> None:
+    page = results(_resources(tmp_path))
+    assert "Host time to enqueue one call**: not measured." in page
+    of_b = page.split("### B.")[1].split("###")[0]
+    assert "\n\nNot measured yet.\n\nSweeps in `b_fsdp2_sweeps.json`: not measured yet." in of_b
+
+
+def test_sweeps_of_a_challenge_without_a_run_are_shown(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    swept = {**MEASURED, "records": [_record("scaling", "compiled, 1 rows a GPU", 1.75, "x")]}
+    (resources / "measurements" / "b_fsdp2_sweeps.json").write_text(json.dumps(swept))
+    of_b = results(resources).split("### B.")[1].split("###")[0]
+    assert "Not measured yet." in of_b and "| compiled, 1 rows a GPU | 1.75x |" in of_b
+
+
+def test_checks_that_passed_are_named_and_only_the_others_are_rows() -> None:
+    records = [
+        _record("checks_passed", "flex, static lengths", 1.0, "fraction"),
+        _record("checks_passed", "loss", 0.75, "fraction"),
+        _record("checks_passed", "MLP", 0.9999, "fraction"),
+    ]
+    shown = metric_table(records, "checks_passed", "Checks")
+    assert shown.startswith("**Checks**: all in 1 of 3 groups (flex, static lengths).\n\n| case | ours |")
+    assert shown.endswith("| loss | 75.0 % |\n| MLP | >99.9 % |")
+    assert metric_table(records[:1], "checks_passed", "Checks") == (
+        "**Checks**: all in 1 of 1 groups (flex, static lengths)."
+    )
+    assert "all in 0 of 1 groups.\n" in metric_table(records[1:2], "checks_passed", "Checks")
+
+
+def test_committed_results_have_no_row_of_100_percent() -> None:
+    rows = [line for line in (ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert rows and not [row for row in rows if re.search(r"\| 100(\.0)? %", row)]
+
+
+def test_scores_are_numbers_from_0_to_1() -> None:
+    records = [_record("tool_calling", "parse rate", 1.0, "fraction", low=0.985, high=1.0, baselines={"before": 0.25})]
+    shown = metric_table(records, "tool_calling", "Tool calling")
+    assert shown.startswith("**Tool calling, from 0 to 1**") and "| parse rate | 1 (0.985 to 1) | 0.25 |" in shown
+
+
+@pytest.mark.parametrize("value, shown", [(1.0, "100.0 %"), (0.9996, ">99.9 %"), (0.9994, "99.9 %"), (0.0, "0.0 %")])
+def test_a_fraction_below_1_is_not_written_as_100_percent(value: float, shown: str) -> None:
+    assert amount(value, "fraction") == shown
+
+
+def test_figures_are_in_the_section_of_their_challenge(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    for name in ("a_nf4_bandwidth.png", "a_nf4_new_one.png"):
+        (resources / name).write_bytes(b"")
+    (resources / "d_confusion.png").write_bytes(b"")
+    assert f"{resources.name}/d_confusion.png" in results(resources).split("### D.")[1].split("### E.")[0]
+    section = results(resources).split("### B.")[0]
+    assert f"![a nf4 new one]({resources.name}/a_nf4_new_one.png)" in section
+    assert f"![{FIGURES['a_nf4_bandwidth']}]({resources.name}/a_nf4_bandwidth.png)" in section
+
+
+def test_turned_table_has_a_row_per_candidate_and_figures_may_lie_elsewhere(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    beside = {"eager": 23.5, "Liger FLCE": 1.23, "Apple CCE": 1.11}
+    records = [
+        _record("extra_peak_gib", "head trained", 1.3, "GiB", baselines=beside),
+        _record("extra_peak_gib", "head frozen", 0.31, "GiB", baselines={"eager": 23.5}),
+    ]
+    path = resources / "measurements" / "e_backprop.json"
+    path.write_text(json.dumps({**MEASURED, "records": records}))
+    (resources / "q5").mkdir()
+    (resources / "q5" / "llama32_1b_loss_curve.png").write_bytes(b"")
+    page = results(resources)
+    section = page.split("### E.")[1]
+    for line in ("|  | head trained | head frozen |", "| ours | 1.3 | 0.31 |", "| Liger FLCE | 1.23 | - |"):
+        assert line in section
+    assert page.count("q5/llama32_1b_loss_curve.png") == section.count("q5/llama32_1b_loss_curve.png") == 1
+
+
+def test_gpu_tests_list_each_reason_of_a_skip_once(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
+    skips = [{"test": "t::a", "reason": "needs two GPUs"}, {"test": "t::b", "reason": "needs two GPUs"}]
+    path = tmp_path / "gpu_tests.json"
+    path.write_text(json.dumps(kept | {"passed": 40, "failed": 0, "skipped": 2, "failures": [], "skips": skips}))
+    assert gpu_tests(path).startswith("40 passed, 0 failed, 2 skipped. NVIDIA Test")
+    assert gpu_tests(path).count("- skipped: needs two GPUs") == 1
+
+
+def test_gpu_tests_of_other_code_say_so(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
+    path = tmp_path / "gpu_tests.json"
+    same = code_digest(package_files())
+    for digest, ending in ((same, ""), ("another", " The package has changed since.")):
+        counts = {"passed": 4, "failed": 0, "skipped": 0, "failures": [], "skips": []}
+        path.write_text(json.dumps(kept | counts | {"digest": digest}))
+        assert gpu_tests(path).endswith(f"bitsandbytes {MEASURED['versions']['bitsandbytes']}.{ending}")
+
+
+def test_gpu_tests_name_failures(tmp_path: Path) -> None:
+    kept = {name: MEASURED[name] for name in ("hardware", "versions", "date", "digest")}
+    path = tmp_path / "gpu_tests.json"
+    path.write_text(json.dumps(kept | {"passed": 4, "failed": 1, "skipped": 0, "failures": ["t::a[x]"], "skips": []}))
+    assert gpu_tests(path).endswith("\n\n- failed: `t::a[x]`")
+
+
+def test_release_says_what_it_is_of_and_whether_the_tests_passed() -> None:
+    of = {"date": "2026-11-28", "hardware": "NVIDIA Test", "commit": "c0ffee" * 6, "digest": "d"}
+    assert "on 2026-11-28 on an NVIDIA Test, at commit `c0ffeec0ff`." in release(of)
+    assert "make test-slow" not in release(of)
+    assert "`make test-slow` was not run with its code." in release({**of, "tests": "not run"})
+
+
+def test_tables_have_at_most_four_columns(tmp_path: Path) -> None:
+    rows = [line for line in results(_resources(tmp_path)).splitlines() if line.startswith("|")]
+    assert rows and max(row.count("|") for row in rows) <= 5
+
+
+def _resources(folder: Path) -> Path:
+    resources = folder / "resources"
+    (resources / "measurements").mkdir(parents=True)
+    (resources / "measurements" / "a_nf4.json").write_text(json.dumps(MEASURED))
+    return resources

@@ -1,0 +1,173 @@
+"""The two tables of README: what is claimed, with the measurement behind it, and how long the notebook takes."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+from nbformat import NotebookNode
+
+from tools.measured_tables import amount, machine
+from tools.outputs import report
+from tools.readme_contents import SCORES, SHORT
+from unsloth_puzzles.bench.markdown import table
+
+NOT_MEASURED = "not measured"
+ONE_CASE = {"all", "head only", "the script, two GPUs"}  # cases that the claim itself names
+_OF_CASE = ("steps_trained", r"(real|random) weights")  # whose case tells the weights of challenge B's script
+_SECTION = r"^\| (Set-up|([A-E])\. .+?) \| ([\d.]+) s \|"  # a line of `bench.section.summary`
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the table: what is claimed, and where its numbers lie.
+
+    Args:
+        text: Without a number and without the conditions, which the case of the records has.
+        file: In resources/measurements/.
+        metrics: Their values stand together. All must be measured, in the same case.
+        case: The beginning of the case. The first case of the first metric that has it is shown.
+        beside: Baselines to show where they were measured.
+        weights: "real" or "random", where the benchmark takes no others; None where the case tells.
+    """
+
+    text: str
+    file: str
+    metrics: tuple[str, ...]
+    case: str
+    beside: tuple[str, ...]
+    weights: str | None
+
+
+CLAIMS = (
+    Claim(
+        "A. NF4 to fp16 and bf16 in one Triton kernel: the official harness",
+        "a_nf4.json",
+        ("official_harness_speedup", "official_harness_us"),
+        "all",
+        ("three bitsandbytes launches (Unsloth's sequence)",),
+        "random",
+    ),
+    Claim(
+        "B. QLoRA of Llama 3.1 8B on two GPUs by FSDP2: largest difference of the loss from one GPU, speed",
+        "b_fsdp2.json",
+        ("loss_difference", "tokens_per_s"),
+        "the script, two GPUs",
+        ("one GPU, regrouped", "one GPU"),
+        None,
+    ),
+    Claim(
+        "C. A compiled QLoRA step of Llama 3.2 1B, beside transformers + PEFT + bitsandbytes: memory, time",
+        "c_compile.json",
+        ("peak_gib", "step_ms"),
+        "without checkpointing",
+        ("eager",),
+        "random",
+    ),
+    Claim(
+        "D. A 4-bit text classifier on held-out texts: macro-F1",
+        "d_issues.json",
+        ("macro_f1",),
+        "docstrings",
+        ("majority", "naive Bayes", "TF-IDF logistic regression"),
+        "real",
+    ),
+    Claim(
+        "E. Cross entropy without the logits: extra memory, time",
+        "e_backprop.json",
+        ("extra_peak_gib", "forward_backward_ms"),
+        "head trained",
+        ("eager", "torch.compile", "Liger FLCE"),
+        "random",
+    ),
+    Claim(
+        "E. GRPO without the logits, head only: extra memory, time",
+        "e_backprop.json",
+        ("grpo_peak_gib", "grpo_ms"),
+        "head only",
+        ("full logits", "TRL"),
+        "random",
+    ),
+)
+
+
+def claims_table(measurements: Path) -> str:
+    """A row a claim, from the measurement files in a folder. What is not measured says so."""
+    return table(pandas.DataFrame([_row(claim, measurements / claim.file) for claim in CLAIMS]))
+
+
+def _row(claim: Claim, path: Path) -> dict[str, str]:
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
+    records = {(one["metric"], one["case"]): one for one in measured["records"]}
+    cases = [case for metric, case in records if metric == claim.metrics[0] and case.startswith(claim.case)]
+    found = [records.get((metric, cases[0])) for metric in claim.metrics] if cases else [None]
+    if None in found:
+        return {"claim": claim.text, "ours": NOT_MEASURED, "baseline": "-", "hardware, date": "-", "weights": "-"}
+    beside = {name: [one for one in found if name in one["baselines"]] for name in claim.beside}
+    shown = [
+        f"{SHORT.get(name, name)} {', '.join(_amount(one, one['baselines'][name]) for one in having)}"
+        for name, having in beside.items()
+        if having
+    ]
+    return {
+        "claim": claim.text if cases[0] in ONE_CASE else f"{claim.text} ({cases[0]})",
+        "ours": ", ".join(_amount(one, one["value"]) for one in found),
+        "baseline": "; ".join(shown) or NOT_MEASURED,
+        "hardware, date": machine(measured),
+        "weights": claim.weights or _weights(records),
+    }
+
+
+def _amount(record: dict, value: float) -> str:
+    unit = "" if record["metric"] in SCORES else record["unit"]
+    return amount(value, "nats" if unit == "loss" else unit)
+
+
+def _weights(records: dict[tuple[str, str], dict]) -> str:
+    wanted, pattern = _OF_CASE
+    told = [match[1] for metric, case in records if metric == wanted and (match := re.search(pattern, case))]
+    return told[0] if told else "not recorded"
+
+
+def minutes_table(measurements: Path, released: NotebookNode, stamp: dict) -> str:
+    """The minutes of "Run all": predicted for a T4, measured in the published run.
+
+    Args:
+        measurements: The folder with the summary of the rehearsal.
+        released: The executed notebook.
+        stamp: Of that notebook.
+    """
+    took, sections = run_seconds(released)
+    of_run = (
+        _minutes(took) if took else NOT_MEASURED,
+        f"the published run on {stamp['hardware']}, {stamp['date']}; sections {sections}" if took else "-",
+    )
+    on_t4 = "T4" in stamp["hardware"]
+    rows = [
+        ("a T4", *(of_run if on_t4 else _rehearsed(measurements / "rehearsal.json", stamp["digest"]))),
+        ("a CPU", NOT_MEASURED, "-"),
+        ("a large GPU", *((NOT_MEASURED, "-") if on_t4 else of_run)),
+    ]
+    return table(pandas.DataFrame(rows, columns=["on", "minutes", "from"]))
+
+
+def run_seconds(released: NotebookNode) -> tuple[float | None, str]:
+    """The seconds of all sections of an executed notebook, by its own account, and the letters of the challenges."""
+    lines = re.findall(_SECTION, report(released), flags=re.MULTILINE)
+    return sum(float(seconds) for *_, seconds in lines) or None, ", ".join(letter for _, letter, _ in lines if letter)
+
+
+def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}}
+    sections = kept["sections"]
+    seconds = [section.get("predicted_t4_seconds") for section in sections.values()]
+    if not seconds or None in seconds:
+        return NOT_MEASURED, "-"
+    other = "" if all(section.get("digest") == digest for section in sections.values()) else "; with earlier code"
+    where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}{other}"
+    return f"{_minutes(sum(seconds))} (predicted)", where
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 60 else "less than 1"
