@@ -8,8 +8,8 @@ import pytest
 
 from tools.build_notebook import ROOT
 from tools.build_readme import release, results
-from tools.measured_tables import RATIOS, amount, gpu_tests, metric_table
-from tools.readme_contents import CHECKS, FIGURES, SCORES, TABLES, TURNED, WORST
+from tools.measured_tables import RATIOS, amount, gpu_tests, metric_table, shown_unit
+from tools.readme_contents import CHECKS, FIGURES, TABLES, TURNED, WORST
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 
 
@@ -39,7 +39,8 @@ def test_committed_results_have_every_measured_value() -> None:
         path = ROOT / "resources" / "measurements" / name
         records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
         challenge = page.split(f"\n### {name[0].upper()}. ")[1].split("\n### ")[0]
-        for metric, caption in tables:
+        others = {record["metric"]: f"`{record['metric']}`" for record in records}
+        for metric, caption in (others | dict(tables)).items():
             for record in (r for r in records if r["metric"] == metric and metric not in WORST):
                 section = challenge.split(f"**{caption}")[1].split("\n**")[0]
                 if metric in CHECKS and record["value"] == 1:
@@ -51,7 +52,7 @@ def test_committed_results_have_every_measured_value() -> None:
                     assert cells[record["case"]] == amount(record["value"], "")
                     continue
                 cells = dict(re.findall(r"^\| (.+?) \| (\S+(?: %)?)", section, flags=re.MULTILINE))
-                unit = record["unit"] if record["unit"] in RATIOS and metric not in SCORES else ""
+                unit = shown_unit(record) if record["unit"] in RATIOS else ""
                 assert cells[record["case"]] == amount(record["value"], unit)
 
 
@@ -92,6 +93,16 @@ def test_checks_that_passed_are_named_and_only_the_others_are_rows() -> None:
         "**Checks**: all in 1 of 1 groups (flex, static lengths)."
     )
     assert "all in 0 of 1 groups.\n" in metric_table(records[1:2], "checks_passed", "Checks")
+
+
+def test_metric_without_a_caption_is_shown_under_its_name(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    for file, challenge in (("d_issues.json", "D"), ("e_backprop_sweeps.json", "E")):
+        records = [_record("newly_measured", "a case", 1.0, "fraction"), _record("checks_passed", "a check", 1.0, "x")]
+        (resources / "measurements" / file).write_text(json.dumps({**MEASURED, "records": records}))
+        section = results(resources).split(f"### {challenge}.")[1].split("###")[0]
+        assert "**`newly_measured`, from 0 to 1**\n\n| case | ours |\n| --- | --- |\n| a case | 1 |" in section
+        assert section.count("a check") == 1
 
 
 def test_committed_results_have_no_row_of_100_percent() -> None:

@@ -16,7 +16,7 @@ import pandas
 
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
-from tools.measured_tables import amount, gpu_tests, machine, metric_table, points_table, provenance
+from tools.measured_tables import amount, file_tables, gpu_tests, machine, points_table, provenance
 from tools.readme_claims import NOT_MEASURED, claims_table, minutes_table
 from tools.readme_contents import FIGURES, PLACES, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
@@ -109,7 +109,7 @@ def results(resources: Path) -> str:
         else:
             measured = json.loads(path.read_text(encoding="utf-8"))
             parts.append(provenance(measured))
-            parts += [metric_table(measured["records"], metric, caption) for metric, caption in TABLES.get(file, ())]
+            parts += file_tables(measured, TABLES.get(file, ()))
         parts += _swept(resources / "measurements", file)
         parts += [_image(figure, resources) for figure in _figures(path.stem, resources)]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
@@ -125,7 +125,7 @@ def _swept(measurements: Path, file: str) -> list[str]:
             continue
         measured = json.loads(path.read_text(encoding="utf-8"))
         parts.append(f"Sweeps in `{name}`, a run of their own: {provenance(measured)}")
-        parts += [metric_table(measured["records"], metric, caption) for metric, caption in tables]
+        parts += file_tables(measured, tables)
     return parts
 
 

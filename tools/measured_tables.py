@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas
 
-from tools.readme_contents import CHECKS, SCORES, SHORT, TURNED, WORST
+from tools.readme_contents import CHECKS, PERCENT, SHORT, TURNED, WORST
 from unsloth_puzzles.bench.challenges import TITLES
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 from unsloth_puzzles.bench.markdown import table
@@ -26,6 +26,19 @@ def points_table(rows: list[Row]) -> str:
         else:
             lines.append(("**all**", f"**{points}**", f"**{possible}**", ""))
     return table(pandas.DataFrame(lines, columns=["challenge", "points", "of", "measured on"]))
+
+
+def file_tables(measured: dict, tables: tuple[tuple[str, str], ...]) -> list[str]:
+    """The tables of a measurement file: those in `tables`, then one for each other metric, under its own name.
+
+    Args:
+        measured: The content of the file.
+        tables: Metrics and their captions.
+    """
+    named = dict(tables)
+    others = dict.fromkeys(record["metric"] for record in measured["records"] if record["metric"] not in named)
+    named |= {metric: f"`{metric}`" for metric in others}
+    return [metric_table(measured["records"], metric, caption) for metric, caption in named.items()]
 
 
 def metric_table(records: list[dict], metric: str, caption: str) -> str:
@@ -51,7 +64,7 @@ def metric_table(records: list[dict], metric: str, caption: str) -> str:
     if metric in TURNED:
         frame = frame.set_index("case").T.reset_index(names="")
     unit = "" if mine[0]["unit"] in (*RATIOS, *NAMELESS) else f", {mine[0]['unit']}"
-    unit = ", from 0 to 1" if metric in SCORES else unit
+    unit = ", from 0 to 1" if mine[0]["unit"] == "fraction" and metric not in PERCENT else unit
     return f"**{caption}{unit}**\n\n{table(frame)}"
 
 
@@ -79,6 +92,11 @@ def machine(measured: dict) -> str:
     return f"{measured['hardware']['name']}{held}, {measured['date']}"
 
 
+def shown_unit(record: dict) -> str:
+    """The unit of a record for `amount`: none for fractions that are written as numbers from 0 to 1."""
+    return "" if record["unit"] == "fraction" and record["metric"] not in PERCENT else record["unit"]
+
+
 def amount(value: float, unit: str) -> str:
     """A value with its unit, as the tables write it: `1.87x`, `96 %`, `11.8 us`, `65,536 bytes`."""
     if unit in ("x", "times", "ratio"):
@@ -99,7 +117,7 @@ def _checks(mine: list[dict], caption: str) -> str:
 
 def _row(record: dict) -> dict[str, str]:
     """Case, ours with its spread, and each baseline; the unit stands in the caption unless it is part of the number."""
-    unit = record["unit"] if record["unit"] in RATIOS and record["metric"] not in SCORES else ""
+    unit = shown_unit(record) if record["unit"] in RATIOS else ""
     low, high, others = record.get("low"), record.get("high"), record.get("baselines") or {}
     ours = amount(record["value"], unit)
     if low is not None and high is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas
 from nbformat import NotebookNode
 
-from tools.measured_tables import amount, machine
+from tools.measured_tables import amount, machine, shown_unit
 from tools.outputs import report
-from tools.readme_contents import SCORES, SHORT
+from tools.readme_contents import SHORT
 from unsloth_puzzles.bench.markdown import table
 
 NOT_MEASURED = "not measured"
@@ -120,7 +120,7 @@ def _row(claim: Claim, path: Path) -> dict[str, str]:
 
 
 def _amount(record: dict, value: float) -> str:
-    unit = "" if record["metric"] in SCORES else record["unit"]
+    unit = shown_unit(record)
     return amount(value, "nats" if unit == "loss" else unit)
 
 

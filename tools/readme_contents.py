@@ -1,16 +1,22 @@
 """What RESULTS.md shows of the measurements: a table a metric, and what each figure shows."""
 
-# Measurement file -> (metric, what it is called here). WORST, CHECKS, SCORES and TURNED say how a metric is shown.
+# Measurement file -> (metric, what it is called here). WORST, CHECKS, PERCENT and TURNED say how a metric is shown.
+# What a file holds besides comes last, under the name of its metric.
 TABLES = {
     "a_nf4.json": (
         ("official_harness_speedup", "Official harness: three launches' time over ours, wall clock"),
         ("official_harness_us", "Official harness: wall time of one round"),
         ("speedup_vs_unsloth_device", "Three launches' time over ours, device time"),
+        ("kernel_launches", "Kernels that one call launches"),
+        ("allocations", "Allocations of one call"),
         ("device_us", "Device time of one matrix"),
+        ("sweep_device_us", "Device time over the size of the matrix"),
+        ("ablation_us", "Device time of variants of the kernel"),
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
         ("compile_wall_us", "Wall time of a function with the kernel under `torch.compile`"),
         ("mismatched_weights", "Weights that differ from bitsandbytes"),
+        ("contracted_mismatched_weights", "Weights that differ when the multiply-add is contracted"),
         ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
         ("checks_passed", "Named checks that passed"),
@@ -40,6 +46,7 @@ TABLES = {
     ),
     "d_issues.json": (
         ("checks_passed", "Named checks that passed"),
+        ("errors_no_larger_than_sdpas", "Attention: comparisons whose error is no larger than SDPA's"),
         ("compilations", "Compilations of flex attention over all lengths, windows and packings of the check"),
         ("vision_loss_alone_and_in_a_batch", "Vision: largest difference of a row's losses, alone and in a batch"),
         ("vision_tower_flops_over_those_of_the_images", "Vision: FLOPs of the vision tower over those of the images"),
@@ -143,5 +150,5 @@ TURNED = {  # a row a candidate, a column a case
     "vocabulary_ms",
 }  # fmt: skip
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}  # the largest value alone
-CHECKS = {"checks_passed"}  # the names of those that passed, and a row for each that did not
-SCORES = {"macro_f1", "accuracy", "tool_calling"}  # fractions that are written as numbers from 0 to 1
+CHECKS = {"checks_passed", "errors_no_larger_than_sdpas"}  # who passed by name, and a row for each that did not
+PERCENT = {"copy_bandwidth_fraction", "local_share", "share", "vision_padding", *CHECKS}  # others: from 0 to 1
