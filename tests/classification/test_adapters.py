@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 
 from tests.classification.models import (
@@ -70,6 +70,42 @@ def test_a_model_that_is_not_quantised_comes_back_so(checkpoint, tmp_path):
     again, _ = load_trained(tmp_path, device="cpu")
     with torch.no_grad():
         assert torch.equal(again(**batch(tokenizer)).logits, model(**batch(tokenizer)).logits)
+
+
+def _cast_all(model):
+    """Adapters and the tables of rotary embeddings, too."""
+    return torch.nn.Module.bfloat16(model)
+
+
+@pytest.mark.parametrize(
+    "source, four_bit", [("checkpoint", True), ("checkpoint", False), ("quantised_checkpoint", True)]
+)
+@pytest.mark.parametrize("before, after", [(prepare_model_for_kbit_training, None), (None, _cast_all)])
+def test_weights_that_were_cast_come_back_cast(source, four_bit, before, after, request, tmp_path):
+    """`prepare_model_for_kbit_training` makes the first parameter float32, but layers compute in bfloat16 as before."""
+    dtype = torch.float32 if after else torch.bfloat16
+    model, tokenizer = classifier(request.getfixturevalue(source), adapters=False, dtype=dtype, four_bit=four_bit)
+    model = with_adapters(before(model) if before else model)
+    model = (after(model) if after else model).eval()
+    save_classifier(model, tokenizer, tmp_path)
+    again, _ = load_trained(tmp_path, device="cpu")
+    found = {name: one.dtype for name, one in again.named_parameters()}
+    assert found == {name: one.dtype for name, one in model.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(again(**batch(tokenizer)).logits, model(**batch(tokenizer)).logits)
+    again, _ = load_trained(tmp_path, dtype=torch.float16, device="cpu")
+    assert again.get_base_model().dtype == torch.float16
+
+
+def test_layers_that_compute_in_another_dtype_are_not_saved(checkpoint, tmp_path):
+    model, tokenizer = classifier(checkpoint, dtype=torch.bfloat16)
+    model.get_base_model().model.layers[1].mlp.up_proj.base_layer.compute_dtype = torch.float32
+    with pytest.raises(
+        ValueError,
+        match=r"^model must compute in bfloat16, .* got float32 in model\.layers\.1\.mlp\.up_proj\.base_layer; ",
+    ):
+        save_classifier(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_loaded_to_go_on_training(checkpoint, tmp_path):

@@ -1,6 +1,8 @@
 """Adapters of PEFT on a classifier whose head is trained and saved with them, and both loaded again."""
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -56,16 +58,18 @@ def add_adapters(
 
 
 def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save adapters, head, tokenizer and labels; of the base model its name alone.
+    """Save adapters, head, tokenizer and labels; of the base model its name alone, and the dtypes that it computes in.
 
     Args:
-        model: From `add_adapters`.
+        model: From `add_adapters`. Weights may be of another dtype than they were loaded in, as after
+            `peft.prepare_model_for_kbit_training`: what is loaded is cast likewise, once.
         tokenizer: From `load_classifier`.
         folder: Made where it does not exist.
 
     Raises:
         TypeError: `model` has no adapters, or is no classifier.
-        ValueError: The tokenizer pads with another token than the model was given.
+        ValueError: The tokenizer pads with another token than the model was given; the adapter 'default' is not active;
+            a 4-bit layer computes in another dtype than it was loaded to compute in.
     """
     if not isinstance(model, PeftModel) or not is_pooled(model.get_base_model()):
         raise TypeError(f"model must be what add_adapters returns, got a {type(model).__name__}")
@@ -81,6 +85,7 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
             f"model must have the adapter 'default' active, which is what load_trained loads, "
             f"got {', '.join(model.active_adapters) or 'none'}"
         )
+    loaded = _loaded_dtype(classifier)
     # PEFT would save the embeddings, too, if they have a row for the padding token, which no result depends on.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
@@ -88,7 +93,8 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "problem_type": config.problem_type,
         "four_bit": getattr(classifier, "is_loaded_in_4bit", False),
-        "dtype": str(classifier.dtype).removeprefix("torch."),
+        "dtype": _name(loaded),
+        "cast": {name: _name(one.dtype) for name, one, dtype in _floats(model, loaded) if one.dtype != dtype},
     }
     Path(folder, FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
@@ -98,11 +104,14 @@ def load_trained(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load what `save_classifier` saved, over its base model: the same logits, bit for bit, on the same hardware.
 
+    That holds for the options (such as `attn_implementation`) with which the model was loaded before.
+
     Args:
         folder: Of `save_classifier`.
         name: The base model; None is the one that the adapters name.
         trainable: Load to go on training, in training mode; else in evaluation mode.
-        **options: Of `load_classifier`, such as `dtype`; by default as saved.
+        **options: Of `load_classifier`. `dtype` is by default as saved; another one is that of all weights of the base
+            model, whatever they were cast to before.
 
     Returns:
         The PEFT model and the tokenizer.
@@ -114,12 +123,16 @@ def load_trained(
     if not path.is_file():
         raise FileNotFoundError(f"folder must be one that save_classifier wrote, got {folder} without {FILE}")
     saved = json.loads(path.read_text(encoding="utf-8"))
-    saved["dtype"] = getattr(torch, saved["dtype"])
+    saved["dtype"], cast = getattr(torch, saved["dtype"]), saved.pop("cast", {})
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     base = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     model, tokenizer = load_classifier(base, saved.pop("labels"), **{**saved, "tokenizer": tokenizer, **options})
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     _prepare_head(adapted, trained=trainable)
+    if options.get("dtype") in (None, saved["dtype"]):
+        for one_name, one, _ in _floats(adapted, saved["dtype"]):
+            if one_name in cast:
+                one.data = one.data.to(getattr(torch, cast[one_name]))
     return adapted.train(trainable), tokenizer
 
 
@@ -132,3 +145,27 @@ def _prepare_head(adapted: PeftModel, *, trained: bool) -> None:
     found = {parameter.requires_grad for parameter in head.modules_to_save.parameters()}
     if found != {trained}:
         raise ValueError(f"model.{HEAD} must be {'trained' if trained else 'frozen'}, got requires_grad {found}")
+
+
+def _loaded_dtype(classifier: PreTrainedModel) -> torch.dtype:
+    """The dtype that `load_classifier` was given, whatever the weights were cast to since then."""
+    dtype = getattr(torch, _name(classifier.config.dtype))  # text after the base model's `save_pretrained`
+    for name, module in classifier.named_modules():
+        if getattr(module, "compute_dtype", dtype) != dtype:
+            raise ValueError(
+                f"model must compute in {_name(dtype)}, in which it was loaded, got {_name(module.compute_dtype)} in "
+                f"{name}; load it with dtype=torch.{_name(module.compute_dtype)}"
+            )
+    return dtype
+
+
+def _floats(adapted: PeftModel, loaded: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+    """Name and tensor of all that is not quantised, and the dtype that `load_trained` first gives it."""
+    for name, one in chain(adapted.named_parameters(), adapted.named_buffers()):
+        if one.is_floating_point() and getattr(one, "quant_state", None) is None:
+            own = isinstance(one, torch.nn.Parameter) and "lora_" not in name and f".{HEAD}." not in name
+            yield name, one, loaded if own else torch.float32
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
