@@ -19,7 +19,16 @@ MUTATIONS = {
         "pooling.py", "(positions * attention_mask.bool()).argmax(-1)", "attention_mask.argmax(-1) * 0 - 1", PADDED
     ),
     "a row without a token has logits": mutation(
-        "pooling.py", 'float("nan")', "0.0", "test_pooling.py::test_a_row_without_a_token_is_no_number"
+        "pooling.py",
+        'float("nan")',
+        "0.0",
+        "test_pooling.py::test_a_row_without_a_token_is_no_number_in_compiled_code[left]",
+    ),
+    "a row without a token is not refused": mutation(
+        "pooling.py",
+        "if empty.any():",
+        "if False:",
+        "test_pooling.py::test_rows_without_a_token_are_refused[texts0-rows0-left]",
     ),
     "head frozen": mutation(
         "pooling.py",

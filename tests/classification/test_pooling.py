@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -67,10 +68,44 @@ def test_embeddings_instead_of_ids(loaded):
     assert (last - expected[1:2]).norm() <= 2e-6 * last.norm()
 
 
-def test_a_row_without_a_token_is_no_number(loaded):
-    model, tokenizer = loaded
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("texts, rows", [(["", "text"], [0]), (["text", "", "x", ""], [1, 3])])
+def test_rows_without_a_token_are_refused(loaded, side, texts, rows):
+    model, _ = loaded
+    given = batch(byte_tokenizer(padding_side=side), texts)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"])}
+    message = rf"^attention_mask must keep a token of each row, got none in rows {re.escape(str(rows))} of the batch; "
+    for inputs in (given, {"input_ids": given["input_ids"]}, {**embedded, "attention_mask": given["attention_mask"]}):
+        for labels in ({}, {"labels": torch.zeros(len(texts)).long()}):
+            with pytest.raises(ValueError, match=message):
+                model(**inputs, **labels)
     with torch.no_grad():
-        logits = model(**batch(tokenizer, ["", "text"])).logits
+        assert model(**batch(byte_tokenizer(padding_side=side), ["</s>", "text"])).logits.isfinite().all()
+
+
+def test_a_row_that_ends_in_the_cache_is_refused(loaded):
+    """The mask has tokens of the second row, but none of those that are new."""
+    model, tokenizer = loaded
+    given = batch(tokenizer, ["a text of two parts", "a te"])
+    with torch.no_grad():
+        cache = model(**{name: one[:, :4] for name, one in given.items()}, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"^attention_mask must keep a token .*, got none in rows \[1\] of"):
+            model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], past_key_values=cache)
+
+
+def test_a_mask_that_is_too_short_is_refused(loaded):
+    model, tokenizer = loaded
+    given = batch(tokenizer)
+    with pytest.raises(ValueError, match=r"^attention_mask must have 18 positions, got 17"):
+        model(given["input_ids"], attention_mask=given["attention_mask"][:, 1:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_without_a_token_is_no_number_in_compiled_code(loaded, side, monkeypatch):
+    model, _ = loaded
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        logits = model(**batch(byte_tokenizer(padding_side=side), ["", "text"])).logits
     assert logits[0].isnan().all() and logits[1].isfinite().all()
 
 

@@ -22,7 +22,8 @@ def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
     """Let a classifier take each row's logits at the last position of its attention mask.
 
     Without a mask, the tokens that are `pad_token_id` are masked. Only these positions are projected, by the head in
-    its own dtype also under autocast, and the loss is `ClassificationLoss`. A row without any token has logits NaN.
+    its own dtype also under autocast, and the loss is `ClassificationLoss`. A row without any token, as an empty text
+    gives, is a ValueError; in code that is compiled as a whole, its logits are NaN.
 
     Args:
         model: A `...ForSequenceClassification` of transformers with a linear `score`, changed in place.
@@ -81,6 +82,9 @@ def _pooling_class(cls: type) -> type:
         _check_training(self, labels)
         if past_key_values is None or attention_mask is not None:  # of a cache the ids do not say what is padding
             attention_mask = _mask(self, input_ids, attention_mask)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and given is not None:
+            _check_rows(attention_mask, given.shape[1])
         items = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         outputs = self.base_model(
             input_ids,
@@ -126,16 +130,32 @@ def _logits(model, hidden_states: torch.Tensor, attention_mask: torch.Tensor | N
     if attention_mask is None:
         pooled = hidden_states[:, -1]
     else:
-        length = hidden_states.shape[1]
-        if attention_mask.shape[1] < length:
-            raise ValueError(f"attention_mask must have {length} positions, got {attention_mask.shape[1]}")
-        attention_mask = attention_mask[:, -length:].to(hidden_states.device)  # before them are those of a KV cache
+        attention_mask = _newest(attention_mask, hidden_states.shape[1]).to(hidden_states.device)
         pooled = hidden_states[rows, last_positions(attention_mask)]  # [batch, hidden]
     with torch.autocast(hidden_states.device.type, enabled=False):
         logits = model.score(pooled.to(next(model.score.parameters()).dtype))
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask.bool().any(-1, keepdim=True), float("nan"))
     return logits
+
+
+def _newest(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The mask of the last `length` positions. Before them are those of a KV cache."""
+    return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def _check_rows(attention_mask: torch.Tensor, length: int) -> None:
+    """Refuse a mask that is too short, and rows without a token. It waits for the mask, so the layers run after it."""
+    if attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask must have {length} positions, got {attention_mask.shape[1]}")
+    if torch.compiler.is_compiling():
+        return
+    empty = ~_newest(attention_mask, length).bool().any(-1)  # [batch]
+    if empty.any():
+        raise ValueError(
+            f"attention_mask must keep a token of each row, got none in rows {empty.nonzero().flatten().tolist()} of "
+            "the batch; leave empty texts out, or add the end-of-text token to each text"
+        )
 
 
 def _check_training(model, labels: torch.Tensor | None) -> None:
