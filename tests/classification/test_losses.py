@@ -82,6 +82,27 @@ def test_missing_labels_do_not_count(problem_type):
     assert torch.equal(logits.grad != 0, known)
 
 
+@pytest.mark.parametrize("number", [None, 0, torch.tensor(0), 3, torch.tensor(3)], ids=str)
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize("rows", [6, 0])
+def test_without_a_label_that_counts_loss_and_gradients_are_zero(problem_type, number, rows):
+    logits, labels = _case(problem_type)
+    logits, labels = logits[:rows].requires_grad_(), torch.full_like(labels[:rows], -100)
+    weights = None if problem_type == REGRESSION else WEIGHTS
+    loss = classification_loss(logits, labels, problem_type, weights, number)
+    loss.backward()
+    assert loss.shape == () and loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_a_model_without_labels_that_count_keeps_its_weights(checkpoint):
+    model, tokenizer = classifier(checkpoint)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    loss = model(**batch(tokenizer), labels=torch.full((3,), -100)).loss
+    loss.backward()
+    torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1.0).step()
+    assert loss == 0 and all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_logits_are_upcast(dtype):
     logits, labels = _case(SINGLE)

@@ -67,6 +67,12 @@ MUTATIONS = {
     "a mean for each micro-batch": mutation(
         "losses.py", "valid.sum() if num_items_in_batch is None else num_items_in_batch", "valid.sum()", PARTS
     ),
+    "no label that counts divided by 0": mutation(
+        "losses.py",
+        "(number + ~valid.any())",
+        "number",
+        "test_losses.py::test_without_a_label_that_counts_loss_and_gradients_are_zero[6-single_label_classification-None]",
+    ),
     "divided by the weights": mutation(
         "losses.py",
         "    valid = labels != IGNORED\n",

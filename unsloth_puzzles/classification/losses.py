@@ -26,7 +26,8 @@ def classification_loss(
 ) -> torch.Tensor:
     """Cross entropy, binary cross entropy or squared error: the sum over the labels, divided by their number.
 
-    Labels of -100 do not count, in regression as well.
+    Labels of -100 do not count, in regression as well. Where no label counts, the loss is 0 and so are its gradients: a
+    batch without labels trains nothing. (PyTorch's mean is NaN, which would be the weights of the next step.)
 
     Args:
         logits: [batch, num_labels], a floating dtype; 16 bits are computed with in float32.
@@ -57,7 +58,7 @@ def classification_loss(
     number = valid.sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(number, torch.Tensor):
         number = number.to(logits.device)
-    return torch.where(valid, losses, 0).sum() / number
+    return torch.where(valid, losses, 0).sum() / (number + ~valid.any())  # 0 / 1 where none counts
 
 
 class ClassificationLoss:
