@@ -45,9 +45,11 @@ def test_labels_are_what_the_assistant_says(name, side):
 @pytest.mark.parametrize("name", EVERY)
 def test_without_marks_in_the_template_labels_are_the_same(name):
     processor, _ = fresh(name)
-    marked = VisionCollator(processor)(ROWS)
+    rows = [*ROWS, row(assistant("Good day."), user(None, "What is this?"), assistant("I see."), images=[(56, 56)])]
+    marked = VisionCollator(processor)(rows)
+    assert _said(processor, marked) == [*SAID, SAID[-1]]
     processor.chat_template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    assert _same(VisionCollator(processor)(ROWS), marked)
+    assert _same(VisionCollator(processor)(rows), marked)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -49,6 +49,52 @@ def test_assistant_is_found_without_marks(chat_template, said):
     assert [part.lstrip() for part in found] == said
 
 
+# As Qwen's: a prompt of the system that no message gave, and tools in it.
+SYSTEM_FIRST = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<s><|im_start|>system\nYou are Hello, an AI."
+    "{% for t in tools or [] %} {{ t.function.name }}{% endfor %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}" + BLOCKS + "{% endif %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "search"}}]}
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "search"}}]])
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        (assistant("Hello"), "Hello<|im_end|>\n"),
+        ({"role": "assistant", "content": "Hello"}, "Hello<|im_end|>\n"),
+        ({"role": "assistant", "content": "0"}, "0<|im_end|>\n"),
+        (CALL, "<call>search</call><|im_end|>\n"),
+        ({key: value for key, value in CALL.items() if key != "content"}, "<call>search</call><|im_end|>\n"),
+    ],
+)
+def test_nothing_before_a_first_turn_of_the_assistant_is_its_own(first, said, tools):
+    rows = {"messages": [first, user("Hello"), assistant("I see.")], "tools": tools}
+    found = _spans(_with(SYSTEM_FIRST), rows)
+    assert [part.rstrip() for part in found] == [said.rstrip(), "I see.<|im_end|>"]
+    alone = _spans(_with(SYSTEM_FIRST), {"messages": [first], "tools": tools})
+    assert [part.rstrip() for part in alone] == [said.rstrip()]
+
+
+def test_a_first_turn_of_the_assistant_in_other_templates():
+    rows = {"messages": [assistant("Hello"), user("Good day."), assistant("I see.")]}
+    assert _spans(_with(WORDS), rows) == ["Hello ", " I see. "]
+    assert _spans(_with(BRACKETS), rows) == ["Hello</s>", "I see.</s>"]
+    calls = "<s>{% for m in messages %}{{ '<call>' if m.tool_calls else m.content }}</s>{% endfor %}"
+    assert _spans(_with(calls), {"messages": [CALL]}) == ["<call></s>"]
+
+
+def test_a_first_turn_that_changes_what_stands_before_it_is_refused():
+    """A prompt of the system that depends on what follows it, so nothing says where the assistant begins."""
+    processor = _with("{{ messages[0].content | length }}: {% for m in messages %}{{ m.content }}\n{% endfor %}")
+    rows = {"messages": [{"role": "assistant", "content": "Good day."}]}
+    with pytest.raises(ValueError, match=r"processor must have a chat template that renders the messages of row 0 one"):
+        _spans(processor, rows)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     processor = _with(SYSTEM_LAST)
     assert _spans(processor, ONE) == ["A function of two arguments.</s>"]

@@ -50,6 +50,12 @@ MUTATIONS = {
     "images and placeholders not counted": mutation(
         "conversation.py", "!= len(images):", "is None:", "test_refusals.py::test_bad_rows_are_refused"
     ),
+    "all before a first turn of the assistant is a label": mutation(
+        "conversation.py",
+        "before = _before_first(processor, template, message, tools)",
+        'before = ""',
+        "test_conversation.py::test_a_first_turn_of_the_assistant_in_other_templates",
+    ),
     "None of Arrow kept": mutation(
         "conversation.py",
         "blocks = [{key: value for key, value in block.items() if value is not None} for block in content]",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 _MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -135,7 +136,10 @@ def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[
     for index, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = _render(processor, template, messages[:index], tools, prompt=True)[0] if index else ""
+        if index:
+            before = _render(processor, template, messages[:index], tools, prompt=True)[0]
+        else:
+            before = _before_first(processor, template, message, tools)
         after = _render(processor, template, messages[: index + 1], tools)[0]
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError(
@@ -148,6 +152,19 @@ def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[
             said = said.rstrip()
         spans.append((len(before), len(before) + len(said)))
     return spans
+
+
+def _before_first(processor, template: str, message: dict, tools) -> str:
+    """What stands before the content of a first message, as the system's prompt: what two contents have in common."""
+    blocks = isinstance(message.get("content"), list)
+    bare = {"role": message["role"]}  # calls of tools may stand in the place of the content
+    one, other = (
+        _render(
+            processor, template, [{**bare, "content": [{"type": "text", "text": said}] if blocks else said}], tools
+        )[0]
+        for said in ("0", "1")
+    )
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _check_text(text: str, messages: list[dict], where: str) -> None:
