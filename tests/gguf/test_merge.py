@@ -180,6 +180,59 @@ def test_what_cannot_be_merged_is_refused(make, message):
         merged_state_dict(make())
 
 
+def _tied(dtype, vocabulary, **options):
+    """Embeddings and head are one parameter, and PEFT ties what it trains of them."""
+    config = tiny_llama_config(64)
+    config.tie_word_embeddings, config.vocab_size = True, vocabulary
+    model = with_adapters(random_llama(config, "cpu", dtype), ensure_weight_tying=True, **options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model, LlamaForCausalLM(config).config
+
+
+@pytest.mark.parametrize("vocabulary", [96, 64])  # 64 is the hidden size
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "use_rslora": True},
+        {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tied_adapters_are_merged_as_the_model_computes_with_them(options, dtype, vocabulary):
+    model, config = _tied(dtype, vocabulary, **options)
+    names = ("lm_head", "model.embed_tokens")
+    saved = "modules_to_save" in options
+    merged = merged_state_dict(model)
+    assert merged.shared(*(f"{name}.weight" for name in names)) == saved
+    for name in names:
+        module = model.get_base_model().get_submodule(name)
+        if saved:  # of PEFT's own merge
+            expected = module.modules_to_save["default"].weight
+        else:  # PEFT's own merge adds the change to the shared parameter twice
+            expected = module.get_base_layer().weight.float() + module.get_delta_weight("default")
+        assert (merged[f"{name}.weight"] - expected).norm() <= 1e-6 * expected.norm(), name
+    if dtype == torch.float32:
+        expected = logits(model)
+        config.tie_word_embeddings = False
+        found = logits(loaded(merged, config))
+        assert (found - expected).norm() / expected.norm() < 1e-5
+    if saved:
+        found, expected = dict(merged), model.float().merge_and_unload().state_dict()
+        assert all(torch.equal(found[f"{name}.weight"], expected[f"{name}.weight"]) for name in names)
+
+
+def test_peft_merges_tied_adapters_twice():
+    """If this fails, PEFT merges them once, and the docstring of `merge` is to be changed."""
+    model, _ = _tied(torch.float32, 96, target_modules=["embed_tokens"])
+    head = model.get_base_model().lm_head
+    base, change = head.get_base_layer().weight.clone(), head.get_delta_weight("default")
+    assert (model.merge_and_unload().lm_head.weight - base - 2 * change).norm() <= 1e-5 * change.norm()
+
+
 def test_tied_weights_are_told_from_trained_copies():
     for options, shared in (
         ({}, True),

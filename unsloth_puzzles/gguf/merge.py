@@ -3,8 +3,9 @@
     merged = merged_state_dict(model)            # nothing is computed yet
     merged["model.layers.0.mlp.up_proj.weight"]  # float32, on the CPU
 
-`merge_and_unload` of PEFT quantises an NF4 weight again after the merge. That error is as large as what the adapters
-change. Here the result stays in float32, and the model is left as it is.
+`merge_and_unload` of PEFT quantises an NF4 weight again after the merge. That error can be as large as the change that
+the adapters make. Where `ensure_weight_tying` gives embeddings and head one LoRA, PEFT adds it to their shared weight
+twice. Here the result is what the adapted model computes with, in float32, and the model is left as it is.
 """
 
 import sys
@@ -77,7 +78,8 @@ class MergedStateDict(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
 
-def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Weight]]:
+def _weights(module: nn.Module, name: str, original: nn.Module | None = None) -> Iterator[tuple[str, Weight]]:
+    """Names and weights; `original` is the module of which `module` is a trained copy."""
     kind = _peft_kind(module)
     if kind == "lora":
         yield from _lora(module, name)
@@ -86,12 +88,13 @@ def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Weight]]:
         active = [] if module.disable_adapters else [one for one in module.active_adapters if one in _copies(module)]
         if len(active) > 1:
             raise ValueError(f"model must have one active copy of {name}, got {active}; activate one adapter")
-        yield from _weights(module.modules_to_save[active[0]] if active else module.original_module, name)
+        used = module.modules_to_save[active[0]] if active else module.original_module
+        yield from _weights(used, name, module.original_module)
         return
     if kind is not None:
         raise ValueError(f"model must have LoRA or DoRA adapters only, got {kind} in {name}; merge it yourself first")
     for own, parameter in module.named_parameters(recurse=False):
-        yield _joined(name, own), _weight(module, parameter, own, _joined(name, own))
+        yield _joined(name, own), _weight(module, parameter, own, _joined(name, own), original)
     for child, inner in module.named_children():
         yield from _weights(inner, _joined(name, child))
 
@@ -121,7 +124,9 @@ def _peft_kind(module: nn.Module) -> str | None:
     return None
 
 
-def _weight(module: nn.Module, parameter: torch.Tensor, own: str, name: str) -> Weight:
+def _weight(
+    module: nn.Module, parameter: torch.Tensor, own: str, name: str, original: nn.Module | None = None
+) -> Weight:
     if parameter.device.type == "meta":
         raise ValueError(f"model must be loaded, got {name} on the meta device; load it without offloading")
     state = getattr(parameter, "quant_state", None) or (
@@ -135,8 +140,11 @@ def _weight(module: nn.Module, parameter: torch.Tensor, own: str, name: str) -> 
         return NF4(parameter, state)
     if parameter.dtype not in FLOATS:
         raise ValueError(f"model must have NF4, float32, float16 or bfloat16 weights, got {parameter.dtype} in {name}")
-    if isinstance(module, nn.Linear) and own == "weight":
-        need = (module.out_features, module.in_features)
+    linear = (
+        module if original is None else original
+    )  # PEFT's copy of a tied head has right weights and swapped features
+    if isinstance(linear, nn.Linear) and own == "weight":
+        need = (linear.out_features, linear.in_features)
         if tuple(parameter.shape) != need:
             raise ValueError(f"model must have whole weights, got {tuple(parameter.shape)} for {need} in {name}; undo "
                              "what packs or shards it first")  # fmt: skip
