@@ -189,6 +189,30 @@ def _with_another_weight():
     return model, tokenizer
 
 
+def _qwen3(**settings):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from benchmarks.gguf.models import tokenizer
+
+    made = tokenizer("qwen2")
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=len(made), head_dim=16, num_key_value_heads=1, **small, **settings)
+    return Qwen3ForCausalLM(config), made
+
+
+def _with_an_output_bias(family):
+    model, processor = tiny(family)
+    attention = model.model.language_model.layers[1].self_attn
+    attention.o_proj.bias = torch.nn.Parameter(torch.ones(attention.o_proj.out_features))
+    return model, processor
+
+
+@pytest.mark.parametrize("make", [_qwen3, lambda: tiny("qwen3_vl")])
+def test_qwen3_without_biases_is_exported(make, tmp_path):
+    _, tensors = read(export_gguf(*make(), tmp_path, "f32", progress=False)[0])
+    assert not any(name.endswith(".bias") for name in tensors) and "blk.1.attn_output.weight" in tensors
+
+
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
 
 
@@ -217,6 +241,18 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0}
         (_changed("qwen2_5_vl", "vision", window_size=56), "window_size 112, got 56"),
         (_changed("qwen2_vl", "vision", hidden_act="gelu"), "hidden_act 'quick_gelu' in its tower, got 'gelu'"),
         (_changed("qwen3_vl", "text", num_hidden_layers=2), "more text layers than deepstack_visual_indexes"),
+        (
+            lambda: _qwen3(attention_bias=True),
+            r"no bias that the engine's qwen3 lacks, got model\.layers\.0\.self_attn\.q_pr",
+        ),
+        (
+            lambda: tiny("qwen3_vl", attention_bias=True),
+            r"qwen3vl lacks, got model\.language_model\.layers\.0\.self_attn\.",
+        ),
+        (
+            lambda: _with_an_output_bias("qwen2_vl"),
+            r"qwen2vl lacks, got .*\.layers\.1\.self_attn\.o_proj\.bias; take a",
+        ),
         (_broken(float("nan")), r"finite weights, got NaN or infinity in blk\.1\.ffn_up\.weight"),
         (_broken(1e6), r"hold the values of blk\.1\.ffn_up\.weight, .* got Q8_0; take bf16 or f32"),
     ],

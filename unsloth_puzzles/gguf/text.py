@@ -30,6 +30,10 @@ _LAYER = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+_EVERY = tuple(name for own, name in _LAYER.items() if own.endswith("_proj"))
+_QKV = ("attn_q", "attn_k", "attn_v")
+# the engine's architecture: which parts may have a bias. It does not load a file with another one.
+BIASES = {"llama": _EVERY, "qwen2": _QKV, "qwen2vl": _QKV, "qwen3": (), "qwen3vl": ()}
 
 
 def text_config(model: nn.Module):
@@ -73,7 +77,7 @@ def text_file(
         ValueError: a parameter or a setting that the engine's architecture does not have.
     """
     config = text_config(model)
-    names = _names(weights)
+    names = _names(weights, ARCHITECTURES[config.model_type])
     rows = weights.weight(names["token_embd.weight"]).shape[0]
     header = _header(model, config, quantization, rows)
     add_tokenizer(header, tokenizer, template, rows, _stops(model))
@@ -95,7 +99,7 @@ def text_file(
     return header, tensors
 
 
-def _names(weights: MergedStateDict) -> dict[str, str]:
+def _names(weights: MergedStateDict, architecture: str) -> dict[str, str]:
     """The file's name of each parameter of the text model, and the model's."""
     inner = "model.language_model." if any(name.startswith("model.language_model.") for name in weights) else "model."
     found = {}
@@ -107,6 +111,11 @@ def _names(weights: MergedStateDict) -> dict[str, str]:
             known = _TOP if layer is None else _LAYER
             if part not in known:
                 raise ValueError(f"model must have only weights that the engine has, got {own}")
+            if what == "bias" and known[part] not in BIASES[architecture]:
+                raise ValueError(
+                    f"model must have no bias that the engine's {architecture} lacks, got {own}; take a base model "
+                    "with attention_bias=False"
+                )
             found[f"{known[part]}.{what}" if layer is None else f"blk.{layer}.{known[part]}.{what}"] = own
         elif own == "lm_head.weight":
             if not weights.shared(own, f"{inner}embed_tokens.weight"):
