@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.models import EXPRESSIONS, FAMILIES, LLAMA3_ROPE, tiny, tokenizer
@@ -132,6 +133,17 @@ def test_engine_splits_text_as_the_tokenizer_does(pre, tmp_path):
     for one, ours in zip(found, asked, strict=True):
         equal, error = distance(one, answer(model, made, ours, 2))
         assert equal and error < 1e-5
+
+
+@pytest.mark.parametrize("content, normalized", [("qzq", True), ("qzq", False), ("x<|im_end|>y", False)])
+def test_engine_finds_added_tokens_where_the_tokenizer_does(content, normalized, tmp_path):
+    model, _ = tiny("llama")
+    made = tokenizer("smollm")
+    made.add_tokens([AddedToken(content, special=False, normalized=normalized)])
+    model.resize_token_embeddings(len(made), mean_resizing=False)
+    prompt = f"a{content}b {content} <|im_end|>"
+    (found,) = ask(*export_gguf(model, made, tmp_path, "f32"), [{"prompt": prompt}], tokens=1)
+    assert found.prompt_tokens == len(made(prompt)["input_ids"])
 
 
 @pytest.mark.parametrize("quantization, bound", [("f16", 5e-3), ("q8_0", 0.1), ("q4_k_m", 1.0), ("q5_0", 1.0)])

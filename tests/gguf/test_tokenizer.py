@@ -1,6 +1,7 @@
 """A tokenizer is known by the expression that splits its text, and refused where the engine would split otherwise."""
 
 import json
+import re
 
 import pytest
 from gguf import GGUFWriter, TokenType
@@ -107,9 +108,30 @@ def test_a_vocabulary_that_does_not_fit_is_refused():
         written(made, rows=len(made) - 1)
     with pytest.raises(ValueError, match="processor must have one chat template, got dict"):
         written(made, template={"default": "x"})
-    made.add_special_tokens({"additional_special_tokens": [AddedToken("<mask>", lstrip=True)]})
-    with pytest.raises(ValueError, match=r"no tokens that strip the text beside them, got \['<mask>'\]"):
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "content, flags, message",
+    [
+        ("<mask>", {"lstrip": True}, "strip the text beside them"),
+        ("<mask>", {"rstrip": True}, "strip the text beside them"),
+        ("word", {"single_word": True}, r"are whole words only \(single_word\)"),
+        ("a<|im_end|>", {"normalized": True}, r"contain others and are found after them \(normalized\)"),
+    ],
+)
+def test_added_tokens_that_the_engine_finds_elsewhere_are_refused(content, flags, message, special):
+    made = tokenizer("qwen2")
+    made.add_tokens([AddedToken(content, special=special, **flags)], special_tokens=special)
+    with pytest.raises(ValueError, match=rf"must have no tokens that {message}, got \['{re.escape(content)}'\]; add"):
         written(made)
+
+
+@pytest.mark.parametrize("content, normalized", [("word", True), ("word", False), ("a<|im_end|>", False)])
+def test_added_tokens_that_the_engine_finds_alike_are_written(content, normalized):
+    made = tokenizer("qwen2")
+    made.add_tokens([AddedToken(content, special=False, normalized=normalized)])
+    assert written(made)["ggml.tokens"][-1] == content
 
 
 def test_slow_and_unigram_tokenizers_are_refused():

@@ -32,7 +32,7 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
         stops: ids that end a generation; the tokenizer's own `eos_token_id` comes first.
 
     Raises:
-        ValueError: another kind of tokenizer; more tokens than rows; tokens that strip the text beside them.
+        ValueError: another kind of tokenizer; more tokens than rows; added tokens that the engine finds elsewhere.
     """
     description = json.loads(_backend(tokenizer).to_str())
     model = description["model"]
@@ -43,9 +43,7 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
         raise ValueError(f"processor must have at most {rows} tokens, as the embedding has rows, got {max(by_id) + 1}; "
                          "call model.resize_token_embeddings")  # fmt: skip
     added = {token["id"]: token for token in description["added_tokens"]}
-    stripping = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"]]
-    if stripping:
-        raise ValueError(f"processor must have no tokens that strip the text beside them, got {stripping[:3]}")
+    _check_added(list(added.values()))
     header.add_token_list([by_id.get(number, f"[PAD{number}]") for number in range(rows)])
     header.add_token_types([_type(number, by_id, added) for number in range(rows)])
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
@@ -66,6 +64,22 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
         if not isinstance(template, str):
             raise ValueError(f"processor must have one chat template, got {type(template).__name__}")
         header.add_chat_template(template)
+
+
+def _check_added(tokens: list[dict]) -> None:
+    """The engine finds an added token wherever its text is, a longer one first, and leaves the text beside it."""
+    contents = {token["content"] for token in tokens if not token["normalized"]}
+    for what, found in (
+        ("strip the text beside them", [one for one in tokens if one["lstrip"] or one["rstrip"]]),
+        ("are whole words only (single_word)", [one for one in tokens if one["single_word"]]),
+        (
+            "contain others and are found after them (normalized)",
+            [one for one in tokens if one["normalized"] and any(content in one["content"] for content in contents)],
+        ),
+    ):
+        if found:
+            listed = [one["content"] for one in found[:3]]
+            raise ValueError(f"processor must have no tokens that {what}, got {listed}; add them without that flag")
 
 
 def pre_name(description: dict) -> str:
