@@ -1,6 +1,7 @@
 """The files hold the merged weights in the engine's layout; what the engine cannot hold is refused before a file is."""
 
 import copy
+import os
 import warnings
 
 import gguf
@@ -125,6 +126,78 @@ def test_export_that_fails_leaves_no_file_and_keeps_the_old_one(tmp_path, monkey
         export_gguf(model, tokenizer, tmp_path, "f32", progress=False)
     assert [one.name for one in tmp_path.iterdir()] == ["model-f32.gguf"]
     assert (tmp_path / "model-f32.gguf").read_bytes() == b"old"
+
+
+def _old_files(folder):
+    old = {name: name.encode() for name in ("model-f32.gguf", "mmproj-f32.gguf", "Modelfile")}
+    for name, content in old.items():
+        (folder / name).write_bytes(content)
+    return old
+
+
+def _files(folder):
+    return {one.name: one.read_bytes() for one in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_projector_that_fails_keeps_the_old_text_model(error, tmp_path, monkeypatch):
+    model, processor = tiny("qwen2_vl")
+    old, encode, seen = _old_files(tmp_path), writer.encode, []
+
+    def failing(chunk, kind, name):
+        seen.append(name)
+        if name.startswith("v.blk.3"):
+            raise error
+        return encode(chunk, kind, name)
+
+    monkeypatch.setattr(writer, "encode", failing)
+    with pytest.raises(error):
+        export_gguf(model, processor, tmp_path, "f32", "f32", progress=False)
+    assert "token_embd.weight" in seen and _files(tmp_path) == old
+
+
+def test_files_get_their_names_when_all_are_whole(tmp_path, monkeypatch):
+    model, processor = tiny("qwen2_vl")
+    export_gguf(model, processor, tmp_path / "whole", "f32", "f32", progress=False)
+    whole, out, replace, renamed = _files(tmp_path / "whole"), tmp_path / "out", os.replace, []
+    out.mkdir()
+    old = _old_files(out)
+
+    def watched(source, target):
+        if not renamed:  # whoever is killed before this has the files of the earlier export
+            unfinished = {f"{name}.{os.getpid()}.unfinished": content for name, content in whole.items()}
+            assert _files(out) == {**old, **unfinished}
+        renamed.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(writer.os, "replace", watched)
+    export_gguf(model, processor, out, "f32", "f32", progress=False)
+    assert renamed == [*old] and _files(out) == whole
+
+
+@pytest.mark.parametrize(
+    "room",
+    [
+        lambda path: 64, lambda path: gguf.GGUFReader(path).data_offset - 1,  # the padding before the data is buffered
+        *(lambda path, missing=missing: path.stat().st_size - missing for missing in (200_000, 5000, 40, 1)),
+    ],
+    ids=["metadata", "padding", "200000", "5000", "40", "1"],
+)  # fmt: skip
+def test_disk_that_is_full_is_an_error_and_leaves_no_file(room, tmp_path):
+    resource = pytest.importorskip("resource")
+    model, tokenizer = tiny("llama")
+    path, _ = export_gguf(model, tokenizer, tmp_path / "whole", "f32", progress=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    old = _old_files(out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room(path), hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            export_gguf(model, tokenizer, out, "f32", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _files(out) == old
 
 
 def test_chunks_change_no_byte(tmp_path, monkeypatch):

@@ -60,6 +60,10 @@ MUTATIONS = {
         "writer.py", 'f"{path.name}.{os.getpid()}.unfinished"', "path.name",
         "test_export.py::test_export_that_fails_leaves_no_file_and_keeps_the_old_one",
     ),
+    "bytes that do not fit lost": mutation(
+        "writer.py", "file.write(np.ascontiguousarray(data))", "data.tofile(file)",
+        "test_export.py::test_disk_that_is_full_is_an_error_and_leaves_no_file[40]",
+    ),
     "fallback of K-quants left out": mutation(
         "quantization.py", "for one in (wanted, FALLBACK.get(wanted)):", "for one in (wanted,):",
         "test_quantization.py::test_rows_that_blocks_do_not_divide_fall_back",

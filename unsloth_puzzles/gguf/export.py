@@ -14,7 +14,7 @@ from unsloth_puzzles.gguf.merge import merged_state_dict
 from unsloth_puzzles.gguf.quantization import PROJECTORS, QUANTIZATIONS, check_quantization
 from unsloth_puzzles.gguf.text import text_config, text_file
 from unsloth_puzzles.gguf.vision import KINDS, vision_file
-from unsloth_puzzles.gguf.writer import write
+from unsloth_puzzles.gguf.writer import named_at_the_end, write
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -30,9 +30,9 @@ def export_gguf(
 ) -> tuple[Path, Path | None]:
     """Write a model of transformers, with its active adapters merged in float32, as GGUF.
 
-    The model is left as it is. Tensors are read, merged, quantised and written a chunk of rows at a time. A file gets
-    its name when it is whole. Vectors are kept in float32. Rows that a type's blocks do not divide are kept in another
-    type (see `quantization.FALLBACK`; at last F16), and a warning counts them.
+    The model is left as it is. Tensors are read, merged, quantised and written a chunk of rows at a time. All files get
+    their names when all are whole. Vectors are kept in float32. Rows that a type's blocks do not divide are kept in
+    another type (see `quantization.FALLBACK`; at last F16), and a warning counts them.
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, LLaVA (CLIP or SigLIP tower), Qwen2-VL, Qwen2.5-VL or Qwen3-VL in 4 (NF4)
@@ -52,6 +52,7 @@ def export_gguf(
         ValueError: naming what the engine or the file cannot hold: the architecture, a setting or a parameter of it,
             the tokenizer, adapters that cannot be merged, values out of range.
         ImportError: a K-quant without `libgguf`.
+        OSError: a file cannot be written, as on a full disk. None is left, and those of an earlier export stay.
     """
     from tqdm import tqdm
 
@@ -73,12 +74,15 @@ def export_gguf(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"model-{quantization}.gguf", folder / f"mmproj-{projector}.gguf" if vision else None
-    files = [(path, *file) for path, file in zip(paths, (text, vision), strict=True) if path is not None]
-    total = sum(tensor.bytes for _, _, tensors in files for tensor in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="GGUF", disable=not progress) as bar:
-        for path, header, tensors in files:
+    files = [file for file in (text, vision) if file is not None]
+    total = sum(tensor.bytes for _, tensors in files for tensor in tensors)
+    with (
+        named_at_the_end([*(path for path in paths if path is not None), folder / "Modelfile"]) as unfinished,
+        tqdm(total=total, unit="B", unit_scale=True, desc="GGUF", disable=not progress) as bar,
+    ):
+        for path, (header, tensors) in zip(unfinished, files, strict=False):
             write(path, header, tensors, bar.update)
-    _write_modelfile(folder / "Modelfile", paths, tokenizer)
+        _write_modelfile(unfinished[-1], paths, tokenizer)
     return paths
 
 

@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,17 +40,38 @@ class Tensor:
         return rows * row_bytes(self.type, columns)
 
 
-def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advance: Callable[[int], None]) -> None:
-    """Write a file under a temporary name, and give it its own name when it is whole.
+@contextmanager
+def named_at_the_end(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Give files their names one right after the other when all of them are whole, so that they belong together.
 
     Args:
-        path: the file. One that is there is replaced at the end.
+        paths: the files. Those that are there are replaced at the end.
+
+    Yields:
+        Temporary paths in the same folders, to be written. They are removed if anything is raised.
+    """
+    unfinished = [path.with_name(f"{path.name}.{os.getpid()}.unfinished") for path in paths]
+    try:
+        yield unfinished
+        for temporary, path in zip(unfinished, paths, strict=True):
+            os.replace(temporary, path)
+    finally:
+        for temporary in unfinished:
+            temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advance: Callable[[int], None]) -> None:
+    """Write a file. What was written stays if anything is raised: see `named_at_the_end`.
+
+    Args:
+        path: the file.
         header: holds the metadata; opened for no file yet.
         tensors: in the order of the file.
         advance: is told the number of bytes after each chunk.
 
     Raises:
-        ValueError: values that are not finite, or not in the type's range; the file is not written then.
+        ValueError: values that are not finite, or not in the type's range.
+        OSError: the file cannot be written, as on a full disk.
         RuntimeError: `gguf` has laid out the file otherwise than assumed.
     """
     if sys.byteorder != "little":
@@ -57,9 +79,8 @@ def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advanc
     for tensor in tensors:
         shape, any_float = tensor.source.shape, np.dtype(np.float32)  # the type decides; of uint8 it would be in bytes
         header.add_tensor_info(tensor.name, shape, any_float, tensor.bytes, raw_dtype=tensor.type)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        header.write_header_to_file(unfinished)
+    with closing(header):
+        header.write_header_to_file(path)
         header.write_kv_data_to_file()
         header.write_ti_data_to_file()
         (file,) = header.fout
@@ -68,17 +89,12 @@ def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advanc
             for chunk in tensor.source.chunks(tensor.multiple):
                 _check_finite(chunk, tensor.name)
                 data = encode(chunk if tensor.change is None else tensor.change(chunk), tensor.type, tensor.name)
-                data.tofile(file)
+                file.write(np.ascontiguousarray(data))  # `tofile` is silent if its last bytes do not fit on the disk
                 advance(data.nbytes)
             expected += tensor.bytes
             if file.tell() != expected:
                 raise RuntimeError(f"{tensor.name} must take {tensor.bytes} bytes, got a file of {file.tell()}")
             expected = _pad(file, header.data_alignment)
-        header.close()
-        os.replace(unfinished, path)
-    finally:
-        header.close()
-        unfinished.unlink(missing_ok=True)
 
 
 def _pad(file, alignment: int) -> int:
