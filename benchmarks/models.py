@@ -107,8 +107,8 @@ def load_llama(
 ) -> tuple[PreTrainedModel, str]:
     """A 4-bit Llama (or not: `four_bit`) and its weights' source: "real weights, NAME" or "random weights, seed N".
 
-    `path_or_name` is a local directory or a name on the hub, by default Llama 3.2 1B's ungated mirror. If it cannot be
-    had (no network, no access, no such directory), a warning says why and the model is `random_nf4_llama` (or
+    `path_or_name` is a local directory or a name on the hub, by default Llama 3.2 1B's ungated mirror. If it is
+    not available (no network, no access, no such directory), a warning says why and the model is `random_nf4_llama` (or
     `random_llama`) of `config` (Llama 3.2 1B by default).
     """
     name = path_or_name or MIRROR
@@ -117,7 +117,7 @@ def load_llama(
         return _load(name, device, dtype, four_bit), f"real weights, {name}"
     except OSError as refusal:  # so transformers reports a missing file, a gate and no network alike
         reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        warnings.warn(f"RANDOM WEIGHTS, for {name} is not to be had: {reason}", stacklevel=2)
+        warnings.warn(f"RANDOM WEIGHTS, because {name} is not available: {reason}", stacklevel=2)
     make = random_nf4_llama if four_bit else random_llama
     return make(config or llama_1b_config(), device, dtype, seed), f"random weights, seed {seed}"
 

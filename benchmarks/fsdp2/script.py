@@ -15,7 +15,7 @@ from benchmarks.models import hub_refuses, tiny_llama_config
 SCRIPT, ON_CPU = "unsloth_puzzles.fsdp2.train", "benchmarks.fsdp2.on_cpu"
 MODEL = "unsloth/Meta-Llama-3.1-8B-bnb-4bit"
 DISK_GB = 7  # the checkpoint has 5.7
-LAYERS = 4  # of the architecture, where the checkpoint is not to be had
+LAYERS = 4  # of the architecture, where the checkpoint is not available
 STEPS, LENGTH = 60, 512
 ONE, REGROUPED, TWO = "one GPU, 2 rows", "one GPU, 2 x 1 rows", "two GPUs, 1 row each"
 RUNS = {  # flags

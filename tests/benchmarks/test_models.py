@@ -77,7 +77,7 @@ def test_a_seed_decides_the_weights_that_are_not_quantised():
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(one.get_parameter(name), same.get_parameter(name))
     assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
-    with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for no/such directory"):
+    with pytest.warns(UserWarning, match="^RANDOM WEIGHTS, because no/such directory is not available: "):
         fallback, provenance = load_llama(
             "no/such directory", device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=1, four_bit=False
         )
@@ -90,12 +90,12 @@ def test_no_weights_is_said_aloud(name, monkeypatch):
     models.hub_refuses.cache_clear()
     monkeypatch.setattr(models.constants, "ENDPOINT", "http://localhost:9")  # nobody listens there
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
-    with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for") as caught:
+    with pytest.warns(UserWarning, match="^RANDOM WEIGHTS, because .* is not available: ") as caught:
         model, provenance = load_llama(name, device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=3)
     assert (name or models.MIRROR) in str(caught[0].message)
     assert provenance == "random weights, seed 3"
     asked = models.hub_refuses.cache_info().misses
-    with pytest.warns(UserWarning, match="RANDOM WEIGHTS, for"):
+    with pytest.warns(UserWarning, match="^RANDOM WEIGHTS, because .* is not available: "):
         load_llama(name, device=DEVICE, dtype=torch.float32, config=tiny_llama_config(), seed=3)
     assert models.hub_refuses.cache_info().misses == asked  # the hub is asked once a process
     models.hub_refuses.cache_clear()
