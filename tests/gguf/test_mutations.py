@@ -36,11 +36,6 @@ MUTATIONS = {
         "used = module.original_module",
         f"{LOGITS}[{{'modules_to_save': ['embed_tokens', 'lm_head']}}-32]",
     ),
-    "features of a tied copy": mutation(
-        "merge.py", "module if original is None else original", "module",
-        "test_merge.py::test_tied_adapters_are_merged_as_the_model_computes_with_them"
-        "[{'modules_to_save': ['lm_head']}-dtype0-96]",
-    ),
     "merged adapters merged again": mutation(
         "merge.py", "if layer.merged:", "if False:",
         "test_merge.py::test_merged_16_bit_adapters_are_not_merged_twice",
