@@ -126,13 +126,13 @@ def load_trained(
     saved["dtype"], cast = getattr(torch, saved["dtype"]), saved.pop("cast", {})
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     base = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    model, tokenizer = load_classifier(base, saved.pop("labels"), **{**saved, "tokenizer": tokenizer, **options})
+    given = {**saved, "tokenizer": tokenizer, **options}
+    model, tokenizer = load_classifier(base, given.pop("labels"), **given)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     _prepare_head(adapted, trained=trainable)
-    if options.get("dtype") in (None, saved["dtype"]):
-        for one_name, one, _ in _floats(adapted, saved["dtype"]):
-            if one_name in cast:
-                one.data = one.data.to(getattr(torch, cast[one_name]))
+    if given["dtype"] == saved["dtype"]:
+        for tensor_name, tensor, dtype in _floats(adapted, saved["dtype"]):
+            tensor.data = tensor.data.to(getattr(torch, cast.get(tensor_name, _name(dtype))))
     return adapted.train(trainable), tokenizer
 
 
