@@ -1,6 +1,7 @@
-"""Check the arguments of a call against the JSON schema that `transformers.utils.get_json_schema` makes of a function.
+"""Check the arguments of a call against the JSON schema of a function.
 
-That schema uses `nullable`, which is not a keyword of JSON Schema, so a general validator would let it through.
+That schema uses `nullable`, as that of `transformers.utils.get_json_schema` does. It is no keyword of JSON Schema, so a
+general validator would refuse every null.
 """
 
 import json
@@ -8,6 +9,10 @@ import math
 
 MAX_DIGITS = 30  # of an integer: a longer one is no count or price, and arithmetic on it may never end
 MAX_CHARACTERS = 2000  # of all arguments of a call, as JSON
+_KINDS = {
+    "null": type(None), "boolean": bool, "integer": int, "number": (int, float), "string": str, "array": list,
+    "object": dict,
+}  # fmt: skip
 
 
 def checked_arguments(name: str, parameters: dict, arguments: object) -> dict:
@@ -37,32 +42,46 @@ def checked_arguments(name: str, parameters: dict, arguments: object) -> dict:
     for key in required:
         if key not in arguments:
             raise ValueError(f"arguments of {name} must contain {key}, got {', '.join(arguments) or 'none'}")
-    checked = {key: _checked(f"{name}.{key}", properties[key], value) for key, value in arguments.items()}
+    try:
+        checked = {key: checked_value(f"{name}.{key}", properties[key], value) for key, value in arguments.items()}
+    except RecursionError:
+        raise ValueError(f"arguments of {name} must be nested less deeply, got more levels than Python takes") from None
     if (size := len(json.dumps(arguments))) > MAX_CHARACTERS:
         raise ValueError(f"arguments of {name} must have at most {MAX_CHARACTERS} characters, got {size}")
     return checked
 
 
-def _checked(where: str, schema: dict, value: object) -> object:
-    if value is None and (schema.get("nullable") or schema.get("type") == "null"):
+def checked_value(where: str, schema: dict, value: object) -> object:
+    """A value of the type that the schema asks for, as `checked_arguments` has it.
+
+    Args:
+        where: What the value is, for the message.
+        schema: Of the value; {} takes all that JSON can write.
+        value: What the model gave.
+
+    Raises:
+        ValueError: The value does not fit.
+    """
+    if value is None and schema.get("nullable"):
         return None
+    if "enum" in schema and not any(_equal(value, one) for one in schema["enum"]):
+        raise ValueError(f"{where} must be one of {_choices(schema)}, got {_shown(value)}")
     if "anyOf" in schema:
         return _any_of(where, schema["anyOf"], value)
-    kinds = schema.get("type")
+    kinds = schema.get("type", list(_KINDS))
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    kind = next((one for one in kinds if one is None or _is(one, value)), "")
-    if kind == "":
+    kind = next((one for one in kinds if _is(one, value)), None)
+    if kind is None:
         raise ValueError(f"{where} must be of type {' or '.join(kinds)}, got {_shown(value)}")
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_DIGITS:
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
         raise ValueError(f"{where} must have at most {MAX_DIGITS} digits, got more")
-    if "enum" in schema and not any(value == one and type(value) is type(one) for one in schema["enum"]):
-        raise ValueError(f"{where} must be one of {_choices(schema)}, got {_shown(value)}")
     if kind == "number":
         return float(value)
     if kind == "array":
         return _array(where, schema, value)
-    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
-        return {key: _checked(f"{where}.{key}", schema["additionalProperties"], one) for key, one in value.items()}
+    if kind == "object":
+        of_values = schema.get("additionalProperties", {})
+        return {key: checked_value(f"{where}.{key}", of_values, one) for key, one in value.items()}
     return value
 
 
@@ -71,18 +90,21 @@ def _array(where: str, schema: dict, value: list) -> list | tuple:
         items = schema["prefixItems"]
         if len(items) != len(value):
             raise ValueError(f"{where} must have {len(items)} items, got {len(value)}")
-        return tuple(_checked(f"{where}[{n}]", *pair) for n, pair in enumerate(zip(items, value, strict=True)))
-    return [_checked(f"{where}[{n}]", schema.get("items", {}), one) for n, one in enumerate(value)]
+        return tuple(checked_value(f"{where}[{n}]", *pair) for n, pair in enumerate(zip(items, value, strict=True)))
+    return [checked_value(f"{where}[{n}]", schema.get("items", {}), one) for n, one in enumerate(value)]
 
 
 def _any_of(where: str, schemas: list[dict], value: object) -> object:
-    refusals = []
+    """The value by the first schema that changes nothing, or else by the first that it fits: 3 stays an integer."""
+    fitting, refusals = [], []
     for schema in schemas:
         try:
-            return _checked(where, schema, value)
+            fitting.append(checked_value(where, schema, value))
         except ValueError as refusal:
             refusals.append(str(refusal))
-    raise ValueError("; or ".join(refusals))
+    if not fitting:
+        raise ValueError("; or ".join(refusals))
+    return next((one for one in fitting if json.dumps(one) == json.dumps(value)), fitting[0])
 
 
 def _is(kind: str, value: object) -> bool:
@@ -90,8 +112,13 @@ def _is(kind: str, value: object) -> bool:
         return kind == "boolean"
     if isinstance(value, float) and not math.isfinite(value):
         return False
-    kinds = {"integer": int, "number": (int, float), "string": str, "array": list, "object": dict}
-    return kind in kinds and isinstance(value, kinds[kind])
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return False
+    return isinstance(value, _KINDS.get(kind, ()))
+
+
+def _equal(value: object, choice: object) -> bool:
+    return value == choice and isinstance(value, bool) == isinstance(choice, bool)
 
 
 def _choices(schema: dict) -> str:

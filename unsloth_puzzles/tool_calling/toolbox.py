@@ -14,15 +14,13 @@ toolbox.call("add", {"a": 3, "b": 4})       # Result(name='add', content='7', fa
 toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must contain b, got a'
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
 from unsloth_puzzles.tool_calling.isolation import run_isolated
-
-_TYPES = {int, float, str, bool, type(None), dict, Any}  # a list without the type of its items becomes an object
+from unsloth_puzzles.tool_calling.schemas import function_schema
 
 
 class Result(NamedTuple):
@@ -52,8 +50,8 @@ class ToolBox:
 
     Raises:
         TypeError: What is given is no function, or it is asynchronous.
-        ValueError: Two functions have one name; a parameter has no type hint, no description, or cannot be given by
-            name; a limit is not positive; the system is not Linux.
+        ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
+            positive; the system is not Linux.
     """
 
     def __init__(self, functions: Iterable[Callable], *, seconds: float = 2.0, max_characters: int = 1000):
@@ -66,7 +64,7 @@ class ToolBox:
         self._functions: dict[str, Callable] = {}
         self._schemas: dict[str, dict] = {}
         for function in functions:
-            schema = _schema(function)
+            schema = function_schema(function)
             name = schema["function"]["name"]
             if name in self._functions:
                 raise ValueError(f"functions must have different names, got {name} twice")
@@ -126,39 +124,3 @@ class ToolBox:
 def failure(name: object, reason: str) -> Result:
     """The result of a call that failed."""
     return Result(name if isinstance(name, str) else "unknown", f"error: {reason}", True)
-
-
-def _schema(function: Callable) -> dict:
-    from transformers.utils import get_json_schema
-    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-
-    if not callable(function) or not hasattr(function, "__name__"):
-        raise TypeError(f"functions must be functions, got {type(function).__name__}")
-    name = function.__name__
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(f"functions must not be asynchronous, got {name}")
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ValueError(f"parameters of {name} must be given by name, got {parameter}")
-    try:
-        schema = get_json_schema(function)
-    except (DocstringParsingException, TypeHintParsingException) as refusal:
-        raise ValueError(
-            f"function must have type hints and a docstring with Args, got {name}: {refusal.args[0]}"
-        ) from None
-    for parameter, hint in get_type_hints(function).items():
-        if parameter != "return" and (unknown := _types(hint) - _TYPES):
-            names = ", ".join(sorted(getattr(each, "__name__", str(each)) for each in unknown))
-            raise ValueError(
-                f"type hints of {name} must be of JSON's types (list[int], not list), got {names} for {parameter}"
-            )
-    schema["function"].pop("return", None)  # no template shows it
-    return schema
-
-
-def _types(hint: object) -> set:
-    """The types that a hint is made of. A type that JSON lacks would become "object" in the schema."""
-    if get_origin(hint) is Literal:
-        return set()
-    parts = get_args(hint)
-    return set().union(*map(_types, parts)) if parts else {hint}
