@@ -70,6 +70,8 @@ def misbehave(how: str) -> object:
         return {1}
     if how == "nan":
         return float("nan")
+    if how == "infinite":
+        return {"values": [1.0, float("-inf")]}
     if how == "read":
         return open(__file__).read()
     if how == "connect":

@@ -86,7 +86,12 @@ def test_two_calls_in_a_turn_are_answered_in_order():
         (say('{"name": "add", "arguments": {}}'), "error: arguments of add must contain a, got none"),
         (say('{"name": "add", "arguments": {"a": "3"}}'), "error: add.a must be of type integer"),
         (say('{"name": "add", "arguments": {"a": 3, "c": 4}}'), "error: arguments of add must be among these: a, b"),
+        (say('{"name": "add", "arguments": {"a": 1e999}}'), "got invalid JSON: numbers must be finite, got 1e999"),
         (say('{"name": "misbehave", "arguments": {"how": "raise"}}'), "error: misbehave: KeyError: 'lost'"),
+        (
+            say('{"name": "misbehave", "arguments": {"how": "nan"}}'),
+            "error: misbehave: must return a text or a value of",
+        ),
     ],
 )
 def test_errors_are_shown_to_the_model_which_may_try_again(bad, message):

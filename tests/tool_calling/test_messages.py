@@ -69,6 +69,23 @@ def test_conversations_out_of_form_are_refused(messages, message):
         tokenize_conversation(tokenizer(), messages, BOX)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ('{"a": 1e999}', "must be an object or its JSON, got .*: numbers must be finite, got 1e999"),
+        ('{"a": NaN}', "must be an object or its JSON, got .*: numbers must be finite, got NaN"),
+        ('{"a": 1, "a": 2}', "must be an object or its JSON, got .*: keys must differ"),
+        ({"a": [float("inf")]}, "must be values of JSON, got some that are not: Out of range float"),
+        ({"a": {1, 2}}, "must be values of JSON, got some that are not: Object of type set"),
+    ],
+)
+def test_arguments_that_json_lacks_are_refused_even_of_a_call_that_failed(arguments, message):
+    messages = edited(2, tool_calls=[{"function": {"name": "add", "arguments": arguments}}])
+    messages[3]["content"] = "error: no"
+    with pytest.raises(ValueError, match=rf"^arguments in messages\[2\] {message}"):
+        tokenize_conversation(tokenizer(), messages, BOX)
+
+
 def test_a_call_that_failed_need_not_fit():
     messages = edited(2, tool_calls=[call("sum", a="3")])
     messages[3]["content"] = "error: name of a tool must be one of: add, describe; got 'sum'"

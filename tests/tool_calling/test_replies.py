@@ -21,6 +21,11 @@ def test_calls_and_what_is_said_before_them():
     )
 
 
+def test_numbers_that_are_finite_are_read():
+    text = ADD.replace("3", "[1e308, -0.5, 1e-999, " + "[" * 40 + "]" * 40 + "]")
+    assert read_tagged(text).calls[0].arguments["a"][:3] == [1e308, -0.5, 0.0]
+
+
 def test_call_of_llama():
     text = '{"name": "add", "parameters": {"a": 3}}'
     assert read_bare(text) == read_bare(f"<|python_tag|>{text}") == Reply("", (Call("add", {"a": 3}),))
@@ -39,10 +44,15 @@ def test_call_of_llama():
         ('{"name": "add", "arguments": "{}"}', "and arguments '{}'"),
         ('{"name": "add", "arguments": null}', "and arguments None"),
         ('{"name": "add", "arguments": {"a": NaN}}', "numbers must be finite, got NaN"),
+        ('{"name": "add", "arguments": {"a": [Infinity]}}', "numbers must be finite, got Infinity"),
+        ('{"name": "add", "arguments": {"a": -Infinity}}', "numbers must be finite, got -Infinity"),
+        ('{"name": "add", "arguments": {"a": 1e999}}', "numbers must be finite, got 1e999"),
+        ('{"name": "add", "arguments": {"a": {"b": -1.5e400}}}', "numbers must be finite, got -1.5e400"),
         ('{"name": "add", "arguments": {"a": 1, "a": 2}}', "keys must differ"),
         ('{"name": "add", "arguments": {"a": "\\ud800"}}', "surrogates not allowed"),
         ('{"name": "add", "arguments": {"a": ' + "9" * 5000 + "}}", "got invalid JSON"),
-        ('{"name": "add", "arguments": ' + '{"a":' * 50000, "got invalid JSON"),
+        ('{"name": "add", "arguments": ' + '{"a":' * 50000, "nested at most 50 levels deep, got more"),
+        ('{"name": "add", "arguments": {"a": ' + "[" * 600 + "]" * 600 + "}}", "nested at most 50 levels deep"),
     ],
 )
 def test_a_call_that_cannot_be_read_is_an_error(body, message):
@@ -73,3 +83,7 @@ def test_calls_out_of_form_are_errors(text, message):
 def test_a_reply_of_llama_that_begins_like_a_call_is_one(text):
     reply = read_bare(text)
     assert reply.calls == () and "a tool call must be one JSON object" in reply.error and reply.content == text
+
+
+def test_a_call_of_llama_with_infinity_is_an_error():
+    assert "numbers must be finite, got 1e999" in read_bare('{"name": "add", "parameters": {"a": 1e999}}').error

@@ -89,6 +89,7 @@ def test_nothing_but_the_registered_functions_is_called(name):
         ("long", "must return at most 1000 characters, got 1001"),
         ("set", "must return a text or a value of JSON, got set"),
         ("nan", "must return a text or a value of JSON, got float"),
+        ("infinite", "must return a text or a value of JSON, got dict"),
         ("read", "must use no files, network, processes or generated code, got open"),
         ("connect", "must use no files, network, processes or generated code, got "),
         ("shell", "must use no files, network, processes or generated code, got os.system"),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
 from unsloth_puzzles.tool_calling.formats import ChatFormat
+from unsloth_puzzles.tool_calling.replies import parsed_json
 
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")
@@ -124,9 +125,15 @@ def _call(where: str, call: object) -> _Call:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise ValueError(f"arguments in {where} must be an object or its JSON, got {arguments!r:.60}") from None
+            arguments = parsed_json(arguments)
+        except ValueError as error:
+            raise ValueError(
+                f"arguments in {where} must be an object or its JSON, got {arguments!r:.60}: {error}"
+            ) from None
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments in {where} must be an object, got {type(arguments).__name__}")
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"arguments in {where} must be values of JSON, got some that are not: {error}") from None
     return _Call(function["name"], arguments, call.get("id"))

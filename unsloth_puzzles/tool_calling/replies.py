@@ -1,10 +1,12 @@
 """Read the tool calls of a reply. A call that cannot be read is an error for the model, not an answer."""
 
 import json
+import math
 import re
 from typing import NamedTuple
 
 MAX_CALLS = 8  # in one reply
+MAX_LEVELS = 50  # of lists and objects in each other: a template writes them by recursion
 
 
 class Call(NamedTuple):
@@ -69,15 +71,39 @@ def _bounded(text: str, content: str, calls: list[Call]) -> Reply:
 def _call(text: str, key: str) -> Call:
     form = f'a tool call must be one JSON object {{"name": ..., "{key}": {{...}}}}'
     try:
-        found = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is a text that nothing can write
-    except (ValueError, RecursionError) as error:
+        found = parsed_json(text)
+    except ValueError as error:
         raise ValueError(f"{form}, got invalid JSON: {error}") from None
     if not isinstance(found, dict) or set(found) != {"name", key}:
         raise ValueError(f"{form}, got {sorted(found) if isinstance(found, dict) else type(found).__name__}")
     if not isinstance(found["name"], str) or not isinstance(found[key], dict):
         raise ValueError(f"{form}, got name {found['name']!r:.40} and {key} {found[key]!r:.40}")
     return Call(found["name"], found[key])
+
+
+def parsed_json(text: str) -> object:
+    """The value of a JSON text, which can be written again as it is.
+
+    Args:
+        text: What `json.loads` takes.
+
+    Raises:
+        ValueError: It is no JSON, a number is not finite, keys repeat, or it is nested too deeply.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant, parse_float=_finite)
+        deep = _levels(found) > MAX_LEVELS
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError(f"values must be nested at most {MAX_LEVELS} levels deep, got more")
+    json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is a text that nothing can write
+    return found
+
+
+def _levels(value: object) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, inside), default=0)
 
 
 def _no_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -89,3 +115,9 @@ def _no_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"numbers must be finite, got {name}")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):  # 1e999
+        raise ValueError(f"numbers must be finite, got {text:.40}")
+    return value
