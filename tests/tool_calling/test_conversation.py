@@ -1,5 +1,6 @@
 """The loop, driven by a model that says what the test has written down, and by a tiny random one."""
 
+import copy
 import json
 
 import pytest
@@ -169,6 +170,38 @@ def test_batches_say_what_each_says_alone(llama):
     for one, box, found in zip(messages, boxes, together, strict=True):
         assert found == run_conversation(llama, tokenizer(), one, box, **options)
     assert len({found.messages[1]["content"] for found in together}) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True},
+        {"do_sample": True, "num_return_sequences": 2, "temperature": 9.0, "top_k": 3, "min_p": 0.1},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 3.0, "early_stopping": True},
+        {"max_length": 5, "min_length": 400, "max_time": 0.0, "stop_strings": ["a"], "cache_implementation": "static"},
+        {"no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 9.0},
+        {"suppress_tokens": list(range(6, 100)), "sequence_bias": [[[5], 100.0]], "forced_eos_token_id": 5},
+        {"guidance_scale": 3.0, "exponential_decay_length_penalty": (1, 100.0), "repetition_penalty": 9.0},
+    ],
+)
+def test_the_models_own_generation_config_changes_no_reply(llama, settings, monkeypatch):
+    options = {"max_turns": 1, "max_new_tokens": 8}
+    expected = run_conversation(llama, tokenizer(), ASK, BOX, **options)
+    own = copy.deepcopy(llama.generation_config)
+    for name, value in settings.items():
+        setattr(own, name, value)
+    before = own.to_dict()
+    monkeypatch.setattr(llama, "generation_config", own)
+    assert run_conversation(llama, tokenizer(), ASK, BOX, **options) == expected
+    assert llama.generation_config.to_dict() == before
+
+
+def test_a_generation_config_that_contradicts_itself_is_refused_by_name(llama, monkeypatch):
+    own = copy.deepcopy(llama.generation_config)
+    own.num_return_sequences = 2  # greedily
+    monkeypatch.setattr(llama, "generation_config", own)
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        run_conversation(llama, tokenizer(), ASK, BOX)
 
 
 @pytest.mark.parametrize(

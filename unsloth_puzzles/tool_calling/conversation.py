@@ -53,7 +53,9 @@ def run_conversation(
     format: str | ChatFormat = "qwen2.5",
     max_new_tokens: int = 128,
 ) -> Conversation:
-    """Let a model answer, with calls of tools as it asks for them. Decoding is greedy.
+    """Let a model answer, with calls of tools as it asks for them.
+
+    Decoding is greedy, whatever the model's `generation_config` says.
 
     Args:
         model: A causal LM of transformers, in evaluation mode during the call.
@@ -167,24 +169,32 @@ def _generate(model, encoder: ChatEncoder, prompts: list[list[int]], max_new_tok
     pad = encoder.stop if pad is None else pad
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    settings = _defaults(model) | {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "repetition_penalty": 1.0,  # arguments repeat the question
+        "use_cache": True,
+        "eos_token_id": encoder.stops,
+        "pad_token_id": pad,
+    }
     was_training = model.training
     model.eval()
     try:
-        generated = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # arguments repeat the question
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            eos_token_id=encoder.stops,
-            pad_token_id=pad,
-        )
+        generated = model.generate(input_ids=ids, attention_mask=mask, **settings)
     finally:
         if was_training:
             model.train()
     return [row[width:].tolist() for row in generated]
+
+
+def _defaults(model) -> dict:
+    """Of all that the model's own generation config sets: a bias or a limit there would change the replies."""
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        return {}
+    defaults = type(own)().to_dict()
+    different = [key for key, value in own.to_dict().items() if value != defaults.get(key)]
+    return {key: defaults.get(key) for key in different if key not in ("_from_model_config", "transformers_version")}
