@@ -66,6 +66,24 @@ MUTATIONS = {
         "[1] * width",
         "test_conversation.py::test_batches_say_what_each_says_alone",
     ),
+    "items of a union": mutation(
+        "schemas.py",
+        'elif all(member.keys() == {"type"} for member in members):',
+        'elif all("type" in member for member in members):',
+        "test_schemas.py::test_a_call_takes_what_the_schema_says",
+    ),
+    "infinity as a number": mutation(
+        "replies.py",
+        "parse_float=_finite",
+        "parse_float=float",
+        "test_replies.py::test_a_call_that_cannot_be_read_is_an_error",
+    ),
+    "a model's own generation config": mutation(
+        "conversation.py",
+        "settings = _defaults(model) | {",
+        "settings = {",
+        "test_conversation.py::test_the_models_own_generation_config_changes_no_reply[settings4]",
+    ),
     "keys that repeat": mutation(
         "replies.py",
         "if len(keys) != len(set(keys)):",
