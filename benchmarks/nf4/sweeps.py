@@ -3,18 +3,15 @@
 python -m benchmarks.nf4.sweeps resources/measurements/a_nf4_sweeps.json
 """
 
-import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
+from benchmarks.command import run_sweep
 from benchmarks.nf4 import decoding
 from benchmarks.nf4.sanitize import sanitizer_errors
 from benchmarks.nf4.unsloth_peer import measure_unsloth
-from unsloth_puzzles.bench.hardware import Hardware, probe
+from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 
 MATRICES = [(1024, 4096, "float16"), (2048, 8192, "float16"), (4096, 14336, "float16"), (4096, 14336, "bfloat16")]
@@ -85,15 +82,5 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), tenths[0], tenths[-1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The 4-bit linear layer, and ours beside the real Unsloth.")
-    parser.add_argument("path", type=Path, help="the JSON file to write")
-    path = parser.parse_args().path
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU, and these times are a GPU's")
-    for record in measure(path, probe()).records:
-        print(f"{record['metric']}, {record['case']}: {record['value']:.4g} {record['unit']} {record['baselines']}")
-
-
 if __name__ == "__main__":
-    main()
+    run_sweep(measure, "The 4-bit linear layer, and ours beside the real Unsloth.")

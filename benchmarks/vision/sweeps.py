@@ -3,19 +3,18 @@
 python -m benchmarks.vision.sweeps resources/measurements/d_vision_sweeps.json
 """
 
-import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.command import run_sweep
 from benchmarks.vision.checks import assistant, row, user
 from benchmarks.vision.families import FAMILIES
 from benchmarks.vision.work import padding
-from unsloth_puzzles.bench.hardware import Hardware, probe
+from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.timing import wall_time
 from unsloth_puzzles.vision.collator import VisionCollator
@@ -112,15 +111,5 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[]
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Training steps of mixed batches, ours and with blank images.")
-    parser.add_argument("path", type=Path, help="the JSON file to write")
-    path = parser.parse_args().path
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU, and these times are a GPU's")
-    for record in measure(path, probe()).records:
-        print(f"{record['metric']}, {record['case']}: {record['value']:.4g} {record['unit']} {record['baselines']}")
-
-
 if __name__ == "__main__":
-    main()
+    run_sweep(measure, "Training steps of mixed batches, ours and with blank images.")
