@@ -240,6 +240,7 @@ for changed in found.values():
 
 # %%
 from benchmarks.fsdp2 import features, script
+from benchmarks.fsdp2.figure import loss_figure
 
 STEPS = 60
 PARITY = {"shapes": "Llama 3.2 1B", "layers": 2, "vocabulary": 32000, "length": 512, "dtype": "float32", "steps": STEPS}
@@ -380,7 +381,7 @@ for name in ("uncompiled", "compiled") if parity else ():
     norms = [abs(a - b) / b for a, b in zip(mine["norms"], one["norms"], strict=True)]
     launches = mine["launches"] / (mine["weights"] * mine["passes"])
     checks = {
-        "losses within 1e-5": max(apart[name]) <= 1e-5,
+        "losses within 1e-5": max(apart[name]) <= features.LARGEST_DIFFERENCE,
         "gradient norms within 1e-3, none 0": max(norms) <= 1e-3 and min(mine["norms"]) > 0,
         "the loss falls": mine["losses"][-1] < mine["losses"][0],
         "one launch of A's kernel a weight and pass": launches == 1,
@@ -403,20 +404,11 @@ if parity:
 
 # %%
 if parity:
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
-    shown = range(1, STEPS + 1)
-    upper.plot(shown, parity["one process"]["losses"], color="tab:orange", linewidth=5, label="one process")
-    for (name, gaps), (color, width) in zip(apart.items(), (("tab:green", 3), ("tab:blue", 1)), strict=True):
-        style = {"color": color, "label": f"two ranks, {name}"}
-        upper.plot(shown, parity[name]["losses"], linewidth=width, **style)
-        lower.semilogy(shown, [max(gap, 1e-8) for gap in gaps], "o-", linewidth=width, markersize=2 * width, **style)
-    lower.axhline(1e-5, color="tab:red", linestyle=":", label="limit, 1e-5")
-    upper.set_ylabel("loss, nats a token")
-    lower.set(xlabel="step", ylabel="difference of losses,\nnats a token\n(0 drawn at 1e-8)")
-    upper.set_title(f"QLoRA, {TEXT}, random weights\n{WHERE}", fontsize=9)
-    lower.set_ylim(5e-9, 3e-4)
-    upper.legend(fontsize=8)
-    lower.legend(fontsize=8, loc="upper right", ncols=3)
+    losses = {"one process": parity["one process"]["losses"]}
+    losses |= {f"two ranks, {name}": parity[name]["losses"] for name in apart}
+    differences = {f"two ranks, {name}": gaps for name, gaps in apart.items()}
+    title = f"QLoRA, {TEXT}, random weights\n{WHERE}"
+    figure = loss_figure(losses, differences, features.LARGEST_DIFFERENCE, title)
     figure.savefig("resources/b_fsdp2_loss.png", dpi=110)
     plt.show()
 
@@ -533,19 +525,9 @@ if len(runs) == len(script.RUNS):
     results.add("tokens_per_s", case, mine["tokens_per_s"], "tokens/s", baselines={"one GPU": one["tokens_per_s"]})
     results.add("scaling", case, mine["tokens_per_s"] / one["tokens_per_s"], "x")
     results.add("peak_gib", case, max(mine["peak_gib"]), "GiB", baselines={"one GPU": max(one["peak_gib"])})
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
-    shown = range(1, len(one["losses"]) + 1)
-    upper.plot(shown, one["losses"], color="tab:orange", linewidth=4, label=script.ONE)
-    upper.plot(shown, mine["losses"], color="tab:blue", linewidth=1.2, label=script.TWO)
-    for name, found, color in ((script.TWO, gaps, "tab:blue"), (script.REGROUPED, noises, "tab:gray")):
-        lower.semilogy(shown, [max(each, 1e-8) for each in found], ".-", color=color, label=name)
-    lower.axhline(2 * noise, color="tab:red", linestyle=":", label=f"limit, {2 * noise:.1e}")
-    lower.set_ylim(top=100 * noise)
-    upper.set_ylabel("loss, nats a token")
-    lower.set(xlabel="step", ylabel=f"difference from\n{script.ONE},\nnats a token")
-    upper.set_title(f"The script, Llama 3.1 8B: {CASE}", fontsize=9)
-    upper.legend(fontsize=8)
-    lower.legend(fontsize=8, loc="upper right", ncols=3)
+    losses = {name: runs[name]["losses"] for name in (script.ONE, script.TWO)}
+    differences = {script.REGROUPED: noises, script.TWO: gaps}
+    figure = loss_figure(losses, differences, 2 * noise, f"The script, Llama 3.1 8B: {CASE}")
     figure.savefig("resources/b_fsdp2_script.png", dpi=110)
     plt.show()
 
