@@ -99,15 +99,16 @@ def draw_stream(axes, layout, begin, end):
 
 layout = Layout(LLAMA_8B["k_proj"], 64, 256, RANKS)
 figure, panes = plt.subplots(2, 1, figsize=(9, 3.2), layout="constrained")
+begin = layout.absmax_start - 3000  # of what is enlarged
 draw_stream(panes[0], layout, 0, layout.size)
-draw_stream(panes[1], layout, layout.absmax_start - 3000, layout.size)
+draw_stream(panes[1], layout, begin, layout.size)
 figure.suptitle(
     f"k_proj of Llama 3.1 8B, {layout.shape[0]} x {layout.shape[1]}: {layout.size} bytes.\n"
     "Shares are equal in bytes, not in parts: here rank 1 holds all scales.",
     fontsize=9,
 )
 figure.legend(*panes[1].get_legend_handles_labels(), loc="outside lower right", fontsize=8, ncols=3)
-panes[1].set_xlabel("KiB from the start of the stream; below: its last 3 %, enlarged")
+panes[1].set_xlabel(f"KiB from the start of the stream; below: its last {1 - begin / layout.size:.1%}, enlarged")
 figure.savefig("resources/b_fsdp2_stream.png", dpi=110)
 plt.show()
 
@@ -118,9 +119,11 @@ plt.show()
 # recomputation, and the gradient of the input. A gather is hidden where the products of a layer take longer than the
 # gather of the next layer's bytes. In the backward a layer takes two products, so half of the tokens suffice there.
 #
-# The script below gives a rank 512 tokens a step. All times in this cell are predictions.
+# All times in this cell are predictions.
 
 # %%
+from benchmarks.fsdp2 import script
+
 streams = [Layout(shape, 64, 256, RANKS).size for shape in LLAMA_8B.values()]
 weights = sum(math.prod(shape) for shape in LLAMA_8B.values())
 received = 2 * 32 * sum(streams) * (RANKS - 1) / RANKS  # gathered for the forward and again for the backward
@@ -128,11 +131,12 @@ print(f"a decoder layer: {weights / 1e6:.1f} M weights, {sum(streams) / 2**20:.1
 print(f"8B, 32 layers: each rank receives {received / 1e9:.2f} GB a micro-batch")
 for name, bandwidth, rate in (("two T4s, PCIe", 5e9, 25e12), ("two H200s, NVLink", 300e9, 600e12)):
     forward = sum(streams) / RANKS / bandwidth * rate / (2 * weights)
-    stays = [max(0.0, 1 - 512 * products / forward) for products in (1, 2)]
+    stays = [max(0.0, 1 - script.LENGTH * products / forward) for products in (1, 2)]
     print(f"{name} (assumed {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s): "
           f"{forward:.0f} tokens a rank hide a layer's gather in its forward")  # fmt: skip
-    print(f"  with 512 tokens a rank {stays[0]:.0%} of a gather stay visible in a forward, {stays[1]:.0%} in a "
-          f"backward: {1e3 * 32 * sum(stays) * sum(streams) / RANKS / bandwidth:.0f} ms a step of 8B")  # fmt: skip
+    visible_ms = 1e3 * 32 * sum(stays) * sum(streams) / RANKS / bandwidth
+    print(f"  with the script's {script.LENGTH} tokens a rank {stays[0]:.0%} of a gather stay visible in a forward, "
+          f"{stays[1]:.0%} in a backward: {visible_ms:.0f} ms a step of 8B")  # fmt: skip
 
 # %% [markdown]
 # ### The code: the byte stream
@@ -239,7 +243,7 @@ for changed in found.values():
 #   shows what FSDP2 changes. The package's tests compare the kernel and packed layers with bitsandbytes' own.
 
 # %%
-from benchmarks.fsdp2 import features, script
+from benchmarks.fsdp2 import features
 from benchmarks.fsdp2.figure import loss_figure
 
 STEPS = 60
@@ -415,20 +419,22 @@ if parity:
 # %% [markdown]
 # ### The kernel of A against bitsandbytes' de-quantisation
 #
-# What is compared: training steps of one process on one GPU, without FSDP2 and without `torch.compile`. Two layers of
-# 8B's shapes with checkpointing and AdamW, one row. Once the layers are bitsandbytes' own `Linear4bit`, as with the
-# script's `--no-compile --dequantize bitsandbytes`; once `patch_linear4bit` puts the kernel of A under the same layers,
-# as with `--no-compile` alone. A forward, a recomputation and a backward de-quantise each weight. One model takes both
-# kinds of steps, a pair at a time and in changing order, so that a clock that drifts reaches both; two runs of the
-# script would not share it. The wall time of such a step includes the host's; the GPU's own work, by PyTorch's
-# profiler, does not. "Faster" means here that the median of the paired ratios is above 1 and that the GPU's own work
-# takes less time. It says nothing of compiled steps, nor of two GPUs.
+# One process on one GPU trains two layers of 8B's shapes, with one row a step, checkpointing and AdamW. FSDP2 and
+# `torch.compile` are off. Its steps are timed with two kinds of layers:
+#
+# - bitsandbytes' own `Linear4bit`, as with the script's `--no-compile --dequantize bitsandbytes`,
+# - the same layers with the kernel of A (`patch_linear4bit`), as with `--no-compile` alone.
+#
+# A forward, a recomputation and a backward de-quantise each weight. One model takes both kinds of steps in pairs, in
+# changing order, so a clock that drifts reaches both. The wall time includes the host's work. The GPU's own work, by
+# PyTorch's profiler, does not. "Faster" means that the median of the paired ratios is above 1 and that the GPU's own
+# work takes less time. The comparison says nothing of compiled steps, nor of two GPUs.
 
 # %%
 timed = {}
 if GPU:
     LENGTH = 2048 if hardware.memory_gib >= 20 else 1024
-    case = {"rows": 1, "length": LENGTH, "dtype": "bfloat16" if hardware.bf16 else "float16"}
+    case = {"rows": 1, "layers": 2, "length": LENGTH, "dtype": "bfloat16" if hardware.bf16 else "float16"}
     path = write_json("kernels", case)
     timed = run_all({"kernels": partial(run_ranks, "benchmarks.fsdp2.kernels", path, ranks=1, timeout=TIMEOUT)})
 else:
@@ -438,7 +444,7 @@ if timed := timed.get("kernels"):
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     speedup, low, high = (statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10])
     of_gpu = timed["gpu_ms"]["bitsandbytes"] / timed["gpu_ms"]["ours"]
-    print(f"2 layers of Llama 3.1 8B's shapes, 1 x {LENGTH} tokens, random weights, {hardware.name}")
+    print(f"{case['layers']} layers of Llama 3.1 8B's shapes, 1 x {LENGTH} tokens, random weights, {hardware.name}")
     columns = ["a step of", "kernel of A, ms", "bitsandbytes, ms", "ratio", "lower bound", "upper bound"]
     wall = [f"{statistics.median(times):.1f}" for times in (ours, theirs)]
     work = [f"{timed['gpu_ms'][kernels]:.2f}" for kernels in ("ours", "bitsandbytes")]
@@ -534,12 +540,13 @@ if len(runs) == len(script.RUNS):
 # %% [markdown]
 # ### Prefetch: what the gathers cost
 #
-# FSDP2 gathers the next layer's bytes while this layer computes. Four layers of 8B's shapes, compiled, by a plain loop,
-# on one GPU and on two with the same rows a GPU. The bound from above, now with the bandwidth that this machine has.
-# FSDP2's own copies into and out of its buffers do not count as work that hides a gather. The share that is hidden is
-# reported and not judged: a host that is late leaves gaps, and a gather that falls into one is visible without
-# delaying anything. The time of a gather includes waiting for the other rank. What all of it costs is in the time of
-# the step.
+# FSDP2 gathers the next layer's bytes while this layer computes. A plain loop trains four compiled layers of 8B's
+# shapes on one GPU and on two, with the same rows a GPU. The bound from above is computed again, with this machine's
+# bandwidth.
+#
+# A gather is hidden while the GPU computes. FSDP2's own copies into and out of its buffers do not count as computing.
+# The hidden share is reported and not judged, since a late host leaves gaps: a gather in a gap is visible and delays
+# nothing. The time of a gather includes waiting for the other rank. The time of the step includes all of it.
 
 # %%
 from benchmarks.fsdp2 import timeline
@@ -549,6 +556,7 @@ if TWO_GPUS:
     ROW = 2048 if hardware.memory_gib >= 20 else 1024
     case = {"rows": 1, "length": ROW, "layers": 4, "vocabulary": 32000, "steps": 12, "compiled": True, "profiled": True}
     case["dtype"] = "bfloat16" if hardware.bf16 else "float16"
+    SIZE = f"{case['layers']} layers of 8B, 1 x {ROW} a GPU"
     path = write_json("prefetch", [case])
     job = partial(run_ranks, "benchmarks.fsdp2.steps", path, timeout=TIMEOUT)
     measured = run_all({f"steps on {ranks} GPU": partial(job, ranks=ranks) for ranks in (1, RANKS)})
@@ -564,8 +572,8 @@ if len(measured) == 2:
     print(f"{product_ms:.2f} ms of products in its forward, {2 * product_ms:.2f} ms in its backward")
     ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
     print(f"a step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two")
-    results.add("step_over_one_gpu", f"4 layers of 8B, 1 x {ROW} a GPU", ms[RANKS] / ms[1], "x")
-    share, expected = timeline.hidden(mine["timeline"]), timeline.predicted(4, gather_ms, product_ms)
+    results.add("step_over_one_gpu", SIZE, ms[RANKS] / ms[1], "x")
+    share, expected = timeline.hidden(mine["timeline"]), timeline.predicted(case["layers"], gather_ms, product_ms)
     if share is None:
         experiments.failed("prefetch", "the profile of the step shows no gather")
     else:
@@ -576,12 +584,12 @@ if len(measured) == 2:
             f"{share:.0%} of their time is hidden behind the GPU's work; predicted behind layers alone: {expected:.0%},"
         )
         print("since the first gather of a forward and of a backward has no layer before it")
-        results.add("gather_ms", f"4 layers of 8B, 1 x {ROW} a GPU", took, "ms", baselines={"predicted": gather_ms})
-        results.add("gathers_hidden", f"4 layers of 8B, 1 x {ROW} a GPU", share, "fraction")
-    results.add("gather_bytes_per_s", "all-gather, 128 MiB", bandwidth, "bytes/s")
+        results.add("gather_ms", SIZE, took, "ms", baselines={"predicted": gather_ms})
+        results.add("gathers_hidden", SIZE, share, "fraction")
+    results.add("gather_bytes_per_s", "all-gather of a layer's size", bandwidth, "bytes/s")
     figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
     timeline.draw(axes, mine["timeline"])
-    axes.set_title(f"A step of 4 layers of Llama 3.1 8B's shapes, 1 x {ROW} a GPU, random weights; {WHERE}", fontsize=9)
+    axes.set_title(f"A step of {SIZE}, random weights; {WHERE}", fontsize=9)
     figure.savefig("resources/b_fsdp2_prefetch.png", dpi=110)
     plt.show()
 
