@@ -1,5 +1,6 @@
 """Functions without a schema, and limits that are none, are refused when the toolbox is made."""
 
+import math
 from typing import Any
 
 import pytest
@@ -85,7 +86,27 @@ def test_functions_without_a_schema_are_refused(functions, error, message):
         ToolBox(functions)
 
 
-@pytest.mark.parametrize("limits", [{"seconds": 0}, {"max_characters": -1}])
-def test_limits_must_be_positive(limits):
-    with pytest.raises(ValueError, match=rf"^{next(iter(limits))} must be positive, got"):
+@pytest.mark.parametrize(
+    "limits", [{"seconds": 0}, {"max_characters": -1}, {"seconds": math.inf}, {"seconds": math.nan}]
+)
+def test_limits_must_be_positive_and_finite(limits):
+    ((name, value),) = limits.items()
+    with pytest.raises(ValueError, match=rf"^{name} must be positive and finite, got {value}$"):
         ToolBox([add], **limits)
+
+
+def test_a_method_must_be_bound():
+    class Shop:
+        def price(self, item: str) -> int:
+            """Find a price.
+
+            Args:
+                item: Of what.
+            """
+            return len(item)
+
+    with pytest.raises(
+        ValueError, match=r"^method price must be bound, got self among its parameters; give instance\."
+    ):
+        ToolBox([Shop.price])
+    assert ToolBox([Shop().price], seconds=20).call("price", {"item": "pen"}).content == "3"

@@ -37,6 +37,10 @@ def function_schema(function: Callable) -> dict:
             raise ValueError(f"parameters of {name} must be given by name, got {parameter}")
     schema = _from_transformers(name, function)
     hints, properties = get_type_hints(function), schema["function"]["parameters"]["properties"]
+    if receiver := set(inspect.signature(function).parameters) - set(properties):  # transformers leaves it out
+        raise ValueError(
+            f"method {name} must be bound, got {receiver.pop()} among its parameters; give instance.{name}"
+        )
     for parameter, described in properties.items():
         if unknown := _unknown(hints[parameter]):
             names = ", ".join(sorted(each.__name__ if type(each) is type else str(each) for each in unknown))

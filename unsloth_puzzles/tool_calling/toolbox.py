@@ -14,6 +14,7 @@ toolbox.call("add", {"a": 3, "b": 4})       # Result(name='add', content='7', fa
 toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must contain b, got a'
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -51,15 +52,15 @@ class ToolBox:
     Raises:
         TypeError: What is given is no function, or it is asynchronous.
         ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
-            positive; the system is not Linux.
+            positive and finite; the system is not Linux.
     """
 
     def __init__(self, functions: Iterable[Callable], *, seconds: float = 2.0, max_characters: int = 1000):
         if sys.platform != "linux":
             raise ValueError(f"the system must be Linux, which can fork and bound a process, got {sys.platform}")
         for name, value in (("seconds", seconds), ("max_characters", max_characters)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         self.seconds, self.max_characters = seconds, max_characters
         self._functions: dict[str, Callable] = {}
         self._schemas: dict[str, dict] = {}
