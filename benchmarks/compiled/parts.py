@@ -1,0 +1,84 @@
+"""Which part of the model each compiled graph holds, by the operators that Inductor received."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from unsloth_puzzles.bench.compilations import Capture
+
+LAYER = ("LlamaDecoderLayer",)
+CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
+OPERATORS = {  # part: (the captured functions that hold it, {feature: the operators that show it})
+    "4-bit linear": (
+        LAYER,
+        {
+            "de-quantisation by A's kernel": ("unsloth_puzzles.dequantize_nf4",),
+            "and again in the backward": ("unsloth_puzzles.dequantize_nf4_again",),
+        },
+    ),
+    "attention": (
+        LAYER,
+        {
+            "attention": ("flex_attention", CPU_ATTENTION),
+            "its backward": ("flex_attention_backward", f"{CPU_ATTENTION}_backward"),
+        },
+    ),
+    "MLP": (
+        LAYER,
+        {
+            "gated activation with its adapters": ("unsloth_puzzles.lora_swiglu",),
+            "its backward": ("unsloth_puzzles.lora_swiglu_backward",),
+        },
+    ),
+    "layer norms": ((*LAYER, "norm"), {"reciprocal root": ("aten.rsqrt",)}),
+    "loss": (("run_",), {"exponential": ("aten.exp", "aten.exp2"), "logarithm": ("aten.log", "aten.log2")}),
+}
+
+
+@dataclass
+class Part:
+    """Where a part was compiled.
+
+    Attributes:
+        functions: the captured functions, by name.
+        operators: those of its operators that were found, with how often each occurs.
+        checks: {"feature in function": whether it was found}.
+        compilations: Inductor's, of these functions.
+    """
+
+    functions: list[str]
+    operators: dict[str, int]
+    checks: dict[str, bool]
+    compilations: int
+
+
+def find_parts(captures: Iterable[Capture], on_gpu: bool) -> dict[str, Part]:
+    """The parts of the model that `captures` hold, by name.
+
+    Args:
+        captures: of a run, forward and backward.
+        on_gpu: attention must be flex attention there, and PyTorch's own operator on a CPU.
+    """
+    captures, parts = list(captures), {}
+    for part, (functions, features) in OPERATORS.items():
+        of = [one for one in captures if one.name.startswith(functions)]
+        shown, checks = Counter(), {}
+        for function in functions:
+            operators = sum((Counter(one.operators) for one in of if one.name.startswith(function)), Counter())
+            for feature, names in features.items():
+                wanted = [name for name in names if part != "attention" or name.startswith("flex") == on_gpu]
+                found = {name: operators[name] for name in wanted if operators[name]}
+                checks[f"{feature} in {function}"] = bool(found)
+                shown.update(found)
+        names = list(dict.fromkeys(one.name for one in of))
+        parts[part] = Part(names, dict(shown), checks, sum(one.compilations for one in of))
+    return parts
+
+
+def parts_table(parts: dict[str, Part]) -> str:
+    """Markdown: a line a part."""
+    lines = ["| part | compiled in | operators found | compilations |", "|---" * 4 + "|"]
+    for name, part in parts.items():
+        operators = "; ".join(f"{operator} x {count}" for operator, count in part.operators.items())
+        lines.append(f"| {name} | {', '.join(part.functions)} | {operators} | {part.compilations} |")
+    return "\n".join(lines)
