@@ -10,12 +10,34 @@ from benchmarks.backprop.baselines import FLOOR, LIGER
 from benchmarks.backprop.curve_data import OURS as OURS_CURVE
 from benchmarks.backprop.curve_data import STANDARD
 from benchmarks.backprop.grpo_head import FULL, TRL
-from benchmarks.backprop.linear_losses import OURS
+from benchmarks.backprop.linear_losses import OURS, Measured
 from unsloth_puzzles.bench.record import Measurements
 
 BLUE, GRAY, GREEN, ORANGE = "tab:blue", "0.45", "tab:green", "tab:orange"
 LEAST = 1e-8  # what a difference of 0 is drawn at
 Points = list[tuple[int, dict[str, tuple[float, float]]]]  # (size, {candidate: (GiB, ms)})
+
+
+def head_table(measured: Mapping[str, Mapping[str, Measured]]) -> str:
+    """Markdown: extra memory and time of each candidate, a column a head.
+
+    Args:
+        measured: By head and candidate.
+    """
+    names = dict.fromkeys(name for found in measured.values() for name in found)
+    lines = ["| candidate | " + " | ".join(f"{head}, GiB | ms (10 % to 90 %)" for head in measured) + " |"]
+    lines.append("|---" * (1 + 2 * len(measured)) + "|")
+    for name in names:
+        cells = [name]
+        for found in measured.values():
+            if name in found:
+                one, time = found[name], found[name].time
+                spread = f"{time.low / 1e3:.1f} to {time.high / 1e3:.1f}"
+                cells += [f"{one.extra_peak_gib:.3g}", f"{time.median / 1e3:.1f} ({spread})"]
+            else:
+                cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if measured else "No candidate was measured."
 
 
 def swept_points(sweeps: Measurements, metric: str, case: str) -> Points:
@@ -68,7 +90,7 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
         ours = [at[OURS] for _, at in points]
         axes.plot(*zip(*ours, strict=True), "o-", color=BLUE)
         axes.plot(*zip(*(at[FLOOR] for _, at in points), strict=True), "--", color=GRAY)
-        axes.annotate("ours, by rows of a chunk", ours[-1], (12, 2), textcoords="offset points", color=BLUE, fontsize=9)
+        axes.annotate("ours (rows of a chunk)", ours[0], (26, 4), textcoords="offset points", color=BLUE, fontsize=9)
         place = {"textcoords": "offset points", "fontsize": 9, "va": "top"}
         axes.annotate("matrix products alone", points[-1][1][FLOOR], (12, 2), color=GRAY, **place)
         for size, at in points:
@@ -77,15 +99,18 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
             if name not in (OURS, FLOOR):
                 color, below = (GREEN, True) if name == LIGER else (ORANGE, False)
                 axes.plot(*at, "D" if below else "s", color=color)
-                style = {"ha": "right", "va": "top"} if below or at[0] > 10 else {"va": "bottom"}
-                shift = (-5, -4) if below or at[0] > 10 else (5, 4)
+                on_left = below or at[0] > 10
+                style = {"ha": "right", "va": "top"} if on_left else {"va": "center"}
+                shift = (-5, -4) if on_left else (8, 0)
                 axes.annotate(name, at, shift, textcoords="offset points", fontsize=9, color=color, **style)
+        peaks = [peak for _, at in points for peak, _ in at.values()]
+        axes.set_xlim(0.6 * min(peaks), 1.5 * max(peaks))
         axes.set(xlabel="extra peak memory, GiB", ylabel="forward + backward, ms", title=head)
         _plain_log(axes.xaxis, (1, 2, 5))
         _plain_log(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 7, 8))
     compared = {head: time_at_equal_memory(points) for head, points in by_head.items()}
     said = (f"{_faster(ratio)} ({head})" for head, ratio in compared.items() if ratio is not None)
-    figure.suptitle(f"At Liger's memory: {', '.join(said) or 'not compared'}\n{where}", fontsize=10)
+    figure.suptitle(f"At equal memory (Liger's): {', '.join(said) or 'not compared'}\n{where}", fontsize=10)
     return figure
 
 

@@ -23,6 +23,7 @@ from unsloth_puzzles.bench.timing import Timing, event_time, wall_time
 
 OURS = "ours"
 OURS_FLOAT32 = "ours, float32 dW"
+OURS_AS_LIGER = "ours, Liger's chunk size"
 CHUNK_SIZES = (256, 512, 920, 2048, 4096)
 VOCABULARIES = (8192, 32768, 262144)  # each is compiled anew, which takes longer than measuring it
 
@@ -82,6 +83,18 @@ def auto_rows(case: Case) -> int:
     shape = case.shape
     device = case.hidden_states.device
     return even_rows(chunk_rows("auto", shape.vocabulary, shape.dtype, device, hidden_size=shape.hidden), shape.rows)
+
+
+def liger_rows(shape: Shape) -> int:
+    """The rows of Liger's chunks (liger-kernel 0.8): with as many, ours needs the same memory."""
+    chunks = -(-shape.vocabulary // shape.hidden)
+    rows = -(-shape.rows // chunks)
+    return min(shape.rows, 1 << (rows - 1).bit_length())
+
+
+def at_liger_memory(case: Case, *, compile: bool = True) -> Callable[[], object]:
+    """A call for `measure`: forward and backward of ours in chunks of `liger_rows`."""
+    return _forward_backward(case, ours(liger_rows(case.shape), compile=compile))
 
 
 @dataclass(frozen=True)
