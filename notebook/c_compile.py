@@ -115,7 +115,7 @@ def plain_attention(query, key, value, window, documents):
 FLEX_DTYPE = SIXTEEN if GPU else torch.float32
 flex = check_flex(DEVICE, FLEX_DTYPE)
 print(
-    f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}: {flex.counts.graphs} graphs,",
+    f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}: graphs: {flex.counts.graphs},",
     end=" ",
 )
 print(f"{flex.counts.compilations} compilations, forward and backward; {HARDWARE}")
@@ -276,7 +276,7 @@ free_memory()
 PAIRS = {case: (f"compiled, {case}", f"eager, {case}") for case in CHECKPOINTING}
 if OLD:
     PAIRS = {"max-autotune with checkpointing": ("compiled, max-autotune", "eager, with checkpointing")}
-compared = {name: runs[name] for pair in PAIRS.values() for name in pair if name in runs}
+compared = {name: runs[name] for pair in PAIRS.values() for name in reversed(pair) if name in runs}
 display(Markdown(qlora_figures.steps_table(compared, failed)))
 print(f"{SIZE}, {HARDWARE}, random weights; the second half of the steps")
 for case, pair in PAIRS.items() if GPU else ():
@@ -336,7 +336,7 @@ if tuned:
     won = sum(bool(product["tile"]) for product in tuned["products"])
     launches = tuned["kernels"]["Triton's products"]["launches"] if tuned["kernels"] else 0
     print(f"{SIZE}, {HARDWARE}: Triton wins {won} of {len(tuned['products'])} benchmarked products;", end=" ")
-    print(f"a step launches {launches} of them; {tuned['compilations']} compilations,", end=" ")
+    print(f"a step launches {launches} Triton products; {tuned['compilations']} compilations,", end=" ")
     print(f"{sum(tuned['graph_breaks'].values())} graph breaks")
     display(Markdown(qlora_figures.products_table(tuned["products"])))
     results.add("triton_matmuls", "max-autotune", launches, "launches a step")
