@@ -12,7 +12,7 @@
 # ### The idea
 #
 # A graph of the whole training step would depend on everything that varies between batches. This solution compiles
-# three regions without a graph break. Everything that varies enters them as a tensor.
+# three regions without a graph break. Whatever varies between batches enters them as a tensor or as a symbolic size.
 #
 # ```
 #  once a batch, not compiled     embeddings, cos and sin, the attention mask (block indices, documents, window)
@@ -21,12 +21,12 @@
 #  one compiled function          the loss and its gradient on a chunk of logits: the operator of E
 # ```
 #
-# - **One function serves all layers.** Weights, adapters and quantisation states are inputs of the graph. A second
-#   function is selected by the non-tensor part of the compile key: gradients or not, and the kind of mask.
-# - **Lengths are symbolic.** Batch and length are marked dynamic. `use_duck_shape=False` prevents a guard that ties
-#   a length to another size of the same value.
-# - **Masks are tensors.** Flex attention receives block indices, window and documents as tensors. A new window or a
-#   new packing compiles nothing.
+# - **One function serves all layers.** Weights, adapters and quantisation states are inputs of the graph. The
+#   non-tensor part of the compile key (gradients or not, the kind of mask) selects another function.
+# - **Lengths are symbolic.** Batch and length are marked dynamic. `use_duck_shape=False` prevents a guard that ties a
+#   length to another size of the same value.
+# - **Masks are tensors.** Flex attention receives block indices, window and documents as tensors. A new window or a new
+#   packing compiles nothing.
 # - **NF4 weights come from the operator of A.** Each linear layer de-quantises in the forward and again in the
 #   backward. The second call takes the gradient as an input, so the compiler cannot merge the two calls and keep the
 #   weight in between.
@@ -37,8 +37,10 @@
 # - **Fused kernels round where eager mode rounds** (`emulate_precision_casts`), so the 16-bit losses agree, too.
 #
 # **The bound.** The weights are frozen. A linear layer costs one product in the forward and one in the backward (dX).
+# The next cell computes the FLOPs of a step and the least time on this GPU.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
+# @title The bound, and the section's imports
 import json
 import math
 from collections import Counter
@@ -114,11 +116,8 @@ def plain_attention(query, key, value, window, documents):
 
 FLEX_DTYPE = SIXTEEN if GPU else torch.float32
 flex = check_flex(DEVICE, FLEX_DTYPE)
-print(
-    f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}: graphs: {flex.counts.graphs},",
-    end=" ",
-)
-print(f"{flex.counts.compilations} compilations, forward and backward; {HARDWARE}")
+print(f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}; {HARDWARE}")
+print(f"graphs: {flex.counts.graphs}; compilations, forward and backward: {flex.counts.compilations}")
 judge_by_name(results, "flex, dynamic lengths", flex.checks["dynamic"])
 judge_by_name(results, "flex, static lengths", flex.checks["static"])
 if flex.counts.graphs:
@@ -128,7 +127,8 @@ data, documents = Inputs(DEVICE, FLEX_DTYPE).draw(300)
 data = [tensor.requires_grad_(GPU) for tensor in data]  # as above, so that nothing is compiled again
 exact = plain_attention(*data, window=50, documents=documents)
 gap = (attention(*data, backend="flex", window=50, documents=documents).float() - exact).norm() / exact.norm()
-print(f"300 tokens, packed, window 50: flex is {gap.item():.1e} from the ten plain lines (relative norm)")
+print(f"300 tokens, packed, window 50: flex is {gap.item():.1e} from the plain lines (relative norm)", end="")
+print("" if GPU else "; on a CPU PyTorch evaluates the same formula")
 free_memory()
 
 # %% [markdown]
@@ -200,8 +200,8 @@ if "compiled" in trainings:
         results.add("compilations", "packed, evaluated afterwards", run["later_compilations"], "compilations")
 
 # %% [markdown]
-# **Check 3.** The compiled run has the losses of the uncompiled run. The text is real, the weights are random. Both
-# runs begin with the same weights.
+# **Check 3.** The losses of the compiled run are compared with those of the uncompiled run. The text is real, the
+# weights are random. Both runs begin with the same weights.
 
 # %%
 if len(trainings) == 2:
@@ -226,8 +226,8 @@ else:
 # The baseline is unmodified transformers, PEFT and bitsandbytes. Both have adapters of rank 16 under all linear layers
 # and fused AdamW. A step has 4 x 2048 tokens in bfloat16, on a T4 2 x 1024 in float16. The table has two times:
 #
-# - **step**: from the beginning to the end of a step on the GPU's clock, while the host continues with the next step.
-#   A slow host increases this time.
+# - **step**: from the beginning to the end of a step on the GPU's clock, while the host continues with the next step. A
+#   slow host increases this time.
 # - **GPU busy**: the time of all kernels of one step, from PyTorch's profiler, without copies to and from the host.
 #
 # The memory is the peak that PyTorch allocates in a step. On a T4 the host needs about a minute to compile a run, so
@@ -327,8 +327,8 @@ elif not GPU and len(runs) == 2:
 #
 # `max_autotune=True` benchmarks every product in the layers at the lengths of the first batch: Triton's tiles against
 # cuBLAS. Triton competes on GPUs with few multiprocessors, too, where Inductor excludes it by default. Below sm_80
-# Triton has no tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in
-# a step. The table shows the four products with the largest gain of Triton over cuBLAS.
+# Triton has no tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a
+# step. The table shows the four products with the largest gain of Triton over cuBLAS.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -384,9 +384,9 @@ else:
 # %% [markdown]
 # ### What this does not do
 #
-# - **No T4 ran this section.** A rehearsal compiled flex's code for a T4. That is evidence, not proof. Below sm_80 flex
-#   attention is used on request only, or if no other backend supports the pattern. Its tiles are then 32 x 32 or 16 x
-#   16, to fit 32 KiB of shared memory.
+# - **On a T4 flex attention is predicted to work.** A rehearsal compiled its code for sm_75, which is evidence and not
+#   proof. Below sm_80 flex attention is used on request only, or if no other backend supports the pattern. Its tiles
+#   are then 32 x 32 or 16 x 16, to fit 32 KiB of shared memory.
 # - **Each new kind of mask compiles once** (a flag for SDPA, blocks for flex, documents for flash), and once more for
 #   the first layer if the embeddings need no gradient. A forward of few rows without gradients recompiles once, because
 #   bitsandbytes' fused kernel is faster there.

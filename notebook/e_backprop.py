@@ -1,8 +1,8 @@
 # %% [markdown]
 # ## E. Memory-efficient backprop
 #
-# **Task.** The last layer of a language model projects hidden states to logits, 128 K numbers a token. A function turns
-# the logits into a loss. Compute the logits in chunks, in a `torch.autograd.Function`, for any such function. Take the
+# **Task.** The last layer of a language model projects hidden states to logits, 128 K per token. A function turns the
+# logits into a loss. Compute the logits in chunks, in a `torch.autograd.Function`, for any such function. Take the
 # derivative from autograd and honour the upstream gradient.
 #
 # **Criteria** (10 points): half the VRAM (2), float32 upcast kept and no derivative by hand (else nothing), cross
@@ -11,7 +11,7 @@
 # %% [markdown]
 # ### The idea
 #
-# A loss that is a sum over rows is a sum over chunks of rows. The logits of a chunk can be computed, differentiated and
+# A loss that is a sum over rows is a sum over chunks of rows. Each chunk's logits are computed, differentiated and
 # freed before the next chunk:
 #
 # ```
@@ -31,8 +31,9 @@
 # - **A function with a value per row** (log-probabilities for GRPO and DPO) has an upstream gradient per row, which the
 #   forward does not know. For such a function the backward computes the logits again: four products instead of three.
 # - **G comes from `torch.autograd`** through the user's function, in eager mode or compiled by Inductor. The operator
-#   has no code for a particular loss. Two `backward` methods are written by hand: the operator's, and that of the
-#   product Z = X W^T in `heads.py`, because PyTorch's own would allocate a new dW for every chunk.
+#   has no code for a particular loss, and no loss has a `backward`. Three `backward` methods are written by hand: the
+#   operator's two (scalar loss, values per row), and that of the product Z = X W^T in `heads.py`, because PyTorch's own
+#   would allocate a new dW for every chunk.
 #
 # **The bound.** With R rows, hidden size H and vocabulary V each product has 2 R H V FLOPs. At the puzzle's shape (R =
 # 4 x 4096, H = 4096, V = 128256, 16 bits):
@@ -43,9 +44,11 @@
 # | a chunk of c rows | 2 c V bytes: 0.25 GiB for 1024 rows |
 # | all logits in PyTorch | 16 bits, a float32 copy, log-softmax, gradient: 2 + 4 + 4 + 2 bytes each, 23.5 GiB |
 #
-# A small chunk saves memory and costs time: each chunk reads W twice, and reads and writes dW.
+# A small chunk saves memory and costs time: each chunk reads W twice, and reads and writes dW. The next cell computes
+# the least time on this GPU.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
+# @title The bound, and the section's imports
 import math
 import statistics
 from functools import partial
@@ -98,10 +101,10 @@ else:
 # show: unsloth_puzzles/backprop/additive.py
 
 # %% [markdown]
-# **Check 1: cross entropy.** `chunked` is the idea in ten plain lines. The operator is compared with
-# `F.cross_entropy` on the full logits in float64. Loss and gradients of 3.7 times the loss agree to 1e-12 of their
-# norm. There are 111 rows in chunks of 16: the last chunk is ragged, all labels of the first chunk are ignored, and the
-# other chunks ignore different numbers of labels.
+# **Check 1: cross entropy.** `chunked` is the idea in ten plain lines. The operator is compared with `F.cross_entropy`
+# on the full logits in float64. Loss and gradients of 3.7 times the loss must agree to 1e-12 of their norm. There are 111
+# rows in chunks of 16: the last chunk is ragged, all labels of the first chunk are ignored, and the other chunks ignore
+# different numbers of labels.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
 # @title Data of checks 1 to 4: hidden states, labels, heads
@@ -379,11 +382,11 @@ judge_by_name(results, "chunk sizes", checks)
 # %% [markdown]
 # ### Memory and time at the puzzle's shape
 #
-# The timing starts at the hidden states and ends with the gradients. All candidates run in turn in one process. The
-# peak is the memory on top of inputs and weights, gradients included. Ours is the plain `cross_entropy`, compiled, with
-# "auto" chunks. "Matrix products alone" are the products in the same chunks: the least possible time. For a comparison
-# with Liger at equal memory, ours runs once more with Liger's chunk size (on a T4 this is left out: its host needs half
-# a minute to compile another size). A GPU with less memory gets fewer rows, so that eager mode fits.
+# The timing starts at the hidden states and ends with the gradients. One process measures all candidates in turn. The
+# peak is the memory on top of inputs and weights, gradients included. Ours is the plain `cross_entropy`, compiled (on a
+# GPU), with "auto" chunks. "Bare matrix products" are the products in the same chunks, a lower bound of the time. For a
+# comparison with Liger at equal memory, ours runs once more with Liger's chunk size (on a T4 this is left out: its host
+# needs half a minute to compile another size). A GPU with less memory gets fewer rows, so that eager mode fits.
 
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
@@ -479,9 +482,10 @@ if not GPU:
     print("SKIPPED: the criterion is about VRAM; memory saved on a CPU is shown, and earns nothing")
 
 # %% [markdown]
-# **The error of the gradients** is relative to a float64 reference from the same 16-bit inputs. The labels are those of
-# a trained model. dW is a sum over chunks: in 16 bits each addition rounds. `accumulate_dtype=torch.float32` removes
-# this error and needs twice dW's memory.
+# **The error of the gradients** is relative to a reference in float64 (float32 on GPUs without float64 tensor cores)
+# from the same 16-bit inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over chunks.
+# In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice dW's
+# memory.
 
 
 # %%
@@ -557,10 +561,11 @@ for what, check in (("a step", patch_checks.check_step), ("under trainers", patc
         experiments.failed(f"use_memory_efficient_loss, {what}", error)
 
 # %% [markdown]
-# **The curves.** Two trainings of 60 steps begin with the same seed and differ in the loss only. The text is real. The
-# output says whether the weights are real or random. The steps repeat the same 15 batches four times, so learning shows
-# as a fall from pass to pass. A step has two micro-batches of two sequences in full fine-tuning and one of four under
-# QLoRA. The micro-batches have different numbers of ignored labels, and a micro-batch has more rows than a chunk.
+# **The curves.** Two trainings of 60 steps (QLoRA on a CPU: 3) begin with the same seed and differ in the loss only.
+# The text is real. The output says whether the weights are real or random. The steps repeat the same 15 batches four
+# times, so learning shows as a fall from pass to pass. A step has two micro-batches of two sequences in full
+# fine-tuning and one of four under QLoRA. The micro-batches have different numbers of ignored labels, and a micro-batch
+# has more rows than a chunk.
 #
 # - **Full fine-tuning** uses a tied head in float32 without TF32, and SGD without momentum and clipping. AdamW would
 #   hide a wrong scale of the gradients. The norm of all gradients is compared at every step, too.
@@ -594,7 +599,8 @@ try:
 except Exception as error:
     experiments.failed("the Llama curves", error)
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
+# @title Differences of the curves, what is recorded, and the figure
 compared = [mode for mode in CURVES if (mode, STANDARD) in curves and (mode, OURS) in curves]
 is_tiny = any(curve["tiny"] for curve in curves.values())
 LLAMA = "tiny Llama" if is_tiny else "Llama 1B"
@@ -719,7 +725,7 @@ if runs:
 # **Memory and time.** "Head only" runs from hidden states of 16 x 1024 completion tokens (4 x 1024 on a GPU with less
 # than 40 GiB) to the gradients of hidden states and head, for the same clipped loss. "Whole step" is forward, loss and
 # backward of Llama 3.2 1B with gradient checkpointing, without generation. "Full logits" holds all logits in float32.
-# TRL's own trainer has had a fused head since 1.16, and no longer calls Liger's GRPO loss.
+# TRL 1.16 has a fused head of its own and does not call Liger's GRPO loss.
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:

@@ -92,7 +92,7 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
         axes.plot(*zip(*(at[FLOOR] for _, at in points), strict=True), "--", color=GRAY)
         axes.annotate("ours (rows of a chunk)", ours[0], (26, 4), textcoords="offset points", color=BLUE, fontsize=9)
         place = {"textcoords": "offset points", "fontsize": 9, "va": "top"}
-        axes.annotate("matrix products alone", points[-1][1][FLOOR], (12, 2), color=GRAY, **place)
+        axes.annotate("bare matrix products", points[-1][1][FLOOR], (12, 2), color=GRAY, **place)
         for size, at in points:
             axes.annotate(size, at[OURS], (3, 4), textcoords="offset points", fontsize=8, color=BLUE)
         for name, at in points[0][1].items():  # the baselines have no chunk size of ours: one point each
