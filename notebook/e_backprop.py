@@ -102,9 +102,9 @@ else:
 
 # %% [markdown]
 # **Check 1: cross entropy.** `chunked` is the idea in ten plain lines. The operator is compared with `F.cross_entropy`
-# on the full logits in float64. Loss and gradients of 3.7 times the loss must agree to 1e-12 of their norm. There are 111
-# rows in chunks of 16: the last chunk is ragged, all labels of the first chunk are ignored, and the other chunks ignore
-# different numbers of labels.
+# on the full logits in float64. Loss and gradients of 3.7 times the loss must agree to 1e-12 of their norm. There are
+# 111 rows in chunks of 16: the last chunk is ragged, all labels of the first chunk are ignored, and the other chunks
+# ignore different numbers of labels.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
 # @title Data of checks 1 to 4: hidden states, labels, heads
@@ -483,9 +483,9 @@ if not GPU:
 
 # %% [markdown]
 # **The error of the gradients** is relative to a reference in float64 (float32 on GPUs without float64 tensor cores)
-# from the same 16-bit inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over chunks.
-# In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice dW's
-# memory.
+# from the same 16-bit inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over
+# chunks. In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice
+# dW's memory.
 
 
 # %%
