@@ -60,7 +60,7 @@ from torch import nn
 from benchmarks.backprop import baselines, errors, linear_losses, plain_losses
 from benchmarks.backprop import figures as backprop_figures
 from benchmarks.backprop.checked import judge_by_name
-from benchmarks.backprop.patch_checks import relative_difference
+from benchmarks.backprop.errors import relative_difference
 from benchmarks.backprop.workload import REFERENCE, TINY, Shape, make_case, release
 from unsloth_puzzles.backprop import MemoryEfficientLinear, losses, memory_efficient_linear
 from unsloth_puzzles.bench import section

@@ -77,6 +77,12 @@ def gradient_errors(case: Case, named: Mapping[str, Loss], true: Truth | None = 
     return errors
 
 
+def relative_difference(found, exact) -> float:
+    """The largest relative difference (Euclidean norm) between two lists of tensors."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(found, exact, strict=True)]
+    return max(((a - b).norm() / b.norm()).item() if b.norm() > 0 else a.norm().item() for a, b in pairs)
+
+
 def _error(found: torch.Tensor, true: torch.Tensor, rows: int = 4096) -> float:
     """Relative error, in pieces: the difference of two weight gradients would be as large as the truth."""
     off = size = 0.0

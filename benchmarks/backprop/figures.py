@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 
 from benchmarks.backprop.baselines import FLOOR, LIGER
-from benchmarks.backprop.curve_data import OURS as OURS_CURVE
-from benchmarks.backprop.curve_data import STANDARD
-from benchmarks.backprop.grpo_head import FULL, TRL
 from benchmarks.backprop.linear_losses import OURS, Measured
 from unsloth_puzzles.bench.record import Measurements
 
@@ -159,6 +156,9 @@ def curve_figure(
     Returns:
         The figure.
     """
+    from benchmarks.backprop.curve_data import OURS as OURS_CURVE  # here: the other figures need no transformers
+    from benchmarks.backprop.curve_data import STANDARD
+
     figure, panes = plt.subplots(
         3, len(apart), figsize=(5.5 * len(apart), 7), squeeze=False, sharex="col", height_ratios=(3, 3, 2),
         layout="constrained",
@@ -227,11 +227,15 @@ def grpo_memory_figure(measured: Mapping[str, Mapping[str, dict]], ours: str, wh
     Returns:
         The figure.
     """
+    from benchmarks.backprop.grpo_head import FULL, TRL  # here: the other figures need no TRL
+
+    colors = {name: GREEN if name.startswith("Liger") else GRAY for found in measured.values() for name in found}
+    colors |= {name: BLUE for name in colors if name.startswith("ours")} | {TRL: ORANGE}
     figure, panes = plt.subplots(1, len(measured), figsize=(11, 3.8), squeeze=False, layout="constrained")
     messages = []
     for axes, (part, found) in zip(panes[0], measured.items(), strict=True):
         order = sorted(found, key=lambda name: found[name]["peak_gib"], reverse=True)
-        bars = axes.barh(order, [found[name]["peak_gib"] for name in order], color=[_bar_color(name) for name in order])
+        bars = axes.barh(order, [found[name]["peak_gib"] for name in order], color=[colors[name] for name in order])
         texts = [f"{found[name]['peak_gib']:.3g} GiB, {found[name]['time'].median / 1e3:.3g} ms" for name in order]
         axes.bar_label(bars, texts, fontsize=9, padding=3)
         axes.set(xlabel="extra peak memory, GiB", title=part)
@@ -241,9 +245,3 @@ def grpo_memory_figure(measured: Mapping[str, Mapping[str, dict]], ours: str, wh
     message = f"Our share of full logits' memory: {', '.join(messages)}" if messages else "GRPO's memory"
     figure.suptitle(f"{message}\n{where}", fontsize=10)
     return figure
-
-
-def _bar_color(name: str) -> str:
-    if name.startswith("ours"):
-        return BLUE
-    return ORANGE if name == TRL else GREEN if name.startswith("Liger") else GRAY

@@ -13,7 +13,7 @@ import torch
 from trl import GRPOTrainer
 
 from benchmarks.backprop import grpo
-from benchmarks.backprop.patch_checks import relative_difference
+from benchmarks.backprop.errors import relative_difference
 from benchmarks.models import SEED, random_llama, tiny_llama_config
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 

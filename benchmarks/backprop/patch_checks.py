@@ -10,16 +10,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.backprop.errors import relative_difference
 from benchmarks.models import SEED, random_llama, tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 _CHUNK = 16  # rows
-
-
-def relative_difference(found, exact) -> float:
-    """The largest relative difference (Euclidean norm) between two lists of tensors."""
-    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(found, exact, strict=True)]
-    return max(((a - b).norm() / b.norm()).item() if b.norm() > 0 else a.norm().item() for a, b in pairs)
 
 
 def check_step(device: str) -> dict[str, bool]:
