@@ -184,6 +184,38 @@ def _half() -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def verdict(two: dict[str, dict], one: dict[str, dict]) -> tuple[list[dict], dict[str, bool]]:
+    """A row for each feature, and the checks.
+
+    Args:
+        two: What `main` has written of two ranks.
+        one: The same of one process.
+
+    Returns:
+        Rows with "feature", the largest "loss" and "norm" difference, what is "allowed" of each, the "share" of the
+        4-bit bytes that a rank holds, and what was "seen"; whether each check holds, by name.
+    """
+    rows, checks = [], {}
+    for name in FEATURES:
+        found, (loss, norm), most = two[name], differences(name, two, one), allowed(name, one)
+        checks[f"{name}: losses and norms"] = loss <= most[0] and norm <= most[1]
+        checks[f"{name}: gradients"] = min(norm for norm in found["norms"] if norm is not None) > 0
+        checks[f"{name}: half of the 4-bit bytes"] = found["share"] == 1 / 2
+        if found["compared"]:  # hooks that compare would break the captured layers
+            checks[f"{name}: bytes"] = found["compared"] == LINEAR and found["changed"] == 0
+        effect, good = seen(name, two, one)
+        if good is not None:  # else this machine cannot show it
+            checks[f"{name}: seen"] = good
+        row = {"feature": name, "loss": loss, "norm": norm, "allowed": most, "share": found["share"], "seen": effect}
+        rows.append(row)
+    checks["the run without a feature shows none"] = unseen(two, one)
+    checks["the one process has bitsandbytes' own layers"] = one[PLAIN]["plain_layers"] == LINEAR
+    checks["gradients are reduced in float32"] = all(found["reduced"] == ["torch.float32"] for found in two.values())
+    compared = sum(found["compared"] == LINEAR for found in two.values())
+    checks["bytes were compared in every run but the captured one"] = compared == len(two) - 1
+    return rows, checks
+
+
 def differences(name: str, two: dict[str, dict], one: dict[str, dict]) -> tuple[float, float]:
     """Of the losses, absolute, and of the gradients' norms, relative, over the steps; infinite where a run is not.
 

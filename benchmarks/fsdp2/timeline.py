@@ -1,10 +1,8 @@
-"""When a GPU computed and when it communicated in a step: how much of the gathers was hidden, and a picture."""
+"""When a GPU computed and when it communicated in a step: how much of the gathers was hidden."""
 
 from collections.abc import Iterable
 
 Events = list[tuple[str, float, float]]  # lane, start and duration in us, as `training.Run.profile` gives them
-LANES = ("all-gather", "reduce-scatter", "copies", "compute")
-COLORS = ("tab:orange", "tab:red", "tab:gray", "tab:blue")
 
 
 def hidden(events: Events, lane: str = "all-gather") -> float | None:
@@ -38,14 +36,6 @@ def predicted(layers: int, gather: float, products: float) -> float:
     """
     forward, backward = min(gather, products), min(gather, 2 * products)
     return (layers - 1) * (forward + backward) / (2 * layers * gather)
-
-
-def draw(axes, events: Events) -> None:
-    """A row a lane, time to the right in ms."""
-    for row, (lane, color) in enumerate(zip(LANES, COLORS, strict=True)):
-        spans = [(start / 1e3, length / 1e3) for one, start, length in events if one == lane]
-        axes.broken_barh(spans, (row - 0.4, 0.8), color=color)
-    axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="ms from the step's first kernel")
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,9 +1,8 @@
 """How much of the gathers a step hides."""
 
-import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks.fsdp2.timeline import draw, hidden, predicted
+from benchmarks.fsdp2.timeline import hidden, predicted
 from benchmarks.fsdp2.training import _lane
 
 EVENTS = [
@@ -42,16 +41,3 @@ def test_lane_of_a_kernel(name, lane):
 def test_predicted_share(gather, expected):
     """Four layers whose forward takes 2 and whose backward takes 4."""
     assert predicted(4, gather, 2.0) == pytest.approx(expected)
-
-
-def test_picture_has_a_row_a_lane():
-    _, axes = plt.subplots()
-    draw(axes, EVENTS)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "all-gather",
-        "reduce-scatter",
-        "copies",
-        "compute",
-    ]
-    assert [len(bars.get_paths()) for bars in axes.collections] == [2, 1, 1, 3]
-    plt.close()
