@@ -1,0 +1,78 @@
+"""The exports that challenge D compares with transformers: families, settings, and how large an error may be.
+
+for case in CASES: found = check_case(case, "cuda", tokens=32)
+"""
+
+import tempfile
+from typing import NamedTuple
+
+from benchmarks.gguf.models import FAMILIES
+from benchmarks.gguf.proof import DEVIATIONS, Compared, prove
+
+LIMIT, TEXT_LIMIT, LIMIT_8_BITS = 3e-4, 1e-4, 0.2  # nats: with an image, without, and in 8 bits
+DEFAULT = {"quantization": "q8_0", "projector": "f16"}  # the default types of `export_gguf`
+CASES = {family: (family, {}) for family in FAMILIES} | {  # by name: family, options of `prove`
+    "llama, DoRA": ("llama", {"use_dora": True}),
+    "llava_siglip, q8_0 and f16": ("llava_siglip", DEFAULT),
+    "qwen2_vl, q8_0 and f16": ("qwen2_vl", DEFAULT),
+}
+
+
+class Checked(NamedTuple):
+    """What `check_case` finds."""
+
+    errors: dict[str, tuple[float, float]]  # nats by question: deviations emulated, and not
+    checks: dict[str, bool]
+    moved: float  # nats, by which the adapter moves the first log-probability
+    row: tuple[str, ...]  # of a table: case, tokens equal, errors and limits without and with an image, deviations
+
+
+def group_of(case: str) -> str:
+    """ "LLaVA", "Qwen-VL" or "text"."""
+    family, _ = CASES[case]
+    return "LLaVA" if "llava" in family else "Qwen-VL" if "qwen" in family else "text"
+
+
+def in_8_bits(case: str) -> bool:
+    """Whether a case has the default types; the others are in float32."""
+    return CASES[case][1] is DEFAULT
+
+
+def check_case(case: str, device: str, tokens: int) -> Checked:
+    """Train, export and compare a case.
+
+    In 8 bits a near-tie of two tokens may fall otherwise, so there the errors count until tokens part; in float32 all
+    tokens must be equal.
+
+    Args:
+        case: One of CASES.
+        device: Where transformers computes.
+        tokens: Of each answer in float32; in 8 bits it is 8.
+    """
+    family, options = CASES[case]
+    with tempfile.TemporaryDirectory() as folder:
+        proof = prove(family, folder, device, tokens=8 if in_8_bits(case) else tokens, **options)
+    errors, checks = {}, {}
+    for one in proof.answers:
+        question = f"adapter {one.adapter}, {'image' if one.image else 'text'}"
+        limit = _limit(case, one.image)
+        checks[f"{case}, {question}"] = one.emulated_error < limit if in_8_bits(case) else one.within(limit)
+        errors[question] = one.emulated_error, one.error
+    if not in_8_bits(case):
+        checks[f"{case}, the adapter matters"] = proof.moved > 20 * LIMIT
+    return Checked(errors, checks, proof.moved, _row(case, proof.answers))
+
+
+def _limit(case: str, image: bool) -> float:
+    return LIMIT_8_BITS if in_8_bits(case) else LIMIT if image else TEXT_LIMIT
+
+
+def _row(case: str, answers: tuple[Compared, ...]) -> tuple[str, ...]:
+    cells = []
+    for image in (False, True):
+        errors = [one.emulated_error for one in answers if one.image == image]
+        cells.append(f"{max(errors):.1e} (limit {_limit(case, image):.0e})" if errors else "-")
+    names = [one.what for one in DEVIATIONS]
+    applying = sorted({names.index(what) + 1 for one in answers for what in one.deviations})
+    equal = f"{sum(one.emulated_equal for one in answers)} of {len(answers)}"
+    return case, equal, *cells, ", ".join(map(str, applying)) or "none"
