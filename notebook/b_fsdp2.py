@@ -88,9 +88,9 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # %% [markdown]
 # ### The code: the byte stream
 #
-# `stream.py` defines the layout and the tensor subclass. The collapsed cells of the set-up hold the other files:
-# `linear.py` has the layer, `pack.py` replaces bitsandbytes' layers, and `shard.py` applies `fully_shard` to each
-# decoder layer and to the model. In plain PyTorch the forward of the layer is:
+# `stream.py` defines the layout and the tensor subclass. The collapsed cell after it holds the layer (`linear.py`),
+# the replacement of bitsandbytes' layers (`pack.py`), and `shard.py`, which applies `fully_shard` to each decoder layer
+# and to the model. In plain PyTorch the forward of the layer is:
 #
 # ```python
 # packed, absmax, absmax2 = layout.split(stream)                              # views of the gathered bytes
@@ -104,6 +104,9 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 
 # %%
 # show: unsloth_puzzles/fsdp2/stream.py
+
+# %%
+# fold: unsloth_puzzles/fsdp2/linear.py unsloth_puzzles/fsdp2/pack.py unsloth_puzzles/fsdp2/shard.py
 
 # %% [markdown]
 # ### Check 1: FSDP2 changes no byte

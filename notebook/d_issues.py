@@ -14,6 +14,7 @@
 # calls each backend with one packed batch and a window of 32 tokens. It prints the relative error against float64.
 
 # %%
+import matplotlib.pyplot as plt
 import pandas
 
 from benchmarks.attention.checks import Inputs, check_backends, check_flex
@@ -197,8 +198,6 @@ for group, checks in groups.items():
 # and masks across images. A batch of several images therefore costs more than the same images alone.
 
 # %%
-import matplotlib.pyplot as plt
-
 from benchmarks.vision.families import FAMILIES
 from benchmarks.vision.figure import tower_figure
 from benchmarks.vision.work import work_by_share
@@ -529,12 +528,23 @@ if name:
 # `<|im_start|>` becomes that control token. A model whose template ignores tools, such as SmolLM2, cannot be trained to
 # call them.
 #
-# Here a `ToolBox` validates and bounds every call, and it returns mistakes to the model as messages.
-# `tokenize_conversation` takes control tokens from the template only. It sets labels on the assistant's turns, stop
-# tokens included. `run_conversation` is the loop, which the next cell shows.
+# Here a `ToolBox` validates and bounds every call. `tokenize_conversation` takes control tokens from the template only.
+# It sets labels on the assistant's turns, stop tokens included. `run_conversation` returns every mistake to the model
+# as a message. Without batching and limits, its loop is:
+#
+# ```python
+# while True:
+#     reply = read(generate(model, encoder.prompt(messages, toolbox)))
+#     if reply.error:                                                   # not parsable: the model reads the reason
+#         messages += [assistant(reply.content), tool(reply.error)]
+#     elif reply.calls:                                                 # a result, or the error of the call
+#         messages += [assistant(reply.content, reply.calls), *(tool(toolbox.call(*call)) for call in reply.calls)]
+#     else:
+#         return reply.content
+# ```
 
 # %%
-# show: unsloth_puzzles/tool_calling/conversation.py
+# fold: unsloth_puzzles/tool_calling/conversation.py unsloth_puzzles/tool_calling/tokens.py
 
 # %% [markdown]
 # #### Check: wrong calls become messages

@@ -1,0 +1,76 @@
+"""What a case of GGUF export is judged by, with answers that are made up."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from benchmarks.gguf import cases
+from benchmarks.gguf.figure import types_figure
+from benchmarks.gguf.proof import DEVIATIONS, Compared, Proof
+
+GELU = DEVIATIONS[0].what
+
+
+def proof(text: float, image: float, equal: bool = True, moved: float = 1.0) -> Proof:
+    answers = [
+        Compared(side, seeing, False, 10 * error, equal, error, (GELU,) if seeing else ())
+        for side in ("on", "off")
+        for seeing, error in ((False, text), (True, image))
+    ]
+    return Proof(tuple(answers), moved)
+
+
+@pytest.fixture
+def check(monkeypatch):
+    def run(case: str, found: Proof) -> tuple[cases.Checked, dict]:
+        given = {}
+        monkeypatch.setattr(
+            cases, "prove", lambda family, folder, device, **options: given.update(family=family, **options) or found
+        )
+        return cases.check_case(case, "cpu", tokens=32), given
+
+    return run
+
+
+def test_errors_within_the_limits_pass(check):
+    found, given = check("llava_clip", proof(9e-5, 2.9e-4))
+    assert given == {"family": "llava_clip", "tokens": 32} and all(found.checks.values()) and len(found.checks) == 5
+    assert found.errors["adapter on, image"] == (2.9e-4, pytest.approx(2.9e-3))
+    assert found.row == ("llava_clip", "4 of 4", "9.0e-05 (limit 1e-04)", "2.9e-04 (limit 3e-04)", "1")
+
+
+@pytest.mark.parametrize(
+    "wrong, failing",
+    [
+        (proof(1.1e-4, 1e-5), ["adapter on, text", "adapter off, text"]),
+        (proof(1e-5, 3.1e-4), ["adapter on, image", "adapter off, image"]),
+        (proof(1e-5, 1e-5, moved=5e-3), ["the adapter matters"]),
+        (
+            proof(1e-5, 1e-5, equal=False),
+            [f"adapter {side}, {kind}" for side in ("on", "off") for kind in ("text", "image")],
+        ),
+    ],
+)
+def test_a_wrong_answer_fails_its_check(check, wrong, failing):
+    found, _ = check("qwen2_vl", wrong)
+    assert [name for name, good in found.checks.items() if not good] == [f"qwen2_vl, {name}" for name in failing]
+
+
+def test_in_8_bits_tokens_may_part(check):
+    found, given = check("qwen2_vl, q8_0 and f16", proof(0.1, 0.1, equal=False))
+    assert all(found.checks.values()) and len(found.checks) == 4
+    assert given == {"family": "qwen2_vl", "tokens": 8, **cases.DEFAULT}
+
+
+def test_every_case_has_a_group():
+    assert {cases.group_of(case) for case in cases.CASES} == {"LLaVA", "Qwen-VL", "text"}
+    assert [case for case in cases.CASES if cases.in_8_bits(case)] == [
+        "llava_siglip, q8_0 and f16",
+        "qwen2_vl, q8_0 and f16",
+    ]
+
+
+def test_a_figure_has_a_point_a_type():
+    (axes,) = types_figure({"f32": (500.0, 1e-5), "q8_0": (140.0, 0.2)}, "Types").axes
+    assert [one.get_text() for one in axes.texts] == ["f32", "q8_0"]
+    assert axes.lines[0].get_xydata().tolist() == [[500, 1e-5], [140, 0.2]]
+    plt.close("all")
