@@ -13,11 +13,11 @@
 # absmax for 64 weights, and one second-level absmax for 256 absmax. Only the codes are a parameter, so libraries shard
 # the codes and replicate the scales.
 #
-# Here the three tensors become one parameter, the byte stream `packed | absmax | second absmax`. The end of the stream
-# is padded to a multiple of 16 bytes times the number of ranks. Every rank therefore holds the same number of 16-byte
-# words, and FSDP2 adds no padding of its own. FSDP2 gathers the streams of a decoder layer with one all-gather. Each
-# linear layer slices its gathered bytes and calls the kernel of section A. The backward saves the parameter and not the
-# weight, so FSDP2 can free the bytes after the forward and gather them again.
+# Here the three tensors become one parameter, the byte stream `packed | absmax | second absmax`. Each part starts at a
+# multiple of 16 bytes. The end of the stream is padded to a multiple of 16 bytes times the number of ranks. Every rank
+# therefore holds the same number of 16-byte words, and FSDP2 adds no padding of its own. FSDP2 gathers the streams of a
+# decoder layer with one all-gather. Each linear layer slices its gathered bytes and calls the kernel of section A. The
+# backward saves the parameter and not the weight, so FSDP2 can free the bytes after the forward and gather them again.
 #
 # Two properties of PyTorch decide the dtype of the stream:
 #
@@ -88,9 +88,9 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # %% [markdown]
 # ### The code: the byte stream
 #
-# `stream.py` defines the layout and the tensor subclass. The collapsed cell after it holds the layer (`linear.py`),
-# the replacement of bitsandbytes' layers (`pack.py`), and `shard.py`, which applies `fully_shard` to each decoder layer
-# and to the model. In plain PyTorch the forward of the layer is:
+# `stream.py` defines the layout and the tensor subclass. The collapsed cell after it holds the layer (`linear.py`), the
+# replacement of bitsandbytes' layers (`pack.py`), and `shard.py`, which applies `fully_shard` to each decoder layer and
+# to the model. In plain PyTorch the forward of the layer is:
 #
 # ```python
 # packed, absmax, absmax2 = layout.split(stream)                              # views of the gathered bytes
@@ -113,9 +113,9 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 #
 # Two ranks shard and gather 65,536 random bytes, which contain NaN patterns. The table counts the bytes that arrive
 # changed. The first row is the baseline: plain float16 storage, as bitsandbytes documents for FSDP
-# (`bnb_4bit_quant_storage=torch.float16`). The symptom is [issue
-# 1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945) of bitsandbytes. Its cause is the copy
-# operator, which a GPU also runs alone below.
+# (`bnb_4bit_quant_storage=torch.float16`). The symptom is bitsandbytes issue
+# [#1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945). Its cause is the copy operator, which
+# the cell also runs alone on a GPU.
 
 # %%
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.uint8) if GPU else ():

@@ -9,9 +9,10 @@
 #
 # ### Attention: one interface, five backends
 #
-# `unsloth_puzzles.attention` stands in section C, which uses it. The function `attention` accepts causal masks, sliding
-# windows, packed documents, soft caps and grouped queries. A backend refuses by name what it cannot compute. The cell
-# calls each backend with one packed batch and a window of 32 tokens. It prints the relative error against float64.
+# Section C contains the code, `unsloth_puzzles.attention`, because it uses the interface. The function `attention`
+# accepts causal masks, sliding windows, packed documents, soft caps and grouped queries. A backend refuses by name what
+# it cannot compute. The cell calls each backend with one packed batch and a window of 32 tokens. It prints the relative
+# error against float64.
 
 # %%
 import matplotlib.pyplot as plt
@@ -293,8 +294,8 @@ judge(
 # the adapter on and off. The answers must have equal tokens and close log-probabilities. llama.cpp runs in a process of
 # its own.
 #
-# llama.cpp deviates from transformers in four ways, which the first table lists. The check emulates the deviations that
-# apply in transformers and then compares. The emulation is not exact. The limits are 1e-4 nats without an image and
+# llama.cpp deviates from transformers in four ways, which the first table lists. The check emulates in transformers the
+# deviations that apply, and then compares. The emulation is not exact. The limits are 1e-4 nats without an image and
 # 3e-4 with an image. In 8 bits the limit is 0.2, and a near-tie may select another token.
 
 # %%
