@@ -69,17 +69,28 @@ def test_written_files_are_the_sources_word_for_word(tree: Path) -> None:
     assert set(package_of(build(tree))) == {name for name in written if name.startswith("unsloth_puzzles")}
 
 
-def test_folders_are_collapsed_cells_and_a_shown_file_is_open(tree: Path) -> None:
+def test_package_and_benchmarks_are_a_collapsed_cell_each_and_a_shown_file_is_open(tree: Path) -> None:
     by_id = {cell.id: cell for cell in build(tree).cells}
-    assert by_id["00_setup-file-unsloth_puzzles-sub-a-py"].metadata == COLLAPSED
+    assert by_id["00_setup-file-unsloth_puzzles-solution-py"].metadata == COLLAPSED
     assert by_id["a_nf4-file-unsloth_puzzles-solution-py"].metadata == {}
     titles = [source.splitlines()[1] for source in _source(build(tree), "%%writefiles")]
-    assert titles == [
-        "#@title unsloth_puzzles/: solution.py",
-        "#@title unsloth_puzzles/sub/: a.py, b.py",
-        "#@title benchmarks/: __init__.py, by_child.py, child.py",
-        "#@title benchmarks/sub/: lazy.py, timed.py",
-    ]
+    assert titles == ["#@title 3 files of unsloth_puzzles/: sub", "#@title 5 files of benchmarks/: sub"]
+
+
+def test_folded_files_are_one_collapsed_cell_with_their_names(tree: Path) -> None:
+    folded = "# %%\n# fold: unsloth_puzzles/sub/b.py unsloth_puzzles/sub/a.py\n"
+    _write(tree / "notebook" / "c_compile.py", folded)
+    cell = build(tree).cells[-1]
+    assert cell.metadata == COLLAPSED
+    assert cell.source == (
+        "%%writefiles\n#@title unsloth_puzzles/sub/: b.py, a.py\n"
+        "# file: unsloth_puzzles/sub/b.py\nb = 1\n# file: unsloth_puzzles/sub/a.py\na = 1"
+    )
+
+
+def test_a_cell_with_a_title_is_collapsed_and_keeps_its_tags(tree: Path) -> None:
+    _write(tree / "notebook" / "c_compile.py", '# %% tags=["report"]\n#@title Helpers\nx = 1\n')
+    assert build(tree).cells[-1].metadata == COLLAPSED | {"tags": ["hide-input", "report"]}
 
 
 def test_the_magic_of_the_set_up_writes_the_same_bytes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
     python -m tools.build_notebook [--output PATH]   write it, without outputs (default: under build/)
 
 The sections are jupytext percent scripts. A code cell that holds one of these lines and nothing else is replaced:
-    # package        by collapsed cells that write every file of unsloth_puzzles/, a cell a folder
-    # benchmarks     by the same for the files of benchmarks/ that the cells and what they start import
-    # show: PATH     by `%%writefile PATH` and the file word for word, open: the files that a section explains
+    # package           by a collapsed cell that writes every file of unsloth_puzzles/
+    # benchmarks        by the same for the files of benchmarks/ that the cells and what they start import
+    # show: PATH        by `%%writefile PATH` and the file word for word, open: the files that a section explains
+    # fold: PATH ...    by a collapsed cell that writes these files: what a reader may want beside them
+A code cell that begins with `#@title` is collapsed.
 In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents; `<!-- scorecard -->`
 is left to tools/release.py.
 """
@@ -14,7 +16,6 @@ import argparse
 import hashlib
 import re
 import sys
-from itertools import groupby
 from pathlib import Path
 
 import jupytext
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, BENCHMARKS = "unsloth_puzzles", "benchmarks"
 SECTIONS = ("00_setup", "a_nf4", "b_fsdp2", "c_compile", "d_issues", "e_backprop", "z_scorecard")
 SHOW = re.compile(r"# show: (\S+)")
+FOLD = re.compile(r"# fold: (\S+(?: \S+)*)")
+TITLE = "#@title "
 FILES = {"# package": PACKAGE, "# benchmarks": BENCHMARKS}
 WRITEFILE = re.compile(r"%%writefile (\S+)\n")
 WRITEFILES = "%%writefiles\n"  # the magic that the set-up defines
@@ -55,7 +58,7 @@ def build(root: Path = ROOT) -> NotebookNode:
     cells = []
     for script, found in zip(scripts, parsed, strict=True):
         for cell in found:
-            for made in _expand(cell, root, code):
+            if made := _expand(cell, root, code):
                 made.metadata["section"] = script.stem
                 cells.append(made)
     _fill_markdown(cells)
@@ -88,26 +91,42 @@ def _sections(root: Path) -> list[str]:
     return [section for section in SECTIONS if section in present]
 
 
-def _expand(cell: NotebookNode, root: Path, code: str) -> list[NotebookNode]:
-    """The cells that `cell` stands for; `code` is all code of the notebook."""
+def _expand(cell: NotebookNode, root: Path, code: str) -> NotebookNode | None:
+    """The cell that `cell` stands for, None if it would write nothing; `code` is all code of the notebook."""
     if cell.cell_type != "code":
-        return [cell]
+        return cell
+    if cell.source.startswith(TITLE):
+        return _collapsed(cell)
     if show := SHOW.fullmatch(cell.source):
-        return [nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")]
+        return nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")
+    if fold := FOLD.fullmatch(cell.source):
+        return _writing([Path(name) for name in fold[1].split()], root)
     folder = FILES.get(cell.source)
     if folder is None:
-        return [cell]
+        return cell
     paths = closure(code, root, folder) if folder == BENCHMARKS else (root / folder).rglob("*.py")
     names = sorted((path.relative_to(root) for path in paths), key=lambda name: (name.parent, name))
-    return [_writing(str(parent), [*group], root) for parent, group in groupby(names, key=lambda name: name.parent)]
+    return _writing(names, root) if names else None
 
 
-def _writing(folder: str, names: list[Path], root: Path) -> NotebookNode:
-    """A collapsed cell that writes the files `names` of `folder`."""
-    title = f"#@title {folder}/: {', '.join(name.name for name in names)}\n"
+def _writing(names: list[Path], root: Path) -> NotebookNode:
+    """A collapsed cell that writes the files `names`."""
     files = "".join(f"{BEGIN}{name.as_posix()}\n{_content(root, name.as_posix())}" for name in names)
-    cell = nbformat.v4.new_code_cell((WRITEFILES + title + files)[:-1])
-    cell.metadata.update(COLLAPSED)
+    return _collapsed(nbformat.v4.new_code_cell((WRITEFILES + TITLE + _title(names) + "\n" + files)[:-1]))
+
+
+def _title(names: list[Path]) -> str:
+    """The files by name if one folder holds them all, else the folders."""
+    folders = list(dict.fromkeys(name.parent for name in names))
+    if len(folders) == 1:
+        return f"{folders[0]}/: {', '.join(name.name for name in names)}"
+    top = names[0].parts[0]
+    return f"{len(names)} files of {top}/: {', '.join(folder.name for folder in folders if folder.name != top)}"
+
+
+def _collapsed(cell: NotebookNode) -> NotebookNode:
+    tags = [*COLLAPSED["tags"], *cell.metadata.get("tags", [])]
+    cell.metadata.update(COLLAPSED | {"tags": list(dict.fromkeys(tags))})
     return cell
 
 
