@@ -3,32 +3,33 @@
 #
 # <!-- badges -->
 #
-# Five open challenges on making the fine-tuning of large language models cheaper on small GPUs, one section each. Every
-# solution stands here in full: a cell that begins with `%%writefile` holds a file of the package `unsloth_puzzles`,
-# word for word; the cells of the set-up write the others. The cells after it import that file, check it and time it.
-#
-# **How to run it.** *Runtime → Run all*: on Colab (T4), on Kaggle (T4 x 2), on any CUDA machine, or without a GPU,
-# where the kernels run in Triton's interpreter on small shapes. Nothing has to be cloned or uploaded. What cannot run
-# on the machine at hand says `SKIPPED: reason`, and a skip is never counted as a pass.
-#
-# **On a T4.** No T4 has run this notebook. It was rehearsed on a larger GPU, held to a T4's memory, two CPU cores and
-# compute capability. README reports the result, and the predicted time on a T4, under its limits. Every statement about
-# a T4 below that no T4 has shown is marked as a prediction.
-#
-# **How to read it.** Each section: the task and its criteria, the idea, the bound predicted before anything is
-# measured, the code, the checks, the timings beside every baseline in the same run, what it does not do, and its score.
+# Five challenges on fine-tuning large language models on small GPUs, one section each. Every solution is a part of the
+# package `unsloth_puzzles`. The sections show its core files in full.
 #
 # <!-- scorecard -->
+#
+# **Run it.** *Runtime → Run all*, on Colab (T4), on Kaggle (T4 x 2), on any CUDA machine, or without a GPU. Without a
+# GPU the kernels run in Triton's interpreter on small shapes. The notebook writes all files that it needs. Each section
+# also runs alone after the set-up. An experiment that cannot run on this machine prints `SKIPPED: reason`. A skip never
+# counts as a pass.
+#
+# **Read it.** Each section gives the task, the idea, the predicted bound, the code, the checks, the timings, the limits
+# and the score. Collapsed cells hold the remaining files and the helpers. `RESULTS.md` has every table.
+#
+# **On a T4.** No T4 has run this notebook. It was rehearsed on a larger GPU with the memory, the CPU cores and the
+# compute capability of a T4. Statements about a T4 are predictions and say so.
 #
 # <!-- contents -->
 
 # %% [markdown]
 # ## Set-up
 #
-# Install what is missing or known not to work. torch and triton stay as the machine has them, and so does every package
-# that is new enough. If nothing is missing, no connection is made.
+# The first cell installs missing packages and replaces packages that are too old. It does not touch torch and triton.
+# The second cell hides all GPUs but one, so that no trainer spreads a model over two, and selects Triton's interpreter
+# where there is no GPU. The next two cells write the package and the benchmarks.
 
 # %%
+# @title Install: pinned versions, and what is kept
 import importlib
 import importlib.metadata
 import shutil
@@ -125,11 +126,8 @@ for package, version in (PINNED | ALONE | FOR_GPUS).items():
     elif now not in (version, None):
         print(f"kept: {package} {now}; pinned: {version}")
 
-# %% [markdown]
-# This kernel sees one GPU even if there are two, so that no trainer spreads a model over both. Without a GPU the
-# kernels run in Triton's interpreter. Both settings must precede the import of torch and triton.
-
 # %%
+# @title Environment: one visible GPU, warnings, seed, and the magic that writes files
 import logging
 import os
 import random
@@ -140,6 +138,7 @@ ALL_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for programs that take more
 os.environ["CUDA_VISIBLE_DEVICES"] = (ALL_GPUS if ALL_GPUS is not None else "0").split(",")[0]
 
 import torch
+from IPython.core.magic import register_cell_magic
 from IPython.display import Markdown, display
 
 if not torch.cuda.is_available():
@@ -149,12 +148,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved
 warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
 warnings.filterwarnings("ignore", message=".*no current CUDA context.*")  # of the backward's thread, which sets one
 warnings.filterwarnings("ignore", message=".*Guards may run slower on Python 3.13.0.*")
-for of_pytorch in (
-    "TypedStorage is deprecated",
-    "Profiler clears events",
-    "TensorFloat32 tensor cores",
-    "Online softmax",
-):
+for of_pytorch in ("TypedStorage is deprecated", "Profiler clears", "TensorFloat32 tensor cores", "Online softmax"):
     warnings.filterwarnings("ignore", message=f"\\s*.*{of_pytorch}.*")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only its CPU path would use
 
@@ -162,13 +156,6 @@ SEED = 3407
 random.seed(SEED)
 torch.manual_seed(SEED)
 print("seed", SEED)
-
-# %% [markdown]
-# The package `unsloth_puzzles` and the benchmarks that the cells below use, word for word, in collapsed cells, a folder
-# each. With them every section runs alone. The files that a section explains stand open in it once more.
-
-# %%
-from IPython.core.magic import register_cell_magic
 
 
 @register_cell_magic
@@ -188,10 +175,8 @@ def writefiles(line, cell):
 # %%
 # benchmarks
 
-# %% [markdown]
-# The package must be the copy that the cells above wrote, not one that happens to be installed.
-
 # %%
+# @title Import the written package, report failures, remove old measurements
 sys.path.insert(0, str(Path.cwd()))
 importlib.invalidate_caches()
 
@@ -199,25 +184,20 @@ import unsloth_puzzles
 
 written = (Path.cwd() / "unsloth_puzzles").resolve()
 assert Path(unsloth_puzzles.__file__).resolve().parent == written, "another unsloth_puzzles was imported"
-print("unsloth_puzzles is the copy that this notebook wrote")
 
-# %% [markdown]
-# From here on an experiment that raises an error and a check that does not hold are printed as `FAILED` and listed at
-# the end, and the run goes on: nothing that was not measured counts as passed. A cell that takes long says so. Figures
-# of an earlier run are removed, so that none of them can earn points in this one.
-
-# %%
 from unsloth_puzzles.bench import experiments
 from unsloth_puzzles.bench.challenges import FILES
 
 experiments.watch()
 Path("resources/measurements").mkdir(parents=True, exist_ok=True)
-for name in FILES.values():
+for name in FILES.values():  # an earlier run must not earn points in this one
     Path("resources/measurements", name).unlink(missing_ok=True)
+print("imported unsloth_puzzles from the files above; no earlier measurements are left")
 
 # %% [markdown]
-# One probe decides the sizes and what can run. It measures copy bandwidth and matmul rates on this machine: the
-# ceilings that later timings are compared with.
+# From here on a failed experiment or check prints `FAILED` and the run continues. The last section lists all failures.
+# The probe below measures the copy bandwidth and the matmul rates of this machine. The sections choose their sizes by
+# it and compare timings with it.
 
 # %%
 from unsloth_puzzles.bench import section
@@ -226,6 +206,5 @@ from unsloth_puzzles.bench.hardware import probe, versions
 section.start("Set-up")
 hardware = probe()
 section.finish()
-print("\n" + hardware.describe() + "\n")
-for name, version in versions().items():
-    print(f"{name:14} {version or 'not installed'}")
+print(hardware.describe())
+print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions().items()))

@@ -88,8 +88,9 @@ def test_folded_files_are_one_collapsed_cell_with_their_names(tree: Path) -> Non
     )
 
 
-def test_a_cell_with_a_title_is_collapsed_and_keeps_its_tags(tree: Path) -> None:
-    _write(tree / "notebook" / "c_compile.py", '# %% tags=["report"]\n#@title Helpers\nx = 1\n')
+@pytest.mark.parametrize("title", ["#@title", "# @title"])
+def test_a_cell_with_a_title_is_collapsed_and_keeps_its_tags(tree: Path, title: str) -> None:
+    _write(tree / "notebook" / "c_compile.py", f'# %% tags=["report"]\n{title} Helpers\nx = 1\n')
     assert build(tree).cells[-1].metadata == COLLAPSED | {"tags": ["hide-input", "report"]}
 
 

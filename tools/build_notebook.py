@@ -7,7 +7,7 @@ The sections are jupytext percent scripts. A code cell that holds one of these l
     # benchmarks        by the same for the files of benchmarks/ that the cells and what they start import
     # show: PATH        by `%%writefile PATH` and the file word for word, open: the files that a section explains
     # fold: PATH ...    by a collapsed cell that writes these files: what a reader may want beside them
-A code cell that begins with `#@title` is collapsed.
+A code cell that begins with `# @title` is collapsed.
 In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents; `<!-- scorecard -->`
 is left to tools/release.py.
 """
@@ -31,6 +31,7 @@ SECTIONS = ("00_setup", "a_nf4", "b_fsdp2", "c_compile", "d_issues", "e_backprop
 SHOW = re.compile(r"# show: (\S+)")
 FOLD = re.compile(r"# fold: (\S+(?: \S+)*)")
 TITLE = "#@title "
+TITLED = re.compile(r"# ?@title ")
 FILES = {"# package": PACKAGE, "# benchmarks": BENCHMARKS}
 WRITEFILE = re.compile(r"%%writefile (\S+)\n")
 WRITEFILES = "%%writefiles\n"  # the magic that the set-up defines
@@ -95,7 +96,7 @@ def _expand(cell: NotebookNode, root: Path, code: str) -> NotebookNode | None:
     """The cell that `cell` stands for, None if it would write nothing; `code` is all code of the notebook."""
     if cell.cell_type != "code":
         return cell
-    if cell.source.startswith(TITLE):
+    if TITLED.match(cell.source):
         return _collapsed(cell)
     if show := SHOW.fullmatch(cell.source):
         return nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")
