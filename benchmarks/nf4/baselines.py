@@ -5,8 +5,12 @@ All take a bitsandbytes `Linear4bit`. None of them is ours; bitsandbytes and PEF
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 
 import torch
+
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # None in builds of PyTorch without CUDA
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def bitsandbytes_dequantize(layer) -> torch.Tensor:
@@ -26,44 +30,44 @@ def peft_dequantize(layer) -> torch.Tensor:
 def three_launches(layer) -> torch.Tensor:
     """De-quantise as Unsloth did when the puzzle was set: absmax, add the offset, weights; three kernels, two buffers.
 
-    bitsandbytes' own C functions are called directly, with as little Python around them as they need.
+    The host does no more than Unsloth's own code: the C functions of bitsandbytes are looked up once, each attribute is
+    read once, and the device is switched only if it is not the current one.
     """
-    from bitsandbytes.functional import lib
-
-    packed, state = layer.weight.data, layer.weight.quant_state
-    if state.shape.numel() >= 2**31:
-        raise ValueError(
-            f"layer must have fewer than 2^31 weights, which bitsandbytes counts in 32 bits, got {state.shape}"
-        )
-    device, stream = packed.device, torch._C._cuda_getCurrentRawStream(packed.device.index)
-    absmax = torch.empty(state.absmax.numel(), dtype=torch.float32, device=device)
-    weights = torch.empty(state.shape, dtype=state.dtype, device=device)
-    with torch.cuda.device(device):
-        lib.cdequantize_blockwise_fp32(
-            _address(state.state2.code),
-            _address(state.absmax),
-            _address(state.state2.absmax),
-            _address(absmax),
-            ctypes.c_int(state.state2.blocksize),
-            ctypes.c_int(absmax.numel()),
-            ctypes.c_void_p(stream),
-        )
-        absmax += state.offset
-        kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[state.dtype]
-        getattr(lib, f"cdequantize_blockwise_{kind}_nf4")(
-            ctypes.c_void_p(0),
-            _address(packed),
-            _address(absmax),
-            _address(weights),
-            ctypes.c_int(state.blocksize),
-            ctypes.c_int(weights.numel()),
-            ctypes.c_void_p(stream),
-        )
+    weight = layer.weight
+    packed, state = weight.data, weight.quant_state
+    index = packed.get_device()
+    if _current_device() != index:
+        with torch.cuda.device(index):
+            return three_launches(layer)
+    absmax8, state2, dtype, device = state.absmax, state.state2, state.dtype, packed.device
+    weights = torch.empty(state.shape, dtype=dtype, device=device)
+    absmax = torch.empty(absmax8.shape, dtype=torch.float32, device=device)
+    blocks, numel, address, stream = absmax.numel(), weights.numel(), absmax.data_ptr(), _current_stream(index)
+    if numel >= 2**31:
+        raise ValueError(f"layer must have fewer than 2^31 weights, which bitsandbytes counts in 32 bits, got {numel}")
+    functions = _c_functions()
+    functions["absmax"](
+        state2.code.data_ptr(), absmax8.data_ptr(), state2.absmax.data_ptr(), address, state2.blocksize, blocks, stream
+    )
+    absmax += state.offset
+    functions[dtype](None, packed.data_ptr(), address, weights.data_ptr(), state.blocksize, numel, stream)
     return weights
 
 
-def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@cache
+def _c_functions() -> dict[object, Callable[..., None]]:
+    """bitsandbytes' C functions by what they de-quantise: code, input, absmax, output, block size, count, stream."""
+    from bitsandbytes.functional import lib
+
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, number, number, pointer)
+    names = {
+        "absmax": "cdequantize_blockwise_fp32",
+        torch.float16: "cdequantize_blockwise_fp16_nf4",
+        torch.bfloat16: "cdequantize_blockwise_bf16_nf4",
+        torch.float32: "cdequantize_blockwise_fp32_nf4",
+    }
+    return {key: prototype(ctypes.cast(getattr(lib, name), pointer).value) for key, name in names.items()}
 
 
 THREE_LAUNCHES = "three bitsandbytes launches (Unsloth's sequence)"
