@@ -78,7 +78,7 @@ def test_package_and_benchmarks_are_a_collapsed_cell_each_and_a_shown_file_is_op
 
 
 def test_folded_files_are_one_collapsed_cell_with_their_names(tree: Path) -> None:
-    folded = "# %%\n# fold: unsloth_puzzles/sub/b.py unsloth_puzzles/sub/a.py\n"
+    folded = "# %%\n# fold: unsloth_puzzles/sub/b.py\n# fold: unsloth_puzzles/sub/a.py\n"
     _write(tree / "notebook" / "c_compile.py", folded)
     cell = build(tree).cells[-1]
     assert cell.metadata == COLLAPSED

@@ -6,7 +6,7 @@ The sections are jupytext percent scripts. A code cell that holds one of these l
     # package           by a collapsed cell that writes every file of unsloth_puzzles/
     # benchmarks        by the same for the files of benchmarks/ that the cells and what they start import
     # show: PATH        by `%%writefile PATH` and the file word for word, open: the files that a section explains
-    # fold: PATH ...    by a collapsed cell that writes these files: what a reader may want beside them
+    # fold: PATH        by a collapsed cell that writes the file, or the files of all its lines
 A code cell that begins with `# @title` is collapsed.
 In Markdown `<!-- badges -->` becomes the badge row and `<!-- contents -->` the table of contents; `<!-- scorecard -->`
 is left to tools/release.py.
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, BENCHMARKS = "unsloth_puzzles", "benchmarks"
 SECTIONS = ("00_setup", "a_nf4", "b_fsdp2", "c_compile", "d_issues", "e_backprop", "z_scorecard")
 SHOW = re.compile(r"# show: (\S+)")
-FOLD = re.compile(r"# fold: (\S+(?: \S+)*)")
+FOLD = re.compile(r"# fold: (\S+)")
 TITLE = "#@title "
 TITLED = re.compile(r"# ?@title ")
 FILES = {"# package": PACKAGE, "# benchmarks": BENCHMARKS}
@@ -100,8 +100,9 @@ def _expand(cell: NotebookNode, root: Path, code: str) -> NotebookNode | None:
         return _collapsed(cell)
     if show := SHOW.fullmatch(cell.source):
         return nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")
-    if fold := FOLD.fullmatch(cell.source):
-        return _writing([Path(name) for name in fold[1].split()], root)
+    folds = [FOLD.fullmatch(line) for line in cell.source.splitlines()]
+    if folds and all(folds):
+        return _writing([Path(fold[1]) for fold in folds], root)
     folder = FILES.get(cell.source)
     if folder is None:
         return cell

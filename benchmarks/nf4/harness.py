@@ -1,7 +1,8 @@
 """The puzzle's own test: an MLP of three 4-bit layers, checked at default tolerances, then timed by the wall clock."""
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,12 @@ def measure(
             for name, dequantize in candidates.items():
                 seconds[name].setdefault(case, []).append(_timed(layers, dequantize, device, rounds))
     return seconds
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), tenths[0], tenths[-1]
 
 
 def _timed(layers, dequantize: Dequantize, device: str, rounds: int) -> float:

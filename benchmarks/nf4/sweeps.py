@@ -4,11 +4,10 @@ python -m benchmarks.nf4.sweeps resources/measurements/a_nf4_sweeps.json
 """
 
 import os
-import statistics
-from collections.abc import Sequence
 
 from benchmarks.command import run_sweep
 from benchmarks.nf4 import decoding
+from benchmarks.nf4.harness import spread
 from benchmarks.nf4.sanitize import sanitizer_errors
 from benchmarks.nf4.unsloth_peer import measure_unsloth
 from unsloth_puzzles.bench.hardware import Hardware
@@ -68,18 +67,12 @@ def add_unsloth(found: Measurements, peer: dict) -> None:
     ours = peer["harness_s"]["ours"]
     for key, totals in peer["harness_s"].items():
         if key != "ours":
-            ratio = _spread([theirs / mine for mine, theirs in zip(ours, totals, strict=True)])
+            ratio = spread([theirs / mine for mine, theirs in zip(ours, totals, strict=True)])
             found.add("harness_speedup_beside_unsloth", f"all, against {_named(key, name)}", ratio[0], "x", *ratio[1:])
 
 
 def _named(key: str, name: str) -> str:
     return key.replace("unsloth", name)
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), tenths[0], tenths[-1]
 
 
 if __name__ == "__main__":

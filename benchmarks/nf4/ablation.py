@@ -1,0 +1,67 @@
+"""What each decision of the kernel is worth: variants with one decision changed, timed in one run."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.nf4.baselines import bitsandbytes_dequantize
+from benchmarks.nf4.workload import bytes_per_weight, calls, make_layer
+from unsloth_puzzles.bench import timing
+from unsloth_puzzles.bench.hardware import Hardware
+from unsloth_puzzles.bench.timing import Timing
+from unsloth_puzzles.nf4 import dequantize_nf4
+from unsloth_puzzles.nf4.build import PLAIN, Config
+from unsloth_puzzles.nf4.launch import prepare
+from unsloth_puzzles.nf4.state import nf4_weight
+
+VARIANTS = {  # (group, name): the first of a group is what the others differ from in one decision
+    ("inline PTX", "default: shuffle, evict_first, 2 x 512 words"): Config(),
+    ("inline PTX", "look-up by prmt"): Config(lookup="prmt"),
+    ("inline PTX", "no eviction hints"): Config(evict=""),
+    ("inline PTX", "16 bytes a thread (1 x 512 words)"): Config(unroll=1),
+    ("inline PTX", "64 bytes a thread (4 x 512 words)"): Config(unroll=4),
+    ("inline PTX", "128 threads a program (2 x 128 words)"): Config(words=128, num_warps=4),
+    ("plain Triton", "look-up by load, 2 x 128 words"): PLAIN,
+    ("plain Triton", "2 x 512 words"): PLAIN._replace(words=512, num_warps=16),
+    ("plain Triton", "look-up by tl.gather"): PLAIN._replace(lookup="gather"),
+    ("plain Triton", "look-up by 15 selects"): PLAIN._replace(lookup="select"),
+    ("plain Triton", "contraction allowed (not exact)"): PLAIN._replace(fp_fusion=True),
+}
+UNALIGNED = ("inline PTX", "a byte a thread (what unaligned memory gets)")
+DEFAULT = next(iter(VARIANTS))
+
+
+def measure(
+    rows: int, columns: int, dtype: torch.dtype, hardware: Hardware, rounds: int = 15
+) -> tuple[dict[tuple[str, str], Timing], dict[str, bool]]:
+    """Device time of every variant on weights [rows, columns].
+
+    Returns:
+        The timings by group and name, and by name whether a variant gives bitsandbytes' weights, unless it need not.
+    """
+    moved = bytes_per_weight(dtype) * rows * columns
+    layers = [
+        make_layer(rows, columns, dtype, "cuda") for _ in range(max(2, timing.rotations(moved, hardware.l2_bytes)))
+    ]
+    exact = bitsandbytes_dequantize(layers[0])
+    same = {
+        ", ".join(name): torch.equal(_with_config(layers[0], config), exact)
+        for name, config in VARIANTS.items()
+        if not config.fp_fusion
+    }
+    tested = {name: calls(partial(_with_config, config=config), layers) for name, config in VARIANTS.items()}
+    shifted = [torch.empty(rows * columns + 1, dtype=dtype, device="cuda")[1:].view(rows, columns) for _ in layers]
+    tested[UNALIGNED] = [partial(dequantize_nf4, layer, out=out) for layer, out in zip(layers, shifted, strict=True)]
+    return timing.device_time(tested, rounds=rounds, bytes_per_call=moved), same
+
+
+def faster_than_default(timings: dict[tuple[str, str], Timing]) -> list[str]:
+    """The exact variants whose 90th percentile lies below the default's 10th."""
+    exact = [name for name in timings if name not in VARIANTS or not VARIANTS[name].fp_fusion]
+    return [", ".join(name) for name in exact if timings[name].high < timings[DEFAULT].low]
+
+
+def _with_config(layer, config: Config) -> torch.Tensor:
+    packed, state = layer.weight.data, layer.weight.quant_state
+    out = torch.empty(state.shape, dtype=state.dtype, device="cuda")
+    return prepare(nf4_weight(packed, state), out, config).run(out)
