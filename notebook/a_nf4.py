@@ -135,17 +135,16 @@ for rows, columns, dtype in SHAPES:
 #
 # **The kernel.** It takes the assembly as a string. With an empty string the same source is the plain-Triton path,
 # which also runs in the interpreter.
+#
+# **The launch** (collapsed). For a small matrix the host needs more time than the kernel. `launch.py` calls Triton's C
+# launcher with plain addresses. `cache.py` recalls the launch of a weight that passed all checks before. `linear.py` is
+# the layer $y = xW^\top + b$ of challenges B and C. Its backward de-quantises $W$ again instead of keeping it.
 
 # %%
 # show: unsloth_puzzles/nf4/asm.py
 
 # %%
 # show: unsloth_puzzles/nf4/kernel.py
-
-# %% [markdown]
-# **The launch.** For a small matrix the host needs more time than the kernel. `launch.py` calls Triton's C launcher
-# with plain addresses. `cache.py` recalls the launch of a weight that passed all checks before. `linear.py` is the
-# layer $y = xW^\top + b$ of challenges B and C. Its backward de-quantises $W$ again instead of keeping it.
 
 # %%
 # fold: unsloth_puzzles/nf4/launch.py
@@ -310,10 +309,11 @@ for rows, columns, dtype in SHAPES:
         "conversions": (report.count("F2F") + report.count("F2FP")) / 16 * weights / t4.CONVERSIONS,
     }
     said = ", ".join(f"{part} {1e6 * seconds:.0f} us" for part, seconds in parts.items())
-    print(f"{rows:5} x {columns:5} {SHORT[dtype]}: {said}; {t4.LABEL}")
+    print(f"{rows:5} x {columns:5} {SHORT[dtype]}: {said}")
+print(f"({t4.LABEL})")
 
 # %% [markdown]
-# ### The harness of the puzzle
+# ### Timings: the harness of the puzzle, GPU time, host time
 #
 # The harness is an MLP of three `Linear4bit` layers. It checks every candidate at the DEFAULT tolerances of
 # `torch.testing.assert_close`. Then it times 1000 rounds of three matrices by the wall clock, with a synchronise after
@@ -322,6 +322,10 @@ for rows, columns, dtype in SHAPES:
 # The baseline is Unsloth's sequence of three launches. Colab does not have Unsloth, so `benchmarks/nf4/baselines.py`
 # calls the same two C functions of bitsandbytes and the same addition. It looks the functions up once and switches no
 # device, as Unsloth does, so that the host of the baseline is not slower than Unsloth's.
+#
+# CUDA graphs give the GPU time of one matrix. The buffers rotate over four times the L2 cache, and the candidates
+# alternate. The share of the copy bandwidth counts 2.516 bytes a weight for every candidate. The host time is the time
+# to enqueue one call. It grows on a busy host for all candidates.
 
 # %%
 candidates = {"ours": dequantize_nf4} | ({THREE_LAUNCHES: three_launches} if GPU else {})
@@ -341,13 +345,6 @@ if GPU:
     section.work(bytes=sum(6 * BYTES * case.hidden * case.inner for case in cases) * rounds * repeats)
 else:
     print("SKIPPED: the interpreter's time says nothing about a GPU")
-
-# %% [markdown]
-# ### GPU time and host time
-#
-# CUDA graphs give the GPU time. The buffers rotate over four times the L2 cache, and the candidates alternate. The
-# share of the copy bandwidth counts 2.516 bytes a weight for every candidate. `enqueue_time` gives the host time of one
-# call. The host time grows on a busy host for all candidates.
 
 # %%
 if GPU:
@@ -396,13 +393,17 @@ else:
     print("SKIPPED: variants are timed on a GPU")
 
 # %% [markdown]
-# ### The linear layer
+# ### The linear layer, and sweeps
 #
 # `nf4_linear` is compared with float64. Its relative error may exceed the error of a product with the whole
 # de-quantised matrix in the same dtype by at most 5 %.
 #
 # `patch_linear4bit(model)` puts `nf4_linear` under every 4-bit layer of a transformers or PEFT model. Decoding has few
 # rows and no gradients. There the fused 4-bit GEMM of bitsandbytes stays in use, which never writes the 16-bit matrix.
+#
+# The last cell shows two results of `make sweeps`, a run of its own on a large GPU. It names hardware and date, and the
+# score does not use it. The sweep times the linear layer over the number of rows. Where Unsloth is installed, the sweep
+# also times its fused kernel and its three launches in one process with ours.
 
 # %%
 no_worse = {}
@@ -422,13 +423,6 @@ for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * hardware.bf16:
         print(f"{case:14}: relative error {error:.2e}, with the whole matrix {error_eager:.2e}")
         no_worse[case] = error <= 1.05 * error_eager
 check("errors of the linear layer", no_worse)
-
-# %% [markdown]
-# ### Beside the real Unsloth, and the rows of a linear layer
-#
-# `make sweeps` measures these on a large GPU, in a run of its own. The output names hardware and date. The score does
-# not use these results. The sweep times the real Unsloth in one process with ours: its fused kernel and its former
-# three launches.
 
 # %%
 SWEEPS = Path("resources/measurements/a_nf4_sweeps.json")

@@ -76,7 +76,7 @@ def contraction(exact: torch.Tensor, contracted: torch.Tensor, where: str) -> pl
     """By how many float32 ulps, and where, weights change if the multiply-add is contracted."""
     ulps = (contracted.view(torch.int32) - exact.view(torch.int32)).flatten().cpu()
     blocks = (ulps.view(-1, 64) != 0).any(1).float()  # quantisation blocks
-    slices = 100 * blocks[: len(blocks) // 64 * 64].view(64, -1).mean(1)
+    slices = 100 * blocks[: len(blocks) // 8 * 8].view(8, -1).mean(1)
     values, counts = ulps[ulps != 0].unique(return_counts=True)
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     drawn = axes.bar(values.numpy(), 100 * counts.numpy() / len(ulps), color=OURS)
@@ -84,7 +84,7 @@ def contraction(exact: torch.Tensor, contracted: torch.Tensor, where: str) -> pl
     axes.set(xlabel="difference in float32 ulps", ylabel="% of the weights", xticks=values.tolist())
     axes.margins(y=0.2)
     share, most = 100 * counts.sum().item() / len(ulps), ulps.abs().max()
-    spread = f"in each 1/64\nof the matrix\n{slices.min():.1f} % to {slices.max():.1f} %\nof the blocks change"
+    spread = f"in each eighth\nof the matrix\n{slices.min():.1f} % to {slices.max():.1f} %\nof the blocks change"
     axes.text(0, axes.get_ylim()[1] / 2, spread, ha="center", va="center")
     said = f"Contraction changes {share:.1f} % of the weights, by at most {most} ulps"
     axes.set_title(f"{said}\nfloat32, random weights, {where}", fontsize=11)
@@ -118,7 +118,9 @@ def ablation(timings: Mapping[str, Mapping], where: str) -> plt.Figure:
     axes.legend(loc="best", fontsize=9)
     exact = [name for name in names if name not in VARIANTS or not VARIANTS[name].fp_fusion]
     faster = [name for name in exact if any(found[name].high < found[DEFAULT].low for found in timings.values())]
-    said = f"{len(faster)} exact variants are" if faster else "No exact variant is"
+    said = (
+        "No exact variant is" if not faster else f"{len(faster)} exact variant{'s are' if len(faster) > 1 else ' is'}"
+    )
     figure.suptitle(f"{said} faster than the default beyond the spread\nGPU time, random weights, {where}", fontsize=11)
     return _saved(figure, "a_nf4_ablation")
 
