@@ -70,8 +70,9 @@ def build(root: Path = ROOT) -> NotebookNode:
 
 
 def text(notebook: NotebookNode) -> str:
-    """The file's content: the same bytes for the same notebook."""
-    return nbformat.writes(notebook, version=4, indent=1, sort_keys=True, ensure_ascii=False).rstrip("\n") + "\n"
+    """The file's content: the same bytes for the same notebook. Each cell is one string, which is a tenth smaller."""
+    settings = {"indent": 1, "sort_keys": True, "ensure_ascii": False, "split_lines": False}
+    return nbformat.writes(notebook, version=4, **settings).rstrip("\n") + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
