@@ -30,8 +30,8 @@ def compare(
     """De-quantise fresh random weights of every shape, block size and scale, and compare all bits.
 
     Args:
-        config: How the kernel is built. With the default the public function is called as well, twice: the second
-            call recalls the launch.
+        config: How the kernel is built. With the default the public function is called as well, on a GPU twice: the
+            second call recalls the launch. The interpreter recalls none.
         dtype: Of the result.
         shapes: Of the weights.
         device: "cuda", or "cpu" in Triton's interpreter.
@@ -49,7 +49,7 @@ def compare(
                     tensor.copy_(original * scale)
                 ours = [run_path(packed, state, config)]
                 if config == DEFAULT:
-                    ours += [_untransposed(dequantize_nf4(packed, state), packed) for _ in range(2)]
+                    ours += [_untransposed(dequantize_nf4(packed, state), packed) for _ in range(1 + packed.is_cuda)]
                 exact = [reference(packed, state) for reference in references]
                 mismatched += sum(differing(mine, theirs) for mine in ours for theirs in exact)
                 usual = ours[0] if usual is None else usual
