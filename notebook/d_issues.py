@@ -652,7 +652,8 @@ judge(issues, "tool calling, bad input and labels", safe)
 # #### QLoRA on SmolLM2-135M
 #
 # QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model before
-# and after, with greedy decoding. Wilson's 95 % intervals cover the draw of the questions. They do not cover the choice
+# and after, with greedy decoding. A float32 model answers them that holds the de-quantised and merged weights, as
+# `export_gguf` would write them. Wilson's 95 % intervals cover the draw of the questions. They do not cover the choice
 # of wordings. Small talk repeats 20 sentences with different tools on offer. The GGUF file of the weights stores Q4_1,
 # so NF4 rounds a second time.
 
@@ -660,6 +661,7 @@ judge(issues, "tool calling, bad input and labels", safe)
 from benchmarks import smollm2
 from benchmarks.tool_calling.evaluate import METRICS, evaluate, table
 from benchmarks.tool_calling.figure import tool_calling_figure
+from benchmarks.tool_calling.merged import merged
 from benchmarks.tool_calling.train import fine_tune
 from unsloth_puzzles.tool_calling.conversation import run_conversation
 
@@ -676,10 +678,11 @@ else:
 # %%
 if model is not None:
     report = {}
-    report["before"], _ = evaluate(model, tokenizer, questions, batch_size=64)
+    report["before"], _ = evaluate(merged(model), tokenizer, questions, batch_size=130)
     print("before: measured; training ...", flush=True)
     model, losses = fine_tune(model, tokenizer, steps=STEPS, batch_size=BATCH_SIZE)
-    report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=64)
+    model = merged(model)
+    report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=130)
     before, after = report["before"], report["after"]
     display(Markdown(table(report)))
     for name, share in after.items():

@@ -14,7 +14,7 @@ KILOMETRES = {"m": 0.001, "km": 1.0, "mile": 1.609}
 
 
 def add(a: int, b: int) -> int:
-    """Add two numbers.
+    """Add two numbers: their sum or total, how much they make together.
 
     Args:
         a: The first number.
@@ -24,7 +24,7 @@ def add(a: int, b: int) -> int:
 
 
 def subtract(minuend: int, subtrahend: int) -> int:
-    """Take one number away from another.
+    """Subtract: take one number away from another, or find what is left of it, or the difference.
 
     Args:
         minuend: What is reduced.
@@ -34,7 +34,7 @@ def subtract(minuend: int, subtrahend: int) -> int:
 
 
 def divide(dividend: int, divisor: int) -> str:
-    """Divide whole numbers.
+    """Divide whole numbers: share or split a number into equal parts, or find how often one fits into another.
 
     Args:
         dividend: What is divided.
@@ -47,7 +47,7 @@ def divide(dividend: int, divisor: int) -> str:
 
 
 def power(base: int, exponent: int) -> int:
-    """Raise a number to a power.
+    """Raise a number to a power: a base to an exponent.
 
     Args:
         base: The number.
@@ -59,7 +59,7 @@ def power(base: int, exponent: int) -> int:
 
 
 def convert_length(value: int, source: Literal["m", "km", "mile"], target: Literal["m", "km", "mile"]) -> float:
-    """Convert a length.
+    """Convert a length or distance from one unit to another, such as m to km.
 
     Args:
         value: The length.
@@ -70,7 +70,7 @@ def convert_length(value: int, source: Literal["m", "km", "mile"], target: Liter
 
 
 def reverse_text(text: str) -> str:
-    """Spell a text backwards.
+    """Reverse a text or word: spell it backwards, turned around.
 
     Args:
         text: The text.
@@ -79,7 +79,7 @@ def reverse_text(text: str) -> str:
 
 
 def count_letter(word: str, letter: str) -> int:
-    """Count a letter in a word.
+    """Count a letter in a word: how often it occurs, the number of times.
 
     Args:
         word: The word.
@@ -91,7 +91,7 @@ def count_letter(word: str, letter: str) -> int:
 
 
 def find_price(item: str) -> int:
-    """Look up the price of an item.
+    """Look up the price of an item: what it costs, how much one pays for it.
 
     Args:
         item: The item.
@@ -103,7 +103,7 @@ def find_price(item: str) -> int:
 
 
 def travel_time(origin: str, destination: str) -> str:
-    """Look up the train time between cities.
+    """Look up how long the train takes from one city to another, in hours.
 
     Args:
         origin: From where.

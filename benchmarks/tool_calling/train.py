@@ -15,6 +15,7 @@ import torch
 from benchmarks.smollm2 import load
 from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
 from benchmarks.tool_calling.evaluate import evaluate, table
+from benchmarks.tool_calling.merged import merged
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
@@ -99,14 +100,15 @@ def main(arguments: argparse.Namespace) -> dict:
     for seed in range(arguments.seeds):
         model, tokenizer, source = _load(arguments, device, dtype)
         start = time.perf_counter()
-        before, _ = evaluate(model, tokenizer, questions, format=arguments.format, batch_size=arguments.eval_batch)
+        options = {"format": arguments.format, "batch_size": arguments.eval_batch}
+        before, _ = evaluate(merged(model), tokenizer, questions, **options)
         evaluated = time.perf_counter()
         model, losses = fine_tune(
             model, tokenizer, steps=arguments.steps, batch_size=arguments.batch, seed=seed, format=arguments.format,
             learning_rate=arguments.lr,
         )  # fmt: skip
         trained = time.perf_counter()
-        after, done = evaluate(model, tokenizer, questions, format=arguments.format, batch_size=arguments.eval_batch)
+        after, done = evaluate(merged(model), tokenizer, questions, **options)
         ended = time.perf_counter()
         print(f"{source}, seed {seed}\n{table({'before': before, 'after': after})}", flush=True)
         if arguments.adapters:
@@ -147,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=BATCH_SIZE)
-    parser.add_argument("--eval-batch", type=int, default=64)
+    parser.add_argument("--eval-batch", type=int, default=130)
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--dtype", help="float16, bfloat16 or float32")
     parser.add_argument("--sixteen", action="store_true", help="not in 4 bits")

@@ -24,7 +24,7 @@ class Trained(NamedTuple):
 
 
 def multiply(first: int, second: int) -> int:
-    """Multiply two numbers.
+    """Multiply two numbers: their product, one times the other.
 
     Args:
         first: A number.
@@ -34,7 +34,7 @@ def multiply(first: int, second: int) -> int:
 
 
 def larger(x: int, y: int) -> int:
-    """Tell the larger of two numbers.
+    """Compare two numbers: which one is larger, bigger or greater, the maximum.
 
     Args:
         x: A number.
@@ -44,7 +44,7 @@ def larger(x: int, y: int) -> int:
 
 
 def percentage(percent: int, number: int) -> float:
-    """Compute a percentage of a number.
+    """Compute a percentage: so many percent of a number.
 
     Args:
         percent: How many percent.
@@ -54,7 +54,7 @@ def percentage(percent: int, number: int) -> float:
 
 
 def convert_weight(amount: int, unit: Literal["g", "kg", "pound"], wanted: Literal["g", "kg", "pound"]) -> float:
-    """Convert a weight.
+    """Convert a weight or mass from one unit to another, such as g to kg.
 
     Args:
         amount: The weight.
@@ -65,7 +65,7 @@ def convert_weight(amount: int, unit: Literal["g", "kg", "pound"], wanted: Liter
 
 
 def population(city: str) -> int:
-    """Look up how many people live in a city.
+    """Look up the population of a city: how many people live there, its inhabitants.
 
     Args:
         city: The city.
@@ -74,7 +74,7 @@ def population(city: str) -> int:
 
 
 def time_zone(place: str) -> str:
-    """Look up the time zone of a city.
+    """Look up the time zone of a city: its hours from UTC.
 
     Args:
         place: The city.
@@ -83,7 +83,7 @@ def time_zone(place: str) -> str:
 
 
 def museums(city: str) -> int:
-    """Count the museums of a city.
+    """Count the museums in a city: how many there are.
 
     Args:
         city: The city.
@@ -92,7 +92,7 @@ def museums(city: str) -> int:
 
 
 def dialling_code(place: str) -> str:
-    """Look up the code to dial before a telephone number in a city.
+    """Look up the dialling code of a city: what to dial before a telephone number there.
 
     Args:
         place: The city.
@@ -101,7 +101,7 @@ def dialling_code(place: str) -> str:
 
 
 def mayor(town: str) -> str:
-    """Look up who is the mayor of a city.
+    """Look up the mayor of a city: who governs it.
 
     Args:
         town: The city.
@@ -110,7 +110,7 @@ def mayor(town: str) -> str:
 
 
 def hotel_price(city: str, nights: int) -> int:
-    """Look up what a hotel costs.
+    """Look up the price of a hotel: what a room in a city costs for some nights.
 
     Args:
         city: Where the hotel is.
@@ -120,7 +120,7 @@ def hotel_price(city: str, nights: int) -> int:
 
 
 def bus_fare(start: str, end: str) -> int:
-    """Look up what a bus ticket costs.
+    """Look up the bus fare: what a ticket for the bus from one place to another costs.
 
     Args:
         start: Where the bus leaves.
@@ -130,7 +130,7 @@ def bus_fare(start: str, end: str) -> int:
 
 
 def capital(country: str) -> str:
-    """Look up the capital of a country.
+    """Look up the capital of a country: the city of its government.
 
     Args:
         country: The country.
@@ -139,7 +139,7 @@ def capital(country: str) -> str:
 
 
 def currency(country: str) -> str:
-    """Look up what money a country has.
+    """Look up the currency of a country: the money to pay with there.
 
     Args:
         country: The country.
@@ -148,7 +148,7 @@ def currency(country: str) -> str:
 
 
 def word_length(word: str) -> int:
-    """Count the letters of a word.
+    """Measure the length of a word: how many letters it has in all.
 
     Args:
         word: The word.
@@ -157,7 +157,7 @@ def word_length(word: str) -> int:
 
 
 def upper_case(text: str) -> str:
-    """Write a text in capital letters.
+    """Write a text or word in capital letters: in upper case, in big letters.
 
     Args:
         text: The text.
@@ -166,7 +166,7 @@ def upper_case(text: str) -> str:
 
 
 def repeat_text(text: str, times: int) -> str:
-    """Write a text several times.
+    """Repeat a text or word: write or say it several times.
 
     Args:
         text: The text.
@@ -176,7 +176,7 @@ def repeat_text(text: str, times: int) -> str:
 
 
 def synonym(word: str) -> str:
-    """Find a word of the same meaning.
+    """Find a synonym of a word: another word that means the same.
 
     Args:
         word: The word.
@@ -185,7 +185,7 @@ def synonym(word: str) -> str:
 
 
 def translate(word: str, language: Literal["French", "German", "Latin"]) -> str:
-    """Translate a word.
+    """Translate a word into a language: how it is said there.
 
     Args:
         word: The word.
@@ -195,7 +195,7 @@ def translate(word: str, language: Literal["French", "German", "Latin"]) -> str:
 
 
 def stock(item: str) -> int:
-    """Count how many pieces of an item are in stock.
+    """Look up the stock of an item: how many pieces of it are left in the shop.
 
     Args:
         item: The item.
@@ -204,7 +204,7 @@ def stock(item: str) -> int:
 
 
 def order(item: str, count: int) -> str:
-    """Order an item.
+    """Order an item: buy some pieces of it and have them sent.
 
     Args:
         item: The item.
@@ -214,7 +214,7 @@ def order(item: str, count: int) -> str:
 
 
 def set_alarm(hour: int, minute: int) -> str:
-    """Set an alarm.
+    """Set an alarm: ring or wake somebody at a time.
 
     Args:
         hour: The hour, 0 to 23.
@@ -224,7 +224,7 @@ def set_alarm(hour: int, minute: int) -> str:
 
 
 def call_person(name: str) -> str:
-    """Call somebody by telephone.
+    """Call a person: phone or ring somebody to talk.
 
     Args:
         name: Whom.
@@ -233,7 +233,7 @@ def call_person(name: str) -> str:
 
 
 def birthday(person: str) -> str:
-    """Look up when somebody has birthday.
+    """Look up the birthday of a person: the day somebody was born.
 
     Args:
         person: Who.
@@ -242,7 +242,7 @@ def birthday(person: str) -> str:
 
 
 def days_in(month: str) -> int:
-    """Count the days of a month.
+    """Count the days of a month: how long it is.
 
     Args:
         month: The month.

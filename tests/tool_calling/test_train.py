@@ -15,6 +15,7 @@ from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
 from benchmarks.tool_calling.compact import COMPACT
 from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
 from benchmarks.tool_calling.evaluate import METRICS, evaluate
+from benchmarks.tool_calling.merged import merged
 from benchmarks.tool_calling.train import fine_tune
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import ChatEncoder, tokenize_conversation
@@ -38,6 +39,28 @@ def test_qlora_learns_and_is_evaluated():
     questions = test_questions(counts={"one call": 2, "needs none": 2})
     report, done = evaluate(trained, tokenizer(), questions, format=COMPACT, batch_size=4)
     assert {*METRICS} <= {*report} and len(done) == 4
+
+
+def test_merged_model_computes_what_the_adapted_one_does():
+    from peft import LoraConfig, get_peft_model
+
+    model = random_nf4_llama(tiny_config(), "cpu", torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    ids = torch.arange(2, 14)[None]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = model(ids).logits
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=generator)
+        adapted, plain = model(ids).logits, merged(model)
+        found = plain(ids).logits
+    assert not hasattr(plain.config, "quantization_config") and {p.dtype for p in plain.parameters()} == {torch.float32}
+    assert (
+        plain.lm_head.weight is plain.model.embed_tokens.weight and plain.generation_config is model.generation_config
+    )
+    assert (adapted - before).abs().max() > 100 * (adapted - found).abs().max()
+    torch.testing.assert_close(found, adapted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
