@@ -635,8 +635,8 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 # errors that the model must handle, small talk, and questions that no offered tool fits. Training and test share no
 # wording, word, city, item or number pair. No test wording is within one word of a training wording.
 #
-# Training uses nine of the ten tools and 24 others. With nine tools alone a model memorises the names and ignores the
-# offered list. The test also asks for the tenth tool, `weather`. A question about `clocks` must fail at first, because
+# Training uses nine of the ten tools and 24 others, each under three names. With nine names alone a model memorises
+# them and ignores the offered list. The test also asks for the tenth tool, `weather`. A question about `clocks` must fail at first, because
 # the inventory lists `clock`. A model that asks for `clock` at once is also correct.
 
 # %%

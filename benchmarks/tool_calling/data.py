@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.tool_calling import wordings
+from benchmarks.tool_calling.aliases import aliased, renamed
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from benchmarks.tool_calling.wordings import number_pair, words_apart
@@ -19,7 +20,7 @@ from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
 OFFERED = (3, 4)  # how many tools are on offer
 TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)  # and tested
 _MORE = {tool.function.__name__: tool for tool in TRAINING_TOOLS}
-_FUNCTIONS = {tool.__name__: tool for tool in TOOLS} | {name: tool.function for name, tool in _MORE.items()}
+_FUNCTIONS = aliased({tool.__name__: tool for tool in TOOLS} | {name: one.function for name, one in _MORE.items()})
 KINDS = {"one call": 0.5, "two calls": 0.12, "mended": 0.08, "needs none": 0.13, "none fits": 0.17}
 TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40, "held-out tool": 40}
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
@@ -64,9 +65,10 @@ def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Qu
 
 
 def training_questions(count: int, seed: int = 0) -> list[Question]:
-    """Questions of all kinds but "held-out tool"."""
+    """Questions of all kinds but "held-out tool"; a tool goes by different names."""
     rng = random.Random(seed)
-    return [_question(rng, rng.choices([*KINDS], [*KINDS.values()])[0], test=False) for _ in range(count)]
+    kinds = (rng.choices([*KINDS], [*KINDS.values()])[0] for _ in range(count))
+    return [renamed(_question(rng, kind, test=False), rng) for kind in kinds]
 
 
 def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[Question]:

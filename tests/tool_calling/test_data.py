@@ -1,10 +1,12 @@
 """Training and test share no wording, word, city or number pair, and every wanted call is right."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.tool_calling import data, wordings
+from benchmarks.tool_calling.aliases import ALIASES
 from benchmarks.tool_calling.tools import HELD_OUT, PRICES
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from tests.tool_calling.functions import tokenizer
@@ -85,10 +87,21 @@ def test_words_apart():
 
 def test_half_of_the_trained_calls_are_of_tested_tools():
     """And a call is not rarer than none."""
-    names = [question.turns[0][0][0] for question in TRAIN if question.kind == "one call"]
+    own = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+    called = [question.turns[0][0][0] for question in TRAIN if question.kind == "one call"]
+    names = [own.get(name, name) for name in called]
+    assert 0.5 < sum(name in own for name in called) / len(called) < 0.8  # two of three names are aliases
     assert 0.4 < sum(name in data.TRAINED for name in names) / len(names) < 0.6
     assert {*names} == {*data.TRAINED, *(tool.function.__name__ for tool in TRAINING_TOOLS)}
     assert 0.6 < sum(bool(question.turns) for question in TRAIN) / len(TRAIN) < 0.8
+
+
+def test_tools_of_the_test_go_by_their_own_names_and_calls_by_one_on_offer():
+    assert {name for question in TEST for name in question.offered} <= {data.HELD_OUT, *data.TRAINED}
+    assert all(name in question.offered for question in TRAIN for turn in question.turns for name, _ in turn)
+    assert not {alias for aliases in ALIASES.values() for alias in aliases} & {data.HELD_OUT, *ALIASES}
+    assert {*ALIASES} == {*data.TRAINED, *(tool.function.__name__ for tool in TRAINING_TOOLS)}
+    assert data.all_tools().call("minus", {"minuend": 7, "subtrahend": 2}).content == "5"
 
 
 def test_summary_counts_each_kind():
@@ -144,6 +157,6 @@ def test_conversations_tokenise_and_end_with_the_result():
     for messages, offered in data.training_conversations(60, calls_per_turn=1):
         tokenize_conversation(tokenizer("llama3.2"), messages, data.all_tools().subset(offered), format="llama3.2")
     mended = [message["content"] for message in kinds["mended"] if message["role"] == "tool"]
-    assert mended[0].startswith("error: find_price: ") and not mended[1].startswith("error: ")
+    assert re.match("error: (find_price|price_of|item_cost): ", mended[0]) and not mended[1].startswith("error: ")
     assert len(kinds["two calls"][2]["tool_calls"]) == 2
     assert len(kinds["needs none"]) == len(kinds["none fits"]) == 3
