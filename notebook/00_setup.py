@@ -26,7 +26,7 @@
 #
 # The first cell installs missing packages and replaces packages that are too old. It does not touch torch and triton.
 # The second cell hides all GPUs but one, so that no trainer spreads a model over two, and selects Triton's interpreter
-# where there is no GPU. The next two cells write the package and the benchmarks.
+# where there is no GPU. The collapsed cells after them write the package and the benchmarks.
 
 # %%
 # @title Install: pinned versions, and what is kept

@@ -69,6 +69,16 @@ def test_written_files_are_the_sources_word_for_word(tree: Path) -> None:
     assert set(package_of(build(tree))) == {name for name in written if name.startswith("unsloth_puzzles")}
 
 
+def test_a_large_package_is_several_collapsed_cells_of_whole_folders(tree: Path, monkeypatch) -> None:
+    whole = written_files(build(tree))
+    monkeypatch.setattr("tools.build_notebook.LARGEST", 1)
+    titles = [source.splitlines()[1] for source in _source(build(tree), "%%writefiles")]
+    assert [title.split(": ")[0] for title in titles] == [
+        f"#@title {folder}/" for folder in ("unsloth_puzzles", "unsloth_puzzles/sub", "benchmarks", "benchmarks/sub")
+    ]
+    assert written_files(build(tree)) == whole
+
+
 def test_package_and_benchmarks_are_a_collapsed_cell_each_and_a_shown_file_is_open(tree: Path) -> None:
     by_id = {cell.id: cell for cell in build(tree).cells}
     assert by_id["00_setup-file-unsloth_puzzles-solution-py"].metadata == COLLAPSED

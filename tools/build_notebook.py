@@ -3,7 +3,7 @@
     python -m tools.build_notebook [--output PATH]   write it, without outputs (default: under build/)
 
 The sections are jupytext percent scripts. A code cell that holds one of these lines and nothing else is replaced:
-    # package           by a collapsed cell that writes every file of unsloth_puzzles/
+    # package           by collapsed cells that write every file of unsloth_puzzles/
     # benchmarks        by the same for the files of benchmarks/ that the cells and what they start import
     # show: PATH        by `%%writefile PATH` and the file word for word, open: the files that a section explains
     # fold: PATH        by a collapsed cell that writes the file, or the files of all its lines
@@ -36,6 +36,7 @@ FILES = {"# package": PACKAGE, "# benchmarks": BENCHMARKS}
 WRITEFILE = re.compile(r"%%writefile (\S+)\n")
 WRITEFILES = "%%writefiles\n"  # the magic that the set-up defines
 BEGIN = "# file: "  # one file of such a cell
+LARGEST = 300_000  # bytes of files in such a cell, so that editors stay quick
 COLLAPSED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
 METADATA = {
     "accelerator": "GPU",
@@ -59,7 +60,7 @@ def build(root: Path = ROOT) -> NotebookNode:
     cells = []
     for script, found in zip(scripts, parsed, strict=True):
         for cell in found:
-            if made := _expand(cell, root, code):
+            for made in _expand(cell, root, code):
                 made.metadata["section"] = script.stem
                 cells.append(made)
     _fill_markdown(cells)
@@ -93,23 +94,37 @@ def _sections(root: Path) -> list[str]:
     return [section for section in SECTIONS if section in present]
 
 
-def _expand(cell: NotebookNode, root: Path, code: str) -> NotebookNode | None:
-    """The cell that `cell` stands for, None if it would write nothing; `code` is all code of the notebook."""
+def _expand(cell: NotebookNode, root: Path, code: str) -> list[NotebookNode]:
+    """The cells that `cell` stands for, none if they would write nothing; `code` is all code of the notebook."""
     if cell.cell_type != "code":
-        return cell
+        return [cell]
     if TITLED.match(cell.source):
-        return _collapsed(cell)
+        return [_collapsed(cell)]
     if show := SHOW.fullmatch(cell.source):
-        return nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")
+        return [nbformat.v4.new_code_cell(f"%%writefile {show[1]}\n{_content(root, show[1])[:-1]}")]
     folds = [FOLD.fullmatch(line) for line in cell.source.splitlines()]
     if folds and all(folds):
-        return _writing([Path(fold[1]) for fold in folds], root)
+        return [_writing([Path(fold[1]) for fold in folds], root)]
     folder = FILES.get(cell.source)
     if folder is None:
-        return cell
+        return [cell]
     paths = closure(code, root, folder) if folder == BENCHMARKS else (root / folder).rglob("*.py")
     names = sorted((path.relative_to(root) for path in paths), key=lambda name: (name.parent, name))
-    return _writing(names, root) if names else None
+    return [_writing(each, root) for each in _grouped(names, root)]
+
+
+def _grouped(names: list[Path], root: Path) -> list[list[Path]]:
+    """Whole folders together, as many as `LARGEST` allows."""
+    groups, size = [], 0
+    for folder in dict.fromkeys(name.parent for name in names):
+        files = [name for name in names if name.parent == folder]
+        more = sum((root / name).stat().st_size for name in files)
+        if not groups or size + more > LARGEST:
+            groups.append([])
+            size = 0
+        groups[-1] += files
+        size += more
+    return groups
 
 
 def _writing(names: list[Path], root: Path) -> NotebookNode:
