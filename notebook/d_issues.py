@@ -636,8 +636,8 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 # wording, word, city, item or number pair. No test wording is within one word of a training wording.
 #
 # Training uses nine of the ten tools and 24 others, each under three names. With nine names alone a model memorises
-# them and ignores the offered list. The test also asks for the tenth tool, `weather`. A question about `clocks` must fail at first, because
-# the inventory lists `clock`. A model that asks for `clock` at once is also correct.
+# them and ignores the offered list. The test also asks for the tenth tool, `weather`. A question about `clocks` must
+# fail at first, because the inventory lists `clock`. A model that asks for `clock` at once is also correct.
 
 # %%
 STEPS, BATCH_SIZE = 200, 16
