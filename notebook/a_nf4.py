@@ -42,10 +42,10 @@ from benchmarks.nf4.ablation import faster_than_default
 from benchmarks.nf4.baselines import THREE_LAUNCHES, baselines, bitsandbytes_dequantize, three_launches
 from benchmarks.nf4.launches import count_launches
 from benchmarks.nf4.records import SHORT, add_ablation, add_device_times, add_harness, add_sweep, beside_unsloth
+from benchmarks.named_checks import judge
 from benchmarks.nf4.workload import bytes_per_weight, make_layer
 from unsloth_puzzles.bench import scorecard, section, t4, timing
 from unsloth_puzzles.bench.cross_compile import cross_compile_in_subprocess
-from unsloth_puzzles.bench.experiments import judge
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.device import capability
 from unsloth_puzzles.nf4 import dequantize_nf4, nf4_linear
@@ -64,14 +64,7 @@ PATHS = {"asm": Config(), "plain": PLAIN} if GPU else {"plain": PLAIN}
 CANDIDATES = {"ours": dequantize_nf4, **baselines("cuda")} if GPU else {}
 results = Measurements("resources/measurements/a_nf4.json", hardware)
 WHERE = f"{hardware.name}{' held to the limits of a T4' if hardware.rehearsal else ''}, {results.date}"
-
-
-def check(case, checks):
-    """Record the checks, and print how many and which of them passed."""
-    judge(results, case, checks)
-    passed = "; ".join(name for name, good in checks.items() if good)
-    print(textwrap.fill(f"passed: {passed}", 115, subsequent_indent="  "))
-
+check = partial(judge, results)  # records the checks, and prints which of them passed
 
 # Compilers for other GPUs and the profiler need processes of their own. Timings begin when all have ended.
 background = ThreadPoolExecutor(3)

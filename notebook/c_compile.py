@@ -47,10 +47,10 @@ from collections import Counter
 
 import matplotlib.pyplot as plt
 
-from benchmarks.backprop.checked import judge_by_name
 from benchmarks.compiled import figures as qlora_figures
 from benchmarks.compiled import steps as qlora_steps
 from benchmarks.models import llama_1b_config
+from benchmarks.named_checks import judge
 from unsloth_puzzles.bench import section
 from unsloth_puzzles.bench.experiments import free_memory, judge
 from unsloth_puzzles.bench.record import Measurements
@@ -118,8 +118,8 @@ FLEX_DTYPE = SIXTEEN if GPU else torch.float32
 flex = check_flex(DEVICE, FLEX_DTYPE)
 print(f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}; {HARDWARE}")
 print(f"graphs: {flex.counts.graphs}; compilations, forward and backward: {flex.counts.compilations}")
-judge_by_name(results, "flex, dynamic lengths", flex.checks["dynamic"])
-judge_by_name(results, "flex, static lengths", flex.checks["static"])
+judge(results, "flex, dynamic lengths", flex.checks["dynamic"])
+judge(results, "flex, static lengths", flex.checks["static"])
 if flex.counts.graphs:
     results.add("compilations", "flex", flex.counts.compilations, "compilations")
 
@@ -189,7 +189,7 @@ if "compiled" in trainings:
     parts = find_parts(captures, on_gpu=GPU)
     display(Markdown(parts_table(parts)))
     for name, part in parts.items():
-        judge_by_name(results, f"operators, {name}", part.checks)
+        judge(results, f"operators, {name}", part.checks)
         results.add("compilations", name, part.compilations, "compilations")
     results.add("compilations", f"{run['steps']} steps of a Trainer", run["compilations"], "compilations")
     results.add("graph_breaks", "all", breaks.total(), "graph breaks")
@@ -214,7 +214,7 @@ if len(trainings) == 2:
     judge(results, "the uncompiled model's loss, float32", same)
     if GPU:
         lengths = {f"{STEPS} lengths": len(set(mine["lengths"])) == STEPS}
-        judge_by_name(results, "flex, a Trainer run", same | lengths | {"no graph break": not mine["graph_breaks"]})
+        judge(results, "flex, a Trainer run", same | lengths | {"no graph break": not mine["graph_breaks"]})
     else:
         print("SKIPPED: flex attention is compiled into layers on a GPU only")
 else:

@@ -59,9 +59,9 @@ from torch import nn
 
 from benchmarks.backprop import baselines, errors, linear_losses, plain_losses
 from benchmarks.backprop import figures as backprop_figures
-from benchmarks.backprop.checked import judge_by_name
 from benchmarks.backprop.errors import relative_difference
 from benchmarks.backprop.workload import REFERENCE, TINY, Shape, make_case, release
+from benchmarks.named_checks import judge
 from unsloth_puzzles.backprop import MemoryEfficientLinear, losses, memory_efficient_linear
 from unsloth_puzzles.bench import section
 from unsloth_puzzles.bench.experiments import free_memory
@@ -205,7 +205,7 @@ nothing = torch.full_like(labels, -100)
 ours = memory_efficient_linear(x, head, nothing, losses.cross_entropy, **of_mean)
 slopes = torch.autograd.grad(ours, parameters)
 checks["all labels ignored: NaN, and no gradient"] = ours.isnan() and not any(slope.any() for slope in slopes)
-judge_by_name(results, "cross entropy", checks)
+judge(results, "cross entropy", checks)
 
 # %% [markdown]
 # **Check 2: the upcast and the derivative.** The upcast to float32 belongs to the user's function. `spying` records the
@@ -243,7 +243,7 @@ upcast = F.cross_entropy(logits.float(), wanted)
 rounded = F.cross_entropy(logits, wanted).float()
 print(f"loss {loss.item():.7f}; upcast by hand {upcast.item():.7f}; without upcast {rounded.item():.7f}")
 by_row = [F.cross_entropy(z, wanted, reduction="none") for z in (logits, logits.float())]
-judge_by_name(
+judge(
     results,
     "float32 upcast",
     {
@@ -314,7 +314,7 @@ by_hand = {name for name, source in sources.items() if "def backward(ctx" in sou
 checks["no backward but the operator's two and its matrix product's"] = by_hand == {
     "linear.py", "rowwise.py", "heads.py"
 }  # fmt: skip
-judge_by_name(results, "derivatives by autograd", checks)
+judge(results, "derivatives by autograd", checks)
 
 # %% [markdown]
 # **Check 3: other functions.** Each function is compared with the same function of full logits in float64 (the
@@ -358,7 +358,7 @@ if GPU and not SLOW:  # a T4's host would compile it for half a minute
     )
 else:
     print("SKIPPED: compiled: a CPU, and a T4's host, would compile it for half a minute")
-judge_by_name(results, "other functions", checks)
+judge(results, "other functions", checks)
 
 # %%
 truth = differentiated(F.cross_entropy(full(), flat), *parameters)
@@ -377,7 +377,7 @@ for wrong in (0, -1, 1.5, "much", "1 B"):
         checks[f"chunk_size={wrong!r} is refused"] = False
     except (TypeError, ValueError) as error:
         checks[f"chunk_size={wrong!r} is refused"] = "chunk_size" in str(error)
-judge_by_name(results, "chunk sizes", checks)
+judge(results, "chunk sizes", checks)
 
 # %% [markdown]
 # ### Memory and time at the puzzle's shape
@@ -556,7 +556,7 @@ from benchmarks.backprop import patch_checks
 
 for what, check in (("a step", patch_checks.check_step), ("under trainers", patch_checks.check_trainers)):
     try:
-        judge_by_name(results, f"use_memory_efficient_loss, {what}", check(DEVICE))
+        judge(results, f"use_memory_efficient_loss, {what}", check(DEVICE))
     except Exception as error:
         experiments.failed(f"use_memory_efficient_loss, {what}", error)
 
@@ -638,7 +638,7 @@ for fault in FAULTS:
         seen = f"first above 1e-3 at step {above[0]}" if above else "never above 1e-3: the curve proves nothing"
         print(f"planted fault, {fault}: the loss differs by up to {max(faults[fault]):.1e}, {seen}")
 if compared == list(CURVES):
-    judge_by_name(results, f"{LLAMA} learns", learns)
+    judge(results, f"{LLAMA} learns", learns)
 else:
     print("SKIPPED: the comparison needs both losses in both modes")
 if is_tiny:
@@ -673,7 +673,7 @@ for dtype, case, apart, same_names in grpo_grid.differences(DEVICE):
 for dtype, apart in worst.items():
     results.add("grpo_largest_difference", f"the grid, {SHORT[dtype]}", apart, "relative")
     print(f"{SHORT[dtype]}: largest relative difference over the grid {apart:.1e}")
-judge_by_name(results, "GRPO", checks)
+judge(results, "GRPO", checks)
 
 # %% [markdown]
 # **A real GRPO run.** A tiny Llama from fixed-seed weights learns to write vowels. The reward is the share of vowels in
@@ -706,7 +706,7 @@ for name in TRAINERS:
 if "ours" in runs:
     beside = {name: value for name, value in rises.items() if name != "ours"}
     results.add("grpo_reward_rise", "GRPO run", rises["ours"], "reward", baselines=beside)
-    judge_by_name(results, "GRPO run", {"the reward rises by at least 0.1": rises["ours"] >= 0.1})
+    judge(results, "GRPO run", {"the reward rises by at least 0.1": rises["ours"] >= 0.1})
 if len(runs) == len(TRAINERS):
     together = [abs(a - b) < 1e-6 for a, b in zip(runs["ours"]["reward"], runs["TRL"]["reward"], strict=True)]
     same_steps = together.index(False) if False in together else len(together)

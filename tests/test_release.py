@@ -90,7 +90,9 @@ def test_publish_replaces_notebook_resources_and_measurements(places: tuple[Path
     (run / "resources/figure.png").write_bytes(b"png")
     (root / MEASUREMENTS / "c_compile.json").write_text("of another run")
     (root / MEASUREMENTS / "e_backprop_sweeps.json").write_text("sweeps")
+    (root / "resources/no_longer_drawn.png").write_bytes(b"old")
     assert publish(run, root) == []
+    assert [path.name for path in (root / "resources").rglob("*.png")] == ["figure.png"]
     kept = sorted(path.name for path in (root / MEASUREMENTS).iterdir())
     assert kept == ["a_nf4.json", "e_backprop_sweeps.json", "tests.json"]
     written = nbformat.read(root / NOTEBOOK, as_version=4)

@@ -123,10 +123,11 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
     },
 }
 FIGURES = {  # what a figure shows, for who cannot see it
+    "a_nf4_ablation": "Device time of the kernel with one decision changed at a time, over the default",
     "a_nf4_bandwidth": "Share of the copy bandwidth over the size of the matrix, ours and every baseline",
     "a_nf4_contraction": "By how much and where float32 weights differ when the multiply-add is contracted",
     "a_nf4_linear": "Device time of a block's linear layers over the number of rows, ours and bitsandbytes",
-    "a_nf4_speedup": "Speed-up over the three launches and over Unsloth's fused kernel, by matrix and in the harness",
+    "a_nf4_speedup": "Speed-up over the three launches, by matrix and in the harness",
     "b_fsdp2_loss": "Loss of QLoRA over 60 steps in one process and on two ranks, and their difference below",
     "b_fsdp2_prefetch": "When a GPU gathered, reduced and computed in one step on two GPUs",
     "b_fsdp2_script": "Loss of the script over 60 steps on one GPU and on two, and their difference below",

@@ -59,8 +59,10 @@ def publish(folder: Path, root: Path = ROOT, *, untested: bool = False) -> list[
         return found
     show_scorecard(node, folder / MEASUREMENTS)
     (root / NOTEBOOK).write_text(text(node), encoding="utf-8")
-    for name in FILES.values():  # a section that measured nothing must not keep another run's figures
+    for name in FILES.values():  # a section that measured nothing must not keep another run's values
         (root / MEASUREMENTS / name).unlink(missing_ok=True)
+    for figure in (root / "resources").rglob("*.png"):  # so must one that the notebook no longer draws
+        figure.unlink()
     shutil.copytree(folder / "resources", root / "resources", dirs_exist_ok=True)
     return []
 

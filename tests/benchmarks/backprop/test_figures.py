@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.backprop import plain_losses
 from benchmarks.backprop.baselines import FLOOR, LIGER
-from benchmarks.backprop.checked import SHOWN, judge_by_name
 from benchmarks.backprop.figures import (
     curve_figure,
     frontier_figure,
@@ -17,7 +16,6 @@ from benchmarks.backprop.figures import (
 )
 from benchmarks.backprop.linear_losses import OURS, Measured, liger_rows
 from benchmarks.backprop.workload import REFERENCE, TINY
-from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.timing import Timing
 
 
@@ -70,15 +68,6 @@ def test_curves_and_grpo_say_their_message():
 
 def test_liger_rows_at_the_reference_shape():
     assert liger_rows(REFERENCE) == 512 and liger_rows(TINY) <= TINY.rows
-
-
-def test_passed_checks_are_named(tmp_path, capsys):
-    results = Measurements(tmp_path / "x.json")
-    judge_by_name(results, "few", {"one": True})
-    judge_by_name(results, "many", {f"check {n}": True for n in range(SHOWN + 3)})
-    said = capsys.readouterr().out
-    assert "passed: one" in said and "check 0" in said and "more ..." in said and "few: 1 of 1" in said
-    assert [record["value"] for record in results.records] == [1.0, 1.0]
 
 
 def test_plain_losses_leave_ignored_rows_out():
