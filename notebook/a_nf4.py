@@ -37,12 +37,12 @@ from functools import partial
 import matplotlib.pyplot as plt
 from torch._dynamo.utils import counters
 
+from benchmarks.named_checks import judge
 from benchmarks.nf4 import exactness, figures, harness
 from benchmarks.nf4.ablation import faster_than_default
 from benchmarks.nf4.baselines import THREE_LAUNCHES, baselines, bitsandbytes_dequantize, three_launches
 from benchmarks.nf4.launches import count_launches
 from benchmarks.nf4.records import SHORT, add_ablation, add_device_times, add_harness, add_sweep, beside_unsloth
-from benchmarks.named_checks import judge
 from benchmarks.nf4.workload import bytes_per_weight, make_layer
 from unsloth_puzzles.bench import scorecard, section, t4, timing
 from unsloth_puzzles.bench.cross_compile import cross_compile_in_subprocess
