@@ -405,9 +405,10 @@ if len(runs) == len(script.RUNS):
 measured = {}
 if TWO_GPUS:
     ROW = 2048 if hardware.memory_gib >= 20 else 1024
-    case = {"rows": 1, "length": ROW, "layers": 4, "vocabulary": 32000, "steps": 12, "compiled": True, "profiled": True}
-    case["dtype"] = "bfloat16" if hardware.bf16 else "float16"
-    SIZE = f"{case['layers']} layers of 8B, 1 x {ROW} a GPU"
+    ROWS = 4 if hardware.memory_gib >= 80 else 1  # a fast GPU ends one row before its host has launched the next layer
+    case = {"rows": ROWS, "length": ROW, "layers": 4, "vocabulary": 32000, "steps": 12, "compiled": True}
+    case |= {"profiled": True, "dtype": "bfloat16" if hardware.bf16 else "float16"}
+    SIZE = f"{case['layers']} layers of 8B, {ROWS} x {ROW} a GPU"
     job = partial(jobs.module, "benchmarks.fsdp2.steps", settings=[case])
     measured = run_all({f"steps on {ranks} GPU": job(ranks=ranks) for ranks in (1, RANKS)})
 else:
@@ -416,10 +417,14 @@ if len(measured) == 2:
     of_one, of_two = measured.values()
     one, mine = of_one["cases"][0], of_two["cases"][0]
     bandwidth, rate = of_two["gather_bytes_per_s"], hardware.matmul_flops[case["dtype"]]
-    gather_ms, product_ms = 1e3 * received / bandwidth, 1e3 * 2 * weights * ROW / rate
+    gather_ms, product_ms = 1e3 * received / bandwidth, 1e3 * 2 * weights * ROWS * ROW / rate
     ms = {ranks: statistics.median(found["step_ms"][6:]) for ranks, found in ((1, one), (RANKS, mine))}
-    print(f"step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two")
+    scaling = RANKS * ms[1] / ms[RANKS]
+    print(
+        f"step: {ms[1]:.1f} ms on one GPU, {ms[RANKS]:.1f} ms on two with twice the tokens: {scaling:.2f}x the tokens/s"
+    )
     results.add("step_over_one_gpu", SIZE, ms[RANKS] / ms[1], "x")
+    results.add("scaling", SIZE, scaling, "x")
     results.add("gather_bytes_per_s", "all-gather of a layer's size", bandwidth, "bytes/s")
     share, expected = timeline.hidden(mine["timeline"]), timeline.predicted(case["layers"], gather_ms, product_ms)
     gathers = [length / 1e3 for lane, _, length in mine["timeline"] if lane == "all-gather"]
