@@ -77,19 +77,25 @@ def _completions(policy) -> dict[str, torch.Tensor]:
     return data | {"advantages": 2 * advantages[:, 0]}
 
 
-def _step(trainer, data, loss_type, level, delta, beta, accumulation) -> tuple[list, list, dict]:
-    """Losses, gradients and metrics of one optimiser step."""
-    trainer.model.train()
-    trainer.loss_type, trainer.importance_sampling_level = loss_type, level
-    trainer.args.delta, trainer.beta = delta, beta
+def step(trainer, inputs: dict[str, torch.Tensor], accumulation: int = 1) -> tuple[torch.Tensor, dict, dict]:
+    """Losses by micro-batch, gradients by name and logged metrics of one optimiser step."""
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = accumulation
     trainer._metrics["train"].clear()
     trainer.model.zero_grad()
-    losses = []
-    for part in range(accumulation):
-        rows = slice(part * SEQUENCES // accumulation, (part + 1) * SEQUENCES // accumulation)
-        loss = trainer.compute_loss(trainer.model, {k: v[rows] if v.dim() else v for k, v in data.items()})
+    losses, size = [], len(inputs["prompt_ids"]) // accumulation
+    for start in range(0, accumulation * size, size):
+        part = {name: value[start : start + size] if value.dim() else value for name, value in inputs.items()}
+        loss = trainer.compute_loss(trainer.model, part)
         loss.backward()
         losses.append(loss.detach())
-    logged = {name: list(values) for name, values in trainer._metrics["train"].items()}
-    return losses, [p.grad.clone() for p in trainer.model.parameters()], logged
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return torch.stack(losses), gradients, {name: list(values) for name, values in trainer._metrics["train"].items()}
+
+
+def _step(trainer, data, loss_type, level, delta, beta, accumulation) -> tuple[list, list, dict]:
+    """`step` with these settings; losses and gradients as lists."""
+    trainer.model.train()
+    trainer.loss_type, trainer.importance_sampling_level = loss_type, level
+    trainer.args.delta, trainer.beta = delta, beta
+    losses, gradients, logged = step(trainer, data, accumulation)
+    return list(losses), list(gradients.values()), logged

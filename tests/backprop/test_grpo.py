@@ -17,6 +17,7 @@ from benchmarks.backprop.grpo import (
     vowel_share,
     whole_step,
 )
+from benchmarks.backprop.grpo_grid import step
 from benchmarks.backprop.grpo_head import head_only
 from benchmarks.models import tiny_llama_config
 from unsloth_puzzles.backprop import grpo
@@ -90,22 +91,6 @@ def scores(model, inputs):
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     logits = model(tokens, attention_mask=mask).logits[:, PROMPT - 1 : -1] / 0.7
     return logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None]).squeeze(-1)
-
-
-def step(trainer, inputs, accumulation=1):
-    """(losses, gradients, metrics) of one optimiser step in `accumulation` micro-batches."""
-    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = accumulation
-    trainer._metrics["train"].clear()
-    trainer.model.zero_grad()
-    losses = []
-    for i in range(accumulation):
-        rows = slice(i * SEQUENCES // accumulation, (i + 1) * SEQUENCES // accumulation)
-        micro = {name: value[rows] if value.dim() else value for name, value in inputs.items()}
-        loss = trainer.compute_loss(trainer.model, micro)
-        loss.backward()
-        losses.append(loss.detach())
-    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return torch.stack(losses), gradients, {name: list(v) for name, v in trainer._metrics["train"].items()}
 
 
 def assert_same(ours, theirs, tight):
