@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import pandas
 
 from benchmarks.backprop.baselines import FLOOR, LIGER
 from benchmarks.backprop.linear_losses import OURS, Measured
+from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.record import Measurements
 
 BLUE, GRAY, GREEN, ORANGE = "tab:blue", "0.45", "tab:green", "tab:orange"
@@ -128,11 +130,11 @@ def _plain_log(axis, steps: Sequence[float]) -> None:
 
 def vocabulary_table(points: Points, names: Sequence[str]) -> str:
     """Markdown: extra memory and time by size of the vocabulary, a column a candidate."""
-    lines = [f"| vocabulary | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    rows = []
     for size, at in points:
         cells = (f"{at[name][0]:.2f} GiB, {at[name][1]:.1f} ms" if name in at else "" for name in names)
-        lines.append(f"| {size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((size, *cells))
+    return table(pandas.DataFrame(rows, columns=["vocabulary", *names]))
 
 
 def curve_figure(

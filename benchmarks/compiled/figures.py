@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import pandas
 
 from benchmarks.compiled.steps import largest_difference, step_ms
+from unsloth_puzzles.bench.markdown import table
 
 COPIES = "copies to and from the host"
 COLORS = {"eager": "tab:orange", "compiled": "tab:blue"}
@@ -32,16 +34,15 @@ def steps_table(runs: Mapping[str, dict], failed: Mapping[str, str]) -> str:
         "compilations",
         "s compiling",
     )
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for name, run in runs.items():
         middle, low, high = step_ms(run)
         measured = ((busy_ms(run), 1), (run["peak_gib"], 2), (run["pinned_gib"], 2))
         cells = [name, f"{middle:.1f} ({low:.1f} to {high:.1f})"]
         cells += ["" if value is None else f"{value:.{digits}f}" for value, digits in measured]
-        cells += [str(run["compilations"]), f"{run['compile_seconds']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"| {name} | FAILED: {reason} |{' |' * (len(heads) - 2)}" for name, reason in failed.items()]
-    return "\n".join(lines)
+        rows.append((*cells, run["compilations"], f"{run['compile_seconds']:.0f}"))
+    rows += [(name, f"FAILED: {reason}", *[""] * (len(heads) - 2)) for name, reason in failed.items()]
+    return table(pandas.DataFrame(rows, columns=heads))
 
 
 def products_table(products: list[dict], largest: int = 4) -> str:
@@ -53,11 +54,11 @@ def products_table(products: list[dict], largest: int = 4) -> str:
     """
     won = {(one["rows"], one["inner"], one["columns"]): one for one in products if one["tile"]}
     best = sorted(won.items(), key=lambda item: item[1]["winner_us"] / item[1]["cublas_us"])[:largest]
-    lines = ["| rows x inner x columns | Triton, us | cuBLAS, us | tile |", "|---" * 4 + "|"]
-    for sizes, one in best:
-        times = f"{one['winner_us']:.1f} | {one['cublas_us']:.1f}"
-        lines.append(f"| {' x '.join(map(str, sizes))} | {times} | {one['tile']} |")
-    return "\n".join(lines)
+    rows = [
+        (" x ".join(map(str, sizes)), f"{one['winner_us']:.1f}", f"{one['cublas_us']:.1f}", one["tile"])
+        for sizes, one in best
+    ]
+    return table(pandas.DataFrame(rows, columns=["rows x inner x columns", "Triton, us", "cuBLAS, us", "tile"]))
 
 
 def memory_figure(runs: Mapping[str, dict], where: str):

@@ -4,7 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pandas
+
 from unsloth_puzzles.bench.compilations import Capture
+from unsloth_puzzles.bench.markdown import table
 
 LAYER = ("LlamaDecoderLayer",)
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
@@ -77,8 +80,8 @@ def find_parts(captures: Iterable[Capture], on_gpu: bool) -> dict[str, Part]:
 
 def parts_table(parts: dict[str, Part]) -> str:
     """Markdown: a line a part."""
-    lines = ["| part | compiled in | operators found | compilations |", "|---" * 4 + "|"]
+    rows = []
     for name, part in parts.items():
         operators = "; ".join(f"{operator} x {count}" for operator, count in part.operators.items())
-        lines.append(f"| {name} | {', '.join(part.functions)} | {operators} | {part.compilations} |")
-    return "\n".join(lines)
+        rows.append((name, ", ".join(part.functions), operators, part.compilations))
+    return table(pandas.DataFrame(rows, columns=["part", "compiled in", "operators found", "compilations"]))

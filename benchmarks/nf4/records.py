@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import pandas
 import torch
 
 from benchmarks.nf4.ablation import measure as measure_variants
@@ -10,6 +11,7 @@ from benchmarks.nf4.harness import spread
 from benchmarks.nf4.workload import bytes_per_weight, calls, make_layer
 from unsloth_puzzles.bench import timing
 from unsloth_puzzles.bench.hardware import Hardware
+from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.timing import Timing
 
@@ -111,10 +113,8 @@ def beside_unsloth(sweeps: Measurements) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| " + " | ".join(["speed-up of ours over", *names]) + " |", "|---" * (len(names) + 1) + "|"]
-    for said, row in rows.items():
-        lines.append("| " + " | ".join([said, *(f"{row[name]:.2f}x" if name in row else "-" for name in names)]) + " |")
-    return "\n".join(lines)
+    cells = [(said, *(f"{row[name]:.2f}x" if name in row else "-" for name in names)) for said, row in rows.items()]
+    return table(pandas.DataFrame(cells, columns=["speed-up of ours over", *names]))
 
 
 def _device_times(hardware, rows, columns, dtype, candidates, rounds) -> dict[str, Timing]:
