@@ -381,6 +381,7 @@ elif ENGINE:
 
     TYPES = ("f32", "q8_0", "q4_k_m", "q4_0") if importlib.util.find_spec("libgguf") else ("f32", "q8_0", "q4_0")
     TYPES = (*TYPES, "f16", "q5_0")
+    warnings.filterwarnings("ignore", message="export_gguf: tensors that q4_k_m")  # rows of 576 are no blocks of 256
     work = tempfile.TemporaryDirectory()
     try:
         model, smol_tokenizer, source = smollm2.load("model", device=DEVICE, dtype=torch.float32)

@@ -175,7 +175,8 @@ def curve_figure(
             steps = range(1, len(gaps) + 1)
             middle.plot(steps, [max(gap, LEAST) for gap in gaps], style, color=GRAY)
             place = {"textcoords": "offset points", "fontsize": 8, "color": GRAY, "va": "center"}
-            middle.annotate(f"planted: {fault}", (steps[-1], max(gaps[-1], LEAST)), (4, 5), **place)
+            above = gaps[-1] == max(other[-1] for other in faults.values())  # so that the labels lie apart
+            middle.annotate(f"planted: {fault}", (steps[-1], max(gaps[-1], LEAST)), (4, 7 if above else -7), **place)
         middle.axhline(1e-3, color="black", linestyle=":", linewidth=1)
         middle.annotate("limit", (shown[-1], 1e-3), (0, 3), textcoords="offset points", fontsize=8, ha="right")
         lower.plot(shown, [max(gap, LEAST) for gap in norms_apart[mode]], ".-", color=BLUE)
