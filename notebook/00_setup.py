@@ -27,6 +27,10 @@
 # The first cell installs missing packages and replaces packages that are too old. It does not touch torch and triton.
 # The second cell hides all GPUs but one, so that no trainer spreads a model over two, and selects Triton's interpreter
 # where there is no GPU. The collapsed cells after them write the package and the benchmarks.
+#
+# The last cell measures the copy bandwidth and the matmul rates of this machine. The sections choose their sizes by
+# them and compare timings with them. A failed experiment or check prints `FAILED` and the run continues. The scorecard
+# lists all failures.
 
 # %%
 # @title Install: pinned versions, and what is kept
@@ -193,11 +197,6 @@ Path("resources/measurements").mkdir(parents=True, exist_ok=True)
 for name in FILES.values():  # an earlier run must not earn points in this one
     Path("resources/measurements", name).unlink(missing_ok=True)
 print("imported unsloth_puzzles from the files above; no earlier measurements are left")
-
-# %% [markdown]
-# From here on a failed experiment or check prints `FAILED` and the run continues. The last section lists all failures.
-# The probe below measures the copy bandwidth and the matmul rates of this machine. The sections choose their sizes by
-# it and compare timings with it.
 
 # %%
 from unsloth_puzzles.bench import section

@@ -221,7 +221,6 @@ if GPU:
 else:
     print("SKIPPED: launches and allocations are counted on a GPU")
 
-# %%
 for job in compiling.values():
     job.exception()  # waits: what follows is timed
 
@@ -395,9 +394,9 @@ else:
 # `patch_linear4bit(model)` puts `nf4_linear` under every 4-bit layer of a transformers or PEFT model. Decoding has few
 # rows and no gradients. There the fused 4-bit GEMM of bitsandbytes stays in use, which never writes the 16-bit matrix.
 #
-# The last cell shows two results of `make sweeps`, a run of its own on a large GPU. It names hardware and date, and the
-# score does not use it. The sweep times the linear layer over the number of rows. Where Unsloth is installed, the sweep
-# also times its fused kernel and its three launches in one process with ours.
+# The end of the cell shows two results of `make sweeps`, a run of its own on a large GPU. It names hardware and date,
+# and the score does not use it. The sweep times the linear layer over the number of rows. Where Unsloth is installed,
+# the sweep also times its fused kernel and its three launches in one process with ours.
 
 # %%
 no_worse = {}
@@ -418,7 +417,6 @@ for dtype in [torch.float32, torch.float16] + [torch.bfloat16] * hardware.bf16:
         no_worse[case] = error <= 1.05 * error_eager
 check("errors of the linear layer", no_worse)
 
-# %%
 SWEEPS = Path("resources/measurements/a_nf4_sweeps.json")
 if SWEEPS.exists():
     sweeps = Measurements.load(SWEEPS)

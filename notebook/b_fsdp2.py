@@ -88,9 +88,9 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # %% [markdown]
 # ### The code: the byte stream
 #
-# `stream.py` defines the layout and the tensor subclass. The collapsed cell after it holds the layer (`linear.py`), the
-# replacement of bitsandbytes' layers (`pack.py`), and `shard.py`, which applies `fully_shard` to each decoder layer and
-# to the model. In plain PyTorch the forward of the layer is:
+# `stream.py` defines the layout and the tensor subclass, and `linear.py` the layer. The collapsed cell after them holds
+# the replacement of bitsandbytes' layers (`pack.py`), and `shard.py`, which applies `fully_shard` to each decoder layer
+# and to the model. In plain PyTorch the forward of the layer is:
 #
 # ```python
 # packed, absmax, absmax2 = layout.split(stream)                              # views of the gathered bytes
@@ -106,7 +106,10 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # show: unsloth_puzzles/fsdp2/stream.py
 
 # %%
-# fold: unsloth_puzzles/fsdp2/linear.py unsloth_puzzles/fsdp2/pack.py unsloth_puzzles/fsdp2/shard.py
+# show: unsloth_puzzles/fsdp2/linear.py
+
+# %%
+# fold: unsloth_puzzles/fsdp2/pack.py unsloth_puzzles/fsdp2/shard.py
 
 # %% [markdown]
 # ### Check 1: FSDP2 changes no byte
@@ -150,6 +153,16 @@ for changed in found.values():
 #
 # All weights are random. All runs but the mixed-precision feature use float32. Without two GPUs the SFTTrainer runs use
 # the CPU. Accelerate ignores FSDP2 on a CPU, so these runs load a patch of accelerate.
+#
+# ### Check 2: every feature of FSDP2
+#
+# The table answers two questions for each feature.
+#
+# - **Are losses and gradients correct?** The limits are 1e-5 for a loss and 1e-4, relative, for a gradient norm. Two
+#   half batches are summed in another order than the whole batch. Mixed precision has a measured limit: twice the
+#   difference between two summation orders in one process.
+# - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
+#   the number of collectives. The plain run must show no such evidence.
 
 # %%
 STEPS = 60
@@ -180,18 +193,6 @@ else:
         print("SKIPPED: 60 steps at a model's shapes; they need a GPU")
 runs = run_all(listed, together=jobs.side_by_side)
 
-# %% [markdown]
-# ### Check 2: every feature of FSDP2
-#
-# The table answers two questions for each feature.
-#
-# - **Are losses and gradients correct?** The limits are 1e-5 for a loss and 1e-4, relative, for a gradient norm. Two
-#   half batches are summed in another order than the whole batch. Mixed precision has a measured limit: twice the
-#   difference between two summation orders in one process.
-# - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
-#   the number of collectives. The plain run must show no such evidence.
-
-# %%
 alone, two = runs.get("features, one process"), runs.get("features, two ranks")
 if alone and two:
     lines, checks = features.verdict(two, alone)
@@ -211,14 +212,22 @@ if alone and two:
 # %% [markdown]
 # ### The script, and check 3: TRL's SFTTrainer
 #
-# The script trains with stock `SFTConfig` and `SFTTrainer`. Three calls add FSDP2. `pack_nf4` replaces the layers after
-# PEFT has added the adapters. `fsdp2_arguments` returns the trainer's arguments. `prepare_trainer` sets what the
-# arguments cannot express: float32 adapters, float32 gradient reduction, and replicated embeddings.
+# The script trains with stock `SFTConfig` and `SFTTrainer`. Three calls add FSDP2:
+#
+# ```python
+# model = get_peft_model(model, lora)                                         # a 4-bit model of bitsandbytes
+# pack_nf4(model)                                                             # byte streams replace its layers
+# settings = SFTConfig(output_dir, max_steps=60, **fsdp2_arguments(model))
+# trainer = SFTTrainer(model, settings, train_dataset=rows)
+# prepare_trainer(trainer)        # float32 adapters, float32 gradient reduction, replicated embeddings
+# trainer.train()
+# save_adapters(trainer.model, output_dir)                                    # in PEFT's format
+# ```
 #
 # Check 3 runs the script on a tiny Llama. It reads losses and gradient norms from the script's log.
 
 # %%
-# show: unsloth_puzzles/fsdp2/train.py
+# fold: unsloth_puzzles/fsdp2/train.py
 
 # %%
 trained = [runs.get(name) for name in ("SFTTrainer, two ranks", "SFTTrainer, one process")]

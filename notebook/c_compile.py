@@ -7,8 +7,7 @@
 # **Criteria** (9 points): flex attention with dynamic lengths (3), bitsandbytes compiled or the kernel of A used (1),
 # attention compiled (2), MLP compiled (1), loss and layer norms compiled (0, else -1 and -3), max-autotune matrix
 # products in Triton (2).
-
-# %% [markdown]
+#
 # ### The idea
 #
 # A graph of the whole training step would depend on everything that varies between batches. This solution compiles
@@ -154,6 +153,8 @@ free_memory()
 # %%
 from benchmarks.compiled import trainer as qlora_trainer
 from benchmarks.compiled.model import qlora_model
+from benchmarks.compiled.parts import find_parts, parts_table
+from unsloth_puzzles.bench.compilations import Capture
 
 STEPS, LENGTHS = (50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
@@ -173,10 +174,6 @@ for candidate in qlora_steps.CANDIDATES if model is not None else ():
         experiments.failed(f"Trainer, {candidate}", error)
     else:
         print(f"{candidate}: the losses go from {run['losses'][0]:.4f} to {run['losses'][STEPS - 1]:.4f}")
-
-# %%
-from benchmarks.compiled.parts import find_parts, parts_table
-from unsloth_puzzles.bench.compilations import Capture
 
 if "compiled" in trainings:
     run = trainings["compiled"]
@@ -232,6 +229,9 @@ else:
 #
 # The memory is the peak that PyTorch allocates in a step. On a T4 the host needs about a minute to compile a run, so
 # one compiled run covers both max-autotune and gradient checkpointing.
+#
+# **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. The limit for a
+# compiled run is twice the largest difference among the uncompiled runs.
 
 # %%
 if OLD or not GPU:
@@ -272,7 +272,6 @@ for name, asked in SIXTEEN_BIT.items() if model is not None else ():
 model = None
 free_memory()
 
-# %%
 PAIRS = {case: (f"compiled, {case}", f"eager, {case}") for case in CHECKPOINTING}
 if OLD:
     PAIRS = {"max-autotune with checkpointing": ("compiled, max-autotune", "eager, with checkpointing")}
@@ -300,11 +299,6 @@ if GPU and compared:
 else:
     print("SKIPPED: the figure shows memory of a GPU")
 
-# %% [markdown]
-# **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. The limit for a
-# compiled run is twice the largest difference among the uncompiled runs.
-
-# %%
 largest = qlora_steps.largest_difference
 uncompiled = [runs[name] for name in UNCOMPILED if name in runs]
 if len(uncompiled) > 1:

@@ -197,6 +197,11 @@ for group, checks in groups.items():
 #
 # The figure counts the tower's FLOPs for a batch of eight rows. Pixtral's tower concatenates the patches of all images
 # and masks across images. A batch of several images therefore costs more than the same images alone.
+#
+# #### Under TRL's SFTTrainer
+#
+# Half of the rows have no image. LoRA trains the text model and the tower, with gradient checkpointing. The first
+# logged loss must equal the mean loss over all tokens, with each row computed alone. The limit is 1e-5 nats again.
 
 # %%
 from benchmarks.vision.families import FAMILIES
@@ -215,13 +220,6 @@ plt.show()
 more = works["Pixtral"]["ours"][0] / works["Pixtral"]["floor"][0]
 print(f"Pixtral, eight images of one size in a batch: {more:.2f} times the FLOPs of each image alone")
 
-# %% [markdown]
-# #### Under TRL's SFTTrainer
-#
-# Half of the rows have no image. LoRA trains the text model and the tower, with gradient checkpointing. The first
-# logged loss must equal the mean loss over all tokens, with each row computed alone. The limit is 1e-5 nats again.
-
-# %%
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback
@@ -297,6 +295,12 @@ judge(
 # llama.cpp deviates from transformers in four ways, which the first table lists. The check emulates in transformers the
 # deviations that apply, and then compares. The emulation is not exact. The limits are 1e-4 nats without an image and
 # 3e-4 with an image. In 8 bits the limit is 0.2, and a near-tie may select another token.
+#
+# #### Check: the merge loses nothing of the adapter
+#
+# The reference is the merged weight in float64. The error is relative to the change that the adapter makes. PEFT's
+# error is the rounding to NF4, whose size does not depend on the change. The smaller the change, the larger the lost
+# share.
 
 # %%
 import importlib.util
@@ -334,14 +338,6 @@ if ENGINE:
 else:
     print("SKIPPED: the packages gguf and xllamacpp are not installed")
 
-# %% [markdown]
-# #### Check: the merge loses nothing of the adapter
-#
-# The reference is the merged weight in float64. The error is relative to the change that the adapter makes. PEFT's
-# error is the rounding to NF4, whose size does not depend on the change. The smaller the change, the larger the lost
-# share.
-
-# %%
 import tempfile
 from pathlib import Path
 
@@ -440,28 +436,22 @@ if found:
 # fold: unsloth_puzzles/classification/pooling.py unsloth_puzzles/classification/losses.py
 
 # %% [markdown]
-# #### Check: the four faults
+# #### Checks: the four faults, and the losses of transformers
 #
 # The model is a tiny Llama with random weights. Its checkpoint is saved like public 4-bit checkpoints. The table shows
 # the behaviour of transformers and PEFT beside ours. The limit for ours is 1e-5, for float32 rounding.
+#
+# Then three ways train the same model in float32: transformers with bitsandbytes and PEFT, ours with the kernel of
+# section A, and ours compiled. The check counts the calls of the kernel: at least one for each layer and step. It saves
+# the trained model, loads it, and compares the logits bit by bit.
 
 # %%
+from benchmarks.classification.parity import BATCHES, check_losses
 from benchmarks.classification.traps import Checkpoints, check_traps
 
 traps, checks = check_traps(Checkpoints(DEVICE, layers=2 if GPU else 1))
 display(Markdown(markdown.table(pandas.DataFrame(traps, columns=["fault", "transformers and PEFT", "ours"]))))
 judge(issues, "classification, traps", checks)
-
-# %% [markdown]
-# #### Check: the losses of transformers
-#
-# Three ways train the same model in float32: transformers with bitsandbytes and PEFT, ours with the kernel of section
-# A, and ours compiled. The check counts the calls of the kernel: at least one for each layer and step. It then saves
-# the trained model, loads it, and compares the logits bit by bit.
-
-# %%
-from benchmarks.classification.parity import BATCHES, check_losses
-from benchmarks.classification.traps import Checkpoints
 
 if not GPU:
     print("SKIPPED: compiled: a CPU takes minutes to compile")
@@ -639,6 +629,14 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 # Training uses nine of the ten tools and 24 others, each under three names. With nine names alone a model memorises
 # them and ignores the offered list. The test also asks for the tenth tool, `weather`. A question about `clocks` must
 # fail at first, because the inventory lists `clock`. A model that asks for `clock` at once is also correct.
+#
+# #### QLoRA on SmolLM2-135M
+#
+# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model before
+# and after, with greedy decoding. A float32 model answers them that holds the de-quantised and merged weights, as
+# `export_gguf` would write them. Wilson's 95 % intervals cover the draw of the questions. They do not cover the choice
+# of wordings. Small talk repeats 20 sentences with different tools on offer. The GGUF file of the weights stores Q4_1,
+# so NF4 rounds a second time.
 
 # %%
 STEPS, BATCH_SIZE = 200, 16
@@ -649,16 +647,6 @@ for what, both in tool_data.shared(tool_data.training_questions(STEPS * BATCH_SI
     safe[f"training and test share no {what}"] = not both
 judge(issues, "tool calling, bad input and labels", safe)
 
-# %% [markdown]
-# #### QLoRA on SmolLM2-135M
-#
-# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model before
-# and after, with greedy decoding. A float32 model answers them that holds the de-quantised and merged weights, as
-# `export_gguf` would write them. Wilson's 95 % intervals cover the draw of the questions. They do not cover the choice
-# of wordings. Small talk repeats 20 sentences with different tools on offer. The GGUF file of the weights stores Q4_1,
-# so NF4 rounds a second time.
-
-# %%
 from benchmarks import smollm2
 from benchmarks.tool_calling.evaluate import METRICS, evaluate, table
 from benchmarks.tool_calling.figure import tool_calling_figure
@@ -676,7 +664,6 @@ else:
     except OSError as refusal:
         print(f"SKIPPED: the QLoRA run on SmolLM2-135M: {smollm2.one_line(refusal)}")
 
-# %%
 if model is not None:
     report = {}
     report["before"], _ = evaluate(merged(model), tokenizer, questions, batch_size=130)

@@ -7,8 +7,7 @@
 #
 # **Criteria** (10 points): half the VRAM (2), float32 upcast kept and no derivative by hand (else nothing), cross
 # entropy (1), other functions (1), dynamic chunk sizes (1), the losses of a Llama 1B match (1, else nothing), GRPO (4).
-
-# %% [markdown]
+#
 # ### The idea
 #
 # A loss that is a sum over rows is a sum over chunks of rows. Each chunk's logits are computed, differentiated and
@@ -360,7 +359,6 @@ else:
     print("SKIPPED: compiled: a CPU, and a T4's host, would compile it for half a minute")
 judge(results, "other functions", checks)
 
-# %%
 truth = differentiated(F.cross_entropy(full(), flat), *parameters)
 largest, checks = [], {}
 hook = head.register_forward_hook(lambda module, given, logits: largest.append(logits.shape[0]))
@@ -486,6 +484,10 @@ if not GPU:
 # from the same 16-bit inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over
 # chunks. In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice
 # dW's memory.
+#
+# **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies, because each size is
+# compiled anew. The figure and the table are drawn from its file, if the file is present, with the file's hardware and
+# date. They are not part of the score. Each blue point is one chunk size of ours.
 
 
 # %%
@@ -516,12 +518,6 @@ if baselines.EAGER in wrong:
             ratio = wrong[name][key] / eager[key]
             results.add("gradient_error_over_eager", f"head trained, {what}", ratio, "x", baselines=others)
 
-# %% [markdown]
-# **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies, because each size is
-# compiled anew. The figure and the table are drawn from its file, if the file is present, with the file's hardware and
-# date. They are not part of the score. Each blue point is one chunk size of ours.
-
-# %%
 SWEEPS_FILE = Path("resources/measurements/e_backprop_sweeps.json")
 if SWEEPS_FILE.exists():
     sweeps = Measurements.load(SWEEPS_FILE)

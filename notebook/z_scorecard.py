@@ -13,12 +13,8 @@
 # %% tags=["report"]
 from IPython.display import Markdown, display
 
-from unsloth_puzzles.bench import experiments, section
+from unsloth_puzzles.bench import experiments, scorecard, section
 
 display(Markdown(section.summary()))
 display(Markdown(experiments.report()))
-
-# %% tags=["report"]
-from unsloth_puzzles.bench import scorecard
-
 display(Markdown(scorecard.table(scorecard.score("resources/measurements"))))
