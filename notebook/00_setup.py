@@ -4,7 +4,7 @@
 # <!-- badges -->
 #
 # Five challenges on fine-tuning large language models on small GPUs, one section each. Every solution is a part of the
-# package `unsloth_puzzles`. The sections show its core files in full.
+# package `unsloth_puzzles`. The sections show its central files in full. Collapsed cells hold the rest.
 #
 # <!-- scorecard -->
 #
@@ -24,13 +24,19 @@
 # %% [markdown]
 # ## Set-up
 #
-# The first cell installs missing packages and replaces packages that are too old. It does not touch torch and triton.
+# The first cell installs missing packages. It replaces packages that are too old, and any TRL other than 1.16. It does
+# not touch torch and triton.
 # The second cell hides all GPUs but one, so that no trainer spreads a model over two, and selects Triton's interpreter
 # where there is no GPU. The collapsed cells after them write the package and the benchmarks.
 #
 # The last cell measures the copy bandwidth and the matmul rates of this machine. The sections choose their sizes by
 # them and compare timings with them. A failed experiment or check prints `FAILED` and the run continues. The scorecard
 # lists all failures.
+#
+# All sections use the same helpers. `results.add(metric, case, value, unit)` records a number for the scorecard.
+# `judge(results, name, checks)` prints and records named checks. `experiments.failed` records an error, and the run
+# continues. `section.start` and `section.finish` measure the time and the memory of a section. `GPU` is true on CUDA.
+# `OLD` or `SLOW` is true below sm_80, that is on a T4 (sm_75), where fewer samples are taken.
 
 # %%
 # @title Install: pinned versions, and what is kept
@@ -125,10 +131,10 @@ print("installed:", " ".join(done) if done else "nothing, all is there")
 for package, version in (PINNED | ALONE | FOR_GPUS).items():
     now, was = installed(package), before.get(package)
     if was not in (None, now):
-        oldest = ".".join(map(str, OLDEST.get(package, release(version))))
-        print(f"replaced: {package} {was} by {now}; {oldest} or newer is needed")
+        needed = ".".join(map(str, OLDEST.get(package, release(version))))
+        print(f"replaced: {package} {was} by {now}; {needed}{'' if package == 'trl' else ' or newer'} is needed")
     elif now not in (version, None):
-        print(f"kept: {package} {now}; pinned: {version}")
+        print(f"kept: {package} {now} (tested with {version})")
 
 # %%
 # @title Environment: one visible GPU, warnings, seed, and the magic that writes files

@@ -10,10 +10,14 @@
 #
 # ### The idea
 #
-# bitsandbytes stores two weights in a byte and one 8-bit scale for 64 weights. The scales have scales of their own.
+# NF4 replaces each weight by a 4-bit index $n_i$ into a table of 16 float32 values, `code`. A byte holds two indices.
+# Each block of 64 weights has one scale, the largest absolute value of the block (*absmax*). Double quantisation also
+# compresses the absmax: their mean (`offset`) is subtracted, and each absmax becomes an 8-bit index $q_j$ into a table
+# of 256 values, `code2`. Each group of 256 absmax, that is 16384 weights, shares one float32 scale, `absmax2`.
+# bitsandbytes keeps these tensors in the `quant_state` of a layer's weight.
 #
 # ```
-#  packed byte   h l           two weights: the high nibble first
+#  packed byte   h l           two indices: the high nibble first
 #                | |
 #                v v
 #  code[16]      fp32, fp32    the NF4 table
@@ -80,19 +84,21 @@ print("started:", ", ".join(compiling), *(["the count of launches"] if GPU else 
 #
 # | bytes a weight | read | write |
 # |---|---|---|
-# | packed code | 1/2 | |
+# | packed 4-bit indices | 1/2 | |
 # | 8-bit absmax | 1/64 | |
-# | second absmax | 4/16384 | |
+# | float32 absmax2 | 4/16384 | |
 # | 16-bit weight | | 2 |
 # | **one kernel** | | **2.516** |
 # | float32 absmax buffer of the three launches | 2 x 4/64 | 2 x 4/64 |
 # | **three launches** | | **2.766** |
 #
-# By bytes alone one kernel is at most 1.10x faster than three. A larger speed-up needs a better use of the memory
-# (16-byte stores, all loads before the first store) and less host time (one launch instead of three).
+# By bytes alone one kernel is at most 1.10x faster than three, so fewer bytes do not suffice for 1.15x. A larger
+# speed-up needs a better use of the memory (16-byte stores, all loads before the first store) and less host time (one
+# launch instead of three). The timings below show GPU time and host time separately.
 #
-# The cell below has the formula in plain PyTorch. Each operation of it reads and writes a whole tensor. Then the cell
-# prints the bound: 2.516 bytes a weight at the copy bandwidth of this machine and at the datasheet bandwidth of a T4.
+# The cell below has the formula in plain PyTorch. Each operation of it reads and writes a whole tensor. bitsandbytes'
+# GPU code replaces products below 2^-126 (subnormal numbers) by zero, and so does the reference. Then the cell prints
+# the bound: 2.516 bytes a weight at the copy bandwidth of this machine and at the datasheet bandwidth of a T4.
 
 
 # %%
@@ -123,21 +129,27 @@ for rows, columns, dtype in SHAPES:
 # %% [markdown]
 # ### The code
 #
-# **The inline assembly.** The 16 table values lie across the lanes of a half warp, one value in a lane. A shuffle looks
-# a code up. All instructions exist on sm_75. Below sm_80 no instruction rounds to bfloat16, so integer arithmetic does.
+# **The kernel.** A Triton kernel is a Python function that runs once per *program*. A program handles a block of
+# elements. `tl.program_id` gives the number of the program, `tl.arange` the elements of its block, and `tl.load` and
+# `tl.store` access memory. Arguments of type `tl.constexpr` are fixed at compile time. Here an element is one 32-bit
+# *word*, which holds eight weights. The kernel takes the inline assembly as a string. With an empty string the same
+# source is the plain-Triton path, which also runs in the interpreter.
 #
-# **The kernel.** It takes the assembly as a string. With an empty string the same source is the plain-Triton path,
-# which also runs in the interpreter.
+# **The inline assembly.** `tl.inline_asm_elementwise` inserts PTX, NVIDIA's assembly language, for each element. The
+# GPU runs a program as threads in groups of 32, called *warps*. A thread of a warp is a *lane*, and a *shuffle* reads
+# a register of another lane. The 16 table values lie across the lanes of a half warp. A shuffle reads the value that
+# belongs to an index. All instructions exist on a T4 (sm_75). Below sm_80 no instruction rounds to bfloat16, so integer
+# arithmetic does. `prmt`, the other look-up, serves the ablation below.
 #
 # **The launch** (collapsed). For a small matrix the host needs more time than the kernel. `launch.py` calls Triton's C
 # launcher with plain addresses. `cache.py` recalls the launch of a weight that passed all checks before. `linear.py` is
 # the layer $y = xW^\top + b$ of challenges B and C. Its backward de-quantises $W$ again instead of keeping it.
 
 # %%
-# show: unsloth_puzzles/nf4/asm.py
+# show: unsloth_puzzles/nf4/kernel.py
 
 # %%
-# show: unsloth_puzzles/nf4/kernel.py
+# show: unsloth_puzzles/nf4/asm.py
 
 # %%
 # fold: unsloth_puzzles/nf4/launch.py
@@ -151,9 +163,14 @@ for rows, columns, dtype in SHAPES:
 # ### Check 1: the same bits as bitsandbytes
 #
 # The check compares bits and has no tolerance. It covers every dtype, both paths, the public function, blocks of 32 to
-# 4096 weights, one and two levels of absmax, odd tails, and scales so small that products flush to zero. The output is
-# full of NaN before each call of a path. The reference is the formula above. On a GPU bitsandbytes' own kernels are a
-# second reference. On a CPU bitsandbytes rounds bf16 differently.
+# 4096 weights, one and two levels of absmax, odd tails, and scales so small that products become zero. Each output
+# buffer is filled with NaN before a call, so an unwritten weight counts as a difference. A third of the weights have
+# usual scales. The others have scales near 1e-38, where float32 products are flushed to zero. In fp16 such weights round
+# to zero in any case. The reference is the formula
+# above. On a GPU bitsandbytes' own kernels are a second reference. On a CPU bitsandbytes rounds bf16 differently.
+#
+# `PATHS` holds the two paths of the kernel, with assembly and in plain Triton. `LARGE` is the shape of a large matrix.
+# `compiling` holds compilations that started in the background.
 
 # %%
 SIZES = [(1, 1), (1, 7), (33, 77), (64, 256)] + ([(129, 1023), (1001, 4099), LARGE] if GPU else [])
@@ -164,20 +181,23 @@ for path, config in PATHS.items():
         found = exactness.compare(config, dtype, SIZES, hardware.device, references)
         name = f"{path} {SHORT[dtype]}"
         results.add("mismatched_weights", name, found.mismatched, "weights")
-        bits[name] = found.mismatched == 0 < found.flushed
+        bits[name] = found.mismatched == 0 and (found.flushed > 0 or dtype == torch.float16)
         print(
-            f"{name:10}: {found.cases} cases, {found.weights:,} weights, {found.flushed:,} of them flushed to zero, "
-            f"{found.mismatched} differ"
+            f"{name:10}: {found.cases} cases, {found.weights:,} weights, {found.mismatched} differ; "
+            f"{found.flushed:,} are zero at tiny scales only"
         )
 check("the same bits as bitsandbytes", bits)
 
 # %% [markdown]
-# ### Check 2: contraction explains the differences of other implementations
+# ### Check 2: a fused multiply-add changes the last bits
 #
 # By default Triton may contract `code2 * absmax2 + offset` into one fused multiply-add, which rounds once. bitsandbytes
 # multiplies in one kernel and adds in the next, and so rounds twice. The contraction is legal and no bug of Triton. Our
 # assembly uses `mul.rn` and `add.rn`, which no compiler contracts. Our plain path is compiled with
-# `enable_fp_fusion=False`. The cell compiles the same kernel both ways and compares the weights.
+# `enable_fp_fusion=False`. The cell compiles the same kernel both ways and compares the weights. An *ulp* is the
+# distance between neighbouring floating-point numbers. The fused form changes float32 weights by a few ulps. Rounding
+# to 16 bits removes almost all of these differences. The changed blocks are spread evenly over the matrix, as rounding
+# differences are, and do not point to wrong addresses.
 
 # %%
 for report in compiling["contraction_jobs"].result():
@@ -204,8 +224,8 @@ del layer, exact, contracted, float32
 # run in a process of their own, because a profiled process launches slowly afterwards.
 #
 # The kernel is a `torch.library` operator with a fake implementation. `fullgraph=True` refuses graph breaks. The timing
-# compiles the MLP of the puzzle, and one matrix alone. A compiled call checks guards on the host, so a compiled
-# function that only de-quantises one matrix can be slower than the plain call.
+# compiles the MLP of the puzzle, and one matrix alone. A compiled function that only de-quantises one matrix is several
+# times slower than the plain call, because each call checks guards on the host.
 
 # %%
 if GPU:
@@ -312,12 +332,13 @@ print(f"({t4.LABEL})")
 # each matrix. The candidates alternate. Each ratio compares two consecutive measurements.
 #
 # The baseline is Unsloth's sequence of three launches. Colab does not have Unsloth, so `benchmarks/nf4/baselines.py`
-# calls the same two C functions of bitsandbytes and the same addition. It looks the functions up once and switches no
-# device, as Unsloth does, so that the host of the baseline is not slower than Unsloth's.
+# imitates the sequence with the same two C functions of bitsandbytes and the same addition. It looks up the functions
+# once and enters no device context. The host time of the real Unsloth is not measured here.
 #
-# CUDA graphs give the GPU time of one matrix. The buffers rotate over four times the L2 cache, and the candidates
-# alternate. The share of the copy bandwidth counts 2.516 bytes a weight for every candidate. The host time is the time
-# to enqueue one call. It grows on a busy host for all candidates.
+# CUDA graphs give the GPU time of one matrix. Successive calls use different buffers, together four times as large as
+# the L2 cache, so that no call finds its data in the cache. The candidates alternate. The share of the copy bandwidth
+# counts 2.516 bytes a weight for every candidate. The host time is the time to enqueue one call. It grows on a busy
+# host for all candidates.
 
 # %%
 candidates = {"ours": dequantize_nf4} | ({THREE_LAUNCHES: three_launches} if GPU else {})
@@ -327,7 +348,8 @@ seconds = harness.measure(
     candidates, bitsandbytes_dequantize, cases, device=hardware.device, rounds=rounds, repeats=repeats
 )
 for case in cases:
-    print(f"passed at default tolerances, twice: {case}, {', '.join(candidates)}")
+    size = f"{case.batch} x {case.length} tokens, {case.hidden}x{case.inner} {SHORT[case.dtype]}"
+    print(f"passed at default tolerances, twice: {size}; {', '.join(candidates)}")
 if GPU:
     for dtype in HALF:
         results.add("harness_checks_passed", SHORT[dtype], sum(case.dtype == dtype for case in cases), "cases")
@@ -368,7 +390,9 @@ else:
 # The figure times the kernel with one decision changed at a time within each group. The default is the assembly,
 # because it does in one instruction what plain Triton does in several, and because no compiler flag can contract it.
 # The default looks codes up by a shuffle, because `prmt` needs about fifty more instructions a word. It handles two
-# words a thread: with one word too few loads are in flight, with four words too few threads run.
+# words a thread, which are fastest or nearly so. The row "no eviction hints" shows what the hints save. A variant is
+# called faster if its 90th percentile lies below the default's 10th percentile. An *exact* variant gives the same bits
+# as bitsandbytes.
 
 # %%
 if GPU:
@@ -394,9 +418,9 @@ else:
 # `patch_linear4bit(model)` puts `nf4_linear` under every 4-bit layer of a transformers or PEFT model. Decoding has few
 # rows and no gradients. There the fused 4-bit GEMM of bitsandbytes stays in use, which never writes the 16-bit matrix.
 #
-# The end of the cell shows two results of `make sweeps`, a run of its own on a large GPU. It names hardware and date,
-# and the score does not use it. The sweep times the linear layer over the number of rows. Where Unsloth is installed,
-# the sweep also times its fused kernel and its three launches in one process with ours.
+# The end of the cell shows the results of `make sweeps` that are present, a run of its own on a large GPU. It names
+# hardware and date, and the score does not use it. The sweep times the linear layer over the number of rows. Where
+# Unsloth is installed, the sweep also times its fused kernel and its three launches in one process with ours.
 
 # %%
 no_worse = {}
@@ -434,8 +458,10 @@ else:
 # ### Limits
 #
 # - No T4 has run the kernel. The times on a T4 above are predictions from bytes and instructions.
-# - Triton does not officially support sm_75. Kernels without a matrix product, such as this one, work there.
-# - The speed-up of the score is over the three launches of the puzzle. A newer Unsloth has a fused kernel of its own.
+# - Triton does not officially support sm_75. The kernel compiles for it without spills, and has not run there.
+# - The speed-up of the score is over an imitation of Unsloth's three launches. A newer Unsloth has a fused kernel of
+#   its own. The harness calls the same three weights repeatedly, so `cache.py` skips the validation after the first
+#   call.
 # - Decoding does not use the kernel, so a patched model does not generate faster. Below 64 rows bitsandbytes stays in
 #   use on GPUs that were not measured, unless `min_rows` says otherwise.
 # - Memory that is not 16-byte aligned takes a byte-wise path. The path is exact and slower (see the ablation).

@@ -109,7 +109,8 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # show: unsloth_puzzles/fsdp2/linear.py
 
 # %%
-# fold: unsloth_puzzles/fsdp2/pack.py unsloth_puzzles/fsdp2/shard.py
+# fold: unsloth_puzzles/fsdp2/pack.py
+# fold: unsloth_puzzles/fsdp2/shard.py
 
 # %% [markdown]
 # ### Check 1: FSDP2 changes no byte

@@ -51,7 +51,7 @@ from benchmarks.compiled import steps as qlora_steps
 from benchmarks.models import llama_1b_config
 from benchmarks.named_checks import judge
 from unsloth_puzzles.bench import section
-from unsloth_puzzles.bench.experiments import free_memory, judge
+from unsloth_puzzles.bench.experiments import free_memory
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.device import capability
 

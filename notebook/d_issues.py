@@ -283,7 +283,8 @@ judge(
 # and settings are refused by name before a file is written.
 
 # %%
-# fold: unsloth_puzzles/gguf/merge.py unsloth_puzzles/gguf/export.py
+# fold: unsloth_puzzles/gguf/merge.py
+# fold: unsloth_puzzles/gguf/export.py
 
 # %% [markdown]
 # #### Check: llama.cpp answers like transformers
@@ -433,7 +434,8 @@ if found:
 # ```
 
 # %%
-# fold: unsloth_puzzles/classification/pooling.py unsloth_puzzles/classification/losses.py
+# fold: unsloth_puzzles/classification/pooling.py
+# fold: unsloth_puzzles/classification/losses.py
 
 # %% [markdown]
 # #### Checks: the four faults, and the losses of transformers
@@ -536,7 +538,8 @@ if name:
 # ```
 
 # %%
-# fold: unsloth_puzzles/tool_calling/conversation.py unsloth_puzzles/tool_calling/tokens.py
+# fold: unsloth_puzzles/tool_calling/conversation.py
+# fold: unsloth_puzzles/tool_calling/tokens.py
 
 # %% [markdown]
 # #### Check: wrong calls become messages

@@ -87,6 +87,13 @@ def test_package_and_benchmarks_are_a_collapsed_cell_each_and_a_shown_file_is_op
     assert titles == ["#@title 3 files of unsloth_puzzles/: sub", "#@title 5 files of benchmarks/: sub"]
 
 
+@pytest.mark.parametrize("line", ["# fold: a.py b.py", "# show: a.py b.py", "# fold: a.py\nprint()", "# show:"])
+def test_lines_that_name_files_must_stand_alone(tree: Path, line: str) -> None:
+    _write(tree / "notebook" / "c_compile.py", f"# %%\n{line}\n")
+    with pytest.raises(ValueError, match="a cell must hold one `# show: PATH` or lines `# fold: PATH` alone"):
+        build(tree)
+
+
 def test_folded_files_are_one_collapsed_cell_with_their_names(tree: Path) -> None:
     folded = "# %%\n# fold: unsloth_puzzles/sub/b.py\n# fold: unsloth_puzzles/sub/a.py\n"
     _write(tree / "notebook" / "c_compile.py", folded)

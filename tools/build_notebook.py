@@ -51,8 +51,9 @@ def build(root: Path = ROOT) -> NotebookNode:
     """Make the notebook, without outputs, from the sections that exist under `root/notebook`.
 
     Raises:
-        ValueError: For an unknown section file, and for a file to be written that is missing, has no text, does not
-            end with one newline, or holds a line that begins with `BEGIN`.
+        ValueError: For an unknown section file, for a `show` or `fold` that is not alone in its cell, and for a file to
+            be written that is missing, has no text, does not end with one newline, or holds a line that begins with
+            `BEGIN`.
     """
     scripts = [root / "notebook" / f"{section}.py" for section in _sections(root)]
     parsed = [jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent").cells for script in scripts]
@@ -105,6 +106,8 @@ def _expand(cell: NotebookNode, root: Path, code: str) -> list[NotebookNode]:
     folds = [FOLD.fullmatch(line) for line in cell.source.splitlines()]
     if folds and all(folds):
         return [_writing([Path(fold[1]) for fold in folds], root)]
+    if cell.source.startswith(("# show", "# fold")):
+        raise ValueError(f"a cell must hold one `# show: PATH` or lines `# fold: PATH` alone, got {cell.source!r}")
     folder = FILES.get(cell.source)
     if folder is None:
         return [cell]
