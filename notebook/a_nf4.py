@@ -165,9 +165,9 @@ for rows, columns, dtype in SHAPES:
 # The check compares bits and has no tolerance. It covers every dtype, both paths, the public function, blocks of 32 to
 # 4096 weights, one and two levels of absmax, odd tails, and scales so small that products become zero. Each output
 # buffer is filled with NaN before a call, so an unwritten weight counts as a difference. A third of the weights have
-# usual scales. The others have scales near 1e-38, where float32 products are flushed to zero. In fp16 such weights round
-# to zero in any case. The reference is the formula
-# above. On a GPU bitsandbytes' own kernels are a second reference. On a CPU bitsandbytes rounds bf16 differently.
+# usual scales. The others have scales near 1e-38, where float32 products are flushed to zero. In fp16 such weights
+# round to zero in any case. The reference is the formula above. On a GPU bitsandbytes' own kernels are a second
+# reference. On a CPU bitsandbytes rounds bf16 differently.
 #
 # `PATHS` holds the two paths of the kernel, with assembly and in plain Triton. `LARGE` is the shape of a large matrix.
 # `compiling` holds compilations that started in the background.
