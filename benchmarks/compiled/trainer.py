@@ -49,9 +49,9 @@ def measure(
     attention: of a compiled run, a backend. model: what `qlora_model` gave, made new for this run; without it one is
     loaded.
 
-    Returns "losses" of the steps, the packed batches and the evaluation, in this order; "lengths" of the steps;
-    "captures", "compilations" and "graph_breaks" of the training, and the same with "later_" before; "limits", what
-    Dynamo allows; the settings.
+    Returns "losses" of the steps, the packed batches and the evaluation, in this order; "gradient_norms" of the steps,
+    which are not clipped; "lengths" of the steps; "captures", "compilations" and "graph_breaks" of the training, and
+    the same with "later_" before; "limits", what Dynamo allows; the settings.
     """
     if candidate not in CANDIDATES:
         raise ValueError(f"candidate must be one of {', '.join(map(repr, CANDIDATES))}, got {candidate!r}")
@@ -76,7 +76,8 @@ def measure(
         with compile_qlora(trainer, **options) if candidate == "compiled" else contextlib.nullcontext():
             with count_compilations() as counts:
                 trainer.train()
-            losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+            logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+            losses, norms = [entry["loss"] for entry in logged], [entry["grad_norm"] for entry in logged]
             with count_compilations() as counts_afterwards:
                 for batch in later if afterwards else ():
                     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -85,6 +86,7 @@ def measure(
                     losses.append(trainer.evaluate()["eval_loss"])
     ready()  # nothing here is timed, so it need not wait for the others' turns
     found = {"candidate": candidate, "steps": steps, "tiny": tiny, "lengths": data.lengths, "losses": losses}
+    found["gradient_norms"] = norms
     found["limits"] = {name: getattr(torch._dynamo.config, name) for name in LIMITS}
     for prefix, of in (("", counts), ("later_", counts_afterwards)):
         found |= {

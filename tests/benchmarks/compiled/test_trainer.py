@@ -11,6 +11,7 @@ def test_the_uncompiled_run_in_a_process_of_its_own():
     (found,) = run([{**TRAINER["trainer, eager"], "steps": 3, "longest": 30, "tiny": True}])
     assert len(set(found["lengths"])) == 3 and len(found["losses"]) == 3 + AFTERWARDS + 1
     assert found["losses"][0] != found["losses"][-1]
+    assert len(found["gradient_norms"]) == 3 and min(found["gradient_norms"]) > 0
     assert found["limits"] == {"suppress_errors": False, "recompile_limit": 8, "accumulated_recompile_limit": 256}
     for prefix in ("", "later_"):
         assert found[f"{prefix}compilations"] == 0 and found[f"{prefix}captures"] == []
