@@ -4,9 +4,9 @@
     found = check_flex("cuda", torch.float16)
 
 Forward and, on a GPU, backward. A backend's error may be no larger than that of the formula computed in float32 on the
-same inputs plus two roundings of its dtype, since kernels round the probabilities and the output, too. Gradients of
-query and key may have two roundings more of the term that a softmax subtracts, which cancels where a query sees few
-keys.
+same inputs plus two roundings of its dtype, since kernels round the probabilities and the output, too. A rounding is
+at most half of the dtype's epsilon, so two roundings are one epsilon of the norm. Gradients of query and key may have
+four roundings more of the term that a softmax subtracts, which cancels where a query sees few keys.
 """
 
 from collections.abc import Iterable
@@ -131,10 +131,9 @@ def close(data: list[torch.Tensor], backend: str, asked: dict, beside_sdpa: list
     if beside_sdpa is not None:
         theirs = _errors(data, "sdpa", asked, exact)
         beside_sdpa.append([off / other for off, other in zip(found, theirs, strict=True)])
-    rounding = [
-        2 * torch.finfo(dtype).eps * (true.norm().item() + term) for true, term in zip(exact, terms, strict=True)
-    ]
-    return all(off <= plain + two + 1e-6 for off, plain, two in zip(found, formula, rounding, strict=True))
+    eps = torch.finfo(dtype).eps  # two roundings
+    allowed = [eps * (true.norm().item() + 2 * term) for true, term in zip(exact, terms, strict=True)]
+    return all(off <= plain + more + 1e-6 for off, plain, more in zip(found, formula, allowed, strict=True))
 
 
 def _refuses(device: str, dtype: torch.dtype) -> bool:

@@ -42,6 +42,15 @@ def test_a_wrong_result_does_not_pass(monkeypatch):
     assert not close(data, "sdpa", {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_three_roundings_do_not_pass_in_16_bits(dtype, monkeypatch):
+    data, _ = Inputs("cpu", dtype).draw(40)
+    assert close(data, "sdpa", {}) and close(data, "flex", {})
+    run, scale = type(BACKENDS["sdpa"]).run, 1 + 1.5 * torch.finfo(dtype).eps
+    monkeypatch.setattr(type(BACKENDS["sdpa"]), "run", lambda self, *given: run(self, *given).float() * scale)
+    assert not close(data, "sdpa", {})
+
+
 def test_flex_attention_over_lengths_is_compiled_once():
     found = check_flex("cpu", torch.float32)
     assert found.counts.graphs == 1 and len(found.lengths) == 5
