@@ -83,7 +83,7 @@ def _flex(query, key, value, scale: float | None, soft_cap: float | None, blocks
 
 
 def _configuration(query, *others) -> tuple:
-    """What of the tensors is a constant of compiled code."""
+    """The properties of the tensors that are constants of the compiled code."""
     sizes = tuple((t.shape[1], t.shape[3], t.requires_grad) for t in (query, *others))
     return query.device.type, query.dtype, torch.is_grad_enabled(), *sizes
 
@@ -119,9 +119,7 @@ def kernel_options(batch: Batch) -> dict | None:
 
 
 def _small_tile(head_size: int, dtype: torch.dtype, room: int) -> int | None:
-    """Rows of a tile of which the backward holds four (query, key, value, gradient of the output) in `room` bytes.
-
-    None if not even 16 rows, the fewest that flex attention takes, are so small.
-    """
+    """The largest tile height (32 or 16) at which four tiles fit `room` bytes, as the backward needs; None if neither
+    fits."""
     size = 1 << (head_size - 1).bit_length()  # padded to a power of two
     return next((rows for rows in (32, 16) if 4 * rows * size * dtype.itemsize <= room), None)

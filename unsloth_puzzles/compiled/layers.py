@@ -53,8 +53,8 @@ def compile_norm(norm: torch.nn.Module, options: dict[str, object]) -> Callable[
 
 def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]) -> type:
     variants = Variants(cls.forward, cls.__name__, options)
-    # What the mask and the embeddings have said already, and what is collected around a layer, would only be one more
-    # thing to compile for.
+    # Arguments that the mask or the embeddings already cover, or that concern only the layer's caller, are dropped,
+    # because compiled code would have a guard on each.
     unused = ["use_cache", "past_key_values", "output_hidden_states", *LENGTHS]
     if not takes_positions:
         unused.append("position_ids")

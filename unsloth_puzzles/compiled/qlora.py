@@ -4,9 +4,8 @@
         trainer.train()
 
 One compiled function serves all layers, whatever the length of a batch: sizes that vary are marked, attention takes its
-mask from tensors, and NF4 weights come out of A's operator. Calls that differ in more than numbers (gradients or not,
-the kind of mask) have functions of their own, so that none is compiled again for a reason that could have been
-foreseen.
+mask from tensors, and NF4 weights come out of A's operator. Calls with another compile key (gradients or not, the kind
+of mask) get a compiled function of their own, so a change of the key causes no recompilation.
 
 Modules change only by their class, which is exchanged for a subclass:
 
@@ -75,8 +74,8 @@ def compile_qlora(
             that attention and then products. With dropout in the layers it is 1.0, with a warning.
         max_autotune: Triton's matrix products compete with cuBLAS's, also on GPUs with fewer multiprocessors than
             Inductor asks for. Each choice is made at the first length that is seen, so let that be the longest.
-        offload_checkpoints: with gradient checkpointing on, the layers' inputs but for the last one's wait for the
-            backward in pinned CPU memory. Checkpointing is done by `compiled.checkpoint`, whatever transformers'
+        offload_checkpoints: with gradient checkpointing on, the inputs of all layers except the last are kept in pinned
+            CPU memory until the backward. Checkpointing is done by `compiled.checkpoint`, whatever transformers'
             settings for it are.
         eager_rounding: round after each operation, as eager mode does, so that the losses are eager mode's. Adapters
             whose scaling is not a power of two are not fused then. False rounds once at the end of a fused kernel,
