@@ -35,7 +35,7 @@ def test_errors_within_the_limits_pass(check):
     found, given = check("llava_clip", proof(9e-5, 2.9e-4))
     assert given == {"family": "llava_clip", "tokens": 32} and all(found.checks.values()) and len(found.checks) == 5
     assert found.errors["adapter on, image"] == (2.9e-4, pytest.approx(2.9e-3))
-    assert found.row == ("llava_clip", "4 of 4", "9.0e-05 (limit 1e-04)", "2.9e-04 (limit 3e-04)", "1")
+    assert found.row == ("llava_clip", "4 of 4", "9.0e-05 (limit 1e-04)", "2.9e-04 (limit 3e-04)", "2.9e-03", "1")
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,23 @@ def test_a_wrong_answer_fails_its_check(check, wrong, failing):
 
 
 def test_in_8_bits_tokens_may_part(check):
-    found, given = check("qwen2_vl, q8_0 and f16", proof(0.1, 0.1, equal=False))
-    assert all(found.checks.values()) and len(found.checks) == 4
+    found, given = check("qwen2_vl, q8_0 and f16", proof(0.09, 0.09, equal=False))
+    assert all(found.checks.values()) and len(found.checks) == 5
     assert given == {"family": "qwen2_vl", "tokens": 8, **cases.DEFAULT}
+
+
+@pytest.mark.parametrize(
+    "wrong, failing",
+    [
+        (proof(0.01, 0.11), ["adapter on, image", "adapter off, image"]),
+        (proof(0.08, 0.01, moved=0.23), ["error below a third of the adapter's effect"]),
+        (proof(0.01, 0.08, moved=0.23), ["error below a third of the adapter's effect"]),
+    ],
+)
+def test_a_wrong_answer_in_8_bits_fails_its_check(check, wrong, failing):
+    case = "qwen2_vl, q8_0 and f16"
+    found, _ = check(case, wrong)
+    assert [name for name, good in found.checks.items() if not good] == [f"{case}, {name}" for name in failing]
 
 
 def test_every_case_has_a_group():
