@@ -15,6 +15,7 @@ from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
 MAX_NEW_TOKENS = 112  # two calls of the longest kind take about 100
 MAX_TURNS = 3
 METRICS = ("parse rate", "exact call", "executed result", "final answer", "abstention")
+FLOORS = {"exact call": 0.5, "abstention": 0.5}  # shares that a trained model must reach
 
 
 class Share(NamedTuple):
@@ -88,6 +89,19 @@ def count(questions: Sequence[Question], done: Sequence[Conversation]) -> dict[s
                 hits.setdefault(name, []).append(hit)
         hits.setdefault(f"exact call, {question.kind}", []).append(judged["exact call"])
     return {name: Share(sum(each), len(each)) for name, each in hits.items()}
+
+
+def check_training(before: dict[str, Share], after: dict[str, Share]) -> dict[str, bool]:
+    """Whether training improved each metric by more than the intervals, and reached the `FLOORS`.
+
+    Abstention has a floor only: a model that never calls always abstains.
+    """
+    checks = {
+        f"{name}: interval above that before": after[name].interval[0] > before[name].interval[1]
+        for name in METRICS
+        if name != "abstention"
+    }
+    return checks | {f"{name}: at least {floor}": after[name].value >= floor for name, floor in FLOORS.items()}
 
 
 def judge_calls(question: Question, conversation: Conversation) -> dict[str, bool]:

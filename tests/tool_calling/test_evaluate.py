@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.tool_calling.data import Question, for_format
-from benchmarks.tool_calling.evaluate import METRICS, Share, count, judge_calls, table
+from benchmarks.tool_calling.evaluate import METRICS, Share, check_training, count, judge_calls, table
 from unsloth_puzzles.tool_calling.conversation import Conversation
 from unsloth_puzzles.tool_calling.replies import Call
 from unsloth_puzzles.tool_calling.toolbox import Result, failure
@@ -84,6 +84,21 @@ def test_wilson_interval():
     assert Share(5, 10).interval == pytest.approx((0.23659, 0.76341), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "metric, share, failing",
+    [
+        ("abstention", Share(40, 80), []),
+        ("abstention", Share(39, 80), ["abstention: at least 0.5"]),
+        ("parse rate", Share(21, 140), ["parse rate: interval above that before"]),  # better, but by chance
+        ("exact call", Share(69, 140), ["exact call: at least 0.5"]),
+    ],
+)
+def test_training_must_improve_by_more_than_the_intervals(metric, share, failing):
+    before = {name: Share(14, 140) for name in METRICS} | {"abstention": Share(80, 80)}
+    after = {name: Share(110, 140) for name in METRICS} | {"abstention": Share(67, 80), metric: share}
+    assert [name for name, good in check_training(before, after).items() if not good] == failing
+
+
 def test_figure_draws_each_share_with_its_interval(tmp_path, monkeypatch):
     from matplotlib import pyplot
 
@@ -98,6 +113,7 @@ def test_figure_draws_each_share_with_its_interval(tmp_path, monkeypatch):
     assert [bar.get_height() for bar in axes.patches] == [0.0] * len(names) + [0.75] * len(names)
     intervals = [tuple(lines.get_segments()[0][:, 1]) for lines in axes.collections]
     assert intervals == [pytest.approx(Share(*hits).interval) for hits in ((0, 9), (6, 8)) for _ in names]
+    assert axes.get_title().startswith("Exact calls rise from 0% to 75% of 8 held-out questions\n")
     assert "a model, a machine" in axes.get_title()
     assert axes.get_xticklabels()[0].get_text() == f"{METRICS[0]}\nn = 8"
     pyplot.close("all")
