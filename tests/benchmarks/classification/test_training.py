@@ -4,12 +4,13 @@ import dataclasses
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from benchmarks import smollm2
-from benchmarks.classification.baselines import baselines, score
+from benchmarks.classification.baselines import _macro_f1, baselines, difference_interval, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
 from benchmarks.classification.training import encode, predict, train
 from tests.classification.models import byte_tokenizer, save_checkpoint
@@ -35,6 +36,18 @@ def test_score():
     found = score([0, 0, 1, 1], [0, 1, 1, 1], 3)
     assert found.accuracy == 0.75
     assert found.macro_f1 == pytest.approx((2 / 3 + 0.8 + 0) / 3)  # the third class is never right
+
+
+def test_interval_of_a_difference():
+    draw = np.random.default_rng(1)
+    expected = draw.integers(4, size=400)
+    half, most = (np.where(draw.random(400) < share, expected, draw.integers(4, size=400)) for share in (0.5, 0.9))
+    assert _macro_f1(half, expected, 5) == pytest.approx(score(half, expected, 5).macro_f1)  # the fifth is in neither
+    low, high = difference_interval(most, half, expected, 4)
+    assert 0 < low < score(most, expected, 4).macro_f1 - score(half, expected, 4).macro_f1 < high < 0.5
+    assert difference_interval(half, half, expected, 4) == (0, 0)
+    low, high = difference_interval(half, most, expected, 4)
+    assert low < high < 0
 
 
 def test_baselines_learn_what_words_say():
