@@ -30,6 +30,7 @@ def test_recompilations_are_counted_with_their_reasons():
     assert [one.reason is None for one in counts.captures] == [True, False, False]
     assert "3" in counts.captures[1].reason and counts.seconds > 0
     assert counts.table().count("| squared | 0 | 0 |") == 3  # by another backend than Inductor
+    assert "  #" not in counts.table() and "size()[0] == 3" in counts.table()
     with count_compilations() as counts:
         squared(torch.ones(5))
     assert counts.captures == [] and counts.compilations == counts.graphs == 0

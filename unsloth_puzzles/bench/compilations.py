@@ -67,10 +67,10 @@ class Counts:
 
     def table(self) -> str:
         """Markdown: a line a capture."""
-        lines = ["| captured | compiled forward | backward | seconds | captured again because |", "|---" * 5 + "|"]
+        lines = ["| captured | compiled forward | backward | seconds | guard that failed |", "|---" * 5 + "|"]
         for one in self.captures:
-            reason = (one.reason or "").splitlines()[:1]
-            cells = (one.name, one.forward, one.backward, f"{one.seconds:.1f}", reason[0] if reason else "")
+            guard = (one.reason or "").partition("\n")[0].partition("  #")[0]  # its source follows as a comment
+            cells = (one.name, one.forward, one.backward, f"{one.seconds:.1f}", guard)
             lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 
