@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -129,10 +131,27 @@ def load(
     return *_ready(model, tokenizer), f"{source}{', NF4' if four_bit else ''}"
 
 
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Hide the bar of transformers' GGUF reader, which prints a line per step where standard error is a file."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
 def _unpack(folder: str | Path, plain: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    with _without_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)  # they would have it saved as a GGUF model
