@@ -13,10 +13,10 @@ def stock_outcome(processor, rows: Sequence[Mapping]) -> str:
     """TRL's collator on rows of which those without images have no key for them, then an empty list.
 
     Returns:
-        The error that it raises, or how many image tokens are among its labels.
+        For both, apart by a semicolon: the error that it raises, or how many image tokens are among its labels.
     """
     without_key = [{key: value for key, value in row.items() if key != "images" or value} for row in rows]
-    return f"{_outcome(processor, without_key)}; with images=[] {_outcome(processor, rows)}"
+    return f"{_outcome(processor, without_key)}; {_outcome(processor, rows)}"
 
 
 def with_blank_images(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,8 +23,8 @@ class VisionCollator:
     messages. The vision tower gets the images that there are: none for a row of text, and a batch of text has no
     `pixel_values` at all. What a row contributes does not depend on its neighbours.
 
-    Padding is told by the attention mask, so a real end-of-sequence token is a label even where it pads, too. No label
-    is what a placeholder was expanded to.
+    Padding is identified by the attention mask. An end-of-sequence token can therefore be a label, even if it is also
+    the padding token. Expanded placeholder tokens are never labels.
 
     Args:
         processor: Of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Mllama, Pixtral, LLaVA, Gemma 3 or SmolVLM.
