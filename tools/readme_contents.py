@@ -131,7 +131,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
     "b_fsdp2_loss": "Loss of QLoRA over 60 steps in one process and on two ranks, and their difference below",
     "b_fsdp2_prefetch": "When a GPU gathered, reduced and computed in one step on two GPUs",
     "b_fsdp2_script": "Loss of the script over 60 steps on one GPU and on two, and their difference below",
-    "b_fsdp2_stream": "Where codes and scales of one weight lie in its byte stream, and where two ranks split it",
+    "b_fsdp2_stream": "Where indices and scales of one weight lie in its byte stream, and where two ranks split it",
     "c_compile_frontier": "Time of a QLoRA step over its peak memory, eager and compiled, checkpointed and not",
     "c_compile_parity": "Loss, time and memory over 60 steps of as many lengths, three uncompiled runs and ours",
     "d_confusion": "Which packages the classifier takes for which, on docstrings that it was not trained on",

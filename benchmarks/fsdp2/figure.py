@@ -23,9 +23,9 @@ def stream_figure(layout: Layout, weight: str):
     import matplotlib.pyplot as plt
 
     parts = (
-        ("packed codes", 0, layout.packed_bytes, "tab:blue"),
+        ("packed 4-bit indices", 0, layout.packed_bytes, "tab:blue"),
         ("absmax", layout.absmax_start, layout.blocks, "tab:orange"),
-        ("second absmax", layout.absmax2_start, 4 * layout.blocks2, "tab:green"),
+        ("absmax2", layout.absmax2_start, 4 * layout.blocks2, "tab:green"),
     )
     begin = layout.absmax_start - layout.size // 64  # of what is enlarged
     border = layout.size // layout.world_size
@@ -39,14 +39,16 @@ def stream_figure(layout: Layout, weight: str):
                 axes.text(middle / 1024, 0, name, ha="center", va="center", color="white", weight="bold")
             elif start:
                 axes.text(layout.size / 1024, 0.55, name, ha="right", color=color, weight="bold")
+            elif size / layout.size > 0.01:  # whole: too narrow for a name inside
+                axes.text((left + size / 2) / 1024, 0.55, name, ha="right", color=color, weight="bold")
         axes.set(xlim=(start / 1024, layout.size / 1024), ylim=(-0.5, 1), yticks=[])
     panes[0].axvline(border / 1024, color="black", linewidth=2)
     for rank in (0, 1):
         panes[0].text((rank + 0.5) * border / 1024, 0.6, f"rank {rank}", ha="center")
     panes[1].set_xlabel(f"KiB from the start of the stream; below: the last {1 - begin / layout.size:.1%}, enlarged")
     shape = " x ".join(map(str, layout.shape))
-    title = f"Each rank holds {border:,} bytes of the stream, whatever the parts"
-    figure.suptitle(f"{title}\n{weight}, {shape}", fontsize=10)
+    title = "Each rank holds the same number of bytes; part boundaries need not align with ranks"
+    figure.suptitle(f"{title}\n{weight}, {shape}: {border:,} bytes per rank", fontsize=10)
     return figure
 
 

@@ -15,9 +15,9 @@ OPERATORS = torch.ops.nf4_formula  # in place of `torch.ops.unsloth_puzzles`
 
 def dequantize(packed, absmax, code, code2, absmax2, offset, blocksize, blocksize2, shape, dtype):
     """A double-quantised weight, `shape` in `dtype`."""
-    codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1).view(-1).long()[: math.prod(shape)]
+    index = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1).view(-1).long()[: math.prod(shape)]
     scales = code2[absmax.long()] * absmax2.repeat_interleave(blocksize2)[: len(absmax)] + offset  # [blocks]
-    return (code[codes] * scales.repeat_interleave(blocksize)[: len(codes)]).view(shape).to(dtype)
+    return (code[index] * scales.repeat_interleave(blocksize)[: len(index)]).view(shape).to(dtype)
 
 
 torch.library.impl("nf4_formula::dequantize_nf4", "CPU", dequantize)

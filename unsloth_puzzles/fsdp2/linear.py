@@ -52,7 +52,10 @@ class StreamLinear4bit(Linear4bit):
         return _dequantize(self.weight, self.code, self.code2, self.offset, self.layout, dtype)
 
     def _apply(self, fn, recurse=True):
-        """Refuse a cast: one to float16 would leave the stream, which says it is float16, and round the tables."""
+        """Refuse a cast.
+
+        A cast to float16 would skip the stream, which already reports float16, but would round the tables.
+        """
         if (dtype := fn(self.code).dtype) != self.code.dtype:
             raise TypeError(
                 f"dtype must be left out for a packed model, got {dtype}; "

@@ -1,10 +1,10 @@
 """One NF4 weight as one stream of bytes, and a tensor type on which only byte-moving operators exist.
 
-    packed codes | absmax | second absmax        each part aligned to 16 bytes, the end padded to 16 x world size
+    packed indices | absmax | absmax2        each part aligned to 16 bytes, the end padded to 16 x world size
 
 FSDP2 splits a parameter along its first dimension. A stream of 16 x world size bytes splits into equal shares of whole
-16-byte words, whatever the block size: blocks need not align with ranks, the scales are sharded with the codes, and
-nothing is padded by FSDP2 itself.
+16-byte words, whatever the block size: blocks need not align with ranks, the scales are sharded with the indices,
+and nothing is padded by FSDP2 itself.
 
 FSDP2 of PyTorch 2.11 and earlier creates each sharded parameter with `requires_grad=True` first, so the parameter must
 have a floating dtype. A plain float16 tensor would be copied by `torch._foreach_copy_`, which converts 16-bit floats to
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_map
 
-DTYPE = torch.float16  # what a stream says it is
-_INSIDE = torch.int16  # what it holds: the same size
+DTYPE = torch.float16  # the reported dtype
+_INSIDE = torch.int16  # the stored dtype, of the same size
 _ALIGNMENT = 16  # bytes: the kernel's widest load
 _ADAPTED_LATE = "model must not be packed to get adapters; call get_peft_model, and add_adapter, before pack_nf4"
 
@@ -100,8 +100,8 @@ class Layout:
             stream: [size] uint8.
 
         Returns:
-            The packed codes [n, 1] uint8, the absmax [blocks] (uint8, or float32 without double quantisation), and the
-            second absmax [blocks2] float32 or None.
+            The packed 4-bit indices [n, 1] uint8, the absmax [blocks] (uint8, or float32 without double quantisation),
+            and the absmax2 [blocks2] float32 or None.
         """
         packed = stream[: self.packed_bytes].view(-1, 1)
         if self.blocksize2 is None:
@@ -158,7 +158,10 @@ class ByteStream(torch.Tensor):
         return ByteStream(inner["_words"])
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """What a rank contributes: its share as uint8, in one piece. A policy that would cast the stream has no say."""
+        """What a rank contributes: its share as uint8, in one piece.
+
+        A mixed-precision policy does not apply to the stream.
+        """
         return (self._words.view(torch.uint8),), None
 
     def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):

@@ -39,7 +39,7 @@ def test_parts_of_a_stream_have_names_and_ranks_a_border():
     layout = Layout((1024, 4096), 64, 256, 2)
     whole, end = stream_figure(layout, "k_proj").axes
     assert {one.get_text() for one in (*whole.texts, *end.texts)} == {
-        "packed codes", "absmax", "second absmax", "rank 0", "rank 1"
+        "packed 4-bit indices", "absmax", "absmax2", "rank 0", "rank 1"
     }  # fmt: skip
     assert list(whole.lines[0].get_xdata()) == [layout.size / 2048] * 2 and not end.lines
     assert whole.get_xlim() == (0, layout.size / 1024) and end.get_xlim()[1] == layout.size / 1024
