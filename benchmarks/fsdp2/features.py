@@ -212,7 +212,7 @@ def verdict(two: dict[str, dict], one: dict[str, dict]) -> tuple[list[dict], dic
     checks["the one process has bitsandbytes' own layers"] = one[PLAIN]["plain_layers"] == LINEAR
     checks["gradients are reduced in float32"] = all(found["reduced"] == ["torch.float32"] for found in two.values())
     compared = sum(found["compared"] == LINEAR for found in two.values())
-    checks["bytes were compared in every run but the captured one"] = compared == len(two) - 1
+    checks["bytes were compared in every run but the compiled one"] = compared == len(two) - 1
     return rows, checks
 
 
@@ -288,7 +288,7 @@ def _chunked(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
 
 def _captured(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
     captures, breaks = found["captures"], found["graph_breaks"]
-    return f"{captures} captures, {breaks} graph breaks", captures > 0 and breaks == 0
+    return f"{captures} captured graphs, {breaks} graph breaks", captures > 0 and breaks == 0
 
 
 def _fused(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
@@ -305,7 +305,7 @@ def _accumulated(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
 def _skipped(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
     scales = found["scales"]
     good = found["norms"][OVERFLOWING] is None and scales[OVERFLOWING] == scales[OVERFLOWING - 1] / 2
-    return f"scale {', '.join(f'{scale:g}' for scale in scales)} on the other rank", good
+    return f"scale {', '.join(f'{scale:g}' for scale in scales)} on the rank without the infinity", good
 
 
 def _mixed(found: dict, plain: dict, one: dict) -> tuple[str, bool]:
@@ -353,7 +353,8 @@ def main(out: str, *names: str) -> None:
         found[name] = train(**options)
         if RANK == 0:
             write_json(out, found)
-            print(f"{name}: {STEPS} steps", flush=True)
+    if RANK == 0:
+        print(f"{len(found)} runs of {STEPS} steps ended", flush=True)
     ranks.finish()
 
 

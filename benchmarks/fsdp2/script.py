@@ -25,7 +25,7 @@ RUNS = {  # flags
 }
 TINY = ("--layers", "2", "--steps", "3", "--rows", "2", "--length", "20", "--dtype", "float32", "--no-compile")
 ON_ONE = ("--dequantize", "bitsandbytes")  # of the tiny run in one process: bitsandbytes' own layers
-SHOWN = 20  # steps from one line of progress to the next
+SHOWN = 30  # steps from one line of progress to the next
 
 
 def choose_model(folder: str) -> tuple[str, tuple[str, ...], str, str]:

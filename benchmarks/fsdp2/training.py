@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.fsdp2 import ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
 
+SHOWN = 30  # steps from one line of progress to the next
 DISTINCT = 6  # batches, which come again and again, so that a loss falls
 KERNEL = "dequantize_nf4_kernel"  # in the names of challenge A's kernels
 COPIES = ("memcpy", "memset", "multi_tensor_apply", "split_with_sizes", "chunk_cat")  # of FSDP2, in and out of buffers
@@ -42,7 +43,7 @@ class Run:
             times.append(1e3 * (time.perf_counter() - began))
             losses.append(ranks.average(loss))
             norms.append((norm.full_tensor() if WORLD > 1 else norm).item())
-            if RANK == 0 and step % 10 == 9:
+            if RANK == 0 and step % SHOWN == SHOWN - 1:
                 print(f"step {step + 1} of {steps}: loss {losses[-1]:.4f}", flush=True)
         middle = statistics.median(times[steps // 2 :])
         return {

@@ -62,10 +62,10 @@ def test_the_trainer_on_two_ranks_of_a_cpu_has_the_losses_of_one_process(tmp_pat
 
 def test_some_lines_of_a_trainer_are_shown(capsys):
     show = script._some_lines("run")
-    for step in range(40):
+    for step in range(60):
         show(f"  3%| {step}/60 [00:45<44:58]")
         show(f"{{'loss': '{step:.2f}', 'grad_norm': '0.2'}}")
     show("... train at work for 25 s")
     assert capsys.readouterr().out.splitlines() == [
-        "run: step 20 of 60, loss 19.00", "run: step 40 of 60, loss 39.00", "run: ... train at work for 25 s",
+        "run: step 30 of 60, loss 29.00", "run: step 60 of 60, loss 59.00", "run: ... train at work for 25 s",
     ]  # fmt: skip
