@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig
 
@@ -76,6 +77,7 @@ def measure(
     compiled: bool = False,
     checkpointing: bool = True,
     profiled: bool = False,
+    dequantize: str = "ours",
     seed: int = 5,
     **sharding: bool,
 ) -> dict:
@@ -93,6 +95,7 @@ def measure(
         compiled: By `compile_qlora`.
         checkpointing: Compute activations again in the backward.
         profiled: Make one more step under PyTorch's profiler.
+        dequantize: Of one uncompiled process: "ours" is challenge A's kernel, "bitsandbytes" its own layers.
         seed: Of the rows.
         sharding: `offload`, `reshard_after_forward`, `shard_embeddings` of `shard_qlora`.
 
@@ -100,9 +103,17 @@ def measure(
         The settings; "losses" over all rows and "norms" of the gradients a step; "step_ms", all of them; "tokens_per_s"
         of all ranks, of the median step; "rest_gib" allocated between steps and "peak_gib" by rank; "share" of the
         4-bit bytes that this rank holds; "compilations" and "graph_breaks"; "launches" of challenge A's kernel in the
-        profiled step, beside "weights" and "passes" over each, and the step's "timeline".
+        profiled step, beside "weights" and "passes" over each, and the step's "timeline"; "plain_layers", how many
+        layers are bitsandbytes' own.
+
+    Raises:
+        ValueError: An unknown `dequantize`, or "bitsandbytes" for several ranks or for a compiled model.
     """
     settings = dict(locals())
+    if dequantize not in ("ours", "bitsandbytes"):
+        raise ValueError(f"dequantize must be 'ours' or 'bitsandbytes', got {dequantize!r}")
+    if dequantize == "bitsandbytes" and (WORLD > 1 or compiled):
+        raise ValueError("dequantize must be 'ours' for several ranks and for a compiled model, got 'bitsandbytes'")
     kind = getattr(torch, dtype)
     model = qlora_model(shapes, layers, vocabulary, kind, checkpointing)
     with contextlib.ExitStack() as stack:
@@ -112,13 +123,14 @@ def measure(
         counts = stack.enter_context(count_compilations())
         if compiled:
             stack.enter_context(compile_qlora(model))
-        elif WORLD == 1:
+        elif WORLD == 1 and dequantize == "ours":
             stack.enter_context(patch_linear4bit(model))
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=None if kind == torch.float32 else kind, **sharding)
         lengths = [length] if isinstance(length, int) else length
         run = Run(model, rows, lengths, vocabulary, accumulation, kind, seed)
         found = run.train(steps)
+        found["plain_layers"] = sum(type(module) is Linear4bit for module in model.modules())
         if profiled:
             found |= run.profile()
     packed = [module.weight for module in model.modules() if isinstance(module, StreamLinear4bit)]
