@@ -11,6 +11,8 @@ def test_both_kinds_of_steps_are_timed_in_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "patch_linear4bit", lambda model: nullcontext(seen.append("ours")))
     train = kernels.Run.train
     monkeypatch.setattr(kernels.Run, "train", lambda self, steps: (seen.append("step"), train(self, steps))[1])
+    profile = kernels.Run.profile
+    monkeypatch.setattr(kernels.Run, "profile", lambda self: (seen.append("profile"), profile(self))[1])
     settings, out = tmp_path / "settings.json", tmp_path / "out.json"
     tiny = {"rows": 1, "length": 8, "shapes": "tiny", "layers": 1, "vocabulary": 32, "dtype": "float32", "pairs": 2}
     settings.write_text(json.dumps(tiny))
@@ -20,3 +22,14 @@ def test_both_kinds_of_steps_are_timed_in_pairs(tmp_path, monkeypatch):
     assert min(found["step_ms"]["ours"] + found["step_ms"]["bitsandbytes"]) > 0
     assert found["gpu_ms"] == {"ours": None, "bitsandbytes": None}
     assert seen[:10] == ["step", "ours", "step", "ours", "step", "step", "step", "ours", "step", "ours"]
+    assert seen.count("profile") == 20
+    assert seen[12:18] == ["ours", "profile", "profile", "profile", "ours", "profile"]
+
+
+def test_ratios_are_of_pairs_and_ranges_without_outer_tenths():
+    times = {"ours": [2.0] * 10, "bitsandbytes": [float(number) for number in range(10, 0, -1)]}
+    assert kernels.ratios(times) == [number / 2 for number in range(10, 0, -1)]
+    assert kernels.spread(times["bitsandbytes"]) == (5.5, 2.0, 9.0)
+    assert kernels.row("GPU time", times) == (
+        "GPU time", "2.00 ms (2.00 to 2.00)", "5.50 ms (2.00 to 9.00)", "2.750 (1.000 to 4.500)"
+    )  # fmt: skip
