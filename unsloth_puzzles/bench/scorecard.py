@@ -68,7 +68,7 @@ def _placed(row: Row, criterion: Criterion, measurements: Measurements | None) -
         return row
     said = [MET]
     if criterion.asked_gpu not in measurements.hardware["name"]:
-        said.append(f"on these GPUs and not on Kaggle's {criterion.asked_gpu}s")
+        said.append(f"on these GPUs and not on Kaggle's {criterion.asked_gpu}s (no Kaggle machine has run the script)")
     conditions = (condition for _, level in criterion.levels for condition in level)
     if any("random weights" in found["case"] for condition in conditions for found in _found(condition, measurements)):
         said.append("with random weights")
