@@ -9,11 +9,17 @@
 #
 # ### The idea: one byte stream per weight
 #
-# FSDP2 splits each parameter along its first dimension. An NF4 weight consists of three tensors: the packed codes, one
-# absmax for 64 weights, and one second-level absmax for 256 absmax. Only the codes are a parameter, so libraries shard
-# the codes and replicate the scales.
+# Each process (*rank*) drives one GPU and stores one shard of each parameter as a `DTensor`. Before a layer runs, an
+# *all-gather* copies the shards of all ranks into whole parameters. FSDP2 frees them after the forward and gathers them
+# again for the backward. A *reduce-scatter* then averages the gradients over the ranks and leaves each rank its shard.
+# A tensor subclass takes part through two methods: `fsdp_pre_all_gather` returns what a rank sends, and
+# `fsdp_post_all_gather` rebuilds the parameter from the received bytes.
 #
-# Here the three tensors become one parameter, the byte stream `packed | absmax | second absmax`. Each part starts at a
+# FSDP2 splits each parameter along its first dimension. An NF4 weight consists of three tensors: the packed 4-bit
+# indices, one `absmax` for 64 weights, and one second-level scale `absmax2` for 256 `absmax`. Only the indices are a
+# parameter, so libraries shard the indices and replicate the scales.
+#
+# Here the three tensors become one parameter, the byte stream `packed | absmax | absmax2`. Each part starts at a
 # multiple of 16 bytes. The end of the stream is padded to a multiple of 16 bytes times the number of ranks. Every rank
 # therefore holds the same number of 16-byte words, and FSDP2 adds no padding of its own. FSDP2 gathers the streams of a
 # decoder layer with one all-gather. Each linear layer slices its gathered bytes and calls the kernel of section A. The
@@ -23,7 +29,8 @@
 #
 # - Up to PyTorch 2.11, FSDP2 first creates a sharded parameter with `requires_grad=True`. The dtype must be floating.
 # - FSDP2 copies shards with `torch._foreach_copy_`. On CUDA this operator converts 16-bit floats to float32 and back.
-#   The conversion changes the bits of NaNs. Bytes that are stored as plain float16 arrive corrupted.
+#   The conversion changes the bits of NaNs. Bytes that are stored as plain float16 arrive corrupted. Plain float32
+#   survives the copy, but a mixed-precision policy casts it to 16 bits before the all-gather.
 #
 # The parameter is therefore a tensor subclass that reports float16 and holds int16. It supports only operators that
 # move bytes. Arithmetic and casts raise `TypeError`.
@@ -37,7 +44,7 @@ import matplotlib.pyplot as plt
 import pandas
 import torch
 
-from benchmarks.fsdp2 import corruption, features, script, timeline
+from benchmarks.fsdp2 import corruption, features, kernels, script, timeline
 from benchmarks.fsdp2.figure import loss_figure, stream_figure, timeline_figure
 from benchmarks.fsdp2.jobs import RANKS, Jobs, run_all
 from benchmarks.named_checks import judge
@@ -60,30 +67,39 @@ plt.show()
 # %% [markdown]
 # ### The bound: when does computation hide a gather?
 #
-# FSDP2 gathers the bytes of the next layer while the current layer computes. The gather is hidden if the matrix
-# products of a layer take longer. With frozen weights and activation checkpointing, a token costs one product per
-# weight in the forward. It costs two in the backward: the recomputation and the gradient of the input. The table shows
-# predictions only, from assumed bandwidths and rates.
+# FSDP2 gathers the bytes of the next layer while the current layer computes. A gather takes t = bytes received /
+# bandwidth. A forward over T tokens takes 2 T x weights / rate, because a token costs one multiplication and one
+# addition per weight. With activation checkpointing the backward takes twice as long: it computes the forward again and
+# the gradient of the input. The weights are frozen and need no gradient. The gather is hidden if the computation takes
+# at least as long. The remainder is *exposed*: the GPU waits. The table shows predictions only, from assumed bandwidths
+# and rates. The last line below it estimates the memory that the weights need on each of Kaggle's two T4s.
 
 # %%
 LLAMA_8B = {  # [out_features, in_features] of the linear layers of a decoder layer
     "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
     "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
 }  # fmt: skip
+LAYERS_8B, EMBEDDINGS_8B = 32, 2 * 128256 * 4096  # decoder layers; weights of embedding and head together
 weights = sum(math.prod(shape) for shape in LLAMA_8B.values())
 received = sum(Layout(shape, 64, 256, RANKS).size for shape in LLAMA_8B.values()) / RANKS  # bytes a rank, per gather
 lines = []
 for name, bandwidth, rate in (("two T4s, PCIe", 5e9, 25e12), ("two H200s, NVLink", 300e9, 600e12)):
     gather = received / bandwidth  # seconds
     hiding = gather * rate / (2 * weights)  # tokens whose forward takes as long as the gather
-    visible = [max(0.0, 1 - script.LENGTH * products / hiding) for products in (1, 2)]
-    cost = f"{1e3 * 32 * sum(visible) * gather:.0f} ms"
+    exposed = [max(0.0, 1 - script.LENGTH * products / hiding) for products in (1, 2)]
+    cost = f"{1e3 * LAYERS_8B * sum(exposed) * gather:.0f} ms"
     lines.append((name, f"{bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s", f"{hiding:.0f}",
-                  *(f"{share:.0%}" for share in visible), cost))  # fmt: skip
-columns = ["predicted", "assumed", "tokens per rank that hide a gather", "visible share, forward",
-           "visible share, backward", "visible time, step of 8B"]  # fmt: skip
+                  *(f"{share:.0%}" for share in exposed), cost))  # fmt: skip
+columns = ["predicted", "assumed", "T that hides a gather (tokens per rank)", "exposed share, forward",
+           "exposed share, backward", f"exposed time per step, {LAYERS_8B} layers"]  # fmt: skip
 display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
 print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**20:.1f} MiB per layer and gather")
+held, embeddings = LAYERS_8B * received / 2**30, 2 * EMBEDDINGS_8B / 2**30  # GiB per rank; float16 has two bytes
+print(
+    f"Per T4 the script holds half of the byte streams ({LAYERS_8B} x {received / 2**20:.1f} MiB = {held:.2f} GiB) and "
+    f"a replicated embedding and head in float16 ({embeddings:.2f} GiB). While it loads, each GPU holds all 4-bit "
+    f"bytes ({RANKS * held:.2f} GiB), the embedding and the head."
+)
 
 # %% [markdown]
 # ### The code: the byte stream
@@ -95,12 +111,22 @@ print(f"script: {script.LENGTH} tokens per rank; a rank receives {received / 2**
 # ```python
 # packed, absmax, absmax2 = layout.split(stream)                              # views of the gathered bytes
 # scales = code2[absmax.long()] * absmax2.repeat_interleave(256) + offset     # [blocks]
-# codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1)        # two 4-bit codes per byte
-# weight = code[codes.view(-1).long()] * scales.repeat_interleave(64)         # [out_features * in_features]
+# index = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), 1)        # two 4-bit indices per byte
+# weight = code[index.view(-1).long()] * scales.repeat_interleave(64)         # [out_features * in_features]
 # y = x @ weight.view(layout.shape).T
 # ```
 #
-# One launch of section A's kernel replaces the three lines in the middle.
+# `code` and `code2` are the tables of the weights and of the `absmax`. One launch of section A's kernel replaces the
+# three lines in the middle. A plain loop shards the model by these calls:
+#
+# ```python
+# options = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": OffloadPolicy(), "mp_policy": policy}
+# for layer in model.model.layers:
+#     fully_shard(layer, **options)
+# fully_shard(model, **options)
+# ```
+#
+# Under a Trainer, accelerate makes these calls.
 
 # %%
 # show: unsloth_puzzles/fsdp2/stream.py
@@ -150,7 +176,7 @@ for changed in found.values():
 # |---|---|---|---|
 # | features | tiny Llama, 3 steps per feature | layers of bitsandbytes | byte streams, one feature at a time |
 # | SFTTrainer | tiny Llama, 3 steps | layers of bitsandbytes | the script |
-# | 60 steps | layers of Llama 3.2 1B's shapes | kernel of section A | byte streams, uncompiled and compiled |
+# | 60 steps | layers of Llama 3.2 1B's shapes | layers of bitsandbytes | byte streams, uncompiled and compiled |
 #
 # All weights are random. All runs but the mixed-precision feature use float32. Without two GPUs the SFTTrainer runs use
 # the CPU. Accelerate ignores FSDP2 on a CPU, so these runs load a patch of accelerate.
@@ -164,6 +190,12 @@ for changed in found.values():
 #   difference between two summation orders in one process.
 # - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
 #   the number of collectives. The plain run must show no such evidence.
+#
+# The last rows combine FSDP2 with other features. *Chunked loss* shows the most rows of logits that one product makes.
+# *Accumulation* shows the reduce-scatters of the two micro-batches of a step. *GradScaler* puts an infinity into the
+# gradients of one rank and shows the loss scale of the other rank after each of three steps: it must halve after the
+# second. *DoRA* compares the gradients of its 14 magnitude vectors with those of one process. *Compiled* counts
+# captured graphs. Hooks that compare bytes would break these graphs, so this run compares no bytes.
 
 # %%
 STEPS = 60
@@ -174,7 +206,8 @@ if hardware.rehearsal or hardware.memory_gib < 20:
 
 def steps_of(ranks, *compiled):
     """A job: 60 steps with the rows of a step split over this many ranks, once for each of `compiled`."""
-    cases = [{"compiled": one, "rows": RANKS // ranks, "profiled": ranks > 1, **PARITY} for one in compiled]
+    of_ranks = {"profiled": True} if ranks > 1 else {"dequantize": "bitsandbytes"}
+    cases = [{"compiled": one, "rows": RANKS // ranks, **of_ranks, **PARITY} for one in compiled]
     return jobs.module("benchmarks.fsdp2.steps", ranks=ranks, settings=cases)
 
 
@@ -194,6 +227,7 @@ else:
         print("SKIPPED: 60 steps at a model's shapes; they need a GPU")
 runs = run_all(listed, together=jobs.side_by_side)
 
+# Check 2: every feature
 alone, two = runs.get("features, one process"), runs.get("features, two ranks")
 if alone and two:
     lines, checks = features.verdict(two, alone)
@@ -213,7 +247,10 @@ if alone and two:
 # %% [markdown]
 # ### The script, and check 3: TRL's SFTTrainer
 #
-# The script trains with stock `SFTConfig` and `SFTTrainer`. Three calls add FSDP2:
+# The script trains with stock `SFTConfig` and `SFTTrainer`. `pack_nf4` builds the byte streams. `fsdp2_arguments`
+# returns the settings with which accelerate calls `fully_shard` on each decoder layer. `prepare_trainer` keeps the
+# adapters and the gradient reduction in float32. `compile_qlora` (section C) compiles the layers and is optional. The
+# collapsed cell below holds the whole script.
 #
 # ```python
 # model = get_peft_model(model, lora)                                         # a 4-bit model of bitsandbytes
@@ -221,7 +258,8 @@ if alone and two:
 # settings = SFTConfig(output_dir, max_steps=60, **fsdp2_arguments(model))
 # trainer = SFTTrainer(model, settings, train_dataset=rows)
 # prepare_trainer(trainer)        # float32 adapters, float32 gradient reduction, replicated embeddings
-# trainer.train()
+# with compile_qlora(trainer):                                                # optional
+#     trainer.train()
 # save_adapters(trainer.model, output_dir)                                    # in PEFT's format
 # ```
 #
@@ -250,9 +288,11 @@ if GPU and not TWO_GPUS:
 # %% [markdown]
 # ### Check 4: 60 steps with and without torch.compile
 #
-# A plain loop trains two decoder layers for 60 steps over six batches of random tokens. One process takes both rows of
-# a batch. Each of two ranks takes one row. The loop counts the launches of section A's kernel in one profiled step.
-# Forward, recomputation and backward each de-quantise every weight once.
+# A plain loop trains two decoder layers for 60 steps over six batches of random tokens in float32. One process takes
+# both rows of a batch. Each of two ranks takes one row. The one process is not compiled and uses bitsandbytes' own
+# layers instead of section A's kernel. The expected difference of a loss is of order 1e-6, and the limit is 1e-5. The
+# loop counts the launches of section A's kernel in one profiled step of the two ranks. Forward, recomputation and
+# backward each de-quantise every weight once.
 
 # %%
 parity, lines, apart = {}, [], {}
@@ -268,6 +308,7 @@ for name, mine in parity.items():
     checks = {
         "losses within 1e-5": max(apart[name]) <= features.LARGEST_DIFFERENCE,
         "gradient norms within 1e-3, none 0": max(norms) <= 1e-3 and min(mine["norms"]) > 0,
+        "the one process has bitsandbytes' own layers": one["plain_layers"] == one["weights"],
         "the loss falls": mine["losses"][-1] < mine["losses"][0],
         "one launch of A's kernel per weight and pass": launches == 1,
     }
@@ -298,8 +339,9 @@ if parity:
 #
 # One process on one GPU trains two layers of Llama 3.1 8B's shapes. `torch.compile` and FSDP2 are off. The model takes
 # each step twice: with bitsandbytes' own `Linear4bit`, and with the kernel of section A (`patch_linear4bit`). The order
-# alternates, so clock drift affects both. The wall time includes the host. The GPU time is the sum of all kernels under
-# PyTorch's profiler. The criterion requires a gain in both. The comparison does not cover compiled steps or two GPUs.
+# alternates, so clock drift affects both. The wall time includes the host. The GPU time is the sum of all kernels of a
+# step under PyTorch's profiler. The check requires a median wall-time ratio above 1, and less GPU time in nine of ten
+# pairs. The comparison covers the linear layers on one GPU and not the sharded layers of the script.
 
 # %%
 timed = {}
@@ -310,23 +352,21 @@ if GPU:
 else:
     print("SKIPPED: de-quantisation is timed on a GPU")
 if timed := timed.get("kernels"):
-    ours, theirs = timed["step_ms"]["ours"], timed["step_ms"]["bitsandbytes"]
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    speedup, low, high = (statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10])
-    of_gpu = timed["gpu_ms"]["bitsandbytes"] / timed["gpu_ms"]["ours"]
-    wall = [f"{statistics.median(times):.1f} ms" for times in (ours, theirs)]
-    work = [f"{timed['gpu_ms'][kernels]:.2f} ms" for kernels in ("ours", "bitsandbytes")]
-    lines = [("wall time", *wall, f"{speedup:.3f} ({low:.3f} to {high:.3f})"), ("GPU time", *work, f"{of_gpu:.3f}")]
+    wall, work = (kernels.ratios(timed[clock]) for clock in ("step_ms", "gpu_ms"))
+    lines = [kernels.row("wall time", timed["step_ms"]), kernels.row("GPU time", timed["gpu_ms"])]
     columns = ["one step", "kernel of A", "bitsandbytes", "ratio"]
     display(Markdown(table(pandas.DataFrame(lines, columns=columns))))
     print(f"{case['layers']} layers, random weights, 1 x {LENGTH} tokens, {case['dtype']}, {hardware.name}")
-    print(f"wall-time ratio: median of {len(ratios)} pairs, with the range without the outer tenths")
+    print(f"medians of {len(wall)} pairs (wall time) and {len(work)} (GPU time), with the 10 % to 90 % range")
+    faster = sum(ratio > 1 for ratio in work)
+    print(f"the kernel of A takes less GPU time in {faster} of {len(work)} pairs")
     judge(results, "faster with the kernel of A", {
-        "median of the paired ratios above 1": speedup > 1,
-        "the GPU's own work takes less time": of_gpu > 1,
+        "median of the paired wall-time ratios above 1": statistics.median(wall) > 1,
+        "less GPU time in at least nine of ten pairs": 10 * faster >= 9 * len(work),
     })  # fmt: skip
-    results.add("step_speedup", "kernel of A against bitsandbytes", speedup, "x", low, high)
-    results.add("gpu_time_speedup", "kernel of A against bitsandbytes", of_gpu, "x")
+    for metric, pairs in (("step_speedup", wall), ("gpu_time_speedup", work)):
+        speedup, low, high = kernels.spread(pairs)
+        results.add(metric, "kernel of A against bitsandbytes", speedup, "x", low, high)
 
 # %% [markdown]
 # ### Two GPUs: the script on Llama 3.1 8B
@@ -342,7 +382,11 @@ if timed := timed.get("kernels"):
 # In 16 bits, two summation orders give different losses. A third run measures this difference: one GPU takes the rows
 # of a step as two micro-batches. Two GPUs may differ from one GPU by at most twice as much. The same limit applies to
 # the mean difference of gradient norms. AdamW hides a wrong gradient scale from the losses, and the norms reveal it.
-# The check fails if the two runs on one GPU differ by 1e-2 in a loss or by a tenth in a norm.
+# The check fails if the two runs on one GPU differ by 5e-3 in a loss, or by 0.05 in the mean over the steps of the
+# relative difference of norms.
+#
+# The reference of this check is the same script on one GPU, compiled and with the kernel of section A. Check 4 in
+# float32 is the comparison with bitsandbytes' layers. No Kaggle machine has run the script.
 
 # %%
 runs, CASE = {}, WHERE
@@ -359,6 +403,9 @@ if TWO_GPUS:
     runs = run_all(listed, together=True) | run_all({script.TWO: on_two})  # each run leaves the host two processes
 else:
     print("SKIPPED: the script on two GPUs, its speed and its memory: this machine has", len(jobs.gpus), "GPU(s)")
+
+# %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
+# @title The table, the checks, and what is recorded
 checks = {"all three runs ended": len(runs) == len(script.RUNS)}
 if script.TWO in runs:
     results.add("steps_trained", CASE, len(runs[script.TWO]["losses"]), "steps")
@@ -379,7 +426,9 @@ if len(runs) == len(script.RUNS):
     checks |= {
         "losses within twice the difference of one GPU's two orders": gap <= 2 * noise,
         "norms within twice the difference of one GPU's two orders": norm <= 2 * norm_noise,
-        "one GPU's two orders differ by less than 1e-2 of a loss, 0.1 of a norm": noise < 1e-2 and norm_noise < 0.1,
+        "one GPU's two orders differ by less than 5e-3 in a loss, 0.05 in norms on average": (
+            noise < 5e-3 and norm_noise < 0.05
+        ),
         "no norm is 0": 0 not in mine["norms"],
         "no graph breaks": mine["graph_breaks"] == 0,
         "at most 8 compilations": 0 < mine["compilations"] <= 8,
@@ -456,7 +505,8 @@ if len(measured) == 2:
 # %% [markdown]
 # ### What this does not do
 #
-# - The code refuses 8-bit layers, FP4 layers and tied quantised weights. Under a trainer it refuses optimizers other
+# - No Kaggle machine has run the script.
+# - The package refuses 8-bit layers, FP4 layers and tied quantised weights. Under a trainer it refuses optimizers other
 #   than Adam and SGD. A custom loop can use any optimizer.
 # - `--shard-embeddings` requires `--no-compile`. Accelerate groups the head such that the chunked loss would keep its
 #   gradients on one rank.
