@@ -191,7 +191,7 @@ for changed in found.values():
 # - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
 #   the number of collectives. The plain run must show no such evidence.
 #
-# The last rows combine FSDP2 with other features. *Chunked loss* shows the most rows of logits that one product makes.
+# Some rows combine FSDP2 with other features. *Chunked loss* shows the most rows of logits that one product makes.
 # *Accumulation* shows the reduce-scatters of the two micro-batches of a step. *GradScaler* puts an infinity into the
 # gradients of one rank and shows the loss scale of the other rank after each of three steps: it must halve after the
 # second. *DoRA* compares the gradients of its 14 magnitude vectors with those of one process. *Compiled* counts
