@@ -9,10 +9,12 @@ import pandas
 
 from benchmarks.backprop.baselines import FLOOR, LIGER
 from benchmarks.backprop.linear_losses import OURS, Measured
+from unsloth_puzzles.bench.criterion import LARGEST_FULL_DIFFERENCE, LARGEST_LOSS_DIFFERENCE
 from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.record import Measurements
 
 BLUE, GRAY, GREEN, ORANGE = "tab:blue", "0.45", "tab:green", "tab:orange"
+CURVE_LIMITS = {"full": LARGEST_FULL_DIFFERENCE, "qlora": LARGEST_LOSS_DIFFERENCE}  # of a loss
 LEAST = 1e-8  # what a difference of 0 is drawn at
 Points = list[tuple[int, dict[str, tuple[float, float]]]]  # (size, {candidate: (GiB, ms)})
 
@@ -177,12 +179,14 @@ def curve_figure(
             place = {"textcoords": "offset points", "fontsize": 8, "color": GRAY, "va": "center"}
             above = gaps[-1] == max(other[-1] for other in faults.values())  # so that the labels lie apart
             middle.annotate(f"planted: {fault}", (steps[-1], max(gaps[-1], LEAST)), (4, 7 if above else -7), **place)
-        middle.axhline(1e-3, color="black", linestyle=":", linewidth=1)
-        middle.annotate("limit", (shown[-1], 1e-3), (0, 3), textcoords="offset points", fontsize=8, ha="right")
+        limit = CURVE_LIMITS[mode]
+        middle.axhline(limit, color="black", linestyle=":", linewidth=1)
+        place = {"textcoords": "offset points", "fontsize": 8, "ha": "right"}
+        middle.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, 3), **place)
         lower.plot(shown, [max(gap, LEAST) for gap in norms_apart[mode]], ".-", color=BLUE)
         if mode == "full":
             lower.axhline(1e-4, color="black", linestyle=":", linewidth=1)
-            lower.annotate("limit", (shown[-1], 1e-4), (0, -10), textcoords="offset points", fontsize=8, ha="right")
+            lower.annotate("limit 1e-04", (shown[-1], 1e-4), (0, -10), **place)
         upper.set_title(f"{names[mode]}, {ours['dtype']}", fontsize=10)
         upper.set_ylabel("loss, nats a token")
         middle.set(ylabel="difference of losses,\nnats (0 drawn at 1e-8)", yscale="log", ylim=(LEAST / 2, 3))

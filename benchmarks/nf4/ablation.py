@@ -15,19 +15,19 @@ from unsloth_puzzles.nf4.launch import prepare
 from unsloth_puzzles.nf4.state import nf4_weight
 
 VARIANTS = {  # (group, name): the first of a group is what the others differ from in one decision
-    ("inline PTX", "default: shuffle, evict_first, 2 x 512 words"): Config(),
+    ("inline PTX", "default: shuffle, evict_first, 2 words per thread"): Config(),
     ("inline PTX", "look-up by prmt"): Config(lookup="prmt"),
     ("inline PTX", "no eviction hints"): Config(evict=""),
-    ("inline PTX", "16 bytes a thread (1 x 512 words)"): Config(unroll=1),
-    ("inline PTX", "64 bytes a thread (4 x 512 words)"): Config(unroll=4),
-    ("inline PTX", "128 threads a program (2 x 128 words)"): Config(words=128, num_warps=4),
-    ("plain Triton", "look-up by load, 2 x 128 words"): PLAIN,
-    ("plain Triton", "2 x 512 words"): PLAIN._replace(words=512, num_warps=16),
+    ("inline PTX", "1 word per thread"): Config(unroll=1),
+    ("inline PTX", "4 words per thread"): Config(unroll=4),
+    ("inline PTX", "128 threads per program, not 512"): Config(words=128, num_warps=4),
+    ("plain Triton", "look-up by load, 128 threads"): PLAIN,
+    ("plain Triton", "512 threads per program"): PLAIN._replace(words=512, num_warps=16),
     ("plain Triton", "look-up by tl.gather"): PLAIN._replace(lookup="gather"),
     ("plain Triton", "look-up by 15 selects"): PLAIN._replace(lookup="select"),
     ("plain Triton", "contraction allowed (not exact)"): PLAIN._replace(fp_fusion=True),
 }
-UNALIGNED = ("inline PTX", "a byte a thread (what unaligned memory gets)")
+UNALIGNED = ("inline PTX", "1 byte per thread (unaligned memory)")
 DEFAULT = next(iter(VARIANTS))
 
 

@@ -31,7 +31,7 @@ def test_finish_prints_the_account_with_a_labelled_prediction(capsys, monkeypatc
     assert (done.bytes, done.flops, done.t4_seconds, done.peak_bytes) == (640e9, 130e12, 1.0 + 2.0, 3 * 2**29)
     printed = capsys.readouterr().out
     assert "[A. NF4]" in printed and "GPU peak of this process: 1.50 GiB" in printed
-    assert "3.00 s (predicted for a T4 from its datasheet, not measured)" in printed
+    assert "lower bound on a T4: 3.0 s (predicted for a T4 from its datasheet, not measured)" in printed
 
 
 def test_finish_without_gpu_or_work_says_so(capsys, monkeypatch):
@@ -39,7 +39,7 @@ def test_finish_without_gpu_or_work_says_so(capsys, monkeypatch):
     section.start("Set-up")
     section.finish()
     printed = capsys.readouterr().out
-    assert "not measured (no GPU); no work counted\n" in printed and "predicted" not in printed
+    assert "not measured (no GPU)\n" in printed and "predicted" not in printed
 
 
 def test_summary_has_a_line_per_section_of_its_last_run():
@@ -53,7 +53,7 @@ def test_summary_has_a_line_per_section_of_its_last_run():
     lines = section.summary().splitlines()
     assert "GPU peak, this process" in lines[0]
     assert len(lines) == 4 and "predicted for a T4 from its datasheet, not measured" in lines[0]
-    assert lines[2].startswith("| one |") and lines[2].endswith("| 2.00 s |")
+    assert lines[2].startswith("| one |") and lines[2].endswith("| 2.0 s |")
     assert lines[3].startswith("| two |")
 
 

@@ -15,7 +15,8 @@ def additive_loss(call: Call) -> tuple[torch.Tensor, Gradients, torch.Tensor]:
     """Go over the chunks once: project, apply the function, and add up its value and its gradients.
 
     Returns:
-        The loss [], float32 or wider; the gradients, if any are wanted; the factor [] that they lack.
+        The loss [], float32 or wider; the gradients, if any are wanted; the factor [] by which the backward still has
+        to multiply them.
     """
     count, factor, missing = _normalizer(call)
     gradients = Gradients(call.x if call.needs_x else None, call.arguments)

@@ -75,9 +75,8 @@ def memory_efficient_linear(
             unless the graph was retained.
 
     Autocast, dropout in the function or in the head, and gradient checkpointing around the call behave as in eager
-    mode. In float16 the gradients of "mean" and "sum" wait for the backward times the power of two next to the divisor,
-    so that small ones do not vanish: a function whose slope by a logit passes 2^15 overflows, though its mean would
-    not.
+    mode. In float16 the saved gradients of "mean" and "sum" are scaled by the divisor, rounded up to a power of two, so
+    that small ones do not vanish: a function whose slope by a logit passes 2^15 overflows, though its mean would not.
     """
     options = Options(
         reduction=reduction,

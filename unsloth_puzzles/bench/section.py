@@ -1,4 +1,4 @@
-"""Time and peak memory of each section of the notebook, beside what a T4 would take for the work that was counted.
+"""Time and peak memory of each section of the notebook, beside the least time of a T4 for the work that was counted.
 
 section.start("A. NF4 to Triton")
 ...                                   # the timing functions call section.work()
@@ -27,7 +27,7 @@ class Section:
     def cells(self) -> tuple[str, str, str, str]:
         """Title, time, peak and prediction as text."""
         peak = "not measured (no GPU)" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
-        predicted = f"{self.t4_seconds:.2f} s" if self.t4_seconds else "no work counted"
+        predicted = f"{self.t4_seconds:.1f} s" if self.t4_seconds else "none counted"
         return self.title, f"{self.seconds:.1f} s", peak, predicted
 
 
@@ -76,8 +76,8 @@ def finish() -> Section:
     done.peak_bytes = memory.highest_since_restart()
     _finished[done.title] = done
     title, seconds, peak, predicted = done.cells()
-    work_text = f"work counted: {predicted} ({t4.LABEL})" if done.t4_seconds else predicted
-    print(f"[{title}] {seconds}, GPU peak of this process: {peak}; {work_text}")
+    bound = f"; lower bound on a T4: {predicted} ({t4.LABEL})" if done.t4_seconds else ""
+    print(f"[{title}] {seconds}, GPU peak of this process: {peak}{bound}")
     return done
 
 
@@ -85,5 +85,5 @@ def summary() -> str:
     """All finished sections as a Markdown table."""
     import pandas  # here: every process that measures imports this module
 
-    columns = ["section", "time", "GPU peak, this process", f"work counted, {t4.LABEL}"]
+    columns = ["section", "time", "GPU peak, this process", f"lower bound on a T4, {t4.LABEL}"]
     return table(pandas.DataFrame([done.cells() for done in _finished.values()], columns=columns))

@@ -1,16 +1,16 @@
 """One Triton kernel: packed NF4 with a double-quantised absmax -> float16, bfloat16 or float32 weights.
 
-Bytes a weight: 0.5 read (the code), 1/64 read (the 8-bit absmax), 4/16384 read (the second absmax), 2 written: 2.516
-for 16-bit output. Arithmetic is a table look-up, a multiply and a rounding a weight, so the kernel is bound by memory;
-its shape follows from that. A thread loads one 32-bit word (8 weights) and stores their 16 bytes at once, `UNROLL`
-times, with all the loads issued before the first store.
+Bytes a weight: 0.5 read (the 4-bit index), 1/64 read (the 8-bit absmax), 4/16384 read (the float32 absmax2), 2
+written: 2.516 for 16-bit output. Arithmetic is a table look-up, a multiply and a rounding a weight, so the kernel is
+bound by memory; its shape follows from that. A thread loads one 32-bit word (8 weights) and stores their 16 bytes at
+once, `UNROLL` times, with all the loads issued before the first store.
 """
 
 import triton
 import triton.language as tl
 
 # A product is tiny, and flushed, if it is below 2^-126 when rounded to 24 bits whatever its exponent (as `.ftz` does in
-# hardware). That is asked of the product times 2^24, which rounds to the same 24 bits and is not subnormal.
+# hardware). The test uses the product times 2^24, which is not subnormal and rounds to the same 24 bits.
 _SCALE = tl.constexpr(2.0**24)
 _TINY = tl.constexpr(2.0**-126 * 2.0**24)
 
@@ -48,7 +48,7 @@ def _absmax(
 
 @triton.jit
 def _look_up(nibble, code_ptr, LOOKUP: tl.constexpr):
-    """float32 code of each 4-bit value."""
+    """The table value (float32) of each 4-bit index."""
     if LOOKUP == "load":
         return tl.load(code_ptr + nibble)
     elif LOOKUP == "gather":
@@ -130,7 +130,7 @@ def _store_words(
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4 * n), pairs, eviction_policy=EVICT)
 
 
-# What is gathered a value at a time may lie anywhere; packed_ptr and out_ptr are read and written 16 bytes at a time.
+# Only packed_ptr and out_ptr are specialised on 16-byte alignment; the other pointers are read one value at a time.
 @triton.jit(
     do_not_specialize=["numel"],
     do_not_specialize_on_alignment=["absmax_ptr", "code_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr"],
