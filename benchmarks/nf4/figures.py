@@ -84,7 +84,7 @@ def contraction(exact: torch.Tensor, contracted: torch.Tensor, where: str) -> pl
     axes.set(xlabel="difference in float32 ulps", ylabel="% of the weights", xticks=values.tolist())
     axes.margins(y=0.2)
     share, most = 100 * counts.sum().item() / len(ulps), ulps.abs().max()
-    spread = f"in each eighth of the matrix\n{slices.min():.1f} % to {slices.max():.1f} % of the blocks\nchange: evenly spread"
+    spread = f"{slices.min():.1f} % to {slices.max():.1f} %\nof the blocks change\nin each eighth of\nthe matrix"
     axes.text(0, axes.get_ylim()[1] / 2, spread, ha="center", va="center")
     said = f"Contraction changes {share:.1f} % of the weights, by at most {most} ulps"
     axes.set_title(f"{said}\nfloat32, random weights, {where}", fontsize=11)

@@ -36,7 +36,6 @@ def start(
     settings = ("--model", model, *random, "--rows", 2, "--length", 20, "--no-compile", "--log-file", log)
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CALLBACK": callback,
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool may still be at work on a library when a rank ends
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, *map(str, (*launcher, SCRIPT, *settings, *flags))],
