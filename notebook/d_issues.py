@@ -29,9 +29,8 @@
 # head size of the values, and *fullgraph* compilation without a graph break. The cell then calls each backend with one
 # packed batch and a window of 32 tokens, and prints the relative error against float64.
 #
-# A rounding is at most half of the dtype's epsilon, so two
-# roundings are one epsilon of the norm. The limit in 16 bits is one epsilon: the probabilities and the output are
-# rounded. Float32 also rounds every product and sum, so its limit is four epsilons.
+# The limit in 16 bits is one epsilon of the norm, that is two roundings: of the probabilities and of the output. Float32
+# also rounds every product and sum, so its limit is four epsilons.
 
 # %%
 import matplotlib.pyplot as plt
@@ -76,7 +75,7 @@ for backend in ("auto", *BACKENDS):
 # roundings are one epsilon of the norm.
 #
 # The gradient of the scores is dS = P * (dP - D) with D = rowsum(P * dP). If a query sees few keys, dP and D nearly
-# cancel, and their rounding errors remain. The limit for the gradients of query and key therefore includes two
+# cancel, and their rounding errors remain. The limit for the gradients of query and key therefore includes four
 # roundings of D.
 #
 # Only flex attention and the formula support a soft cap; the other backends must refuse it. A GPU below sm_80 has no
