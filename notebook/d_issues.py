@@ -29,8 +29,8 @@
 # head size of the values, and *fullgraph* compilation without a graph break. The cell then calls each backend with one
 # packed batch and a window of 32 tokens, and prints the relative error against float64.
 #
-# The limit in 16 bits is one epsilon of the norm, that is two roundings: of the probabilities and of the output. Float32
-# also rounds every product and sum, so its limit is four epsilons.
+# The limit in 16 bits is one epsilon of the norm, that is two roundings: of the probabilities and of the output.
+# Float32 also rounds every product and sum, so its limit is four epsilons.
 
 # %%
 import matplotlib.pyplot as plt
