@@ -457,8 +457,9 @@ if len(runs) == len(script.RUNS):
 #
 # A plain loop trains four compiled layers of 8B's shapes on one GPU and on two, with the same rows per GPU. The cell
 # repeats the prediction with the bandwidth and the rate of this machine. It then measures the overlap in one profiled
-# step. FSDP2's own copies do not count as computation. The time of a gather includes waiting for the other rank. The
-# hidden share is not judged: a late host leaves gaps in the computation, and a gather in a gap delays nothing.
+# step, which both ranks begin together. FSDP2's own copies do not count as computation. The time of a gather includes
+# waiting for the other rank. The hidden share is not judged: a late host leaves gaps in the computation, and a gather
+# in a gap delays nothing.
 
 # %%
 measured = {}

@@ -60,17 +60,16 @@ class Run:
         if self.device.type != "cuda":
             return {}
         own = self._batch()
-        self._wait()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self._wait()  # in here: a profiler takes longer to start on one rank than on another
             self._step(own)
             torch.cuda.synchronize()
-        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-        began = min(event.time_range.start for event in events)
-        timeline = [
-            (_lane(event.name), round(event.time_range.start - began, 1), round(event.time_range.elapsed_us(), 1))
-            for event in events
+        kernels = [
+            (event.name, event.time_range.start, event.time_range.elapsed_us())
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA
         ]
-        return {"launches": sum(KERNEL in event.name for event in events), "timeline": timeline}
+        return of_step(kernels, barrier=WORLD > 1)
 
     def _batch(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * DISTINCT + self.drawn % DISTINCT)
@@ -100,6 +99,24 @@ class Run:
             torch.cuda.synchronize()
         if barrier and WORLD > 1:
             dist.barrier()
+
+
+def of_step(kernels: list[tuple[str, float, float]], barrier: bool) -> dict:
+    """Count a step's launches of challenge A's kernel, and put its kernels into lanes.
+
+    Args:
+        kernels: Name, start and duration in us.
+        barrier: Whether a barrier came before the step. NCCL's is an all-reduce; gloo's launches no kernel.
+
+    Returns:
+        "launches", and the "timeline" as a list of (lane, start, duration) from the step's first kernel on.
+    """
+    ends = [(start, start + length) for name, start, length in kernels if "allreduce" in name.lower()]
+    after = min(ends)[1] if barrier and ends else float("-inf")
+    own = [kernel for kernel in kernels if kernel[1] >= after]
+    began = min(start for _, start, _ in own)
+    timeline = [(_lane(name), round(start - began, 1), round(length, 1)) for name, start, length in own]
+    return {"launches": sum(KERNEL in name for name, _, _ in own), "timeline": timeline}
 
 
 def _lane(name: str) -> str:
