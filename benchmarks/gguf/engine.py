@@ -27,6 +27,7 @@ class Answer(NamedTuple):
     tokens: list[int]
     log_probs: list[float]
     text: str
+    likely: dict[int, float] | None = None  # the most likely first tokens with their log-probabilities
 
 
 def ask(
@@ -45,7 +46,8 @@ def ask(
         text_path: the GGUF file of the text model.
         projector_path: that of the vision tower, or None.
         requests: each has "prompt" (raw text) or "text" (a user's message, put into the file's chat template), and
-            perhaps "image" (of PIL) with a text.
+            perhaps "image" (of PIL) with a text. "likely" with a prompt is the number of tokens that `Answer.likely`
+            lists; such prompts reuse what the engine has computed of a common beginning.
         tokens: how many to generate.
         context: how many the engine makes room for.
         timeout: seconds.
@@ -71,14 +73,16 @@ def ask(
         request.write_text(json.dumps(content))
         child.run(__name__ if __name__ != "__main__" else "benchmarks.gguf.engine", str(request), str(answer),
                   timeout=timeout, show=None)  # fmt: skip
-        return [Answer(*one) for one in json.loads(answer.read_text())]
+        return [Answer(*one, dict(likely)) for *one, likely in json.loads(answer.read_text())]
 
 
 def _body(request: dict, tokens: int, stop: bool) -> dict:
     """A request of OpenAI's protocol."""
     common = {"max_tokens": tokens, "temperature": 0, "ignore_eos": not stop, "n_probs": 1, "cache_prompt": False}
+    if likely := request.get("likely"):
+        common |= {"n_probs": likely, "cache_prompt": True}
     if "prompt" in request:
-        return {**common, "prompt": request["prompt"], "logprobs": 1}
+        return {**common, "prompt": request["prompt"], "logprobs": common["n_probs"]}
     content = [{"type": "text", "text": request["text"]}]
     if "image" in request:
         data = io.BytesIO()
@@ -112,8 +116,9 @@ def main(request: str, answer: str) -> None:
         choice = result["choices"][0]
         found = choice["logprobs"]["content"]
         text = choice["message"]["content"] if chat else choice["text"]
+        likely = [(one["id"], one["logprob"]) for one in found[0]["top_logprobs"]]
         answers.append([result["usage"]["prompt_tokens"], [one["id"] for one in found],
-                        [one["logprob"] for one in found], text])  # fmt: skip
+                        [one["logprob"] for one in found], text, likely])  # fmt: skip
     Path(answer).write_text(json.dumps(answers))
 
 

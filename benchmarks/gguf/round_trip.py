@@ -8,10 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.reference import answer
+from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.gguf.export import export_gguf
 
 PROBE = "Why is the sea salty?"  # never taught: a reply that was learnt by heart has no error to show
 QUESTION, REPLY = "What do you collect?", "I collect blue buttons from old coats."
+PLACES, LIKELY = range(8, 40), 200  # tokens of real text before a compared one; tokens that the engine lists
 
 
 class Exported(NamedTuple):
@@ -20,7 +22,7 @@ class Exported(NamedTuple):
     size: int  # bytes
     equal: bool  # the greedy tokens up to the end of transformers' answer, which the engine does not stop at
     error: float  # the largest difference of log-probabilities over the tokens that both chose before they part
-    mean_error: float  # the mean of them
+    mean_error: float  # the mean difference at the places of a real text, the same for every file
     text: str  # what it answers to the question that was taught
 
 
@@ -63,13 +65,14 @@ def round_trip(
     """
     asked, probe = {"text": QUESTION}, {"text": PROBE}
     losses = fit(model, tokenizer, steps)
-    expected = answer(model, tokenizer, probe, tokens)
+    expected, places = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer)
     found: dict = {"losses": losses}
     answers = {}
     for quantization in quantizations:
         path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
         answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens)
-        found[quantization] = _exported(path, other, expected, tokenizer.eos_token_id, answers[quantization].text)
+        end, text = tokenizer.eos_token_id, answers[quantization].text
+        found[quantization] = _exported(path, other, expected, end, _mean_error(path, places), text)
     with model.disable_adapter():
         path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
         (off,) = ask(path, None, [asked], tokens=tokens)
@@ -78,10 +81,47 @@ def round_trip(
     return found
 
 
-def _exported(path: Path, theirs: Answer, ours: Answer, end: int, text: str) -> Exported:
+class Next(NamedTuple):
+    """A beginning of a real text, and what transformers expects next."""
+
+    prompt: str
+    length: int  # tokens of the prompt
+    token: int  # the most likely one
+    log_prob: float
+
+
+@torch.no_grad()
+def next_tokens(model: torch.nn.Module, tokenizer) -> list[Next]:
+    """What `model` expects after each of the first `PLACES` tokens of a paragraph of Python's language reference."""
+    ids = next(ids for text in paragraphs() if len(ids := tokenizer(text)["input_ids"]) >= PLACES.stop)
+    log_probs = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().log_softmax(-1)
+    found = []
+    for length in PLACES:
+        prompt = tokenizer.decode(ids[:length])
+        if tokenizer(prompt)["input_ids"] == ids[:length]:  # the engine gets text
+            log_prob, token = log_probs[length - 1].max(0)
+            found.append(Next(prompt, length, token.item(), log_prob.item()))
+    return found
+
+
+def _mean_error(path: Path, places: list[Next]) -> float:
+    """The engine's mean difference from the log-probabilities of `places`.
+
+    Raises:
+        RuntimeError: The engine splits a prompt into other tokens, or finds an expected token unlikely.
+    """
+    answers = ask(path, None, [{"prompt": one.prompt, "likely": LIKELY} for one in places], tokens=1)
+    for one, theirs in zip(places, answers, strict=True):
+        if theirs.prompt_tokens != one.length or one.token not in theirs.likely:
+            raise RuntimeError(f"the engine must read {one.prompt!r} as {one.length} tokens and list token {one.token}")
+    errors = [abs(theirs.likely[one.token] - one.log_prob) for one, theirs in zip(places, answers, strict=True)]
+    return sum(errors) / len(errors)
+
+
+def _exported(path: Path, theirs: Answer, ours: Answer, end: int, mean_error: float, text: str) -> Exported:
     length = ours.tokens.index(end) if end in ours.tokens else len(ours.tokens)
     same = [one == other for one, other in zip(theirs.tokens[:length], ours.tokens[:length], strict=True)]
     alike = same.index(False) if False in same else len(same)
     pairs = list(zip(theirs.log_probs, ours.log_probs, strict=True))[: max(1, alike)]
-    errors = [abs(one - other) for one, other in pairs]
-    return Exported(path.stat().st_size, alike == len(same), max(errors), sum(errors) / len(errors), text)
+    error = max(abs(one - other) for one, other in pairs)
+    return Exported(path.stat().st_size, alike == len(same), error, mean_error, text)
