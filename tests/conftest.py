@@ -17,6 +17,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # A library that another process has not yet written, or never finished, cannot be loaded.
 _LIBRARIES = tempfile.TemporaryDirectory(prefix="inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _LIBRARIES.name
+# PEFT builds an extension for BOFT, and waits for ever if a run that was killed has left the lock of that build.
+os.environ["TORCH_EXTENSIONS_DIR"] = f"{_LIBRARIES.name}/extensions"
 
 GPU = torch.cuda.is_available()
 if not GPU:
