@@ -9,7 +9,11 @@ import pandas
 
 from benchmarks.backprop.baselines import FLOOR, LIGER
 from benchmarks.backprop.linear_losses import OURS, Measured
-from unsloth_puzzles.bench.criterion import LARGEST_FULL_DIFFERENCE, LARGEST_LOSS_DIFFERENCE
+from unsloth_puzzles.bench.criterion import (
+    LARGEST_FULL_DIFFERENCE,
+    LARGEST_GRADIENT_NORM_DIFFERENCE,
+    LARGEST_LOSS_DIFFERENCE,
+)
 from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.record import Measurements
 
@@ -185,8 +189,9 @@ def curve_figure(
         middle.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, 3), **place)
         lower.plot(shown, [max(gap, LEAST) for gap in norms_apart[mode]], ".-", color=BLUE)
         if mode == "full":
-            lower.axhline(1e-4, color="black", linestyle=":", linewidth=1)
-            lower.annotate("limit 1e-04", (shown[-1], 1e-4), (0, -10), **place)
+            limit = LARGEST_GRADIENT_NORM_DIFFERENCE
+            lower.axhline(limit, color="black", linestyle=":", linewidth=1)
+            lower.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, -10), **place)
         upper.set_title(f"{names[mode]}, {ours['dtype']}", fontsize=10)
         upper.set_ylabel("loss, nats a token")
         middle.set(ylabel="difference of losses,\nnats (0 drawn at 1e-8)", yscale="log", ylim=(LEAST / 2, 3))
