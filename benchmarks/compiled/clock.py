@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.gpu_work import gpu_work
+
 KINDS = {  # of what runs on a GPU, by what its name contains; the first that fits
     "copies to and from the host": ("memcpy htod", "memcpy dtoh"),
     "attention": ("flash", "fmha", "sdpa", "flex"),
@@ -33,15 +35,11 @@ def milliseconds(start, end) -> float:
 
 def kernels_of(step: Callable) -> dict[str, dict]:
     """{kind: {"ms", "launches"}} of one step, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
     found = {kind: {"ms": 0.0, "launches": 0} for kind in KINDS}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:  # not the host's calls that start them
-            kind = next(kind for kind, signs in KINDS.items() if any(sign in event.name.lower() for sign in signs))
-            found[kind]["ms"] += event.self_device_time_total / 1e3
-            found[kind]["launches"] += 1
+    for work in gpu_work(step):
+        kind = next(kind for kind, signs in KINDS.items() if any(sign in work.name.lower() for sign in signs))
+        found[kind]["ms"] += work.length / 1e3
+        found[kind]["launches"] += 1
     return found
 
 

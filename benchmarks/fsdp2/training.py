@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.fsdp2 import ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
+from benchmarks.gpu_work import Work, gpu_work
 
 SHOWN = 30  # steps from one line of progress to the next
 DISTINCT = 6  # batches, which come again and again, so that a loss falls
@@ -60,16 +59,7 @@ class Run:
         if self.device.type != "cuda":
             return {}
         own = self._batch()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            self._wait()  # in here: a profiler takes longer to start on one rank than on another
-            self._step(own)
-            torch.cuda.synchronize()
-        kernels = [
-            (event.name, event.time_range.start, event.time_range.elapsed_us())
-            for event in profiler.events()
-            if event.device_type == DeviceType.CUDA
-        ]
-        return of_step(kernels, barrier=WORLD > 1)
+        return of_step(gpu_work(lambda: self._step(own), before=self._wait))
 
     def _batch(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * DISTINCT + self.drawn % DISTINCT)
@@ -101,22 +91,15 @@ class Run:
             dist.barrier()
 
 
-def of_step(kernels: list[tuple[str, float, float]], barrier: bool) -> dict:
-    """Count a step's launches of challenge A's kernel, and put its kernels into lanes.
-
-    Args:
-        kernels: Name, start and duration in us.
-        barrier: Whether a barrier came before the step. NCCL's is an all-reduce; gloo's launches no kernel.
+def of_step(work: list[Work]) -> dict:
+    """Count a step's launches of challenge A's kernel, and put its work into lanes.
 
     Returns:
-        "launches", and the "timeline" as a list of (lane, start, duration) from the step's first kernel on.
+        "launches", and the "timeline" as a list of (lane, start, duration) in us from the step's first kernel on.
     """
-    ends = [(start, start + length) for name, start, length in kernels if "allreduce" in name.lower()]
-    after = min(ends)[1] if barrier and ends else float("-inf")
-    own = [kernel for kernel in kernels if kernel[1] >= after]
-    began = min(start for _, start, _ in own)
-    timeline = [(_lane(name), round(start - began, 1), round(length, 1)) for name, start, length in own]
-    return {"launches": sum(KERNEL in name for name, _, _ in own), "timeline": timeline}
+    began = work[0].start
+    timeline = [(_lane(one.name), round(one.start - began, 1), round(one.length, 1)) for one in work]
+    return {"launches": sum(KERNEL in one.name for one in work), "timeline": timeline}
 
 
 def _lane(name: str) -> str:

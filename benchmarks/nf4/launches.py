@@ -21,9 +21,8 @@ def count_launches() -> dict[str, dict]:
 def main() -> None:
     """Count in this process and print one JSON line."""
     import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.gpu_work import gpu_work
     from benchmarks.nf4.baselines import three_launches
     from benchmarks.nf4.workload import make_layer
     from unsloth_puzzles.bench import memory
@@ -34,11 +33,7 @@ def main() -> None:
     for name, dequantize in (("ours", dequantize_nf4), ("three launches", three_launches)):
         dequantize(layer)  # compile
         requests = memory.allocations(lambda dequantize=dequantize: dequantize(layer))
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            dequantize(layer)
-            torch.cuda.synchronize()
-        kernels = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        kernels = [work.name for work in gpu_work(lambda dequantize=dequantize: dequantize(layer))]
         found[name] = {"kernels": kernels, "allocations": requests}
     print("\n" + json.dumps(found))
 
