@@ -441,8 +441,8 @@ if found:
         "without the adapter it does not": not found["base"].startswith(round_trip.REPLY[:20]),
     })  # fmt: skip
     share = found["q8_0"].size / found["f32"].size
-    title = f"q8_0 has {found['q8_0'].mean_error:.1e} nats of error at {share:.0%} of f32's size, q4_0 "
-    title += f"{found['q4_0'].mean_error:.1e}\nSmolLM2-135M, real weights, fine-tuned in NF4, {HARDWARE}, {issues.date}"
+    title = f"q8_0 has {found['q8_0'].mean_error:.2g} nats of error at {share:.0%} of f32's size, q4_0 "
+    title += f"{found['q4_0'].mean_error:.2g}\nSmolLM2-135M, real weights, fine-tuned in NF4, {HARDWARE}, {issues.date}"
     places = {name: (found[name].size / 2**20, found[name].mean_error) for name in TYPES}
     types_figure(places, title).savefig("resources/d_gguf_types.png", dpi=110)
     plt.show()
@@ -736,7 +736,8 @@ if model is not None:
         baselines = {"before": before[name].value} if name in before else None
         issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
 
-    tool_calling_figure(report, f"{source}, batch of {BATCH_SIZE}, {HARDWARE}", "resources/d_tool_calling.png")
+    where = f"SmolLM2-135M, real weights, NF4, batch of {BATCH_SIZE}, {HARDWARE}, {issues.date}"
+    tool_calling_figure(report, where, "resources/d_tool_calling.png")
     display(Image("resources/d_tool_calling.png"))
     judge(issues, "tool calling", {**safe, **check_training(before, after)})
     talk = [{"role": "user", "content": asked}]

@@ -80,7 +80,8 @@ def memory_figure(runs: Mapping[str, dict], where: str):
             axes.plot(x, busy, "o", color=color, markerfacecolor="white", markersize=8)
         axes.plot(x, y, "o", color=color, markersize=8)
         left = x > 0.6 * most  # then the label stands on the left
-        place = {"textcoords": "offset points", "va": "bottom", "ha": "right" if left else "left"}
+        place = {"textcoords": "offset points", "ha": "right" if left else "left"}
+        place["va"] = "bottom" if run["checkpointing"] else "top"
         text = f"{name}\n{x:.1f} GiB, {y:.0f} ms"
         axes.annotate(text, (x, y), (-9 if left else 9, 0), fontsize=9, color=color, **place)
     axes.set(xlabel="peak memory of a step, GiB", ylabel="a step, ms\n(hollow: GPU busy)")
@@ -88,7 +89,7 @@ def memory_figure(runs: Mapping[str, dict], where: str):
     axes.set_ylim(0, 1.25 * max(step_ms(run)[0] for run in runs.values()))
     one = next(iter(runs.values()))
     shape = f"{one['batch']} x {one['lengths'][0]} tokens, {one['dtype']}"
-    axes.set_title(f"{_memory_message(runs)}\nLlama 3.2 1B, random weights, {shape}; {where}", fontsize=10)
+    axes.set_title(f"{_memory_message(runs)}\nLlama 3.2 1B, random weights, {shape}; {where}", fontsize=9)
     return figure
 
 

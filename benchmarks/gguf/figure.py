@@ -17,8 +17,10 @@ def types_figure(found: Mapping[str, tuple[float, float]], title: str):
 
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
     axes.plot(*zip(*found.values(), strict=True), "o", color="tab:blue")
-    for name, place in found.items():
-        axes.annotate(name, place, xytext=(6, 4), textcoords="offset points")
+    for row, (name, place) in enumerate(sorted(found.items(), key=lambda one: one[1])):
+        above = row % 2 == 0  # neighbours on different sides
+        offset, side = ((6, 4), ("left", "bottom")) if above else ((-6, -4), ("right", "top"))
+        axes.annotate(name, place, offset, textcoords="offset points", ha=side[0], va=side[1])
     axes.set(xscale="log", yscale="log", xlabel="size of the file (MiB)")
     axes.set_ylabel("mean error of\nlog-probabilities (nats)")
     axes.set_title(title, fontsize=10)

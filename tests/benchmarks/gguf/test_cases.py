@@ -85,6 +85,12 @@ def test_every_case_has_a_group():
 
 def test_a_figure_has_a_point_a_type():
     (axes,) = types_figure({"f32": (500.0, 1e-5), "q8_0": (140.0, 0.2)}, "Types").axes
-    assert [one.get_text() for one in axes.texts] == ["f32", "q8_0"]
+    assert {one.get_text(): one.xy for one in axes.texts} == {"f32": (500, 1e-5), "q8_0": (140, 0.2)}
     assert axes.lines[0].get_xydata().tolist() == [[500, 1e-5], [140, 0.2]]
+    plt.close("all")
+
+
+def test_labels_of_neighbours_stand_on_different_sides():
+    (axes,) = types_figure({"q4_k_m": (100.0, 0.2), "q5_0": (90.0, 0.3), "q8_0": (140.0, 0.04)}, "Types").axes
+    assert {one.get_text(): one.get_ha() for one in axes.texts} == {"q5_0": "left", "q4_k_m": "right", "q8_0": "left"}
     plt.close("all")
