@@ -60,13 +60,15 @@ LARGEST_DIFFERENCE = 1e-5  # of a loss, float32: two halves of a batch are summe
 LARGEST_NORM_DIFFERENCE = 1e-4  # relative, of the gradients' norm
 
 
-def qlora(checkpointing: bool = False, dtype: torch.dtype = torch.float32, dora: bool = False) -> torch.nn.Module:
+def qlora(
+    checkpointing: bool = False, dtype: torch.dtype = torch.float32, dora: bool = False, rank: int = 4
+) -> torch.nn.Module:
     """A tiny Llama in NF4 and `dtype` on this rank's device, with float32 adapters whose B is not zero, in training."""
     device = ranks.device()
     torch.manual_seed(11)
     model = random_nf4_llama(tiny_llama_config(VOCABULARY), device, dtype)
     model.config.use_cache = False
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
     model = get_peft_model(model, config)
     for layer in model.base_model.model.model.layers[::2] if dora else ():  # PEFT's DoRA has a path for dropout
         for module in layer.modules():
@@ -92,9 +94,11 @@ def train(
     scaler: bool = False,
     mixed: bool = False,
     dora: bool = False,
+    rows: int = ROWS,
+    rank: int = 4,
     **sharding: bool,
 ) -> dict[str, object]:
-    """Train STEPS steps of ROWS rows, in one process without FSDP2, in several with it.
+    """Train STEPS steps of `rows` rows, in one process without FSDP2, in several with it.
 
     Args:
         checkpointing: Compute activations again in the backward.
@@ -106,6 +110,8 @@ def train(
         scaler: Use a GradScaler, and put an infinity into the last rank's gradients in step OVERFLOWING.
         mixed: Compute in 16 bits (bfloat16, float16 below sm_80); reduce gradients in float32.
         dora: Train DoRA adapters.
+        rows: Of a step, over all ranks.
+        rank: Of the adapters.
         sharding: Options of `shard_qlora`.
 
     Returns:
@@ -113,8 +119,9 @@ def train(
         DoRA's the gradients of the first step; "plain_layers", how many layers are bitsandbytes' own. Of several ranks
         also, of this rank,
 
-        - "share" of the 4-bit bytes and "split", of the trained tensors, that it holds; "embeddings_split", whether
-          embedding and head are sharded; "shards_on" and "states_on", kinds of devices of shards and AdamW's states;
+        - "share" of the 4-bit bytes, "trained" elements, and "split", of the trained tensors, that it holds;
+          "embeddings_split", whether embedding and head are sharded; "shards_on" and "states_on", kinds of devices of
+          shards and AdamW's states;
         - "changed", bytes that a layer saw changed, and "compared", its layers;
         - by micro-batch "gathered" (all-gathers), "scattered" (reduce-scatters), "forwards" of the first layer;
         - "computed" and "reduced", the dtypes of adapters in that layer and of gradients when they were reduced;
@@ -122,7 +129,7 @@ def train(
           "captures" and "graph_breaks". Hooks would break captured layers: there "compared" is 0, "logit_rows" None.
     """
     dtype = _half() if mixed else None
-    model, watch = qlora(checkpointing, dtype or torch.float32, dora), Watch()
+    model, watch = qlora(checkpointing, dtype or torch.float32, dora, rank), Watch()
     with contextlib.ExitStack() as stack:
         if WORLD > 1:
             pack_nf4(model)
@@ -136,13 +143,13 @@ def train(
         if WORLD > 1:
             shard_qlora(model, ranks.mesh(), param_dtype=dtype, **sharding)
             watch.layers(model, bytes=not compiled)
-        found = _steps(model, watch, accumulation, fused, scaler, dtype, products=not compiled)
+        found = _steps(model, watch, rows, accumulation, fused, scaler, dtype, products=not compiled)
     found["plain_layers"] = sum(type(module) is Linear4bit for module in model.modules())
     return found | {"captures": len(counts.captures), "graph_breaks": sum(counts.graph_breaks.values())}
 
 
 def _steps(
-    model, watch, accumulation: int, fused: bool, scaler: bool, dtype: torch.dtype | None, products: bool
+    model, watch, rows: int, accumulation: int, fused: bool, scaler: bool, dtype: torch.dtype | None, products: bool
 ) -> dict:
     device = ranks.device()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -150,8 +157,8 @@ def _steps(
     scale = torch.amp.GradScaler(device.type, init_scale=8.0, growth_interval=100, enabled=scaler)
     losses, norms, scales, magnitudes = [], [], [], []
     for step in range(STEPS):
-        rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
-        own, total = rows.chunk(WORLD)[RANK], 0.0
+        ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(step))
+        own, total = ids.chunk(WORLD)[RANK], 0.0
         for number, batch in enumerate(own.to(device).chunk(accumulation), 1):
             if WORLD > 1:
                 model.set_requires_gradient_sync(number == accumulation)

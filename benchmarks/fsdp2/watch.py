@@ -93,6 +93,7 @@ class Watch:
         held = sum(2 * layer.weight.to_local().numel() for _, layer in packed)
         return {
             "share": held / sum(len(stream) for stream in self.whole.values()),
+            "trained": sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in trained),
             "split": sum(isinstance(one, DTensor) for one in trained) / len(trained),
             "changed": sum(self.changed.values()),
             "compared": len(self.changed),

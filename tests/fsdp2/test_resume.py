@@ -13,8 +13,8 @@ def flags_of(kind: str, out) -> tuple:
     return "--steps", STEPS, "--state-dict", kind, "--save-steps", SAVED, "--output", out
 
 
-def check_resumed(architecture, tmp_path, kind: str, before: int, after: int) -> None:
-    flags = flags_of(kind, tmp_path / "out")
+def check_resumed(architecture, tmp_path, kind: str, before: int, after: int, rows: int = 2) -> None:
+    flags = *flags_of(kind, tmp_path / "out"), "--rows", rows
     whole = run(architecture, tmp_path / "whole.jsonl", *flags, ranks=before)
     resume = ("--resume", tmp_path / "out" / f"checkpoint-{SAVED}")
     rest = run(architecture, tmp_path / "rest.jsonl", *flags, *resume, ranks=after)
