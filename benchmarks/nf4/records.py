@@ -123,7 +123,7 @@ def _device_times(hardware, rows, columns, dtype, candidates, rounds) -> dict[st
     sets = max(2, timing.rotations(moved, hardware.l2_bytes))
     layers = [make_layer(rows, columns, dtype, "cuda") for _ in range(sets)]
     named = {name: calls(dequantize, layers) for name, dequantize in candidates.items()}
-    found = timing.device_time(named, rounds=rounds, bytes_per_call=moved)
+    found = timing.device_time(named, rounds=rounds)
     del named, layers
     torch.cuda.empty_cache()
     return found

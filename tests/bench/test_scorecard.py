@@ -1,5 +1,4 @@
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -202,7 +201,7 @@ def test_b_without_compile_and_without_the_kaggle_example(judge):
         assert points(judge("B", values)) == 0
 
 
-ELSEWHERE = "met, on these GPUs and not on Kaggle's T4s (no Kaggle machine has run the script)"
+ELSEWHERE = "met, but not on a T4"
 
 
 @pytest.mark.parametrize(
@@ -313,8 +312,12 @@ def test_a_gate_leaves_the_other_challenges_alone(tmp_path, judge):
 def test_table_shows_measured_values_and_sums(judge):
     text = table(judge("A", {**PERFECT_A, ("official_harness_speedup", "all"): 2.03456}))
     measured = "official_harness_speedup (all): 2.0346 units"
-    assert f"| A | speed-up of 1.15 or more over the three launches | 2 of 2 | {measured} | met |" in text
-    assert re.search(r"\*\*A\. NF4 to Triton\*\* \| \*\*14 of 14\*\*", text)
+    speed = f"| A | speed-up of 1.15 or more over the three launches | 2 of 2 | {measured} | {ELSEWHERE} |"
+    assert speed in text
+    said = "5 of them not shown on the GPU that the puzzle names"
+    assert f"| **A** | **A. NF4 to Triton** | **14 of 14** |  | {said} |" in text
+    on_t4 = table(judge("A", PERFECT_A, replace(MACHINE, name="Tesla T4")))
+    assert "2 of 2" in on_t4 and ELSEWHERE not in on_t4 and "not shown" not in on_t4
     columns = {line.count("|") for line in text.splitlines()}
     assert columns == {7}
 

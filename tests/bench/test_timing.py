@@ -7,7 +7,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from unsloth_puzzles.bench import section, timing
+from unsloth_puzzles.bench import timing
 from unsloth_puzzles.bench.timing import Timing, device_time, enqueue_time, event_time, rotations, wall_time
 
 
@@ -159,14 +159,6 @@ def test_garbage_collector_is_off_during_samples_and_on_afterwards(clock):
     with pytest.raises(KeyError, match="third call"):
         wall_time({"one": fails_at_last}, rounds=5)
     assert collecting[1:] == [False, False] and gc.isenabled()
-
-
-def test_work_is_counted_in_the_open_section(clock, monkeypatch):
-    counted = []
-    monkeypatch.setattr(section, "work", lambda *amounts: counted.append(amounts))
-    device_time({"a": [clock.takes(1)] * 3, "b": [clock.takes(1)]}, rounds=9, bytes_per_call=7, flops_per_call=5)
-    wall_time({"a": clock.takes(1)}, rounds=9, calls=2, bytes_per_call=7, flops_per_call=5)
-    assert counted == [((3 + 1) * 10 * 7, (3 + 1) * 10 * 5), (2 * 10 * 7, 2 * 10 * 5)]
 
 
 def test_rotations_cover_four_times_the_l2():

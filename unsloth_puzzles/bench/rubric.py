@@ -22,9 +22,9 @@ FULL, QLORA = "Llama 1B, full fine-tuning", "Llama 1B, QLoRA"
 
 A = (
     Criterion("A", "a single Triton kernel", only(3, Condition("kernel_launches", "one call", "==", 1))),
-    Criterion("A", "speed-up of 1.05 or more over the three launches", only(1, speed_up(">=", 1.05))),
-    Criterion("A", "speed-up of 1.10 or more over the three launches", only(2, speed_up(">=", 1.10))),
-    Criterion("A", "speed-up of 1.15 or more over the three launches", only(2, speed_up(">=", 1.15))),
+    Criterion("A", "speed-up of 1.05 or more over the three launches", only(1, speed_up(">=", 1.05)), asked_gpu="T4"),
+    Criterion("A", "speed-up of 1.10 or more over the three launches", only(2, speed_up(">=", 1.10)), asked_gpu="T4"),
+    Criterion("A", "speed-up of 1.15 or more over the three launches", only(2, speed_up(">=", 1.15)), asked_gpu="T4"),
     Criterion(
         "A",
         "speed-up above 1.00 over the three launches (else -3)",

@@ -21,6 +21,7 @@ from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.rubric import RUBRIC
 
 MET, PARTLY_MET, NOT_MET, NOT_MEASURED = "met", "partly met", "not met", "not measured here"
+NOT_ON = "but not on a"  # GPU that the puzzle names, in a verdict
 
 _COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "==": operator.eq}
 
@@ -68,7 +69,7 @@ def _placed(row: Row, criterion: Criterion, measurements: Measurements | None) -
         return row
     said = [MET]
     if criterion.asked_gpu not in measurements.hardware["name"]:
-        said.append(f"on these GPUs and not on Kaggle's {criterion.asked_gpu}s (no Kaggle machine has run the script)")
+        said.append(f"{NOT_ON} {criterion.asked_gpu}")
     conditions = (condition for _, level in criterion.levels for condition in level)
     if any("random weights" in found["case"] for condition in conditions for found in _found(condition, measurements)):
         said.append("with random weights")
@@ -97,7 +98,9 @@ def table(rows: Iterable[Row]) -> str:
     ]
     for name, (points, possible) in totals(rows).items():
         title = f"{name}. {TITLES[name]}" if name in TITLES else "all challenges"
-        lines.append((f"**{name}**", f"**{title}**", f"**{points} of {possible}**", "", "", ""))
+        elsewhere = sum(row.points for row in rows if name in (row.challenge, "all") and NOT_ON in row.verdict)
+        said = f"{elsewhere} of them not shown on the GPU that the puzzle names" if elsewhere else ""
+        lines.append((f"**{name}**", f"**{title}**", f"**{points} of {possible}**", "", said, ""))
     columns = ["challenge", "criterion", "points", "measured", "verdict", "hardware"]
     return markdown.table(pandas.DataFrame(lines, columns=columns))
 
@@ -144,6 +147,8 @@ def _measured(condition: Condition, measurements: Measurements | None) -> str:
     found = _found(condition, measurements)
     if not found:
         return f"{condition.metric} ({condition.case or 'any case'}): not measured"
+    if condition.metric == "checks_passed":
+        return "; ".join(f"{one['case']}: {one['value']:.0%} of checks passed" for one in found)
     return "; ".join(f"{condition.metric} ({one['case']}): {one['value']:.5g} {one['unit']}" for one in found)
 
 

@@ -2,8 +2,6 @@
 
 # NVIDIA T4 datasheet (https://www.nvidia.com/en-us/data-center/tesla-t4/)
 BANDWIDTH = 320e9  # bytes/s
-FP16_TENSOR_FLOPS = 65e12  # FLOP/s, "mixed precision (FP16/FP32)": cuBLAS
-FP32_FLOPS = 8.1e12  # FLOP/s; also the rate of a `tl.dot`, for which Triton emits no tensor-core instruction on sm_75
 MEMORY_GIB = 14.5  # what all processes can use of the 16 GB, their CUDA contexts included
 ALLOCATOR_GIB = 13.6  # of that, what is left for PyTorch's allocator beside one context
 CONTEXT_GIB = 0.7  # of a process, with the libraries that it loads
@@ -18,24 +16,20 @@ CONVERSIONS = 40 * 16 * 1.59e9  # between types of different width, per second
 LABEL = "predicted for a T4 from its datasheet, not measured"
 
 
-def t4_seconds(
-    bytes: float = 0, flops: float = 0, *, flops_rate: float = FP16_TENSOR_FLOPS, instructions: float = 0
-) -> float:
+def t4_seconds(*, bytes: float = 0, instructions: float = 0) -> float:
     """Seconds that work takes at least on a T4: a lower bound, in which everything overlaps.
 
     Args:
         bytes: Bytes moved.
-        flops: FLOPs done at `flops_rate`.
-        flops_rate: FLOP/s. `FP32_FLOPS` is the rate of float32 and of a `tl.dot`.
         instructions: Of single threads, summed.
 
     Returns:
-        The largest of the three times.
+        The larger of the two times.
 
     Raises:
         ValueError: An amount is negative or NaN.
     """
-    for name, amount in (("bytes", bytes), ("flops", flops), ("instructions", instructions)):
+    for name, amount in (("bytes", bytes), ("instructions", instructions)):
         if not amount >= 0:
             raise ValueError(f"{name} must be a number that is not negative, got {amount!r}")
-    return max(bytes / BANDWIDTH, flops / flops_rate, instructions / THREAD_INSTRUCTIONS)
+    return max(bytes / BANDWIDTH, instructions / THREAD_INSTRUCTIONS)

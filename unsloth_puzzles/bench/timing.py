@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils import benchmark
 
-from unsloth_puzzles.bench import section
 from unsloth_puzzles.bench.samplers import Call, captured, device_sampler, in_turn
 
 MAX_QUEUED_CALLS = 100  # the launch queue holds about 1024 kernels: 100 calls of up to nine launches never fill it
@@ -36,9 +35,7 @@ class Timing:
         return amount / (self.median * 1e-6)
 
 
-def device_time(
-    candidates: Mapping[str, Sequence[Call]], *, rounds: int = 30, bytes_per_call: float = 0, flops_per_call: float = 0
-) -> dict[str, Timing]:
+def device_time(candidates: Mapping[str, Sequence[Call]], *, rounds: int = 30) -> dict[str, Timing]:
     """Time on the device: each candidate's closures become one CUDA graph, and the graphs are replayed in turn.
 
     A sample is two replays in a row, of which the second is timed. Without a GPU the closures are timed by the clock.
@@ -47,8 +44,6 @@ def device_time(
         candidates: By name a list of closures, the same call over different buffers. Over `rotations(...)` sets of
             buffers no call finds its data in the L2 cache.
         rounds: Samples of each candidate. Every round replays every candidate once, in shuffled order.
-        bytes_per_call: Bytes moved, for the account of the open section.
-        flops_per_call: FLOPs, for the account of the open section.
 
     Returns:
         Microseconds per call, by name.
@@ -60,16 +55,12 @@ def device_time(
     on_gpu = torch.cuda.is_available()
     pool = torch.cuda.graph_pool_handle() if on_gpu else None
     samplers: dict[str, Callable[[], float]] = {}
-    calls = 0
     for name, closures in candidates.items():
         if callable(closures) or not closures:
             raise TypeError(f"candidates[{name!r}] must be a list of functions that is not empty, got {closures!r}")
         batch, size = captured(closures, pool) if on_gpu else (in_turn(closures), len(closures))
         samplers[name] = device_sampler(batch, size) if on_gpu else _clock_sampler(batch, 1, size)
-        calls += size * (rounds + 1) * (1 + on_gpu)
-    timings = _interleaved(samplers, rounds)
-    section.work(calls * bytes_per_call, calls * flops_per_call)
-    return timings
+    return _interleaved(samplers, rounds)
 
 
 def event_time(candidates: Mapping[str, Call], *, rounds: int = 20, calls: int = 1) -> dict[str, Timing]:
@@ -94,22 +85,13 @@ def event_time(candidates: Mapping[str, Call], *, rounds: int = 20, calls: int =
     return _interleaved(samplers, rounds)
 
 
-def wall_time(
-    candidates: Mapping[str, Call],
-    *,
-    rounds: int = 30,
-    calls: int = 1,
-    bytes_per_call: float = 0,
-    flops_per_call: float = 0,
-) -> dict[str, Timing]:
+def wall_time(candidates: Mapping[str, Call], *, rounds: int = 30, calls: int = 1) -> dict[str, Timing]:
     """Time by the clock of `torch.utils.benchmark`, which waits for the device before it is read.
 
     Args:
         candidates: A function by name.
         rounds: Samples of each candidate.
         calls: Calls in a sample, after which the device is waited for once.
-        bytes_per_call: Bytes moved, for the account of the open section.
-        flops_per_call: FLOPs, for the account of the open section.
 
     Returns:
         Microseconds per call, by name.
@@ -120,10 +102,7 @@ def wall_time(
     if calls < 1:
         raise ValueError(f"calls must be at least 1, got {calls}")
     samplers = {name: _clock_sampler(call, calls, calls, benchmark.timer) for name, call in candidates.items()}
-    timings = _interleaved(samplers, rounds)
-    total = calls * (rounds + 1) * len(candidates)
-    section.work(total * bytes_per_call, total * flops_per_call)
-    return timings
+    return _interleaved(samplers, rounds)
 
 
 def enqueue_time(candidates: Mapping[str, Call], *, rounds: int = 50, calls: int = 100) -> dict[str, Timing]:
