@@ -164,7 +164,7 @@ def hub_refuses() -> str:
     except urllib.error.HTTPError:
         pass  # so somebody answers; what he has, transformers will find out
     except OSError as error:
-        return str(error) or type(error).__name__
+        return f"the hub cannot be reached: {getattr(error, 'reason', error) or type(error).__name__}"
     return ""
 
 

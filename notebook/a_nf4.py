@@ -357,7 +357,6 @@ if GPU:
         both = f"ours {ours:.1f} us a round, three launches {theirs:.1f} us"
         print(f"{case:16} {both}: {ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})")
     print("random weights,", WHERE)
-    section.work(bytes=sum(6 * BYTES * case.hidden * case.inner for case in cases) * rounds * repeats)
 else:
     print("SKIPPED: the interpreter's time says nothing about a GPU")
 

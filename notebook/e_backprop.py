@@ -433,7 +433,6 @@ def measure_head(head_case, train_head):
         print(f"SKIPPED: {name}, {head_case}: {reason}")
     for name, reason in found.failed.items():
         experiments.failed(f"{name}, {head_case}", reason)
-    section.work(flops=len(calls) * (ROUNDS + 2) * SHAPE.flops(train_head))
     auto = linear_losses.auto_rows(case)
     least = SHAPE.least_gib(auto, train_head)
     print(f"{head_case}: chunks of {auto} rows, which need {least:.3g} GiB with the gradients")

@@ -11,7 +11,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from PIL import Image, ImageChops
 
 from tools import run_notebook
-from tools.clean_outputs import INVISIBLE, PNG, smaller
+from tools.clean_outputs import INVISIBLE, PNG, clean, smaller
 from tools.outputs import LARGEST, output_text, problems, report
 from tools.run_notebook import run
 
@@ -145,3 +145,19 @@ def _notebook(folder: Path, *sources: str) -> Path:
     path = folder / "small.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
     return path
+
+
+def test_lines_of_a_process_at_work_go_and_neighbours_are_joined(tmp_path):
+    def stream(text: str, name: str = "stdout"):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    table = nbformat.v4.new_output("display_data", {"text/markdown": "| a |"})
+    cell = nbformat.v4.new_code_cell("run()")
+    cell.outputs = [
+        stream("begun\n"), stream("... at work for 25 s\n"), stream("one GPU: ... train at work for 52 s\nstep 30\n"),
+        stream("warned\n", "stderr"), table, stream("... at work for 75 s\n"), stream("he is at work for 8 s\n"),
+    ]  # fmt: skip
+    clean(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+    found = [(one.get("name"), one.get("text")) for one in cell.outputs]
+    kept = [("stdout", "begun\nstep 30\n"), ("stderr", "warned\n"), (None, None), ("stdout", "he is at work for 8 s\n")]
+    assert found == kept

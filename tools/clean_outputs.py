@@ -1,4 +1,7 @@
-"""Make the outputs of an executed notebook fit to be kept: no widget state, no path of the run, smaller figures."""
+"""Make the outputs of an executed notebook fit to be kept.
+
+Widget states, paths of the run and lines that say that a process is at work go; figures take fewer bytes.
+"""
 
 import base64
 import io
@@ -11,6 +14,7 @@ from PIL import Image, ImageChops  # matplotlib needs it, too
 
 INVISIBLE = 16  # of 255, in a channel of a pixel
 PNG = "image/png"
+AT_WORK = re.compile(r"^(.*: )?\.\.\. (.* )?at work for \d+ s\n", re.MULTILINE)  # of use while a cell runs
 _TEXTS = {"text", "text/plain", "text/markdown"}
 _WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
 
@@ -24,6 +28,8 @@ def clean(node: NotebookNode, folder: Path) -> None:
     """
     node.metadata.pop("widgets", None)
     for cell in node.cells:
+        if cell.get("outputs"):
+            cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             for kind in _WIDGETS:
@@ -54,6 +60,21 @@ def smaller(encoded: str) -> str:
     image.save(packed, "PNG", optimize=True)
     found = base64.b64encode(packed.getvalue()).decode()
     return min(found, encoded.replace("\n", ""), key=len)
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Neighbouring outputs of one stream as one, without the lines `AT_WORK`."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = AT_WORK.sub("", output.text)
+            if not output.text:
+                continue
+            if joined and joined[-1].get("name") == output.name:
+                joined[-1].text += output.text
+                continue
+        joined.append(output)
+    return joined
 
 
 def _without(folder: Path, shown: str) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fsdp2.kernels OUT SETTINGS.json
 
-SETTINGS.json holds keyword arguments of `measure`. One process and one model take both kinds of steps, a pair at a
-time and in changing order, so that a host or a clock that drifts reaches both. Profiled steps alternate, too.
+SETTINGS.json holds keyword arguments of `measure`. One process and one model take all kinds of steps, a round at a
+time and in changing order, so that a host or a clock that drifts reaches all. Profiled steps take turns, too.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from benchmarks.fsdp2 import ranks
 from benchmarks.fsdp2.steps import qlora_model
 from benchmarks.fsdp2.training import Run
 from unsloth_puzzles.bench.record import write_json
+from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
-OURS, THEIRS = "ours", "bitsandbytes"
+OURS, PACKED, THEIRS = "ours", "ours, packed", "bitsandbytes"
+KINDS = (OURS, THEIRS, PACKED)  # `patch_linear4bit`; bitsandbytes' own layers; the script's layers, of one rank
 
 
 def measure(
@@ -32,10 +34,10 @@ def measure(
     layers: int = 2,
     vocabulary: int = 32000,
     dtype: str = "bfloat16",
-    pairs: int = 16,
+    rounds: int = 16,
     profiles: int = 10,
 ) -> dict:
-    """Train `pairs` pairs of steps, uncompiled and with activation checkpointing.
+    """Train `rounds` steps of each kind, uncompiled and with activation checkpointing.
 
     Args:
         rows: Of a step.
@@ -44,39 +46,49 @@ def measure(
         layers: Of the model.
         vocabulary: Of the model.
         dtype: That everything but the adapters computes in.
-        pairs: Timed, after two that are not.
-        profiles: Pairs of steps under PyTorch's profiler.
+        rounds: Timed, after two that are not.
+        profiles: Rounds of steps under PyTorch's profiler.
 
     Returns:
         The settings; "step_ms", the wall times by kind; "gpu_ms" by kind, the GPU's work in each profiled step; on a
         CPU that is None.
     """
     settings = dict(locals())
-    kind = getattr(torch, dtype)
-    model = qlora_model(shapes, layers, vocabulary, kind, checkpointing=True)
-    run = Run(model, rows, [length], vocabulary, 1, kind, seed=5)
+    compute = getattr(torch, dtype)
+    model = qlora_model(shapes, layers, vocabulary, compute, checkpointing=True)
+    run = Run(model, rows, [length], vocabulary, 1, compute, seed=5)
 
-    def step(kernels: str, what):
-        with patch_linear4bit(model) if kernels == OURS else contextlib.nullcontext():
+    def step(kind: str, what):
+        with contextlib.ExitStack() as stack:
+            if kind == OURS:
+                stack.enter_context(patch_linear4bit(model))
+            elif kind == PACKED:
+                stack.callback(pack_nf4(model, world_size=1).undo)
             return what()
 
-    times: dict[str, list[float]] = {OURS: [], THEIRS: []}
-    for pair in range(2 + pairs):
-        for kernels in (OURS, THEIRS) if pair % 2 else (THEIRS, OURS):
-            (ms,) = step(kernels, lambda: run.train(1))["step_ms"]
-            if pair >= 2:
-                times[kernels].append(ms)
-    busy: dict[str, list[float | None]] = {OURS: [], THEIRS: []}
-    for pair in range(profiles):
-        for kernels in (OURS, THEIRS) if pair % 2 == 0 else (THEIRS, OURS):
-            busy[kernels].append(step(kernels, lambda: _gpu_ms(run)))
-    gpu = {kernels: None if None in found else found for kernels, found in busy.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(2 + rounds):
+        for kind in _order(number):
+            (ms,) = step(kind, lambda: run.train(1))["step_ms"]
+            if number >= 2:
+                times[kind].append(ms)
+    busy: dict[str, list[float | None]] = {kind: [] for kind in KINDS}
+    for number in range(profiles):
+        for kind in _order(number):
+            busy[kind].append(step(kind, lambda: _gpu_ms(run)))
+    gpu = {kind: None if None in found else found for kind, found in busy.items()}
     return {**settings, "step_ms": times, "gpu_ms": gpu}
 
 
-def ratios(times: dict[str, list[float]]) -> list[float]:
-    """Bitsandbytes' time over ours, of each pair of "step_ms" or "gpu_ms"."""
-    return [theirs / ours for ours, theirs in zip(times[OURS], times[THEIRS], strict=True)]
+def _order(number: int) -> tuple[str, ...]:
+    """The kinds of steps, each of them first, second and last equally often."""
+    first = number % len(KINDS)
+    return KINDS[first:] + KINDS[:first]
+
+
+def ratios(times: dict[str, list[float]], kind: str = OURS) -> list[float]:
+    """Bitsandbytes' time over that of a kind of ours, of each round of "step_ms" or "gpu_ms"."""
+    return [theirs / ours for ours, theirs in zip(times[kind], times[THEIRS], strict=True)]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -85,10 +97,10 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[outer], ordered[-1 - outer]
 
 
-def row(name: str, times: dict[str, list[float]]) -> tuple[str, str, str, str]:
+def row(name: str, times: dict[str, list[float]], kind: str = OURS) -> tuple[str, str, str, str]:
     """A line of the table: name, our and bitsandbytes' times and their ratio, each as median and range."""
-    timed = ("{:.2f} ms ({:.2f} to {:.2f})".format(*spread(times[kernels])) for kernels in (OURS, THEIRS))
-    return name, *timed, "{:.3f} ({:.3f} to {:.3f})".format(*spread(ratios(times)))
+    timed = ("{:.2f} ms ({:.2f} to {:.2f})".format(*spread(times[one])) for one in (kind, THEIRS))
+    return name, *timed, "{:.3f} ({:.3f} to {:.3f})".format(*spread(ratios(times, kind)))
 
 
 def _gpu_ms(run: Run) -> float | None:
@@ -100,10 +112,10 @@ def main(out: str, settings: str) -> None:
     ranks.start()
     found = measure(**json.loads(Path(settings).read_text()))
     write_json(out, found)
-    for kernels, times in found["step_ms"].items():
-        work = found["gpu_ms"][kernels]
+    for kind, times in found["step_ms"].items():
+        work = found["gpu_ms"][kind]
         of_gpu = "" if work is None else f", the GPU's work {statistics.median(work):.2f} ms"
-        print(f"{kernels}: {statistics.median(times):.1f} ms a step{of_gpu}")
+        print(f"{kind}: {statistics.median(times):.1f} ms a step{of_gpu}")
 
 
 if __name__ == "__main__":
