@@ -14,6 +14,7 @@ import jinja2
 import nbformat
 import pandas
 
+from benchmarks.fsdp2.prediction import predicted_table
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.measured_tables import amount, file_tables, gpu_tests, machine, points_table, provenance
@@ -50,6 +51,7 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         score=points_table(scorecard.score(measurements)),
         release=release(of),
         results=results(resources),
+        predicted=predicted_table(),
         rehearsal=rehearsal(measurements / "rehearsal.json", of["digest"]),
     )
     return {"README.md": readme, "RESULTS.md": results_page}

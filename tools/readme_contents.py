@@ -101,6 +101,13 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
             ("peak_gib", "Peak memory of a GPU"),
             ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
         ),
+        "b_fsdp2_scaling.json": (
+            ("tokens_per_s_over_one_gpu", "Tokens a second over those of one GPU, beside the prediction"),
+            ("tokens_per_s", "Tokens a second of all GPUs"),
+            ("exposed", "Share of a step beyond one GPU's"),
+            ("peak_gib", "Peak memory of a GPU"),
+            ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
+        ),
     },
     "d_issues.json": {
         "d_vision_sweeps.json": (

@@ -42,7 +42,7 @@ def measure(
     Args:
         rows: Of a step.
         length: Tokens of a row.
-        shapes: A key of `steps.SHAPES`.
+        shapes: A key of `shapes.SHAPES`.
         layers: Of the model.
         vocabulary: Of the model.
         dtype: That everything but the adapters computes in.

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from benchmarks.fsdp2 import ranks
 from benchmarks.fsdp2.ranks import RANK, WORLD
+from benchmarks.fsdp2.shapes import SHAPES
 from benchmarks.fsdp2.training import Run
 from benchmarks.models import random_nf4_llama
 from unsloth_puzzles.bench.compilations import count_compilations
@@ -32,11 +33,6 @@ from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
-SHAPES = {  # of decoder layers: hidden size, inner size, heads, heads of keys and values
-    "Llama 3.1 8B": (4096, 14336, 32, 8),
-    "Llama 3.2 1B": (2048, 8192, 32, 8),
-    "tiny": (64, 128, 4, 2),
-}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -48,13 +48,13 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
     curve, (whole, regrouped, split) = _curve_cases(tiny), _parity_cases(ranks, tiny)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     alone = {  # on one GPU each, side by side: nothing of the second is timed
-        "curve": partial(_run, curve, 1, timeout, gpus[0]),
-        "losses": partial(_run, whole + regrouped, 1, timeout, gpus[-1]),
+        "curve": partial(run_cases, curve, 1, timeout, gpus[0]),
+        "losses": partial(run_cases, whole + regrouped, 1, timeout, gpus[-1]),
     }
     one = _all(alone, together=len(gpus) > 1)
-    _add_curve(found, curve, one["curve"][0], *_run(curve, ranks, timeout))
+    _add_curve(found, curve, one["curve"][0], *run_cases(curve, ranks, timeout))
     found.save()
-    _add_parity(found, split, one["losses"][0], _run(split, ranks, timeout)[0])
+    _add_parity(found, split, one["losses"][0], run_cases(split, ranks, timeout)[0])
     found.save()
     _memory(found, ranks, tiny, timeout)
     found.save()
@@ -118,7 +118,7 @@ def _add_parity(found: Measurements, cases: list[dict], alone: list[dict], share
 def _memory(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
     given = {**TINY, "rows": 1} if tiny else WHOLE
     cases = {"whole model": {}, "whole model, CPU offload": {"offload": True}}
-    done, _ = _run([{**given, **more} for more in cases.values()], ranks, timeout)
+    done, _ = run_cases([{**given, **more} for more in cases.values()], ranks, timeout)
     for name, case in zip(cases, done, strict=True):
         if "error" in case:
             print(f"SKIPPED: {name}: {case['error']}", flush=True)
@@ -131,13 +131,15 @@ def _memory(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None
 
 def _lengths(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None:
     given = {**TINY, "rows": 1, "length": [20, 24, 28]} if tiny else MANY
-    ((case,), _) = _run([given], ranks, timeout)
+    ((case,), _) = run_cases([given], ranks, timeout)
     name = f"{len(given['length'])} lengths"
     found.add("compilations", name, case["compilations"], "compilations")
     found.add("graph_breaks", name, case["graph_breaks"], "graph breaks")
 
 
-def _run(cases: list[dict], ranks: int, timeout: float, gpus: str | None = None) -> tuple[list[dict], float | None]:
+def run_cases(
+    cases: list[dict], ranks: int, timeout: float, gpus: str | None = None
+) -> tuple[list[dict], float | None]:
     """What `steps` measures of each case, and the bandwidth of its all-gathers."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "cases.json"), Path(folder, "out.json")

@@ -28,7 +28,7 @@ def fake_run(cases, ranks, timeout, gpus=None):
 
 
 def test_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_run", fake_run)
+    monkeypatch.setattr(sweeps, "run_cases", fake_run)
     path = tmp_path / "sweeps.json"
     sweeps.measure(path, 2)
     found = Measurements.load(path)
