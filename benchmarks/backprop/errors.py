@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.backprop.workload import Case, Loss, many_shapes, release
+from benchmarks.norms import relative_norm
 from unsloth_puzzles.device import capability
 
 
@@ -78,9 +79,9 @@ def gradient_errors(case: Case, named: Mapping[str, Loss], true: Truth | None = 
 
 
 def relative_difference(found, exact) -> float:
-    """The largest relative difference (Euclidean norm) between two lists of tensors."""
-    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(found, exact, strict=True)]
-    return max(((a - b).norm() / b.norm()).item() if b.norm() > 0 else a.norm().item() for a, b in pairs)
+    """The largest relative difference (Euclidean norm) between two lists of tensors; NaN if one is NaN."""
+    apart = [relative_norm(a, b) for a, b in zip(found, exact, strict=True)]
+    return torch.tensor(apart, dtype=torch.float64).max().item()  # Python's max may leave NaN out
 
 
 def _error(found: torch.Tensor, true: torch.Tensor, rows: int = 4096) -> float:

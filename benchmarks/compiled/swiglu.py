@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import silu
 
 from benchmarks.models import SEED
+from benchmarks.norms import relative_norm
 from unsloth_puzzles.compiled.swiglu import LoraSwiGLU
 
 MARGIN = 1.05  # of the formula's error
@@ -61,5 +62,4 @@ def _results(function: Callable, data: list[torch.Tensor]) -> list[torch.Tensor]
 
 
 def _errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
-    """Relative norms of the differences."""
-    return [((one.double() - true).norm() / true.norm()).item() for one, true in zip(found, exact, strict=True)]
+    return [relative_norm(one, true) for one, true in zip(found, exact, strict=True)]
