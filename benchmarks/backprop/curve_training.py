@@ -1,6 +1,7 @@
 """One training of Llama 3.2 1B for `llama_curve`: model, optimiser and loop, repeatable to the last bit."""
 
 import dataclasses
+import math
 import os
 import time
 import warnings
@@ -63,7 +64,7 @@ def train(settings: Settings, run: str = OURS, say: Callable[[str], object] = pr
         **dataclasses.asdict(settings),
         "run": run,
         "losses": torch.stack(losses).tolist(),
-        "gradient_norms": torch.stack(norms).tolist(),
+        "gradient_norms": [norm if math.isfinite(norm) else None for norm in torch.stack(norms).tolist()],
         "labels": [
             [int((each["labels"][:, 1:] != -100).sum()) for each in batches[step % len(batches)]]
             for step in range(steps)

@@ -16,6 +16,7 @@ order, which training then amplifies. A comparison that does not see a planted f
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import traceback
@@ -45,8 +46,9 @@ def run(
 
     Returns:
         By run (`curve_data.RUNS`): the reason why it failed, or a dict with the settings and "losses" (each step's
-        mean loss over its labels), "gradient_norms" (Euclidean, of all trained parameters together), "labels" (their
-        numbers, by step and micro-batch), "peak_gib" and "before_gib" (`torch.cuda.max_memory_allocated`, and what was
+        mean loss over its labels), "gradient_norms" (Euclidean, of all trained parameters together; None where it
+        is not finite, and the gradient scaler skips the step), "labels" (their numbers, by step and micro-batch),
+        "peak_gib" and "before_gib" (`torch.cuda.max_memory_allocated`, and what was
         allocated before the first step: weights; None without a GPU), "seconds", "weights" (their source),
         "layers" (what the 4-bit ones are), "parameters" (their number), "text", "hardware", "loss_calls" (of our loss).
 
@@ -118,10 +120,13 @@ def differences(standard: dict, other: dict) -> list[float]:
 
 
 def norm_differences(standard: dict, other: dict) -> list[float]:
-    """|norm - norm| / norm of each step's gradients; raises as `differences` does."""
+    """|norm - norm| / norm of each step's gradients; raises as `differences` does.
+
+    NaN for a step that both runs skipped, infinite for a step that one run skipped.
+    """
     _need_same_training(standard, other)
     norms = zip(standard["gradient_norms"], other["gradient_norms"], strict=other["run"] not in FAULTS)
-    return [abs(a - b) / a for a, b in norms]
+    return [_norm_difference(a, b) for a, b in norms]
 
 
 def pass_means(curve: dict) -> list[float]:
@@ -143,6 +148,12 @@ def title(curve: dict) -> str:
         f"{model}, {curve['weights']}; {kind}, {curve['dtype']}, {optimizer}, "
         f"learning rate {curve['learning_rate']:g}\n{batch}, {curve['text']}; {curve['hardware']}"
     )
+
+
+def _norm_difference(standard: float | None, other: float | None) -> float:
+    if standard is None or other is None:
+        return math.nan if standard is other else math.inf
+    return abs(standard - other) / standard
 
 
 def _need_same_training(standard: dict, other: dict) -> None:

@@ -1,6 +1,7 @@
 """The runs differ in their loss alone, planted faults are seen, and what fails keeps the rest. 1B needs a GPU."""
 
 import json
+import math
 import threading
 
 import pytest
@@ -116,6 +117,7 @@ def test_qlora_with_our_loss_is_the_same_training():
     settings |= {"mode": "qlora", "learning_rate": 0.2}  # the first three steps take a tenth to three of it
     standard, ours = (train(Settings(**settings), name, quiet) for name in RUNS["qlora"])
     assert max(differences(standard, ours)) <= 1e-3 and ours["loss_calls"] == 3
+    assert max(norm_differences(standard, ours)) <= 1e-3
     assert ours["dtype"] == ("float32" if DEVICE == "cpu" else "float16")
     assert "NF4 by patch_linear4bit" in title(ours) and "AdamW" in title(ours)
     assert ours["losses"][-1] < ours["losses"][0] - 0.1
@@ -237,6 +239,18 @@ def test_what_cannot_be_compared_or_set_is_refused():
         run("full", steps=0)
     with pytest.raises(ValueError, match="run must be one of"):
         train(Settings(mode="qlora", **SMALL), SCALED)
+
+
+def test_steps_without_a_finite_norm_reach_the_comparison(tmp_path, monkeypatch):
+    """A step that both runs skip does not count. A step that one run skips differs."""
+    settings = Settings(steps=2, passes=1, **SMALL)
+    norms = iter([torch.tensor(float("inf")), torch.tensor(2.0)])
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: next(norms))
+    curve = train(settings, STANDARD, quiet)
+    assert curve["gradient_norms"] == [None, 2.0]
+    llama_curve.write_json(tmp_path / "out.json", curve)  # refuses NaN and infinity
+    both, one = norm_differences(curve, curve), norm_differences(curve, {**curve, "gradient_norms": [1.0, None]})
+    assert math.isnan(both[0]) and both[1] == 0 and one == [math.inf, math.inf]
 
 
 def test_command_line_takes_every_setting(tmp_path, monkeypatch):
