@@ -8,6 +8,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 from trl import GRPOTrainer
@@ -15,6 +16,7 @@ from trl import GRPOTrainer
 from benchmarks.backprop import grpo
 from benchmarks.backprop.errors import relative_difference
 from benchmarks.models import SEED, random_llama, tiny_llama_config
+from unsloth_puzzles.backprop import compiled
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -24,20 +26,31 @@ BESIDE = {torch.float64: grpo.FullLogitsGRPOTrainer, torch.float32: GRPOTrainer}
 SEQUENCES, PROMPT, COMPLETION, WORDS = 8, 5, 7, 131
 
 
-def differences(device: str) -> Iterator[tuple[torch.dtype, str, float, bool]]:
+def differences(device: str, compile: bool = False) -> Iterator[tuple[torch.dtype, str, float, bool]]:
     """For each combination: the dtype, its name, the largest relative difference, and whether both log the same
-    metrics."""
-    for dtype, plain in BESIDE.items():
-        ours = partial(MemoryEfficientGRPOTrainer, chunk_size=6, compile=False)
+    metrics.
+
+    Args:
+        device: "cpu" or "cuda".
+        compile: Whether our head is compiled. All combinations share its code, which is compiled for each dtype. So
+            each loss type is then compared once, in float64, with ratios per token. Inductor does not search for block
+            sizes: the search takes longer than all comparisons, and block sizes change no formula.
+    """
+    untuned = mock.patch.object(compiled, "_TUNING", ())
+    dtypes, combinations = BESIDE, [*itertools.product(LOSS_TYPES, LEVELS, SETTINGS)]
+    if compile:
+        dtypes, combinations = (torch.float64,), [*itertools.product(LOSS_TYPES, LEVELS[:1], SETTINGS[1:])]
+    for dtype in dtypes:
+        ours = partial(MemoryEfficientGRPOTrainer, chunk_size=6, compile=compile)
         options = {"per_device_train_batch_size": SEQUENCES, "max_completion_length": COMPLETION}
         with tempfile.TemporaryDirectory() as folder:  # the trainers make it, although they save nothing
-            both = [_trainer(make, _policy(dtype, device), folder, options) for make in (ours, plain)]
+            both = [_trainer(make, _policy(dtype, device), folder, options) for make in (ours, BESIDE[dtype])]
             data = _completions(_policy(dtype, device))
-            for loss_type, level, (delta, beta, accumulation) in itertools.product(LOSS_TYPES, LEVELS, SETTINGS):
-                mine, theirs = (_step(one, data, loss_type, level, delta, beta, accumulation) for one in both)
+            for loss_type, level, (delta, beta, accumulation) in combinations:
+                with untuned:
+                    mine, theirs = (_step(one, data, loss_type, level, delta, beta, accumulation) for one in both)
                 values = [[torch.tensor(v) for v in logged.values()] for logged in (mine[2], theirs[2])]
-                pairs = ((mine[0], theirs[0]), (mine[1], theirs[1]), values)
-                apart = max(relative_difference(*pair) for pair in pairs)
+                apart = relative_difference([*mine[0], *mine[1], *values[0]], [*theirs[0], *theirs[1], *values[1]])
                 case = f"{loss_type}, {level}, delta {delta}, beta {beta}, accumulation {accumulation}"
                 yield dtype, case, apart, list(mine[2]) == list(theirs[2])
 
