@@ -503,7 +503,9 @@ if not GPU:
 #
 # **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies, because each size is
 # compiled anew. The figure and the table are drawn from its file, if the file is present, with the file's hardware and
-# date. They are not part of the score. Each blue point is one chunk size of ours.
+# date. They are not part of the score. Each blue point is one chunk size of ours. The file may be older than the code
+# of this notebook. The output above compares ours with Liger at Liger's chunk size in this run. Where the two disagree,
+# the output above holds.
 
 
 # %%
@@ -521,9 +523,7 @@ def measure_errors():
 
 wrong = measure_errors()
 release()
-lines = ["| candidate | dX | dW | loss |", "|---|---|---|---|"]
-lines += [f"| {n} | {e['hidden_states']:.2e} | {e['weight']:.2e} | {e['loss']:.1e} |" for n, e in wrong.items()]
-display(Markdown("\n".join(lines) if wrong else "No candidate's error was measured."))
+display(Markdown(backprop_figures.error_table(wrong)))
 if baselines.EAGER in wrong:
     eager = wrong[baselines.EAGER]
     of = {"dX": (linear_losses.OURS, "hidden_states"), f"{short} dW": (linear_losses.OURS, "weight")}
@@ -558,7 +558,7 @@ else:
 # One line patches a model:
 #
 # ```python
-# with use_memory_efficient_loss(model):   # transformers' Trainer, or a loop; of TRL's SFTTrainer, the trainer
+# with use_memory_efficient_loss(model):  # for TRL's SFTTrainer pass the trainer instead of the model
 #     trainer.train()
 # ```
 #
@@ -586,12 +586,15 @@ for what, check in (("a step", patch_checks.check_step), ("under trainers", patc
 #   hide a wrong scale of the gradients. The norm of all gradients is compared at every step, too.
 # - **QLoRA** uses the kernel of A, float16 with float32 adapters, and AdamW.
 #
-# The limits are 2e-4 (full fine-tuning) and 1e-3 (QLoRA) for a loss, and 1e-4 of itself for a gradient norm of full
-# fine-tuning. QLoRA has no limit for the norms, because float16 rounds the gradients. Its learning rate is 1e-4: with
-# 3e-4, AdamW amplified the rounding of float16 to 8e-4.
+# The limits for a loss are 2e-4 (full fine-tuning) and 1e-3 (QLoRA). The limits for the relative difference of two
+# gradient norms are 1e-4 and 5e-3. A step that both gradient scalers skip, because float16 overflowed, has no norm.
 #
 # The comparison is itself tested. Two faults are planted into our loss: gradients that are 1 % too large, and a mean
-# per chunk. Each must differ from the standard loss by more than 1e-3.
+# per chunk. Each must differ from the standard loss by more than 1e-3. The limit for the norms of QLoRA is half of the
+# first fault, so the norms show a wrong scale that AdamW hides in the losses.
+#
+# The output shows the peak memory of both trainings. The sequences are short, so logits are a small part of it. The
+# measurement at the puzzle's shape above is the one that counts for memory.
 
 # %%
 from benchmarks.backprop import llama_curve
@@ -623,7 +626,7 @@ except Exception as error:
 compared = [mode for mode in CURVES if (mode, STANDARD) in curves and (mode, OURS) in curves]
 is_tiny = any(curve["tiny"] for curve in curves.values())
 LLAMA = "tiny Llama" if is_tiny else "Llama 1B"
-LIMITS = backprop_figures.CURVE_LIMITS  # of a loss
+LIMITS, NORM_LIMITS = backprop_figures.CURVE_LIMITS, backprop_figures.NORM_LIMITS
 apart, norms_apart, learns, match = {}, {}, {}, {}
 for mode in compared:
     standard, ours = curves[mode, STANDARD], curves[mode, OURS]
@@ -637,16 +640,16 @@ for mode in compared:
     learns[f"{name}: the last pass lies at least {LEAST_FALL} below the first"] = means[0] - means[-1] >= LEAST_FALL
     learns[f"{name}: our loss made every loss"] = ours["loss_calls"] == ours["steps"] * ours["accumulation"]
     match[f"{name}: losses within {LIMITS[mode]:.0e}"] = max(apart[mode]) <= LIMITS[mode]
-    if mode == "full":
-        most = backprop_figures.LARGEST_GRADIENT_NORM_DIFFERENCE
-        match[f"{name}: gradient norms within {most:.0e}"] = max(norms_apart[mode]) <= most
+    # A step that both gradient scalers skip is NaN. Without any norm the check fails.
+    largest_gap = max((gap for gap in norms_apart[mode] if not math.isnan(gap)), default=math.inf)
+    match[f"{name}: gradient norms within {NORM_LIMITS[mode]:.0e}"] = largest_gap <= NORM_LIMITS[mode]
     results.add("loss_curve_max_abs_difference", case, max(apart[mode]), "loss")
     results.add("loss_fall", case, means[0] - means[-1], "loss", baselines={"standard loss": theirs[0] - theirs[-1]})
     print(f"{case}, {ours['weights']}: {len(apart[mode])} steps, losses differ by at most {max(apart[mode]):.1e}")
     print("  mean loss of each pass over the batches:", *(f"{mean:.3f}" for mean in means))
-    if all(map(math.isfinite, norms_apart[mode])):  # in float16 a step may overflow, and is left out by the scaler
-        results.add("loss_curve_gradient_norm_difference", case, max(norms_apart[mode]), "relative")
-        print(f"  the gradients' norms differ by at most {max(norms_apart[mode]):.1e} of themselves")
+    if math.isfinite(largest_gap):
+        results.add("loss_curve_gradient_norm_difference", case, largest_gap, "relative")
+        print(f"  the gradients' norms differ by at most {largest_gap:.1e} of themselves")
     if ours["peak_gib"]:
         peaks = {"standard loss": standard["peak_gib"]}
         results.add("training_peak_gib", case, ours["peak_gib"], "GiB", baselines=peaks)
@@ -697,7 +700,9 @@ if compared:
 # **Check 6: every loss type.** The grid has eight loss types, two importance levels, and two settings of delta, beta
 # and gradient accumulation. Loss, every gradient and every metric are compared on the same inputs: in float64 with a
 # plain full-logits trainer (limit 1e-10), in float32 with TRL's fused head (limit 1e-5). The grid and the run below use
-# `compile=False`. The figure times the compiled head, the default on a GPU, and its gradients are compared there.
+# `compile=False`. The compiled head is the default on a GPU. From sm_80 on it is compared once for each loss type, in
+# float64 and without Inductor's search for block sizes. The figure at the end times the compiled head with that search,
+# and compares its gradients in 16 bits.
 
 # %%
 from benchmarks.backprop import grpo, grpo_grid, grpo_head
@@ -713,6 +718,11 @@ for dtype, apart in worst.items():
     results.add("grpo_largest_difference", f"the grid, {SHORT[dtype]}", apart, "relative")
     print(f"{SHORT[dtype]}: largest relative difference over the grid {apart:.1e}")
 judge(results, "GRPO", checks)
+if GPU and not SLOW:
+    compiled = grpo_grid.differences(DEVICE, compile=True)
+    judge(results, "GRPO, the compiled head", {case: same and far <= TIGHT[of] for of, case, far, same in compiled})
+else:
+    print("SKIPPED: the compiled head: left to larger GPUs, where it compiles in less time")
 
 # %% [markdown]
 # **A real GRPO run.** A tiny Llama from fixed-seed weights learns to write vowels. The reward is the share of vowels in
@@ -768,6 +778,11 @@ if runs:
 # than 40 GiB) to the gradients of hidden states and head, for the same clipped loss. "Whole step" is forward, loss and
 # backward of Llama 3.2 1B with gradient checkpointing, without generation. "Full logits" holds all logits in float32.
 # TRL 1.16 has a fused head of its own and does not call Liger's GRPO loss.
+#
+# - **TRL's fused head and ours** need about the same memory and time in the whole step. TRL's has derivatives by hand
+#   for log-probabilities and entropy. Ours also takes other functions.
+# - **Liger's loss** handles one sequence and 4096 tokens of the vocabulary at a time, in many small operators. It
+#   computes the logits twice and multiplies the gradients in float32. "Liger, TF32" allows TF32 in these products.
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:

@@ -19,6 +19,8 @@ from unsloth_puzzles.bench.record import Measurements
 
 BLUE, GRAY, GREEN, ORANGE = "tab:blue", "0.45", "tab:green", "tab:orange"
 CURVE_LIMITS = {"full": LARGEST_FULL_DIFFERENCE, "qlora": LARGEST_LOSS_DIFFERENCE}  # of a loss
+# Relative, of a gradient norm. In float16: half of the planted fault "gradients x 1.01".
+NORM_LIMITS = {"full": LARGEST_GRADIENT_NORM_DIFFERENCE, "qlora": 5e-3}
 LEAST = 1e-8  # what a difference of 0 is drawn at
 Points = list[tuple[int, dict[str, tuple[float, float]]]]  # (size, {candidate: (GiB, ms)})
 
@@ -30,8 +32,7 @@ def head_table(measured: Mapping[str, Mapping[str, Measured]]) -> str:
         measured: By head and candidate.
     """
     names = dict.fromkeys(name for found in measured.values() for name in found)
-    lines = ["| candidate | " + " | ".join(f"{head}, GiB | ms (10 % to 90 %)" for head in measured) + " |"]
-    lines.append("|---" * (1 + 2 * len(measured)) + "|")
+    rows = []
     for name in names:
         cells = [name]
         for found in measured.values():
@@ -41,8 +42,20 @@ def head_table(measured: Mapping[str, Mapping[str, Measured]]) -> str:
                 cells += [f"{one.extra_peak_gib:.3g}", f"{time.median / 1e3:.1f} ({spread})"]
             else:
                 cells += ["", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if measured else "No candidate was measured."
+        rows.append(cells)
+    titles = [title for head in measured for title in (f"{head}, GiB", "ms (10 % to 90 %)")]
+    return table(pandas.DataFrame(rows, columns=["candidate", *titles])) if rows else "No candidate was measured."
+
+
+def error_table(wrong: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: the errors of each candidate.
+
+    Args:
+        wrong: What `errors.gradient_errors` returned for a trained head.
+    """
+    rows = [(n, f"{e['hidden_states']:.2e}", f"{e['weight']:.2e}", f"{e['loss']:.1e}") for n, e in wrong.items()]
+    columns = ["candidate", "dX", "dW", "loss"]
+    return table(pandas.DataFrame(rows, columns=columns)) if rows else "No candidate's error was measured."
 
 
 def swept_points(sweeps: Measurements, metric: str, case: str) -> Points:
@@ -102,14 +115,21 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
             axes.annotate(size, at[OURS], (3, 4), textcoords="offset points", fontsize=8, color=BLUE)
         for name, at in points[0][1].items():  # the baselines have no chunk size of ours: one point each
             if name not in (OURS, FLOOR):
-                color, below = (GREEN, True) if name == LIGER else (ORANGE, False)
-                axes.plot(*at, "D" if below else "s", color=color)
-                on_left = below or at[0] > 10
-                style = {"ha": "right", "va": "top"} if on_left else {"va": "center"}
-                shift = (-5, -4) if on_left else (8, 0)
+                color, marker = (GREEN, "D") if name == LIGER else (ORANGE, "s")
+                axes.plot(*at, marker, color=color, zorder=3)
+                if name == LIGER:  # its neighbours leave no room beside it: the label lies below all curves
+                    lowest = min(at[FLOOR][1] for _, at in points)
+                    line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 4}
+                    style = {"ha": "center", "va": "top", "color": color, "arrowprops": line}
+                    axes.annotate(name, at, (at[0], 0.9 * lowest), fontsize=9, **style)
+                    continue
+                style = {"ha": "right", "va": "top"} if at[0] > 10 else {"va": "center"}
+                shift = (-5, -4) if at[0] > 10 else (8, 0)
                 axes.annotate(name, at, shift, textcoords="offset points", fontsize=9, color=color, **style)
         peaks = [peak for _, at in points for peak, _ in at.values()]
         axes.set_xlim(0.6 * min(peaks), 1.5 * max(peaks))
+        times = [time for _, at in points for _, time in at.values()]
+        axes.set_ylim(0.75 * min(times), 1.15 * max(times))
         axes.set(xlabel="extra peak memory, GiB", ylabel="forward + backward, ms", title=head)
         _plain_log(axes.xaxis, (1, 2, 5))
         _plain_log(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 7, 8))
@@ -157,7 +177,7 @@ def curve_figure(
         curves: By (mode, run), what `llama_curve.run` returned.
         names: Of the modes that were compared.
         apart: By mode, the differences of the losses.
-        norms_apart: By mode, the relative differences of the gradients' norms.
+        norms_apart: By mode, the relative differences of the gradients' norms. NaN is not drawn.
         faults: The differences of the losses with a planted fault, in mode "full".
         where: Model, weights, hardware and date.
 
@@ -183,19 +203,15 @@ def curve_figure(
             place = {"textcoords": "offset points", "fontsize": 8, "color": GRAY, "va": "center"}
             above = gaps[-1] == max(other[-1] for other in faults.values())  # so that the labels lie apart
             middle.annotate(f"planted: {fault}", (steps[-1], max(gaps[-1], LEAST)), (4, 7 if above else -7), **place)
-        limit = CURVE_LIMITS[mode]
-        middle.axhline(limit, color="black", linestyle=":", linewidth=1)
-        place = {"textcoords": "offset points", "fontsize": 8, "ha": "right"}
-        middle.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, 3), **place)
         lower.plot(shown, [max(gap, LEAST) for gap in norms_apart[mode]], ".-", color=BLUE)
-        if mode == "full":
-            limit = LARGEST_GRADIENT_NORM_DIFFERENCE
-            lower.axhline(limit, color="black", linestyle=":", linewidth=1)
-            lower.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, -10), **place)
+        for axes, limit in ((middle, CURVE_LIMITS[mode]), (lower, NORM_LIMITS[mode])):
+            axes.axhline(limit, color="black", linestyle=":", linewidth=1)
+            place = {"textcoords": "offset points", "fontsize": 8, "ha": "right"}
+            axes.annotate(f"limit {limit:.0e}", (shown[-1], limit), (0, 3), **place)
         upper.set_title(f"{names[mode]}, {ours['dtype']}", fontsize=10)
         upper.set_ylabel("loss, nats a token")
         middle.set(ylabel="difference of losses,\nnats (0 drawn at 1e-8)", yscale="log", ylim=(LEAST / 2, 3))
-        lower.set(xlabel="step", ylabel="relative difference\nof gradient norms", yscale="log", ylim=(LEAST / 2, 3e-3))
+        lower.set(xlabel="step", ylabel="relative difference\nof gradient norms", yscale="log", ylim=(LEAST / 2, 0.2))
     largest = ", ".join(f"{max(apart[mode]):.1e} ({names[mode]})" for mode in apart)
     figure.suptitle(f"Largest difference between standard loss and ours: {largest}\n{where}", fontsize=10)
     figure.align_ylabels()
@@ -253,7 +269,9 @@ def grpo_memory_figure(measured: Mapping[str, Mapping[str, dict]], ours: str, wh
         axes.set(xlabel="extra peak memory, GiB", title=part)
         axes.set_xlim(0, 1.6 * max(one["peak_gib"] for one in found.values()))
         if ours in found and FULL in found:
-            messages.append(f"{found[ours]['peak_gib'] / found[FULL]['peak_gib']:.0%} ({part})")
-    message = f"Our share of full logits' memory: {', '.join(messages)}" if messages else "GRPO's memory"
+            full = found[FULL]["peak_gib"]
+            shares = (f"{name} {found[name]['peak_gib'] / full:.0%}" for name in (ours, TRL) if name in found)
+            messages.append(f"{', '.join(shares)} ({part})")
+    message = f"Share of full logits' memory: {'; '.join(messages)}" if messages else "GRPO's memory"
     figure.suptitle(f"{message}\n{where}", fontsize=10)
     return figure

@@ -7,6 +7,7 @@ from benchmarks.backprop import plain_losses
 from benchmarks.backprop.baselines import FLOOR, LIGER
 from benchmarks.backprop.figures import (
     curve_figure,
+    error_table,
     frontier_figure,
     grpo_memory_figure,
     head_table,
@@ -49,7 +50,11 @@ def test_tables_leave_a_cell_empty_where_nothing_was_measured():
     time = Timing(2000.0, 1000.0, 3000.0, 5)
     table = head_table({"trained": {OURS: Measured(1.5, time)}, "frozen": {}}).splitlines()
     assert table[2] == f"| {OURS} | 1.5 | 2.0 (1.0 to 3.0) |  |  |"
-    assert head_table({}) == "No candidate was measured."
+    assert table[0] == "| candidate | trained, GiB | ms (10 % to 90 %) | frozen, GiB | ms (10 % to 90 %) |"
+    assert head_table({}) == head_table({"trained": {}}) == "No candidate was measured."
+    errors = error_table({OURS: {"hidden_states": 0.1, "weight": 0.2, "loss": 0.3}}).splitlines()
+    assert errors[0] == "| candidate | dX | dW | loss |" and errors[2] == f"| {OURS} | 1.00e-01 | 2.00e-01 | 3.0e-01 |"
+    assert error_table({}) == "No candidate's error was measured."
     assert vocabulary_table([(8, {OURS: (1.0, 2.0)})], (OURS, LIGER)).splitlines()[2] == "| 8 | 1.00 GiB, 2.0 ms |  |"
 
 
@@ -63,7 +68,9 @@ def test_curves_and_grpo_say_their_message():
     assert "first 1 of 2 steps" in axes.get_title()
     found = {name: {"peak_gib": gib, "time": Timing(1.0, 1.0, 1.0, 1)} for name, gib in (("ours", 1.0), ("TRL", 2.0))}
     found["full logits"] = {**found["ours"], "peak_gib": 10.0}
-    assert "10% (head only)" in grpo_memory_figure({"head only": found}, "ours", "GPU").get_suptitle()
+    assert "ours 10%, TRL 20% (head only)" in grpo_memory_figure({"head only": found}, "ours", "GPU").get_suptitle()
+    del found["TRL"]
+    assert "memory: ours 10% (whole step)" in grpo_memory_figure({"whole step": found}, "ours", "GPU").get_suptitle()
 
 
 def test_liger_rows_at_the_reference_shape():
