@@ -29,6 +29,7 @@ VARIANTS = {  # (group, name): the first of a group is what the others differ fr
 }
 UNALIGNED = ("inline PTX", "1 byte per thread (unaligned memory)")
 DEFAULT = next(iter(VARIANTS))
+NO_HINTS = ("inline PTX", "no eviction hints")
 
 
 def measure(
@@ -59,6 +60,17 @@ def faster_than_default(timings: dict[tuple[str, str], Timing]) -> list[str]:
     """The exact variants whose 90th percentile lies below the default's 10th."""
     exact = [name for name in timings if name not in VARIANTS or not VARIANTS[name].fp_fusion]
     return [", ".join(name) for name in exact if timings[name].high < timings[DEFAULT].low]
+
+
+def summary(timings: dict[tuple[str, str], Timing]) -> list[str]:
+    """What a shape's timings say: a line on the eviction hints, and one on the variants that are faster."""
+    default, without = timings[DEFAULT], timings[NO_HINTS]
+    faster = "; ".join(faster_than_default(timings)) or "none"
+    spread = f"{without.low / default.high:.3f} to {without.high / default.low:.3f}"
+    return [
+        f"without eviction hints {without.median / default.median:.3f}x the default's time ({spread})",
+        f"exact variants faster than the default beyond the spread: {faster}",
+    ]
 
 
 def _with_config(layer, config: Config) -> torch.Tensor:

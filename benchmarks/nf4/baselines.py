@@ -30,8 +30,8 @@ def peft_dequantize(layer) -> torch.Tensor:
 def three_launches(layer) -> torch.Tensor:
     """De-quantise as Unsloth did when the puzzle was set: absmax, add the offset, weights; three kernels, two buffers.
 
-    The host does no more than Unsloth's own code: the C functions of bitsandbytes are looked up once, each attribute is
-    read once, and the device is switched only if it is not the current one.
+    The host code is short: the C functions of bitsandbytes are looked up once, each attribute is read once, and the
+    device is switched only if it is not the current one.
     """
     weight = layer.weight
     packed, state = weight.data, weight.quant_state

@@ -5,7 +5,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.nf4 import figures
-from benchmarks.nf4.ablation import DEFAULT, UNALIGNED, VARIANTS, faster_than_default
+from benchmarks.nf4.ablation import NO_HINTS, UNALIGNED, VARIANTS, faster_than_default, summary
 from benchmarks.nf4.baselines import THREE_LAUNCHES
 from unsloth_puzzles.bench.hardware import probe
 from unsloth_puzzles.bench.record import Measurements
@@ -62,7 +62,9 @@ def test_ablation_names_no_winner_that_is_not_exact(results, other, said):
     figure = figures.ablation({"a shape": timings}, WHERE)
     assert figure.get_suptitle().startswith(said)
     assert len(faster_than_default(timings)) == (other < 1)
-    assert timings[DEFAULT].median == 1.0
+    assert summary(timings)[1].endswith("none") == (other > 1)
+    timings[NO_HINTS] = Timing(1.2, 1.1, 1.32, 5)
+    assert summary(timings)[0] == "without eviction hints 1.200x the default's time (1.000 to 1.467)"
 
 
 def test_linear_says_from_which_rows_on_ours_is_not_slower(results):
