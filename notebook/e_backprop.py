@@ -593,8 +593,9 @@ for what, check in (("a step", patch_checks.check_step), ("under trainers", patc
 # per chunk. Each must differ from the standard loss by more than 1e-3. The limit for the norms of QLoRA is half of the
 # first fault, so the norms show a wrong scale that AdamW hides in the losses.
 #
-# The output shows the peak memory of both trainings. The sequences are short, so logits are a small part of it. The
-# measurement at the puzzle's shape above is the one that counts for memory.
+# The output shows the peak memory of both trainings. The sequences are short, so weights, gradients and activations
+# take most of it, and logits a small part. The measurement at the puzzle's shape above is the one that counts for
+# memory.
 
 # %%
 from benchmarks.backprop import llama_curve
