@@ -20,6 +20,7 @@ from benchmarks.backprop.curve_data import (
     make_batches,
 )
 from benchmarks.backprop.curve_training import train
+from benchmarks.backprop.figures import CURVE_LIMITS, NORM_LIMITS
 from benchmarks.backprop.llama_curve import differences, norm_differences, pass_means, run, title
 from benchmarks.models import random_llama, tiny_llama_config
 
@@ -112,7 +113,7 @@ def test_gradient_norm_is_that_of_all_gradients_together():
     assert curve["gradient_norms"] == [pytest.approx(exact, rel=1e-5)]
 
 
-def test_qlora_with_our_loss_is_the_same_training():
+def test_qlora_with_our_loss_is_the_same_training_and_its_norms_show_a_wrong_scale(monkeypatch):
     settings = {**SMALL, "batch": 1, "length": 16, "chunk_size": 5, "accumulation": 1, "steps": 3, "passes": 3}
     settings |= {"mode": "qlora", "learning_rate": 0.2}  # the first three steps take a tenth to three of it
     standard, ours = (train(Settings(**settings), name, quiet) for name in RUNS["qlora"])
@@ -121,6 +122,19 @@ def test_qlora_with_our_loss_is_the_same_training():
     assert ours["dtype"] == ("float32" if DEVICE == "cpu" else "float16")
     assert "NF4 by patch_linear4bit" in title(ours) and "AdamW" in title(ours)
     assert ours["losses"][-1] < ours["losses"][0] - 0.1
+
+    from unsloth_puzzles.backprop import trainer as hook
+
+    right = hook.memory_efficient_linear
+
+    def scaled(*given, **options):
+        loss = right(*given, **options)
+        return loss.detach() + 1.01 * (loss - loss.detach())
+
+    monkeypatch.setattr(hook, "memory_efficient_linear", scaled)
+    wrong = train(Settings(**settings), OURS, quiet)
+    assert max(differences(standard, wrong)) <= CURVE_LIMITS["qlora"]  # AdamW hides it
+    assert min(norm_differences(standard, wrong)) > NORM_LIMITS["qlora"]
 
 
 @pytest.mark.parametrize("mutation", ["per micro-batch mean", "labels not shifted"])
