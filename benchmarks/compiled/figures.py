@@ -1,5 +1,6 @@
 """Tables and figures of QLoRA steps, from what `steps.measure` returns."""
 
+import math
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -43,6 +44,18 @@ def steps_table(runs: Mapping[str, dict], failed: Mapping[str, str]) -> str:
         rows.append((*cells, run["compilations"], f"{run['compile_seconds']:.0f}"))
     rows += [(name, f"FAILED: {reason}", *[""] * (len(heads) - 2)) for name, reason in failed.items()]
     return table(pandas.DataFrame(rows, columns=heads))
+
+
+def recovery(run: dict, other: dict) -> str:
+    """What compiling costs once, and after how many steps the saved GPU time recovers it.
+
+    Args:
+        run: compiled and profiled. Its first two steps compile.
+        other: the uncompiled run, profiled.
+    """
+    spent, saved = sum(run["step_ms"][:2]) - sum(other["step_ms"][:2]), busy_ms(other) - busy_ms(run)
+    after = f"it is recovered after {math.ceil(spent / saved)} steps" if saved > 0 else "it is not recovered"
+    return f"compiling costs {spent / 1e3:.0f} s once and saves {saved:.1f} ms of GPU time a step: {after}"
 
 
 def products_table(products: list[dict], largest: int = 4) -> str:

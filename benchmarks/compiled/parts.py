@@ -1,4 +1,4 @@
-"""Which part of the model each compiled graph holds, by the operators that Inductor received."""
+"""Which part of the model each compiled graph holds, by the operators that Inductor received, and Dynamo's limits."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -38,12 +38,15 @@ OPERATORS = {  # part: (the captured functions that hold it, {feature: the opera
 }
 
 
+NAMES = {"run_": "loss"}  # functions that are numbered ("run_0"), by the beginning of their name: what they compute
+
+
 @dataclass
 class Part:
     """Where a part was compiled.
 
     Attributes:
-        functions: the captured functions, by name.
+        functions: the captured functions, by name, or as `NAMES` calls them.
         operators: those of its operators that were found, with how often each occurs.
         checks: {"feature in function": whether it was found}.
         compilations: Inductor's, of these functions.
@@ -71,11 +74,26 @@ def find_parts(captures: Iterable[Capture], on_gpu: bool) -> dict[str, Part]:
             for feature, names in features.items():
                 wanted = [name for name in names if part != "attention" or name.startswith("flex") == on_gpu]
                 found = {name: operators[name] for name in wanted if operators[name]}
-                checks[f"{feature} in {function}"] = bool(found)
+                checks[f"{feature} in {NAMES.get(function, function)}"] = bool(found)
                 shown.update(found)
-        names = list(dict.fromkeys(one.name for one in of))
+        names = list(dict.fromkeys(_shown(one.name) for one in of))
         parts[part] = Part(names, dict(shown), checks, sum(one.compilations for one in of))
     return parts
+
+
+def _shown(name: str) -> str:
+    return next((shown for beginning, shown in NAMES.items() if name.startswith(beginning)), name)
+
+
+def limits_in_words(limits: dict) -> str:
+    """Dynamo's limits, a sentence.
+
+    Args:
+        limits: "suppress_errors", "recompile_limit" and "accumulated_recompile_limit", as `trainer.measure` gives them.
+    """
+    errors = "hides" if limits["suppress_errors"] else "raises"
+    times = f"{limits['recompile_limit']} times for one module and {limits['accumulated_recompile_limit']} times in all"
+    return f"Dynamo {errors} errors of the compiler and may compile a function {times}"
 
 
 def parts_table(parts: dict[str, Part]) -> str:

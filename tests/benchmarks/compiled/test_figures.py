@@ -3,8 +3,8 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks.compiled.figures import busy_ms, memory_figure, parity_figure, products_table, steps_table
-from benchmarks.compiled.parts import OPERATORS, find_parts, parts_table
+from benchmarks.compiled.figures import busy_ms, memory_figure, parity_figure, products_table, recovery, steps_table
+from benchmarks.compiled.parts import OPERATORS, find_parts, limits_in_words, parts_table
 from unsloth_puzzles.bench.compilations import Capture
 
 
@@ -34,6 +34,14 @@ def test_steps_table_has_both_times_and_failures():
 def test_gpu_time_leaves_copies_out_and_is_unknown_without_profile():
     assert busy_ms(step_run("eager", 20.0, 4.0, 12.0)) == 12.0
     assert busy_ms(step_run("eager", 20.0, 4.0)) is None
+
+
+def test_recovery_counts_gpu_time():
+    eager, compiled = step_run("eager", 20.0, 4.0, 12.0), step_run("compiled", 10.0, 1.0, 8.0)
+    compiled["step_ms"][:2] = [2000.0, 1000.0]
+    said = "compiling costs 2 s once and saves 4.0 ms of GPU time a step: it is recovered after 520 steps"
+    assert recovery(compiled, eager) == said
+    assert recovery(eager, compiled).endswith("saves -4.0 ms of GPU time a step: it is not recovered")
 
 
 def test_products_table_has_the_largest_gains_of_triton():
@@ -70,7 +78,15 @@ def test_parts_are_found_by_their_operators():
     parts = find_parts([layer, norm, loss], on_gpu=True)
     assert parts.keys() == OPERATORS.keys() and all(all(part.checks.values()) for part in parts.values())
     assert parts["attention"].operators == {"flex_attention": 2, "flex_attention_backward": 2}
+    assert parts["loss"].functions == ["loss"] and "exponential in loss" in parts["loss"].checks
     assert parts["layer norms"].compilations == 3 and parts["layer norms"].operators == {"aten.rsqrt": 4}
     assert parts_table(parts).count("\n") == 1 + len(parts)
     missing = find_parts([norm], on_gpu=False)
     assert not any(missing["MLP"].checks.values()) and missing["MLP"].compilations == 0
+
+
+def test_limits_are_said_in_words():
+    said = limits_in_words({"suppress_errors": False, "recompile_limit": 8, "accumulated_recompile_limit": 256})
+    assert said == (
+        "Dynamo raises errors of the compiler and may compile a function 8 times for one module and 256 times in all"
+    )
