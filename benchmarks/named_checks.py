@@ -27,7 +27,7 @@ def judge(results: Measurements, case: str, checks: Mapping[str, bool]) -> None:
 def grouped(names: list[str]) -> list[str]:
     """The names; of more than MOST the parts that several share, each with how many names share it.
 
-    "causal, 77 rows" and "causal, 256 rows" become "causal (2)". A name is split at its first ": ", or else at its
+    "causal, length 77" and "causal, length 256" become "causal (2)". A name is split at its first ": ", or else at its
     first ", ". Of both sides the one with more groups is shown, as long as these are at most MOST.
     """
     if len(names) <= MOST:

@@ -44,8 +44,8 @@ class Checked:
 
 @dataclass
 class FlexChecked:
-    """`checks`: by "static", "dynamic", "windows" and "packed", {name: whether it holds}. `counts`: what was compiled.
-    `lengths`: those of the sequences, in turn."""
+    """`checks`: by "static", "dynamic", "windows" and "packed", {name: whether it holds}; "static" has the first three
+    calls of "dynamic". `counts`: what was compiled. `lengths`: those of the sequences, in turn."""
 
     checks: dict[str, dict[str, bool]]
     counts: Counts
@@ -60,14 +60,13 @@ class Inputs:
 
     def draw(self, length: int, heads: int = 4, kv_heads: int = 2, size: int = 2, width: int = 64):
         """([query, key, value], documents): (size, heads, length, width) each, and (size, length) integers."""
-        shapes = [(heads, length), (kv_heads, length), (kv_heads, length)]
-        data = [torch.randn(size, n, rows, width, generator=self.generator) for n, rows in shapes]
+        data = [torch.randn(size, n, length, width, generator=self.generator) for n in (heads, kv_heads, kv_heads)]
         documents = (torch.rand(size, length, generator=self.generator) < 8 / length).cumsum(-1)
         return [tensor.to(self.device, self.dtype) for tensor in data], documents.to(self.device)
 
 
-def check_backends(device: str, dtype: torch.dtype, rows: Iterable[int]) -> dict[str, Checked]:
-    """Each request on each backend at each number of `rows`; what a backend cannot do it must refuse by name.
+def check_backends(device: str, dtype: torch.dtype, lengths: Iterable[int]) -> dict[str, Checked]:
+    """Each request on each backend at each of `lengths`; what a backend cannot do it must refuse by name.
 
     On a GPU below sm_80 flash attention must be refused by name, which is its one check there.
     """
@@ -80,42 +79,43 @@ def check_backends(device: str, dtype: torch.dtype, rows: Iterable[int]) -> dict
             continue
         inputs = Inputs(device, dtype)
         for name, request in REQUESTS.items():
-            for length in rows:
+            for length in lengths:
                 data, documents = inputs.draw(length)
                 asked = {**request, **({"documents": documents} if "documents" in request else {})}
                 if backend in REFUSED.get(name, ()):
                     checked.checks[f"{name}: refused by name"] = _refuses_request(data, backend, asked)
                     continue
                 beside = None if "soft_cap" in asked or backend == "sdpa" else checked.beside_sdpa
-                checked.checks[f"{name}, {length} rows"] = close(data, backend, asked, beside)
+                checked.checks[f"{name}, length {length}"] = close(data, backend, asked, beside)
     return found
 
 
 def check_flex(device: str, dtype: torch.dtype) -> FlexChecked:
     """Flex attention over 52 lengths from 1 to 4096 (five short ones on a CPU), windows and packing varied as well.
 
-    Afterwards lengths never seen must not compile anything: `fail_on_recompile` would raise.
+    Afterwards three additional lengths with another window must not compile anything: `fail_on_recompile` would raise.
     """
     inputs, checks = Inputs(device, dtype), {"static": {}, "dynamic": {}, "windows": {}, "packed": {}}
     drawn = torch.randint(2, 4096, (LENGTHS,), generator=inputs.generator).tolist()
     lengths = [1, 4096, *drawn] if capability(device) else [1, 300, 40, 129, 64]
 
-    def step(rows: int, window: int | None, packed: bool, kinds: list[str]) -> None:
-        data, documents = inputs.draw(rows)
+    def step(length: int, window: int | None, packed: bool, kinds: list[str]) -> None:
+        data, documents = inputs.draw(length)
         asked = {"window": window, **({"documents": documents} if packed else {})}
         good = close(data, "flex", asked)
         for kind in kinds:
-            checks[kind][f"{rows} rows, window {window}, {'packed' if packed else 'one document'}"] = good
+            shown = f"window {window}" if window else "no window"
+            checks[kind][f"length {length}, {shown}, {'packed' if packed else 'one document'}"] = good
 
     torch._dynamo.reset()
     with count_compilations() as counts:
-        for number, rows in enumerate(lengths):
+        for number, length in enumerate(lengths):
             window, packed = WINDOWS[number % 3], number % 2 == 0
             kinds = ["dynamic"] + ["windows"] * (window is not None) + ["packed"] * packed + ["static"] * (number < 3)
-            step(rows, window, packed, kinds)
+            step(length, window, packed, kinds)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for rows in (3, 111, 333):
-            step(rows, 17, True, ["dynamic", "windows", "packed"])
+        for length in (3, 111, 333):
+            step(length, 17, True, ["dynamic", "windows", "packed"])
     return FlexChecked(checks, counts, lengths)
 
 

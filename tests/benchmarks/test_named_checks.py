@@ -20,10 +20,10 @@ def test_passed_and_failed_names_are_printed(tmp_path, capsys, monkeypatch):
 
 
 def test_a_long_list_is_grouped_by_the_side_that_says_more():
-    names = [f"{kind}, {rows} rows" for kind in ("causal", "window", "packed") for rows in range(5)]
+    names = [f"{kind}, length {length}" for kind in ("causal", "window", "packed") for length in range(5)]
     assert grouped(names[:MOST]) == names[:MOST]
-    assert grouped(names) == [f"{rows} rows (3)" for rows in range(5)]
-    many = [f"{rows} rows, {kind}" for rows in range(20) for kind in ("window 3, packed", "plain")]
+    assert grouped(names) == [f"length {length} (3)" for length in range(5)]
+    many = [f"length {length}, {kind}" for length in range(20) for kind in ("window 3, packed", "plain")]
     assert grouped([*many, "no graph"]) == ["window 3, packed (20)", "plain (20)", "no graph"]
     features = [f"{n}: {what}" for n in range(15) for what in ("losses, norms", "bytes")]
     assert grouped(features) == ["losses, norms (15)", "bytes (15)"]
