@@ -18,13 +18,13 @@ from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from benchmarks.classification.baselines import Score, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
+from benchmarks.progress import SILENCE, Progress
 from unsloth_puzzles.classification.adapters import add_adapters, load_trained, save_classifier
 from unsloth_puzzles.classification.load import load_classifier
 from unsloth_puzzles.classification.losses import class_weights, weigh_classes
@@ -34,7 +34,6 @@ from unsloth_puzzles.nf4 import patch_linear4bit
 WAYS = ("transformers", "patched", "compiled")
 RANK, LEARNING_RATE = 16, 5e-4
 MAX_LENGTH = 64
-SILENCE = 20  # seconds without a line of progress
 
 
 @dataclasses.dataclass
@@ -143,18 +142,6 @@ def predict(model, tokenizer, examples: Sequence[Example], batch_size: int = 32)
             spoken = time.monotonic()
             print(f"... {len(found)} of {len(rows)} texts scored", flush=True)
     return torch.stack([found[index] for index in range(len(rows))])
-
-
-class Progress(TrainerCallback):
-    """Prints step and loss every `SILENCE` seconds."""
-
-    def __init__(self, name: str):
-        self._name, self._spoken = name, time.monotonic()
-
-    def on_log(self, args, state, control, logs=None, **unused):
-        if "loss" in (logs or {}) and time.monotonic() - self._spoken > SILENCE:
-            self._spoken = time.monotonic()
-            print(f"... {self._name}: step {state.global_step} of {state.max_steps}, {logs['loss']:.3f}", flush=True)
 
 
 def _equal_when_reloaded(model, tokenizer, few: Sequence[Example], folder: str, device) -> bool:

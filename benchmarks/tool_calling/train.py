@@ -48,8 +48,9 @@ def fine_tune(
         The PEFT model, and the losses as a list of (step, loss).
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+    from benchmarks.progress import Progress
     from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
     set_seed(seed)
@@ -86,7 +87,9 @@ def fine_tune(
             seed=seed,
         )
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+        progress = [Progress("training")]
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
+        trainer.remove_callback(PrinterCallback)
         with use_memory_efficient_loss(trainer):  # a batch's logits would take gigabytes on a T4
             trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
