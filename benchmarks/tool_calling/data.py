@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pandas
+
 from benchmarks.tool_calling import wordings
 from benchmarks.tool_calling.aliases import aliased, renamed
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from benchmarks.tool_calling.wordings import number_pair, words_apart
+from unsloth_puzzles.bench import markdown
 from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
 
 OFFERED = (3, 4)  # how many tools are on offer
@@ -114,12 +117,12 @@ _KINDS_OF_ARGUMENTS = {"text": "word", "word": "word", "item": "item"} | dict.fr
 
 def summary(questions: Sequence[Question]) -> str:
     """A Markdown table of the kinds: how many questions, texts and wordings."""
-    lines = ["| kind | questions | different texts | wordings |", "|---|---|---|---|"]
+    rows = []
     for kind in dict.fromkeys(question.kind for question in questions):
         of = [question for question in questions if question.kind == kind]
         wordings_of = {wording for question in of for wording, _ in question.parts}
-        lines.append(f"| {kind} | {len(of)} | {len({question.text for question in of})} | {len(wordings_of)} |")
-    return "\n".join(lines)
+        rows.append((kind, len(of), len({question.text for question in of}), len(wordings_of)))
+    return markdown.table(pandas.DataFrame(rows, columns=["kind", "questions", "different texts", "wordings"]))
 
 
 @cache

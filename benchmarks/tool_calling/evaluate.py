@@ -8,7 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pandas
+
 from benchmarks.tool_calling.data import Question, all_tools, expected_results, for_format
+from unsloth_puzzles.bench import markdown
 from unsloth_puzzles.tool_calling.conversation import Conversation, run_conversations
 from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
 
@@ -131,7 +134,5 @@ def table(reports: dict[str, dict[str, Share]]) -> str:
     """A Markdown table: a metric a row, a report a column."""
     names = dict.fromkeys(name for report in reports.values() for name in report)
     ordered = [*(name for name in METRICS if name in names), *sorted(set(names) - set(METRICS))]
-    lines = [f"| | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {n} | {' | '.join(str(r[n]) if n in r else '' for r in reports.values())} |" for n in ordered)]
-    )
+    columns = {when: [str(report.get(name, "")) for name in ordered] for when, report in reports.items()}
+    return markdown.table(pandas.DataFrame({"metric": ordered, **columns}))

@@ -28,12 +28,13 @@ def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str,
             low, high = share.interval
             axes.vlines(place, low, high, color="black")
     counts = [report["after"][name].count for name in shown]
-    names = [*METRICS, "exact call,\nheld-out tool"]
+    names = [*METRICS, "exact call,\nheld-out tool"]  # whose questions count in no other bar
     axes.set_xticks(range(len(shown)), [f"{name}\nn = {n}" for name, n in zip(names, counts, strict=True)])
     axes.set(ylim=(0, 1.2), ylabel="share of held-out questions\n(lines: Wilson's 95 % intervals)")
     before, after = (report[when]["exact call"] for when in ("before", "after"))
     change = "rise" if after.value > before.value else "change"
-    title = f"Exact calls {change} from {before.value:.0%} to {after.value:.0%} of {after.count} held-out questions"
+    questions = f"{after.count} held-out questions on known tools"
+    title = f"Exact calls {change} from {before.value:.0%} to {after.value:.0%} of {questions}"
     axes.set_title(f"{title}\n{of_what}", fontsize=10)
     axes.legend(loc="upper left", ncol=2)
     figure.savefig(path, dpi=110)
