@@ -484,8 +484,8 @@ if found:
 #
 # The model is a tiny Llama with random weights. Its checkpoint is saved like public 4-bit checkpoints. The table shows
 # the behaviour of transformers and PEFT beside ours. The limit for ours is 1e-5, for float32 rounding. Compare the two
-# losses of an accumulation within a column: the columns differ in their heads and, except in a regression, in class
-# weights.
+# losses of an accumulation within a column. The columns are not the same experiment: ours has class weights, except in
+# the regression.
 #
 # Then three ways train the same model in float32: transformers with bitsandbytes and PEFT, ours with the kernel of
 # section A, and ours compiled. The check counts the calls of the kernel: at least one for each layer and step. It saves
