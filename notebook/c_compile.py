@@ -274,7 +274,7 @@ else:
 # The baseline is unmodified transformers, PEFT and bitsandbytes. Both have adapters of rank 16 under all linear layers
 # and fused AdamW. A timed step has 4 x 2048 tokens in bfloat16, on a T4 2 x 1024 in float16. The first four steps of
 # every run have four different lengths, so every count of compilations covers dynamic lengths. All later steps have
-# one length, and the second half of the steps is timed. The table has two times:
+# one length, and the second half of the steps is timed. A CPU makes the first four steps only. The table has two times:
 #
 # - **step**: from the beginning to the end of a step on the GPU's clock, while the host continues with the next step. A
 #   slow host increases this time.
@@ -295,7 +295,7 @@ else:
 # compiled run is twice the largest difference among the uncompiled runs.
 
 # %%
-rows, longest, steps = (size, length, 8 if OLD else 20) if GPU else (2, 40, 8)
+rows, longest, steps = (size, length, 8 if OLD else 20) if GPU else (2, 24, 4)
 varied = (longest, 3 * longest // 4, 5 * longest // 8 + 1, 7 * longest // 8)  # the longest first, one of them odd
 shape = {"batch": rows, "lengths": varied + (longest,) * (steps - len(varied))}
 NAME = str(SIXTEEN).removeprefix("torch.") if GPU else "float32"
