@@ -160,13 +160,18 @@ def test_parameter_exchanged_or_frozen_before_backward_is_refused(change):
         loss.backward()
 
 
-@pytest.mark.parametrize("change", ["mode", "value"])
+@pytest.mark.parametrize("change", ["mode", "mode inside", "scale of adapters", "value"])
 def test_layer_changed_before_backward_is_refused(change):
     layers = make()
+    layers[0].trained.scaling = {"default": 1.0}  # as PEFT's layers have it
     checkpoint_inputs(layers)
     loss = layers[0](torch.ones(2, 6, requires_grad=True)).sum()
     if change == "mode":
         layers[0].eval()
+    elif change == "mode inside":
+        layers[0].trained.eval()
+    elif change == "scale of adapters":
+        layers[0].trained.scaling["default"] = 3.0
     else:
         with torch.no_grad():
             layers[0].trained.weight.mul_(2)

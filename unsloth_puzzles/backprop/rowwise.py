@@ -17,6 +17,7 @@ from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.results import check_leaves, check_rows
 from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.backprop.saved_tensors import no_saved_tensor_hooks
+from unsloth_puzzles.backprop.switches import switches
 
 
 @dataclass
@@ -79,6 +80,7 @@ class _RowByRow(torch.autograd.Function):
     def forward(ctx, call, again, X, labels, *tensors):
         ctx.set_materialize_grads(False)
         results, ctx.kept = row_results(call)
+        ctx.switches = None if len(ctx.kept.chunks) == len(call.spans) else switches(again.linear.modules())
         results = tuple(result.view(*X.shape[:-1], *result.shape[1:]) for result in results)
         ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
         # The frozen parameters only so that autograd notices if they change before the backward.
@@ -92,6 +94,11 @@ class _RowByRow(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph must be False, got True: the gradient has no derivative")
         linear, function, options, operands, constants, wanted, autocast = ctx.again
+        if ctx.switches not in (None, switches(linear.modules())):
+            raise RuntimeError(
+                f"linear must be as in its forward, which the backward repeats, got a {type(linear).__name__} that was "
+                "switched since between train() and eval() or to other adapters or scales; call backward() before"
+            )
         X, labels, *saved = ctx.saved_tensors
         # zip ends with `constants`: what was saved behind are the frozen parameters
         tensors = tuple(other if given is None else given for given, other in zip(saved, constants, strict=False))

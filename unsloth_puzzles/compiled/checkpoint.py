@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth_puzzles.backprop.rng import RandomStates
+from unsloth_puzzles.backprop.switches import switches
 from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.compiled.offload import Store
 from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
@@ -142,7 +143,8 @@ class _Checkpoint(torch.autograd.Function):
         if _state(ctx.layer, ctx.parameters) != ctx.state:
             raise RuntimeError(
                 f"{type(ctx.layer).__name__} must be as in its forward, which the backward repeats, got one that was "
-                "switched between train() and eval() or whose parameters were changed in place"
+                "switched between train() and eval() or to other adapters or scales, or whose parameters were changed "
+                "in place"
             )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
@@ -161,9 +163,9 @@ class _Checkpoint(torch.autograd.Function):
         return None, None, None, *map(found.get, inputs)  # None: of an adapter that is not active, for one
 
 
-def _state(layer: torch.nn.Module, parameters: tuple[torch.nn.Parameter, ...]) -> tuple:
+def _state(layer: torch.nn.Module, parameters: tuple[torch.nn.Parameter, ...]) -> tuple[list, list]:
     """What would make another run of the layer compute something else, though nobody says so."""
-    return layer.training, *(parameter._version for parameter in parameters)
+    return switches(_modules(layer)), [parameter._version for parameter in parameters]
 
 
 def _leaves(output: torch.Tensor) -> list[torch.Tensor]:
