@@ -1,5 +1,6 @@
 """use_memory_efficient_loss: what it refuses, by name."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from peft import CPTConfig, get_peft_model
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     MiniCPM3Config,
@@ -120,3 +123,52 @@ def test_data_parallel_is_refused_by_name():
     trainer.args._n_gpu = 1
     with use_memory_efficient_loss(trainer) as patch:
         assert patch.active
+
+
+def test_a_scale_that_the_model_has_copied_is_refused_after_the_patch_and_taken_before():
+    """Cohere's forward reads its own attribute and not the config's."""
+    small = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    torch.manual_seed(0)
+    model = CohereForCausalLM(CohereConfig(**small, logit_scale=0.25)).train()
+    given = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    with use_memory_efficient_loss(model):
+        model.logit_scale = 3.0
+        with pytest.raises(ValueError, match=r"^logit_scale must be as when the model was patched"):
+            model(**given)
+    expected = model(**given).loss
+    with use_memory_efficient_loss(model):
+        torch.testing.assert_close(model(**given).loss, expected)
+
+
+def test_models_that_return_tuples_are_refused():
+    model, given = llama(), {"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()}
+    with use_memory_efficient_loss(model):
+        loss, *_ = model(**given, return_dict=False)
+        assert torch.equal(loss, model(**given).loss)
+        model.config.return_dict = False
+        with pytest.raises(ValueError, match=r"^return_dict must be as when the model was patched"):
+            model(**given)
+    with pytest.raises(ValueError, match=r"^model.config.return_dict must be True, got False of LlamaForCausalLM"):
+        use_memory_efficient_loss(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_labels_that_cannot_hold_the_ignored_index_are_refused(dtype):
+    model = llama()
+    with use_memory_efficient_loss(model):
+        with pytest.raises(TypeError, match=rf"^labels must be signed integers, which can hold -100, got {dtype}"):
+            model(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 4, dtype=dtype))
+        model(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 4, dtype=torch.int32))
+
+
+def test_a_copy_of_a_patched_model_can_be_patched_after_undo():
+    model, given = llama(), {"input_ids": torch.arange(4)[None], "labels": torch.arange(4)[None]}
+    expected = model(**given).loss
+    patch = use_memory_efficient_loss(model)
+    copied = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^model must not be patched, got a LlamaForCausalLM that is"):
+        use_memory_efficient_loss(copied)
+    patch.undo()
+    with use_memory_efficient_loss(copied) as again:
+        torch.testing.assert_close(copied(**given).loss.float(), expected)
+    assert again.calls == 1 and torch.equal(copied(**given).loss, expected)

@@ -22,8 +22,10 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
             f"model must be patched before it is wrapped, got an adapter {type(tuner).__name__} with the old forward"
         )
     name, config = type(found).__name__, found.config
-    if getattr(found, "_memory_efficient_loss", None) is not None:
+    if (patched := getattr(found, "_memory_efficient_loss", None)) is not None and patched.on:
         raise ValueError(f"model must not be patched, got a {name} that is; undo that patch first")
+    if not getattr(config, "return_dict", True):
+        raise ValueError(f"model.config.return_dict must be True, got False of {name}; a call may ask for a tuple")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a causal LM, got an encoder-decoder, {name}")
     if found.get_output_embeddings() is None or found.base_model is found:

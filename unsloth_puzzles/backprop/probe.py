@@ -86,9 +86,13 @@ def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
 
 
 def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
-    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales."""
-    cap = _soft_cap(causal_lm)
-    return {"loss_function": causal_lm.loss_function, "final_logit_softcapping": cap, **_multipliers(causal_lm)}
+    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales, tuples."""
+    return {
+        "loss_function": causal_lm.loss_function,
+        "final_logit_softcapping": _soft_cap(causal_lm),
+        "return_dict": getattr(causal_lm.config, "return_dict", True),
+        **_multipliers(causal_lm),
+    }
 
 
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
@@ -102,8 +106,10 @@ def _soft_cap(causal_lm: PreTrainedModel) -> float | None:
 
 
 def _multipliers(causal_lm: PreTrainedModel) -> dict[str, float]:
-    config = causal_lm.config.get_text_config()
-    return {name: value for name in _MULTIPLIERS if (value := getattr(config, name, None)) is not None}
+    """Those of its config, and its own where it has copied them, as Cohere does: then its forward reads the copy."""
+    config, own = causal_lm.config.get_text_config(), vars(causal_lm)
+    found = {name: own.get(name, getattr(config, name, None)) for name in _MULTIPLIERS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _between(

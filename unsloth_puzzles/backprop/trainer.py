@@ -90,11 +90,21 @@ def use_memory_efficient_loss(
     return PatchedLoss(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
 
 
+class _Active:
+    """Whether a patch is active. Copies of the model share it, since their forward is that of the patch."""
+
+    def __init__(self):
+        self.on = True
+
+    def __deepcopy__(self, memo: dict) -> "_Active":
+        return self
+
+
 class PatchedLoss:
     """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
 
     def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
-        self.calls, self.active, self.autocast = 0, True, autocast
+        self.calls, self.autocast, self._active = 0, autocast, _Active()
         self._settings = settings(causal_lm)
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
@@ -107,14 +117,19 @@ class PatchedLoss:
         self._previous = vars(causal_lm).get(self._name)
         self._forward = MethodType(_make_forward(self, type(causal_lm).forward, self._previous), causal_lm)
         setattr(causal_lm, self._name, self._forward)
-        causal_lm._memory_efficient_loss = True  # said to whoever would patch it again
+        causal_lm._memory_efficient_loss = self._active  # said to whoever would patch it again
+
+    @property
+    def active(self) -> bool:
+        """Whether it has not been undone."""
+        return self._active.on
 
     def undo(self) -> None:
         """Give the model its own loss back, also where another library has wrapped its forward since."""
         if not self.active:
             return
-        self.active = False  # so a forward that somebody has wrapped passes everything on
-        del self._causal_lm._memory_efficient_loss
+        self._active.on = False  # so a forward that somebody has wrapped passes everything on
+        vars(self._causal_lm).pop("_memory_efficient_loss", None)
         if vars(self._causal_lm).get(self._name) is self._forward:
             if self._previous is None:
                 delattr(self._causal_lm, self._name)
@@ -152,6 +167,9 @@ class PatchedLoss:
             raise ValueError(
                 f"{changed} must be as when the model was patched, got another; undo, set it, and patch again"
             )
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and not (given.dtype.is_signed and not given.is_floating_point()):
+                raise TypeError(f"{name} must be signed integers, which can hold -100, got {given.dtype}")
         return_dict = inputs.pop("return_dict", None)
         ignore_index = inputs.pop("ignore_index", IGNORED)
         if shift_labels is None:
