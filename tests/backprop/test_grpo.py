@@ -169,6 +169,17 @@ def test_caps_and_scales_of_architectures(config, tmp_path):
     assert_same(found[0][1], found[1][1], TIGHT[torch.float64])
 
 
+@pytest.mark.parametrize("of_model", [False, True], ids=["of the config", "of the model"])
+def test_a_scale_that_changes_after_construction_is_refused(of_model, tmp_path):
+    small = {k: v for k, v in SMALL.items() if k != "head_dim"}
+    config = CohereConfig(**small, logit_scale=0.25) if of_model else Gemma2Config(**SMALL, final_logit_softcapping=2.0)
+    trainer = trainer_of(Ours, transformers.AutoModelForCausalLM.from_config(config).double(), str(tmp_path))
+    holder, name = (trainer.model, "logit_scale") if of_model else (trainer.model.config, "final_logit_softcapping")
+    setattr(holder, name, 3.0)
+    with pytest.raises(ValueError, match=rf"^{name} must be as when the model was patched, got another"):
+        step(trainer, batch(torch.float64))
+
+
 @pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
 def test_a_tied_head_that_peft_saves(tmp_path, saved):
     """With `ensure_weight_tying` its copy of the head has in_features and out_features swapped."""

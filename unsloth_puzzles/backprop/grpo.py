@@ -28,7 +28,7 @@ from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.losses import soft_cap
-from unsloth_puzzles.backprop.probe import logit_transform
+from unsloth_puzzles.backprop.probe import check_settings, logit_transform, settings
 
 TRL = (1, 16)
 IGNORED = -100  # the label that counts nothing, for every function of `losses`
@@ -154,6 +154,7 @@ def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, opt
     if model.base_model is model:
         raise ValueError(f"model must have a backbone (`base_model`) apart from the head, got {type(model).__name__}")
     scale, cap = logit_transform(model, of_loss=False) or (1.0, None)
+    tried = settings(model)
     # One object for the whole training: compiled code belongs to it.
     scores = functools.partial(row_scores, temperature=temperature, scale=scale, cap=cap, with_entropy=with_entropy)
     before, active = model.forward, True  # TRL's, which knows `fused_lm_head`
@@ -163,6 +164,7 @@ def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, opt
         if not (active and fused_lm_head):
             kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
+        check_settings(self, tried)
         head = self.get_output_embeddings()  # looked up now: PEFT and DDP come later
         refuse_sharded_head(head)
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False})

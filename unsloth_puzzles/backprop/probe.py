@@ -95,6 +95,13 @@ def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
     }
 
 
+def check_settings(causal_lm: PreTrainedModel, before: dict[str, object]) -> None:
+    """Raise ValueError if a setting is not what it was `before`, when the model was patched."""
+    if (now := settings(causal_lm)) != before:
+        changed = ", ".join(name for name in now | before if now.get(name) != before.get(name))
+        raise ValueError(f"{changed} must be as when the model was patched, got another; undo, set it, and patch again")
+
+
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
     """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
     logits = logits if scale == 1 else logits * scale

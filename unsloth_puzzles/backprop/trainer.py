@@ -32,7 +32,7 @@ from unsloth_puzzles.backprop.outputs import (
     token_statistics,
     transformed,
 )
-from unsloth_puzzles.backprop.probe import logit_transform, own_autocast, settings
+from unsloth_puzzles.backprop.probe import check_settings, logit_transform, own_autocast, settings
 from unsloth_puzzles.backprop.trainer_checks import check_trainer
 
 IGNORED = -100  # the label that counts nothing, for every function of `losses`
@@ -162,11 +162,7 @@ class PatchedLoss:
             )
         if not isinstance(keep := inputs.pop("logits_to_keep", 0), int) or keep:
             raise ValueError(f"logits_to_keep must be 0 with labels, which need every position, got {keep!r}")
-        if (now := settings(causal_lm)) != self._settings:
-            changed = ", ".join(name for name in now | self._settings if now.get(name) != self._settings.get(name))
-            raise ValueError(
-                f"{changed} must be as when the model was patched, got another; undo, set it, and patch again"
-            )
+        check_settings(causal_lm, self._settings)
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None and not (given.dtype.is_signed and not given.is_floating_point()):
                 raise TypeError(f"{name} must be signed integers, which can hold -100, got {given.dtype}")
