@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.classification.models import LABELS, TEXTS, alone, batch, byte_tokenizer, classifier
 from unsloth_puzzles.classification.losses import class_weights, weigh_classes
+from unsloth_puzzles.classification.pooling import _CACHE as CACHE
 from unsloth_puzzles.classification.pooling import is_pooled, last_positions, pool_by_mask
 
 ENDED = [text + "</s>" for text in TEXTS]
@@ -88,9 +89,9 @@ def test_a_row_that_ends_in_the_cache_is_refused(loaded):
     model, tokenizer = loaded
     given = batch(tokenizer, ["a text of two parts", "a te"])
     with torch.no_grad():
-        cache = model(**{name: one[:, :4] for name, one in given.items()}, use_cache=True).past_key_values
+        cache = model(**{name: one[:, :4] for name, one in given.items()}, use_cache=True)[CACHE]
         with pytest.raises(ValueError, match=r"^attention_mask must keep a token .*, got none in rows \[1\] of"):
-            model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], past_key_values=cache)
+            model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], **{CACHE: cache})
 
 
 def test_a_mask_that_is_too_short_is_refused(loaded):
@@ -174,18 +175,19 @@ def test_weights_of_classes_are_not_ignored_in_silence(checkpoint):
     model.eval()(**given)
 
 
-def test_a_kv_cache_before_the_text(loaded):
-    """As prefix tuning calls a model: the mask covers the cache, too."""
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+def test_a_kv_cache_before_the_text(loaded, name):
+    """As prefix tuning calls a model: the mask covers the cache, too. Newer transformers know two names for it."""
     model, tokenizer = loaded
     given = batch(tokenizer, ["a text of two parts", "a text"])
     with torch.no_grad():
         expected = model(**given).logits
         first = {name: one[:, :4] for name, one in given.items()}
-        cache = model(**first, use_cache=True).past_key_values
-        found = model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], past_key_values=cache).logits
+        cache = {name: model(**first, use_cache=True)[CACHE]}
+        found = model(given["input_ids"][:, 4:], attention_mask=given["attention_mask"], **cache).logits
         row = {name: one[:1] for name, one in first.items()}
-        cache = model(**row, use_cache=True).past_key_values
-        whole = model(given["input_ids"][:1, 4:], past_key_values=cache).logits  # without a mask all is text
+        cache = {name: model(**row, use_cache=True)[CACHE]}
+        whole = model(given["input_ids"][:1, 4:], **cache).logits  # without a mask all is text
     assert (found - expected).norm() <= 2e-6 * expected.norm()
     assert (whole - expected[:1]).norm() <= 2e-6 * expected[:1].norm()
 

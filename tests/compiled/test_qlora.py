@@ -124,7 +124,7 @@ def test_switching_autocast_recompiles_nothing(backend):
 def test_training_call_with_kv_cache_warns_and_is_not_compiled():
     model = make_model()
     with compile_qlora(model):
-        with pytest.warns(UserWarning, match=r"^past_key_values: a call with a KV cache is not compiled"):
+        with pytest.warns(UserWarning, match=r"^use_cache: a call with a KV cache is not compiled"):
             loss = model(**batch(7), use_cache=True).loss
         loss.backward()
         with warnings.catch_warnings():

@@ -78,7 +78,7 @@ MUTATIONS = {
     ),
     "text rows in the cross-attention": mutation(
         "mllama.py",
-        "if use_cache or past_key_values is not None:",
+        "if use_cache or kv_cache is not None:",
         "if True:",
         "test_mllama.py::test_rows_without_an_image_stay_out_of_the_cross_attention",
     ),

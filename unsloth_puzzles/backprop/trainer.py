@@ -34,7 +34,9 @@ from unsloth_puzzles.backprop.outputs import (
 )
 from unsloth_puzzles.backprop.probe import check_settings, logit_transform, own_autocast, settings
 from unsloth_puzzles.backprop.trainer_checks import check_trainer
+from unsloth_puzzles.kv_cache import cache_name
 
+CACHE = cache_name(EvaluatedCausalLMOutput)
 IGNORED = -100  # the label that counts nothing, for every function of `losses`
 
 
@@ -192,7 +194,7 @@ class PatchedLoss:
             return per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
             loss=call(self._loss, reduction="sum", normalizer=normalizer),
-            past_key_values=found.get("past_key_values"),
+            **{CACHE: found.get(CACHE)},
             hidden_states=found.get("hidden_states"),
             attentions=found.get("attentions"),
         )

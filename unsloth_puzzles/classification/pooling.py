@@ -15,7 +15,10 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from unsloth_puzzles.classification.losses import ClassificationLoss, check_labels
+from unsloth_puzzles.kv_cache import CACHE_NAMES, cache_name, given_cache
 from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+
+_CACHE = cache_name(SequenceClassifierOutputWithPast)
 
 
 def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
@@ -73,14 +76,16 @@ def _pooling_class(cls: type) -> type:
         input_ids: torch.LongTensor | None = None,  # [batch, length]
         attention_mask: torch.Tensor | None = None,  # [batch, length]
         position_ids: torch.LongTensor | None = None,
-        past_key_values: object = None,
+        past_key_values: object = None,  # or `cache`; PEFT's prefix tuning looks for this name
         inputs_embeds: torch.Tensor | None = None,  # [batch, length, hidden]
         labels: torch.Tensor | None = None,  # [batch] or [batch, num_labels]
         use_cache: bool | None = None,
         **kwargs: object,
     ) -> SequenceClassifierOutputWithPast:
         _check_training(self, labels)
-        if past_key_values is None or attention_mask is not None:  # of a cache the ids do not say what is padding
+        kv_cache = given_cache({"past_key_values": past_key_values, **kwargs})
+        kwargs = {name: one for name, one in kwargs.items() if name not in CACHE_NAMES}
+        if kv_cache is None or attention_mask is not None:  # of a cache the ids do not say what is padding
             attention_mask = _mask(self, input_ids, attention_mask)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if attention_mask is not None and given is not None:
@@ -90,7 +95,7 @@ def _pooling_class(cls: type) -> type:
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{_CACHE: kv_cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -106,7 +111,7 @@ def _pooling_class(cls: type) -> type:
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: getattr(outputs, _CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from unsloth_puzzles.attention.masks import Unpadded
 from unsloth_puzzles.attention.models import implementation, register
+from unsloth_puzzles.kv_cache import CACHE_NAMES
 
 
 def set_attention(causal_lm: PreTrainedModel, attention: str) -> Callable[[], None]:
@@ -60,7 +61,7 @@ def say_unpadded(causal_lm: PreTrainedModel) -> Callable[[], None]:
 
 
 def _say_unpadded(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    told = any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))
+    told = any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", *CACHE_NAMES))
     if told or len(args) > 1:
         return None
     ids, embeddings = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")

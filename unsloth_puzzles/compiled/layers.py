@@ -11,6 +11,7 @@ from unsloth_puzzles.attention.models import LENGTHS, check_lengths
 from unsloth_puzzles.compiled.checks import uses
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.variants import Variants, mark
+from unsloth_puzzles.kv_cache import CACHE_NAMES, given_cache
 from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
 
 
@@ -55,15 +56,15 @@ def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]
     variants = Variants(cls.forward, cls.__name__, options)
     # Arguments that the mask or the embeddings already cover, or that concern only the layer's caller, are dropped,
     # because compiled code would have a guard on each.
-    unused = ["use_cache", "past_key_values", "output_hidden_states", *LENGTHS]
+    unused = ["use_cache", *CACHE_NAMES, "output_hidden_states", *LENGTHS]
     if not takes_positions:
         unused.append("position_ids")
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:  # [batch, length, hidden]
-        if kwargs.get("past_key_values") is not None:
+        if given_cache(kwargs) is not None:
             if self.training and torch.is_grad_enabled():
                 text = "a call with a KV cache is not compiled; pass use_cache=False"
-                warnings.warn(f"past_key_values: {text}", stacklevel=2)
+                warnings.warn(f"use_cache: {text}", stacklevel=2)
             return cls.forward(self, hidden_states, *args, **kwargs)
         place, idle = search(self)
         if place is not None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from transformers.models.mllama import modeling_mllama as mllama
 
+from unsloth_puzzles.kv_cache import cache_name, given_cache
 from unsloth_puzzles.nf4.exchange import exchange_classes, original_class, subclass
 
 
@@ -104,12 +105,12 @@ def _forward_text(
     cross_attention_states: torch.Tensor | None = None,
     cross_attention_mask: torch.Tensor | None = None,
     full_text_row_masked_out_mask: torch.Tensor | None = None,
-    past_key_values=None,
     use_cache: bool | None = None,
     **kwargs,
 ):
     """Find the rows that see an image, and give the layers the states and masks of those alone."""
-    if self.training and past_key_values is None:
+    kv_cache = given_cache(kwargs)
+    if self.training and kv_cache is None:
         use_cache = False
     elif use_cache is None:
         use_cache = self.config.use_cache
@@ -119,7 +120,7 @@ def _forward_text(
     if cross_attention_states is not None and cross_attention_mask is not None:
         index = full_text_row_masked_out_mask.flatten(1).any(1).nonzero().flatten()  # [rows with images]
         states = _by_row(cross_attention_states, cross_attention_mask, index)  # [rows with images, keys, hidden]
-        if use_cache or past_key_values is not None:  # a cache that is reordered or extended needs all rows
+        if use_cache or kv_cache is not None:  # a cache that is reordered or extended needs all rows
             everything = states.new_zeros(len(cross_attention_mask), *states.shape[1:])
             cross_attention_states = everything.index_copy(0, index, states)
         else:
@@ -131,7 +132,6 @@ def _forward_text(
         cross_attention_states=cross_attention_states,
         cross_attention_mask=cross_attention_mask,
         full_text_row_masked_out_mask=rows,
-        past_key_values=past_key_values,
         use_cache=use_cache,
         **kwargs,
     )
@@ -164,12 +164,14 @@ def _forward_layer(
     attention_mask: torch.Tensor | None = None,
     full_text_row_masked_out_mask: _Rows | torch.Tensor | None = None,
     position_ids=None,
-    past_key_values=None,
     use_cache=None,
     position_embeddings=None,
     **kwargs,
 ) -> torch.Tensor:
-    """Gated cross-attention and MLP, both masked, for the rows that have images. The others pass unchanged."""
+    """Gated cross-attention and MLP, both masked, for the rows that have images. The others pass unchanged.
+
+    The KV cache stays among `kwargs`: the layer and its attention name it alike.
+    """
     rows = full_text_row_masked_out_mask
     if not isinstance(rows, _Rows):
         rows = _Rows(rows, None)
@@ -181,7 +183,6 @@ def _forward_layer(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=cross_attention_mask,
         cross_attention_states=cross_attention_states,
-        past_key_values=past_key_values,
         **kwargs,
     )
     hidden_states = hidden_states + self.cross_attn_attn_gate.tanh() * (seen * attended)
@@ -206,7 +207,7 @@ def _patched_class(cls: type) -> type:
 
 
 def _check_transformers() -> None:
-    """What is relied on: these arguments, passed by name, and a text model that hands the mask on as it is."""
+    """What is relied on: these arguments and a KV cache, by name, and a text model that hands the mask on as it is."""
     for cls, forward in _forwards().items():
         parameters = inspect.signature(forward).parameters.values()
         expected = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
@@ -215,3 +216,5 @@ def _check_transformers() -> None:
             raise ValueError(
                 f"transformers must have a {cls.__name__} that takes {', '.join(sorted(missing))}, got one without"
             )
+    for cls in (mllama.MllamaTextModel, mllama.MllamaCrossAttentionDecoderLayer, mllama.MllamaTextCrossAttention):
+        cache_name(cls.forward)
