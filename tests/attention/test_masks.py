@@ -16,6 +16,7 @@ from unsloth_puzzles.attention.models import make_mask, register
 from unsloth_puzzles.attention.pattern import Pattern, dense_mask
 
 ROWS = 2
+REMAPS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -38,7 +39,7 @@ def theirs(mask_function, lengths, attention_mask=None):
 def draw_function(rng: random.Random, length: int, depth: int = 0):
     """A mask function, or two or three of them combined."""
     kinds = ("causal", "bidirectional", "window", "sliding", "packed", "chunked", "chunked causal", "and", "and", "or")
-    kinds += ("wide", "blocks", "again", "own")
+    kinds += ("wide", "blocks", "again", "own", *(("remapped", "remapped") if REMAPS else ()))
     kind = rng.choice(kinds if depth < 2 else kinds[:7])
     if kind == "causal":
         return masking_utils.causal_mask_function
@@ -62,6 +63,13 @@ def draw_function(rng: random.Random, length: int, depth: int = 0):
         padding = torch.tensor([rng.randint(0, 3) for _ in range(ROWS)])
         make = masking_utils.chunked_overlay if kind == "chunked" else masking_utils.chunked_causal_mask_function
         return make(rng.randint(1, length), padding)
+    if kind == "remapped":
+        part = draw_function(rng, length, 2)
+        starts = torch.tensor([[i == 0 or rng.random() < 0.3 for i in range(length)] for _ in range(ROWS)])
+        places = torch.arange(length)
+        positions = places - (places * starts).cummax(-1).values
+        remapped = masking_utils.remap_positions_for_packed_sequence(part, positions)
+        return masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(starts.cumsum(-1)))
     parts = [draw_function(rng, length, depth + 1) for _ in range(rng.choice((2, 3)))]
     return (masking_utils.and_masks if kind == "and" else masking_utils.or_masks)(*parts)
 
@@ -151,11 +159,52 @@ def test_combined_masks_of_one_kind_narrow_each_other(parts, last_row):
 def test_mask_function_is_combined_with_packed_positions():
     """As a model makes it: transformers adds documents of the positions to those of the function."""
     register()
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation="unsloth_puzzles_dense")
     embeddings, positions = torch.zeros(1, 6, 64), torch.tensor([[0, 1, 2, 0, 1, 2]])
-    found = masking_utils.create_causal_mask(config, embeddings, None, None, positions, and_mask_function=SPLIT)
-    assert found.data[0, 0, -1].int().tolist() == [0, 0, 0, 0, 0, 1]
-    assert found.data[0, 0, -2].int().tolist() == [0, 0, 0, 1, 1, 0]
+
+    def make(implementation):
+        config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation=implementation)
+        return masking_utils.create_causal_mask(config, embeddings, None, None, positions, and_mask_function=SPLIT)
+
+    found, right = make("unsloth_puzzles_dense"), make("eager") == 0
+    found = found.data if isinstance(found, ModelMask) else found
+    assert torch.equal(found, right) and right[0, 0, -2].int().tolist() == [0, 0, 0, 1, 1, 0]
+    if not REMAPS:  # newer releases apply the function to positions in a document, which are all in its first part
+        assert right[0, 0, -1].int().tolist() == [0, 0, 0, 0, 0, 1]
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("kind", ["causal", "sliding_window_causal", "chunked_causal"])
+@pytest.mark.parametrize("positions", [POSITIONS, POSITIONS + 2, POSITIONS[:1]], ids=["rows", "from two on", "one row"])
+def test_packed_positions_are_read_as_a_model_makes_them(kind, positions, monkeypatch):
+    """Whatever function this transformers describes them by; an unknown one would be made dense."""
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, attn_implementation="eager")
+    config.sliding_window, config.attention_chunk_size, given = 3, 2, {}
+    own = masking_utils.eager_mask
+    monkeypatch.setitem(
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+        "eager",
+        lambda **all: given.update(all) or own(**all),
+    )
+    right = getattr(masking_utils, f"create_{kind}_mask")(config, torch.zeros(ROWS, 8, 64), None, None, positions) == 0
+    found = seen(given["mask_function"], Lengths(ROWS, 8, 8, 0, 0), given["attention_mask"])
+    assert torch.equal(found[:, None], right) and not right.all()
+
+
+@pytest.mark.skipif(not REMAPS, reason="this transformers gives no part of a mask other positions")
+def test_other_positions_of_packed_sequences_are_dense_or_refused():
+    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    for parts, positions, message in (
+        ([], [0, 1, 2, 0, 1, 2], "position_ids must count up by 1 within a packed sequence"),
+        ([packed], [0, 1, 3, 0, 1, 2], "position_ids must count up by 1 within a packed sequence"),
+        ([packed], [0, 1, 2, 0, 1], r"position_ids must be those of all queries and keys \(1, 6\), got \(1, 5\)"),
+    ):
+        remapped = masking_utils.remap_positions_for_packed_sequence(
+            masking_utils.causal_mask_function, torch.tensor([positions])
+        )
+        with pytest.raises(Unreadable, match=f"^{message}"):
+            read(masking_utils.and_masks(remapped, *parts), Lengths(1, 6, 6, 0, 0), None)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +298,6 @@ def test_check_notices_changed_mask_functions(monkeypatch):
     monkeypatch.setattr(masks, "_WINDOW", sliding_window_overlay(1).__code__)
     with pytest.raises(
         RuntimeError,
-        match=r"^transformers must have the masks of 5.17, got another masking_utils.sliding_window_overlay",
+        match=r"^transformers must have the masks of 5.15 to 5.24, got another masking_utils.sliding_window_overlay",
     ):
         check()

@@ -80,7 +80,11 @@ def test_logits_equal_those_of_transformers(name, inputs, backend):
     model, theirs = model_of(name), MODELS[name][3]
     ours = NAME if backend == "auto" else f"{NAME}_{backend}"
     if backend == "sdpa" and theirs == "eager":
-        with pytest.raises(ValueError, match=r"^backend must be .*: sdpa cannot do a soft cap \(2\.0\)"):
+        own, newer = (
+            r"^backend must be .*: sdpa cannot do a soft cap \(2\.0\)",
+            "^Gemma2ForCausalLM does not support .*scaled_dot",
+        )
+        with pytest.raises(ValueError, match=f"{own}|{newer}"):  # newer releases refuse any name with sdpa in it
             logits(model, ours, INPUTS[inputs])
         return
     expected = logits(model, theirs, INPUTS[inputs])

@@ -6,6 +6,7 @@ no such words, transformers itself makes dense: `dense`. No mask is guessed.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from transformers import masking_utils
@@ -52,13 +53,15 @@ def read(
     Raises:
         Unreadable: another function of the mask, padding between real tokens, or queries that are not the last keys.
     """
-    causal, window, ids = _parts(mask_function, lengths)
+    causal, window, ids, positions = _parts(mask_function, lengths)
     if window is not None and not causal:
         raise Unreadable(f"mask_function must have causal_mask_function beside a window, got a window ({window}) alone")
     documents = None
     for one in ids:
         one = number_documents(one)
         documents = one if documents is None else number_documents(documents * (one.shape[1] + 1) + one)
+    for one in positions:
+        _check_positions(one, documents)
     if causal or documents is not None:
         _check_ends(lengths)
     if attention_mask is not None and not isinstance(attention_mask, Unpadded):
@@ -89,6 +92,14 @@ def _check_ends(lengths: Lengths) -> None:
         )
 
 
+def _check_positions(positions: torch.Tensor, documents: torch.Tensor | None) -> None:
+    """Within a document, positions that follow one another are as far apart as their places in the row."""
+    jumps = positions.diff(dim=-1) != 1  # [batch, kv_length - 1]
+    ends = torch.zeros_like(jumps) if documents is None else documents.diff(dim=-1) != 0
+    if (jumps & ~ends).any():
+        raise Unreadable("position_ids must count up by 1 within a packed sequence, got a jump in one")
+
+
 def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.Tensor | None, lengths: Lengths):
     end = lengths.kv_offset + lengths.kv_length
     if attention_mask.shape[1] < end:
@@ -107,29 +118,47 @@ def _with_padding(attention_mask: torch.Tensor, causal: bool, documents: torch.T
     return number_documents(real.int() if documents is None else 2 * documents + real)
 
 
-def _parts(mask_function: Callable, lengths: Lengths) -> tuple[bool, int | None, list[torch.Tensor]]:
-    """(causal, window, ids): a query sees a key where all of them let it; ids: (batch, kv_length) each.
+def _parts(
+    mask_function: Callable, lengths: Lengths, positions: torch.Tensor | None = None
+) -> tuple[bool, int | None, list[torch.Tensor], list[torch.Tensor]]:
+    """(causal, window, ids, positions): a query sees a key where all of them let it; (batch, kv_length) each.
 
     transformers' functions are closures, known by their code. `check` knows whether they mean what is read here.
+
+    Args:
+        mask_function: as in `read`.
+        lengths: as in `read`.
+        positions: what `mask_function` is given in place of the places of queries and keys in a row, [batch,
+            kv_length]; None for those places. In the result there are those that were given to a part.
     """
     if mask_function is masking_utils.causal_mask_function:
-        return True, None, []
+        return True, None, [], []
     if mask_function is masking_utils.bidirectional_mask_function:
-        return False, None, []
-    code = getattr(mask_function, "__code__", None)
+        return False, None, [], []
+    code = getattr(mask_function, "__code__", mask_function)  # never None, as which an unknown part is kept
     free = dict(zip(getattr(code, "co_freevars", ()), getattr(mask_function, "__closure__", None) or (), strict=False))
     free = {name: cell.cell_contents for name, cell in free.items()}
     if code is _WINDOW:
-        return False, free["sliding_window"], []
+        return False, free["sliding_window"], [], []
     if code is _PACKED:
-        return False, None, [_stretches(free["packed_sequence_mask"], lengths)]
+        if positions is not None:
+            raise Unreadable("mask_function must take packed sequences by place, got ones by position in a sequence")
+        return False, None, [_stretches(free["packed_sequence_mask"], lengths)], []
     if code is _CHUNKED:
-        positions = torch.arange(lengths.kv_length, device=free["left_padding"].device) + lengths.kv_offset
-        return False, None, [(positions - free["left_padding"][:, None]) // free["chunk_size"]]
+        if positions is None:
+            positions = torch.arange(lengths.kv_length, device=free["left_padding"].device) + lengths.kv_offset
+        return False, None, [(positions - free["left_padding"][:, None]) // free["chunk_size"]], []
     if code is _AND:
-        causal, windows, ids = zip(*(_parts(part, lengths) for part in free["mask_functions"]), strict=True)
+        parts = [_parts(part, lengths, positions) for part in free["mask_functions"]]
+        causal, windows, ids, remapped = zip(*parts, strict=True)
         windows = [window for window in windows if window is not None]
-        return any(causal), min(windows, default=None), [one for part in ids for one in part]
+        return any(causal), min(windows, default=None), [*chain(*ids)], [*chain(*remapped)]
+    if code is _REMAPPED and positions is None:
+        positions, need = free["position_ids"], (lengths.batch_size, lengths.q_length)
+        if lengths.kv_offset or lengths.q_length != lengths.kv_length or tuple(positions.shape) != need:
+            raise Unreadable(f"position_ids must be those of all queries and keys {need}, got {tuple(positions.shape)}")
+        causal, window, ids, _ = _parts(free["mask_function"], lengths, positions)
+        return causal, window, ids, [positions]
     name = getattr(mask_function, "__qualname__", mask_function)
     raise Unreadable(
         f"mask_function must be causal, bidirectional, a sliding window, chunks or packed sequences, got {name}"
@@ -157,7 +186,7 @@ def check() -> None:
     """
     ids, padding = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), torch.tensor([1])
     window = masking_utils.sliding_window_causal_mask_function(3)
-    sizes = {"size": 1, "q_length": 6, "kv_length": 8, "heads": 1, "kv_heads": 1, "head_size": 8}
+    sizes = {"size": 1, "kv_length": 8, "heads": 1, "kv_heads": 1, "head_size": 8}
     sizes |= {"dtype": torch.float32, "device": torch.device("cpu")}
     for name, function in {
         "causal_mask_function": masking_utils.causal_mask_function,
@@ -166,17 +195,34 @@ def check() -> None:
         "packed_sequence_mask_function": masking_utils.packed_sequence_mask_function(ids),
         "chunked_overlay": masking_utils.chunked_overlay(3, padding),
         "and_masks": masking_utils.and_masks(window, masking_utils.packed_sequence_mask_function(ids)),
+        **_remapped(ids, window, padding),
     }.items():
-        lengths = Lengths(1, 6, 8, 2, 0)
+        q_length = 8 if name == _REMAP_NAME else 6
+        lengths = Lengths(1, q_length, 8, 8 - q_length, 0)
         pattern, documents = read(function, lengths, None)
-        seen = dense_mask(pattern, Batch(documents=documents, **sizes))
-        seen = torch.ones(1, 1, 6, 8, dtype=torch.bool) if seen is None else seen
-        theirs = masking_utils.sdpa_mask(1, 6, 8, 2, 0, mask_function=function, allow_is_causal_skip=False)
-        if not torch.equal(seen.expand(1, 1, 6, 8), theirs):
-            raise RuntimeError(f"transformers must have the masks of 5.17, got another masking_utils.{name}")
+        seen = dense_mask(pattern, Batch(documents=documents, q_length=q_length, **sizes))
+        seen = torch.ones(1, 1, q_length, 8, dtype=torch.bool) if seen is None else seen
+        theirs = masking_utils.sdpa_mask(**vars(lengths), mask_function=function, allow_is_causal_skip=False)
+        if not torch.equal(seen.expand(1, 1, q_length, 8), theirs):
+            raise RuntimeError(f"transformers must have the masks of 5.15 to 5.24, got another masking_utils.{name}")
+
+
+def _remapped(ids: torch.Tensor, window: Callable, padding: torch.Tensor) -> dict[str, Callable]:
+    """A packed mask whose parts are given positions that start anew in each sequence, where transformers makes such."""
+    if _REMAPPED is None:
+        return {}
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    parts = masking_utils.and_masks(window, masking_utils.chunked_overlay(2, 0 * padding))
+    remapped = getattr(masking_utils, _REMAP_NAME)(parts, positions)
+    return {_REMAP_NAME: masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(ids))}
 
 
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _PACKED = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
 _CHUNKED = masking_utils.chunked_overlay(1, torch.empty(0)).__code__
 _AND = masking_utils.and_masks().__code__
+# Newer releases give the parts of a packed mask the positions within a sequence.
+_REMAP_NAME = "remap_positions_for_packed_sequence"
+_REMAPPED = None
+if hasattr(masking_utils, _REMAP_NAME):
+    _REMAPPED = getattr(masking_utils, _REMAP_NAME)(masking_utils.causal_mask_function, torch.empty(0)).__code__
