@@ -20,6 +20,7 @@ from benchmarks.backprop.grpo import (
 from benchmarks.backprop.grpo_grid import step
 from benchmarks.backprop.grpo_head import head_only
 from benchmarks.models import tiny_llama_config
+from unsloth_puzzles.attention.models import register
 from unsloth_puzzles.backprop import grpo
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer, default_keep_logits
 
@@ -154,7 +155,10 @@ def test_loss_gradients_and_metrics(pairs, loss_type, level, dtype):
 def test_caps_and_scales_of_architectures(config, tmp_path):
     """Log-probabilities and entropies, and their gradients with the entropy bonus, as the model's own logits give."""
     torch.manual_seed(0)
-    model = spread(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double())
+    # Newer releases of transformers have no SDPA for Gemma 2; eager attention of padding is NaN in float64.
+    cls = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    attention = "sdpa" if cls._supports_sdpa else register()[0]
+    model = spread(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).double())
     found = []
     for make in (Ours, FullLogitsGRPOTrainer):
         trainer = trainer_of(make, copy.deepcopy(model), str(tmp_path), entropy_coef=0.5)
