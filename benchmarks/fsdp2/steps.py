@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig
 
 from benchmarks.fsdp2 import ranks
+from benchmarks.fsdp2.collectives import GATHER, known
 from benchmarks.fsdp2.ranks import RANK, WORLD
 from benchmarks.fsdp2.shapes import SHAPES
 from benchmarks.fsdp2.training import Run
@@ -140,11 +141,12 @@ def gather_bandwidth(megabytes: int = 128, rounds: int = 8) -> float:
     """Bytes a second that a rank receives in an all-gather of a decoder layer's size, the median of `rounds`."""
     share = torch.zeros(megabytes * 2**20 // WORLD, dtype=torch.uint8, device=ranks.device())
     whole, times = share.new_empty(len(share) * WORLD), []
+    gather = getattr(dist, known(GATHER)[0])
     for _ in range(rounds + 2):
         dist.barrier()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        dist.all_gather_into_tensor(whole, share)
+        gather(whole, share)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return len(share) * (WORLD - 1) / statistics.median(times[2:])

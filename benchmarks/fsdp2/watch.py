@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fsdp2.collectives import GATHER, SCATTER, counted
 from benchmarks.fsdp2.ranks import WORLD
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.shard import base_of
@@ -38,20 +38,28 @@ class Watch:
     def layers(self, model: torch.nn.Module, bytes: bool) -> None:
         """Count the forwards of the first decoder layer, and note the dtypes that its adapters have in them.
 
+        Newer releases of transformers compute a checkpointed layer again without the layer's own hooks: there the hooks
+        of the norm that a layer begins with are counted.
+
         Args:
             model: Sharded.
-            bytes: Also compare the bytes that each packed layer computes with, by hooks that break captured layers.
+            bytes: Also compare the bytes that each packed layer computes with. The hooks for that, and on the norm,
+                break captured layers; without them only first forwards are counted.
         """
 
-        def count(layer, args):
+        def count(module, args):
             self.forwards[-1] += 1
+
+        def note(layer, args):
             self.computed |= {str(one.dtype) for one in layer.parameters() if one.requires_grad}
 
         def compare(name, layer, args):
             apart = (stream_of(layer.weight) != self.whole[name]).sum().item()
             self.changed[name] = self.changed.get(name, 0) + apart
 
-        base_of(model).model.layers[0].register_forward_pre_hook(count)  # after FSDP2's own, which gathers
+        first = base_of(model).model.layers[0]
+        first.register_forward_pre_hook(note)  # after FSDP2's own, which gathers
+        (first.input_layernorm if bytes else first).register_forward_pre_hook(count)
         for name, layer in packed_layers(model) if bytes else ():
             layer.register_forward_pre_hook(partial(compare, name))
 
@@ -62,7 +70,7 @@ class Watch:
             yield
             return
         self.forwards.append(0)
-        with _counted("all_gather_into_tensor") as gathered, _counted("reduce_scatter_tensor") as scattered:
+        with counted(GATHER) as gathered, counted(SCATTER) as scattered:
             yield
         self.gathered.append(len(gathered))
         self.scattered.append(len(scattered))
@@ -121,23 +129,6 @@ class _Operators(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         self.seen.append((func, found.shape if isinstance(found, torch.Tensor) else torch.Size()))
         return found
-
-
-@contextlib.contextmanager
-def _counted(name: str) -> Iterator[list[str]]:
-    """The dtypes that a collective of `torch.distributed` was given, one a call."""
-    plain, started = getattr(dist, name), []
-
-    def counted(*args, **kwargs):
-        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
-        started.append(str(next(tensors).dtype))
-        return plain(*args, **kwargs)
-
-    setattr(dist, name, counted)
-    try:
-        yield started
-    finally:
-        setattr(dist, name, plain)
 
 
 def _devices(tensors) -> list[str]:

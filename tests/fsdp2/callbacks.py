@@ -1,13 +1,15 @@
 """What tests do inside a run of the training script. Each rank makes one of these."""
 
+import contextlib
 import json
 import os
 import signal
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
+
+from benchmarks.fsdp2.collectives import SCATTER, counted
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -33,21 +35,17 @@ class Count(TrainerCallback):
     """Each rank writes how many reduce-scatters each micro-batch has started."""
 
     def __init__(self):
-        self.started, self.counts, plain = 0, [], dist.reduce_scatter_tensor
-
-        def counted(*args, **kwargs):
-            self.started += 1
-            return plain(*args, **kwargs)
-
-        dist.reduce_scatter_tensor = counted
+        self.counts, self.stack = [], contextlib.ExitStack()
+        self.started = self.stack.enter_context(counted(SCATTER))
 
     def on_substep_end(self, args, state, control, **kwargs):  # of every micro-batch but the last
-        self.counts.append(self.started)
-        self.started = 0
+        self.counts.append(len(self.started))
+        self.started.clear()
 
     on_pre_optimizer_step = on_substep_end
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.stack.close()
         Path(f"counts{RANK}.json").write_text(json.dumps(self.counts))
 
 
