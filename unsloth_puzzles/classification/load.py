@@ -22,6 +22,7 @@ from unsloth_puzzles.classification.losses import PROBLEM_TYPES, SINGLE
 from unsloth_puzzles.classification.padding import set_pad_token
 from unsloth_puzzles.classification.pooling import pool_by_mask
 from unsloth_puzzles.device import capability
+from unsloth_puzzles.stored_dtype import cast_unquantised
 
 HEAD = "score"
 OWN_OPTIONS = {"num_labels", "id2label", "label2id", "config", "quantization_config", "device_map", "torch_dtype"}
@@ -79,6 +80,8 @@ def load_classifier(
     model = AutoModelForSequenceClassification.from_pretrained(
         name, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization, **options
     )
+    if quantization is None and getattr(config, "quantization_config", None) is not None:
+        cast_unquantised(model, dtype)
     pool_by_mask(model)
     _check_head(model, len(labels))
     for module in model.modules():

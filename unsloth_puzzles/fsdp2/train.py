@@ -46,6 +46,7 @@ from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.fsdp2.shard import float32_adapters
 from unsloth_puzzles.fsdp2.step_log import StepLog, write_summary
 from unsloth_puzzles.nf4.patch import patch_linear4bit
+from unsloth_puzzles.stored_dtype import cast_unquantised
 
 SEED = 3407
 COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
@@ -123,7 +124,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None
     if given is not None:
         config.quantization_config = {**given, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     chosen = {} if given is not None else {"quantization_config": quantization}
-    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, device_map={"": device}, **chosen)
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, device_map={"": device}, **chosen)
+    if given is not None:
+        cast_unquantised(model, dtype)
+    return model
 
 
 def make_trainer(
