@@ -35,22 +35,28 @@ def function_schema(function: Callable) -> dict:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ValueError(f"parameters of {name} must be given by name, got {parameter}")
+    hints = get_type_hints(function)
+    _refuse_unknown(name, hints)  # before transformers, whose newer releases refuse some of them in other words
     schema = _from_transformers(name, function)
-    hints, properties = get_type_hints(function), schema["function"]["parameters"]["properties"]
+    properties = schema["function"]["parameters"]["properties"]
     if receiver := set(inspect.signature(function).parameters) - set(properties):  # transformers leaves it out
         raise ValueError(
             f"method {name} must be bound, got {receiver.pop()} among its parameters; give instance.{name}"
         )
     for parameter, described in properties.items():
-        if unknown := _unknown(hints[parameter]):
+        properties[parameter] = _described(f"{name}.{parameter}", _hint_schema(hints[parameter]), described)
+    schema["function"].pop("return", None)  # no template shows it
+    return schema
+
+
+def _refuse_unknown(name: str, hints: dict[str, object]) -> None:
+    for parameter, hint in hints.items():
+        if parameter != "return" and (unknown := _unknown(hint)):
             names = ", ".join(sorted(each.__name__ if type(each) is type else str(each) for each in unknown))
             raise ValueError(
                 f"type hints of {name} must be of JSON's types (list[int], not list), got {names} for {parameter}; "
                 "write list[ITEM], tuple[ITEM, ITEM] or dict[str, VALUE]"
             )
-        properties[parameter] = _described(f"{name}.{parameter}", _hint_schema(hints[parameter]), described)
-    schema["function"].pop("return", None)  # no template shows it
-    return schema
 
 
 def _from_transformers(name: str, function: Callable) -> dict:
