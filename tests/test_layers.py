@@ -1,4 +1,4 @@
-"""Who may import whom: solutions share only `device` and `code_object`, and nothing imports `benchmarks`."""
+"""Who may import whom: solutions share only leaves, and nothing imports `benchmarks`."""
 
 import ast
 import re
@@ -28,12 +28,12 @@ def test_imports_nothing_else_of_the_package(folder):
     assert imported(folder) == {folder, "device"}
 
 
-@pytest.mark.parametrize("folder", ["backprop", "attention"])
-def test_what_is_compiled_has_its_code_object(folder):
-    assert imported(folder) == {folder, "device", "code_object"}
+@pytest.mark.parametrize("folder, more", [("backprop", {"kv_cache"}), ("attention", set())])
+def test_what_is_compiled_has_its_code_object(folder, more):
+    assert imported(folder) == {folder, "device", "code_object", *more}
 
 
-@pytest.mark.parametrize("leaf", ["code_object.py", "device.py"])
+@pytest.mark.parametrize("leaf", ["code_object.py", "device.py", "kv_cache.py", "stored_dtype.py", "supported.py"])
 def test_a_leaf_stands_alone(leaf):
     assert imported(leaf) == set()
 
@@ -48,16 +48,21 @@ def test_no_module_but_device_asks_pytorch_for_the_capability():
 
 
 def test_compiled_stands_on_the_solutions_that_it_compiles():
-    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "code_object"}
+    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "code_object", "kv_cache"}
 
 
 def test_fsdp2_stands_on_nf4_and_compiled():
-    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench"}
+    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench", "stored_dtype"}
 
 
 @pytest.mark.parametrize(
     "folder, needed",
-    [("vision", {"nf4"}), ("gguf", {"nf4"}), ("classification", {"nf4", "device"}), ("tool_calling", set())],
+    [
+        ("vision", {"nf4", "kv_cache"}),
+        ("gguf", {"nf4"}),
+        ("classification", {"nf4", "device", "kv_cache", "stored_dtype"}),
+        ("tool_calling", set()),
+    ],
 )
 def test_a_part_of_challenge_d_stands_on_little(folder, needed):
     assert imported(folder) == {folder, *needed}
