@@ -8,6 +8,7 @@
 # make gpu-test      on a GPU: the gpu-marked tests, their summary kept in resources/measurements/
 # make rehearsal     on a GPU: the whole notebook as a T4 would have to run it
 # make colab-check   the notebook alone in an environment with the versions of Colab's runtime
+# make matrix        the quick tests and the kernels with every set of supported releases: build/matrix, hours on two cores
 # make clean         remove build/
 #
 # Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
@@ -29,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help notebook test test-slow publish sweeps sweeps-gpus gpu-test rehearsal colab-check build clean
+.PHONY: help notebook test test-slow publish sweeps sweeps-gpus gpu-test rehearsal colab-check matrix build clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -83,6 +84,9 @@ colab-check: build
 	$(or $(COLAB_PYTHON),$(RUN)) -m venv build/colab-venv
 	build/colab-venv/bin/python -m pip install --quiet --disable-pip-version-check -r notebook/colab.txt
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/colab --strict --python $(CURDIR)/build/colab-venv/bin/python
+
+matrix: $(READY)
+	$(RUN) -m tools.matrix $(ENVIRONMENTS)
 
 clean:
 	rm -rf build

@@ -53,9 +53,8 @@ def test_the_warning_is_one_and_names_all_that_was_tested(monkeypatch):
 
 def test_an_import_warns_only_of_what_was_not_tested():
     """With whatever is installed here; the import takes no library but Python's own."""
-    code = (
-        "import sys, warnings; warnings.simplefilter('error'); import unsloth_puzzles; assert 'torch' not in sys.modules"
-    )
+    code = "import sys, warnings; warnings.simplefilter('error'); import unsloth_puzzles; "
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     expected = untested(supported.installed, sys.version_info[:2], supported.triton_of_torch())
     assert (done.returncode == 0) is not bool(expected), done.stderr

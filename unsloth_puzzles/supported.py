@@ -24,7 +24,9 @@ TESTED = {
 PYTHON = ("3.11", "3.13")
 
 
-def untested(version_of: Callable[[str], str | None], python: tuple[int, int], triton_of_torch: str | None) -> list[str]:
+def untested(
+    version_of: Callable[[str], str | None], python: tuple[int, int], triton_of_torch: str | None
+) -> list[str]:
     """What is installed and was not tested, a phrase each.
 
     Args:
