@@ -103,3 +103,19 @@ def test_an_unknown_environment_is_refused(environments, capsys):
         matrix.main(["nightly"])
     assert "must be of oldest, pinned, colab, newest, got nightly" in capsys.readouterr().err
     assert not environments.exists()
+
+
+def test_a_python_that_does_not_run_is_passed_over(monkeypatch, tmp_path):
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    broken = tmp_path / f"python{version}"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    installed = tmp_path / f".pyenv/versions/{version}.0/bin/python"
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert matrix._python(version) == str(installed)
+    installed.unlink()
+    with pytest.raises(RuntimeError, match=rf"^Python {version} with venv must be on the PATH"):
+        matrix._python(version)

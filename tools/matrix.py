@@ -96,11 +96,11 @@ def make(name: str, minutes: float) -> Path:
 
 
 def _python(version: str) -> str:
-    own = sorted(Path.home().glob(f".pyenv/versions/{version}*/bin/python"))
-    found = shutil.which(f"python{version}") or (str(own[-1]) if own else None)
-    if found is None:
-        raise RuntimeError(f"Python {version} must be on the PATH or in ~/.pyenv/versions, got none")
-    return found
+    own = sorted(map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python")))
+    for one in filter(None, [shutil.which(f"python{version}"), *own]):  # pyenv puts names on the PATH that do not run
+        if subprocess.run([one, "-c", "import venv"], capture_output=True, check=False).returncode == 0:
+            return one
+    raise RuntimeError(f"Python {version} with venv must be on the PATH or in ~/.pyenv/versions, got none")
 
 
 def run(
