@@ -79,9 +79,18 @@ def compile_kernel(config: Config, dtype: torch.dtype, blocksize: int, blocksize
     Returns:
         A `triton.compiler.CompiledKernel`.
     """
-    jit = dequantize_nf4_kernel if where["ALIGNED"] else _unaligned_kernel
-    absmax = torch.uint8 if where["NESTED"] else torch.float32
     constants = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where)
     with torch.cuda.device(device):
-        pointers = (torch.uint8, absmax, torch.float32, torch.float32, torch.float32, torch.float32, dtype)
-        return jit.warmup(*pointers, 0, grid=(1,), **constants, **options(config))
+        pointers = pointer_types(dtype, where["NESTED"])
+        return chosen_kernel(where["ALIGNED"]).warmup(*pointers, 0, grid=(1,), **constants, **options(config))
+
+
+def chosen_kernel(aligned: bool):
+    """The kernel whose pointers to what is read and written 16 bytes at a time are aligned so, or the other one."""
+    return dequantize_nf4_kernel if aligned else _unaligned_kernel
+
+
+def pointer_types(dtype: torch.dtype, nested: bool) -> tuple[torch.dtype, ...]:
+    """What the kernel's pointers point to, in the order of `POINTERS`."""
+    absmax = torch.uint8 if nested else torch.float32
+    return torch.uint8, absmax, torch.float32, torch.float32, torch.float32, torch.float32, dtype

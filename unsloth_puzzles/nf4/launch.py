@@ -1,10 +1,12 @@
 """Launch the compiled kernel by its handle.
 
 `kernel[grid](...)` inspects every argument at every call, which can take the host longer than a small matrix takes the
-GPU. Here `prepare` looks the compiled kernel up by what it depends on, and `Launch.run` gives plain addresses to its C
-launcher. `cache` recalls the launch of a weight that was seen before.
+GPU. Here `prepare` looks the compiled kernel up by what it depends on, and `Launch.run` gives plain addresses to its
+launcher. `cache` recalls the launch of a weight that was seen before. A launcher that takes other arguments than those
+of Triton 3.6 to 3.9 is left alone: there the kernel is launched as Triton does it.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,18 @@ import torch
 import triton
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from unsloth_puzzles.nf4.build import DEFAULT, INTERPRETED, POINTERS, Config, compile_kernel, constexprs
+from unsloth_puzzles.device import capability
+from unsloth_puzzles.nf4.build import (
+    DEFAULT,
+    INTERPRETED,
+    POINTERS,
+    Config,
+    chosen_kernel,
+    compile_kernel,
+    constexprs,
+    options,
+    pointer_types,
+)
 from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
 from unsloth_puzzles.nf4.state import NF4Weight
 
@@ -133,6 +146,9 @@ class _Handle(NamedTuple):
     compiled: object  # kept: newer releases of Triton unload the module when it goes
 
 
+# Parameters of the launchers of Triton 3.7 to 3.9.
+_LAUNCH = ["gridX", "gridY", "gridZ", "stream", "function"]
+_LAUNCH += ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"]
 _NOTHING = _Handle(lambda *arguments: None, (), (), None)  # for a weight without elements
 _handles: dict[tuple, _Handle] = {}
 
@@ -149,11 +165,55 @@ def _bind(config, dtype, blocksize, blocksize2, nested: bool, full: bool, aligne
     with torch.cuda.device(device):  # loads the module there
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(POINTERS) - 1)  # the launcher ignores them
-    if triton.__version__.startswith("3.6.") and run.global_scratch_size == run.profile_scratch_size == 0:
-        # Past a Python wrapper that allocates scratch memory. Launch hooks are not called.
-        before = (function, False, False, None, None, metadata, None, None, None)
-        return _Handle(run.launch, before, constants, compiled)
-    return _Handle(run, (function, metadata, None, None, None), constants, compiled)
+    if (direct := direct_launch(run, function, metadata)) is None:
+        return _Handle(_Ordinary(config, dtype, blocksize, blocksize2, device, where), (), (), compiled)
+    enqueue, before = direct
+    return _Handle(enqueue, before, constants, compiled)
+
+
+def direct_launch(run: Callable, function: object, metadata: object) -> tuple[Callable, tuple] | None:
+    """What enqueues a kernel past Triton's look at its arguments, and what it takes between stream and arguments.
+
+    Launch hooks are not called.
+
+    Args:
+        run: The launcher of a compiled kernel.
+        function, metadata: The kernel's.
+
+    Returns:
+        None for a launcher whose parameters are not known.
+    """
+    given = list(inspect.signature(type(run).__call__).parameters)[1:]
+    of_3_6 = given == [*_LAUNCH[:5], _LAUNCH[-1]]  # what comes between is among args
+    if not of_3_6 and given != _LAUNCH:
+        return None
+    if of_3_6 and triton.__version__.startswith("3.6.") and run.global_scratch_size == run.profile_scratch_size == 0:
+        # Past a Python wrapper that allocates scratch memory.
+        return run.launch, (function, False, False, None, None, metadata, None, None, None)
+    return run, (function, metadata, None, None, None)
+
+
+class _Ordinary:
+    """A launch by Triton itself, from the arguments of `Launch.enqueue`."""
+
+    def __init__(self, config: Config, dtype, blocksize: int, blocksize2: int, device: int, where: dict[str, bool]):
+        self._kernel, self._types = chosen_kernel(where["ALIGNED"]), pointer_types(dtype, where["NESTED"])
+        self._options = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where) | options(config)
+
+    def __call__(self, programs: int, _y: int, _z: int, _stream: int, *arguments: int) -> None:
+        *addresses, numel = arguments  # Triton takes the current stream, which the caller's is
+        pointers = map(_Pointer, addresses, self._types)
+        self._kernel[(programs,)](*pointers, numel, **self._options)
+
+
+class _Pointer(NamedTuple):
+    """What Triton asks of a tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def _contiguous_strides(shape) -> tuple[int, ...]:
