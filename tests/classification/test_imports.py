@@ -7,7 +7,7 @@ from tests.test_layers import imported
 
 
 def test_classification_stands_on_nf4():
-    assert imported("classification") == {"classification", "nf4", "device"}
+    assert imported("classification") == {"classification", "nf4", "device", "kv_cache", "stored_dtype"}
 
 
 def test_the_folder_imports_no_library():
