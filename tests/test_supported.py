@@ -1,5 +1,6 @@
 """One place says what is tested; other releases give one warning that names what was."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_pyproject_allows_what_is_tested():
         major, minor = newest.split(".")
         assert "<" not in need or f"<{major}.{int(minor) + 1}" in need
     assert project["requires-python"] == f">={PYTHON[0]},<3.{int(PYTHON[1].split('.')[1]) + 1}"
+
+
+def test_the_notebook_keeps_what_is_tested():
+    """Its install cell stands before the package is written, so it has numbers of its own."""
+    cell = (ROOT / "notebook/00_setup.py").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^OLDEST = (\{.*\})$", cell, re.MULTILINE)
+    oldest = {package: ".".join(map(str, release)) for package, release in ast.literal_eval(line).items()}
+    for package in {*oldest} & {*TESTED}:
+        assert oldest[package] == TESTED[package][0]
+    assert {"bitsandbytes", "transformers", "peft"} <= {*oldest}
 
 
 def test_every_environment_of_the_tests_is_a_tested_one():

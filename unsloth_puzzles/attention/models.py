@@ -7,7 +7,7 @@
 Causal and bidirectional masks, sliding windows (Mistral), chunks (Llama 4), soft caps (Gemma 2), padding, and packed
 batches as transformers recognises them, by position ids that start anew. Any other mask (a padded encoder's, a static
 cache's) becomes a dense one, with the automatic choice, SDPA and the formula. The other backends refuse it by name, and
-every backend refuses arguments that it cannot honour. Made for transformers 5.17.
+every backend refuses arguments that it cannot honour. Made for transformers 5.15 to 5.24.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def register() -> list[str]:
         The names for `attn_implementation`, the automatic choice first.
 
     Raises:
-        RuntimeError: the masks of this transformers are not those of 5.17.
+        RuntimeError: the masks of this transformers are not those of 5.15 to 5.24.
     """
     check()
     names = {implementation(backend): backend for backend in ("auto", *BACKENDS)}

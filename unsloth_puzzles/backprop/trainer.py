@@ -8,7 +8,7 @@
         trainer.train()
 
 The only thing exchanged is the `forward` of the causal LM (inside PEFT's wrapper if there is one), and of that only
-calls with labels. This file is for transformers (made for 5.17; TRL 1.16), which nothing else in this package needs.
+calls with labels. This file is for transformers (and TRL 1.16), which nothing else in this package needs.
 """
 
 import functools
