@@ -7,9 +7,10 @@ import torch
 import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
-from unsloth_puzzles.nf4 import launch
+from unsloth_puzzles.nf4 import launch, ordinary_launch
 from unsloth_puzzles.nf4.build import PLAIN, POINTERS
 from unsloth_puzzles.nf4.launch import direct_launch
+from unsloth_puzzles.nf4.ordinary_launch import OrdinaryLaunch
 
 STREAM, FUNCTION, METADATA, ARGUMENTS = 11, 12, (4, 1, 0), (*range(100, 107), 512, None, None)
 
@@ -69,9 +70,9 @@ def test_an_ordinary_launch_gives_triton_pointers_with_their_types(aligned, monk
             return lambda *given, **options: calls.append((grid, given, options))
 
     chosen = []
-    monkeypatch.setattr(launch, "chosen_kernel", lambda aligned: chosen.append(aligned) or Kernel())
+    monkeypatch.setattr(ordinary_launch, "chosen_kernel", lambda aligned: chosen.append(aligned) or Kernel())
     where = {"NESTED": True, "FULL": False, "ALIGNED": aligned}
-    enqueue = launch._Ordinary(PLAIN, torch.float16, 64, 256, 0, where)
+    enqueue = OrdinaryLaunch(PLAIN, torch.float16, 64, 256, 0, where)
     enqueue(3, 1, 1, STREAM, *range(100, 107), 4096)
     ((grid, (*pointers, numel), options),) = calls
     assert (grid, numel, chosen) == ((3,), 4096, [aligned]) and len(pointers) == len(POINTERS)

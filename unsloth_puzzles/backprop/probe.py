@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-# What model families call the number between head and loss. Which of them a model really applies is tried out.
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-_DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
+from unsloth_puzzles.backprop.loss_settings import DIVISORS, multipliers_of, soft_cap_of
+
 _LENGTHS = (12, 8, 5)  # tokens in the rows of the probe, padded on the right
 _ROUNDINGS = 8  # of a dtype, by which two ways to compute the same may differ
 
@@ -37,7 +36,7 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
             "which would be loaded for each chunk; keep them (and tied input embeddings) on a device in device_map"
         )
     inputs, labels = _probe_inputs(causal_lm)
-    cap = _soft_cap(causal_lm)
+    cap = soft_cap_of(causal_lm)
     with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
         output = run(causal_lm, **inputs, **({"labels": labels} if of_loss else {}))
         if len(seen) != 1:
@@ -85,47 +84,19 @@ def own_autocast(causal_lm: PreTrainedModel) -> AbstractContextManager:
     return torch.autocast(device, dtype) if enabled and not torch.is_autocast_enabled(device) else nullcontext()
 
 
-def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
-    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales, tuples."""
-    return {
-        "loss_function": causal_lm.loss_function,
-        "final_logit_softcapping": _soft_cap(causal_lm),
-        "return_dict": getattr(causal_lm.config, "return_dict", True),
-        **_multipliers(causal_lm),
-    }
-
-
-def check_settings(causal_lm: PreTrainedModel, before: dict[str, object]) -> None:
-    """Raise ValueError if a setting is not what it was `before`, when the model was patched."""
-    if (now := settings(causal_lm)) != before:
-        changed = ", ".join(name for name in now | before if now.get(name) != before.get(name))
-        raise ValueError(f"{changed} must be as when the model was patched, got another; undo, set it, and patch again")
-
-
 def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
     """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
     logits = logits if scale == 1 else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _soft_cap(causal_lm: PreTrainedModel) -> float | None:
-    return getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def _multipliers(causal_lm: PreTrainedModel) -> dict[str, float]:
-    """Those of its config, and its own where it has copied them, as Cohere does: then its forward reads the copy."""
-    config, own = causal_lm.config.get_text_config(), vars(causal_lm)
-    found = {name: own.get(name, getattr(config, name, None)) for name in _MULTIPLIERS}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _between(
     causal_lm: PreTrainedModel, given: torch.Tensor, logits: torch.Tensor
 ) -> tuple[float, float | None] | None:
     """The first (scale, cap) of those that the config names which makes `logits` of the head's `given`."""
-    named = _multipliers(causal_lm)
-    scales = [1.0, *named.values(), *(1 / named[name] for name in _DIVISORS if named.get(name))]
-    cap = _soft_cap(causal_lm)
+    named = multipliers_of(causal_lm)
+    scales = [1.0, *named.values(), *(1 / named[name] for name in DIVISORS if named.get(name))]
+    cap = soft_cap_of(causal_lm)
     for candidate in ((scale, cap) for cap in ([None, cap] if cap else [None]) for scale in scales):
         if _same(transform(given, *candidate), logits):
             return candidate
@@ -133,7 +104,7 @@ def _between(
 
 
 def _unknown(causal_lm: PreTrainedModel) -> str:
-    names = ", ".join([*_multipliers(causal_lm), "final_logit_softcapping"])
+    names = ", ".join([*multipliers_of(causal_lm), "final_logit_softcapping"])
     return (
         f"model must do no more between backbone, head and loss than a soft cap and a scale of the logits ({names}), "
         f"got {type(causal_lm).__name__}, whose loss would not be the same"

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_parallel, refuse_sharded_head, routes
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
+from unsloth_puzzles.backprop.loss_settings import check_settings, settings
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.outputs import (
     EvaluatedCausalLMOutput,
@@ -32,7 +33,7 @@ from unsloth_puzzles.backprop.outputs import (
     token_statistics,
     transformed,
 )
-from unsloth_puzzles.backprop.probe import check_settings, logit_transform, own_autocast, settings
+from unsloth_puzzles.backprop.probe import logit_transform, own_autocast
 from unsloth_puzzles.backprop.trainer_checks import check_trainer
 from unsloth_puzzles.kv_cache import cache_name
 

@@ -16,19 +16,9 @@ import torch
 import triton
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from unsloth_puzzles.device import capability
-from unsloth_puzzles.nf4.build import (
-    DEFAULT,
-    INTERPRETED,
-    POINTERS,
-    Config,
-    chosen_kernel,
-    compile_kernel,
-    constexprs,
-    options,
-    pointer_types,
-)
+from unsloth_puzzles.nf4.build import DEFAULT, INTERPRETED, POINTERS, Config, compile_kernel, constexprs
 from unsloth_puzzles.nf4.kernel import dequantize_nf4_kernel
+from unsloth_puzzles.nf4.ordinary_launch import OrdinaryLaunch
 from unsloth_puzzles.nf4.state import NF4Weight
 
 MAX_NUMEL = 2**34  # the kernel counts 32-bit words of 8 weights in 32 bits
@@ -166,7 +156,7 @@ def _bind(config, dtype, blocksize, blocksize2, nested: bool, full: bool, aligne
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     constants = (None,) * (len(dequantize_nf4_kernel.arg_names) - len(POINTERS) - 1)  # the launcher ignores them
     if (direct := direct_launch(run, function, metadata)) is None:
-        return _Handle(_Ordinary(config, dtype, blocksize, blocksize2, device, where), (), (), compiled)
+        return _Handle(OrdinaryLaunch(config, dtype, blocksize, blocksize2, device, where), (), (), compiled)
     enqueue, before = direct
     return _Handle(enqueue, before, constants, compiled)
 
@@ -191,29 +181,6 @@ def direct_launch(run: Callable, function: object, metadata: object) -> tuple[Ca
         # Past a Python wrapper that allocates scratch memory.
         return run.launch, (function, False, False, None, None, metadata, None, None, None)
     return run, (function, metadata, None, None, None)
-
-
-class _Ordinary:
-    """A launch by Triton itself, from the arguments of `Launch.enqueue`."""
-
-    def __init__(self, config: Config, dtype, blocksize: int, blocksize2: int, device: int, where: dict[str, bool]):
-        self._kernel, self._types = chosen_kernel(where["ALIGNED"]), pointer_types(dtype, where["NESTED"])
-        self._options = constexprs(config, dtype, blocksize, blocksize2, capability(device), **where) | options(config)
-
-    def __call__(self, programs: int, _y: int, _z: int, _stream: int, *arguments: int) -> None:
-        *addresses, numel = arguments  # Triton takes the current stream, which the caller's is
-        pointers = map(_Pointer, addresses, self._types)
-        self._kernel[(programs,)](*pointers, numel, **self._options)
-
-
-class _Pointer(NamedTuple):
-    """What Triton asks of a tensor."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 def _contiguous_strides(shape) -> tuple[int, ...]:
