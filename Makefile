@@ -11,7 +11,7 @@
 # make matrix        the quick tests and the kernels with every set of supported releases: build/matrix, hours on two cores
 # make clean         remove build/
 #
-# Each makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
+# Each but clean makes .venv on its first call. `VENV=none` uses the interpreter PYTHON as it is and installs nothing.
 
 NOTEBOOK := Rohit_Unsloth_Puzzles.ipynb
 MEASURED := resources/measurements
