@@ -1,14 +1,19 @@
 """README.md: two pages, their claims taken from the measurements, their examples run, their links not broken."""
 
 import ast
+import builtins
 import json
 import re
+import symtable
 from pathlib import Path
 
 import nbformat
 import pytest
+import transformers
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
+from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
 from tools.build_readme import beside_unsloth, pages, shown_figure
@@ -16,6 +21,50 @@ from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_tabl
 
 PAGES = ("README.md", "RESULTS.md", "docs/usage.md")
 STAMP = {"hardware": "NVIDIA Test", "date": "2026-11-22", "digest": "of the run"}
+# What the example that defines a name must have done.
+CHECKS = {
+    "y": lambda names: names["y"].shape == (4, 1024),
+    "head": lambda names: names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0,
+    "out": lambda names: names["out"].shape == names["query"].shape,
+    "implementation": lambda names: names["model"].config._attn_implementation == "unsloth_puzzles_sdpa",
+    "trainer": lambda names: names["trainer"].state.global_step == 1,
+    "text_model": lambda names: names["text_model"].name == "model-q8_0.gguf" and names["projector"] is None,
+    "load_trained": lambda names: not names["model"].training and Path("out/classifier.json").is_file(),
+    "toolbox": lambda names: (
+        names["toolbox"].call("weekday", {"date": "2026-11-29"}).content == "Sunday"
+        and names["done"].stopped
+        and _learned(names).endswith("It is 7.<|im_end|>")
+    ),
+}
+
+
+def _examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def _usage_examples() -> list:
+    """By heading. The compiled one takes minutes of a CPU."""
+    sections = (ROOT / "docs/usage.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    return [
+        pytest.param(example, id=section.splitlines()[0], marks=[pytest.mark.slow] * ("compile_qlora" in example))
+        for section in sections
+        for example in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Llama and its tokenizer."""
+    folder = str(tmp_path_factory.mktemp("usage") / "tiny")
+    tokenizer = byte_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
@@ -178,35 +227,97 @@ def test_check_finds_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).write_text(made[name], encoding="utf-8")
 
 
-def test_library_examples_run() -> None:
-    """As they stand, on the CPU; of those that need a real model, imports and names only."""
+def test_readme_examples_run() -> None:
+    """The first as it stands, on the CPU; of those that need a real model, imports and names only."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("trl")
     weight, fsdp2, trainers = _examples("README.md")
-    compiled, model, loss, attention, *others = _examples("docs/usage.md")
-    assert len(others) == 5
-    names = {}
-    for example in (weight, compiled, loss, attention):
-        alone: dict = {}
-        exec(example.replace('"cuda"', '"cpu"'), alone)
-        names |= alone
+    names: dict = {}
+    exec(weight.replace('"cuda"', '"cpu"'), names)
     assert names["weight"].shape == (1024, 512) and str(names["weight"].dtype) == "torch.float16"
-    assert names["y"].shape == (4, 1024)
-    assert names["hidden_states"].grad.norm() > 0 and names["head"].weight.grad.norm() > 0
-    assert names["out"].shape == names["query"].shape
-    for example in (fsdp2, trainers, model, *others):
+    for example in (fsdp2, trainers):
         imports = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), "imports", "exec"), names)
     for name in (
-        "patch_linear4bit", "use_memory_efficient_loss", "MemoryEfficientGRPOTrainer", "compile_qlora", "pack_nf4",
-        "fsdp2_arguments", "prepare_trainer", "VisionCollator", "patch_mllama", "export_gguf", "load_classifier",
-        "add_adapters", "save_classifier", "ToolBox", "run_conversation",
+        "use_memory_efficient_loss", "MemoryEfficientGRPOTrainer", "compile_qlora", "pack_nf4", "fsdp2_arguments",
+        "prepare_trainer", "save_adapters",
     ):  # fmt: skip
         assert callable(names[name])
 
 
-def _examples(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.mark.parametrize("example", _usage_examples())
+def test_usage_example_runs(example: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with tiny models in the place of those that an example names or leaves to its user."""
+    for library in ("bitsandbytes", "trl", "torchvision", "gguf"):
+        pytest.importorskip(library)
+    names = _yours(example, checkpoint)
+    monkeypatch.chdir(tmp_path)
+    example = re.sub(r"unsloth/Llama-3.2-1B(-bnb-4bit)?", checkpoint, example)
+    exec(_one_step(example).replace('"cuda"', '"cpu"'), names)
+    for name in CHECKS.keys() & names.keys():
+        assert CHECKS[name](names), name
+
+
+@pytest.mark.parametrize("example", _usage_examples())
+def test_usage_example_says_what_it_does_not_define(example: str) -> None:
+    comments = " ".join(re.findall(r"^# ([^:]*):", example, flags=re.MULTILINE))
+    assert _undefined(example) <= {*re.findall(r"\w+", comments)}
+
+
+def test_vision_rows_train_under_a_plain_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `Dataset` and as a list, with `remove_unused_columns=False`. SFTTrainer refuses a list."""
+    pytest.importorskip("trl")
+    pytest.importorskip("torchvision")
+    (example,) = (one for one in _examples("docs/usage.md") if "VisionCollator" in one)
+    names = _yours(example, "")
+    monkeypatch.chdir(tmp_path)
+    exec(_one_step(example), names)
+    model, collator = names["model"], names["trainer"].data_collator
+    for rows in (names["rows"], list(names["rows"])):
+        arguments = transformers.TrainingArguments("out", use_cpu=True, max_steps=1, remove_unused_columns=False)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+        assert trainer.train().global_step == 1
+    with pytest.raises(TypeError):
+        names["SFTTrainer"](model, names["trainer"].args, train_dataset=rows, data_collator=collator)
+
+
+def _undefined(example: str) -> set[str]:
+    """The names that an example reads and does not define."""
+    module = symtable.symtable(example, "example", "exec")
+    tables = [module, *module.get_children()]
+    read = {one.get_name() for table in tables for one in table.get_symbols() if one.is_global() or table is module}
+    defined = {one.get_name() for one in module.get_symbols() if one.is_assigned() or one.is_imported()}
+    return read - defined - set(dir(builtins))
+
+
+def _yours(example: str, checkpoint: str) -> dict:
+    """Tiny models and rows for the names that an example leaves to its user."""
+    wanted = _undefined(example)
+    given: dict = {}
+    if "VisionCollator" in example:
+        given["processor"], given["model"] = FAMILIES["qwen2_vl"]()
+    elif "model" in wanted:
+        given["model"] = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        given["tokenizer"] = given["processor"] = byte_tokenizer()
+    if "compile_qlora" in example:
+        from peft import LoraConfig, get_peft_model
+
+        quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quantised)
+        given["model"] = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+        given["data"] = [{"input_ids": [*range(24)], "labels": [*range(24)]}] * 8
+    return {name: given[name] for name in wanted}
+
+
+def _one_step(example: str) -> str:
+    """The example with trainers that make one step on the CPU."""
+    settings = "use_cpu=True, bf16=False, max_steps=1, report_to=[]"
+    return re.sub(r'(TrainingArguments|SFTConfig)\("out"', rf'\1("out", {settings}', example)
+
+
+def _learned(names: dict) -> str:
+    """The tokens with labels, as text."""
+    return names["tokenizer"].decode([label for label in names["example"]["labels"] if label >= 0])
 
 
 def _measure(folder: Path, file: str, *records: tuple, rehearsal: bool = False) -> None:
