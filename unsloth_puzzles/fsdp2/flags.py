@@ -28,7 +28,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `unsloth_puzzles.fsdp2.train`."""
-    made = argparse.ArgumentParser(description="QLoRA on one GPU, or by torchrun on any number with FSDP2.")
+    made = argparse.ArgumentParser(
+        description="QLoRA on Python's language reference, by one GPU, or by torchrun on any number with FSDP2."
+    )
     # No flag may begin one of torchrun's (--log-dir, --role, ...), which would take it for its own.
     made.add_argument("--model", required=True, help="of the hub, or a folder")
     made.add_argument("--layers", type=int, help="random weights, and this many layers of the architecture")

@@ -5,6 +5,7 @@ trainer = SFTTrainer(model, arguments, ...)
 prepare_trainer(trainer)
 with compile_qlora(trainer):
     trainer.train()
+save_adapters(trainer.model, "out")         # save.py, on every rank
 """
 
 import os

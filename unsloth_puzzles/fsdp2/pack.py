@@ -31,6 +31,7 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
     The results of a layer do not change. Nothing is copied to the host; a layer's old tensors are freed before the next
     layer is packed. FP4 layers are refused, since only NF4 is packed. DoRA adapters read the de-quantised weight from
     the packed layers. Add adapters and cast the model before: PEFT cannot adapt a packed layer, nor can it be cast.
+    Seed every rank alike before PEFT draws the adapters.
 
     Args:
         model: A model with bitsandbytes NF4 layers, with or without adapters of PEFT, before `fully_shard` or a Trainer

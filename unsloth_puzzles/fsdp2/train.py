@@ -3,9 +3,10 @@
     torchrun --nproc_per_node 2 -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
     python -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
 
-Both train on the same rows in the same order: `--rows` counts the rows of all ranks. torchrun takes the way of FSDP2
-with one rank, too, so that a checkpoint of two ranks can be resumed by one and the reverse. A checkpoint of `python`
-can be resumed by `python` alone. A line of JSON a step goes to `--log-file`.
+Both train on the same rows (of Python's language reference) in the same order: `--rows` counts the rows of all ranks.
+No flag chooses other data: for that, `make_trainer` shows the calls. torchrun takes the way of FSDP2 with one rank,
+too, so that a checkpoint of two ranks can be resumed by one and the reverse. A checkpoint of `python` can be resumed by
+`python` alone. A line of JSON a step goes to `--log-file`.
 
 The adapters go to `--output` in PEFT's format: `PeftModel.from_pretrained(load(...), output)` is a model of ordinary
 layers in one process, to generate with or to merge.
