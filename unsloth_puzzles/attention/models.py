@@ -3,6 +3,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unsloth_puzzles")       # the best backend
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="unsloth_puzzles_flex")  # this one
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=implementation("flash"))
+
+The last name is `unsloth_puzzles_varlen`: transformers takes names with "flash" for packages.
 
 Causal and bidirectional masks, sliding windows (Mistral), chunks (Llama 4), soft caps (Gemma 2), padding, and packed
 batches as transformers recognises them, by position ids that start anew. Any other mask (a padded encoder's, a static
