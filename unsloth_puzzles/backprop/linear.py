@@ -96,9 +96,10 @@ class MemoryEfficientLinear(torch.autograd.Function):
     """The puzzle's skeleton: `MemoryEfficientLinear.apply(X, linear, labels, forward_function)`.
 
     X: [batch, length, hidden], labels: [batch, length], forward_function(batch, linear, labels): the mean loss of a
-    piece, which it projects itself. Use `memory_efficient_linear` for everything else. A module cannot be an input of
-    an autograd function, so `apply` hands its trainable parameters over as tensors, and their gradients are returned
-    like any input's.
+    piece, which it projects itself. The functions of `losses` take (logits, labels) instead and belong to
+    `memory_efficient_linear`. Use that for everything else, too: `options`, `row_args` and `shared_args` are internal.
+    A module cannot be an input of an autograd function, so `apply` hands its trainable parameters over as tensors, and
+    their gradients are returned like any input's.
     """
 
     @classmethod

@@ -7,6 +7,8 @@
     with use_memory_efficient_loss(trainer):         # so afterwards, and the trainer, not the model
         trainer.train()
 
+With `compute_metrics` give the Trainer itself and `predictions=True`: there are no logits to compute metrics of.
+
 The only thing exchanged is the `forward` of the causal LM (inside PEFT's wrapper if there is one), and of that only
 calls with labels. This file is for transformers (and TRL 1.16), which nothing else in this package needs.
 """
