@@ -104,7 +104,8 @@ def load_trained(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load what `save_classifier` saved, over its base model: the same logits, bit for bit, on the same hardware.
 
-    That holds for the options (such as `attn_implementation`) with which the model was loaded before.
+    That holds for the options (such as `attn_implementation`) with which the model was loaded before. transformers
+    reports `score.weight` as missing while the base model is loaded; the trained head comes after.
 
     Args:
         folder: Of `save_classifier`.

@@ -30,7 +30,7 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> 
 
     A layer behaves as before: it computes in its `compute_dtype` (set by the first input, if nothing else did) and
     returns the input's dtype. The bias, if of another dtype, is cast for the product; bitsandbytes casts it in place.
-    FP4 layers are left to bitsandbytes, with a warning.
+    FP4 layers are left to bitsandbytes, with a warning. Layers of `pack_nf4` use the kernel already and are left alone.
 
     With gradients on, `nf4_linear` runs whatever the rows are: they are not looked at, so torch.compile has no reason
     to compile twice. With gradients off torch.compile compiles, with dynamic shapes, at most once for fewer and once

@@ -60,7 +60,7 @@ def run_conversation(
     Args:
         model: A causal LM of transformers, in evaluation mode during the call.
         tokenizer: Its fast tokenizer.
-        messages: The conversation so far, the user's message last.
+        messages: The conversation so far. The last message is a user's or a tool's.
         toolbox: The tools on offer, maybe none.
         max_turns: Most replies of the model.
         format: A chat format or the name of one.
@@ -71,7 +71,7 @@ def run_conversation(
 
     Raises:
         TypeError: See `checked_messages`.
-        ValueError: As there; the last message is no user's; a limit below 1.
+        ValueError: As there; the last message is neither a user's nor a tool's; a limit below 1.
     """
     (done,) = run_conversations(
         model, tokenizer, [messages], [toolbox], max_turns, format=format, max_new_tokens=max_new_tokens
