@@ -7,10 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, masking_utils
 
 from tests.attention.conftest import draw, make_batch, sees
-from unsloth_puzzles.attention.models import LENGTHS, NAME, REFUSED, attention_forward, make_mask, register
+from unsloth_puzzles.attention.models import (
+    LENGTHS,
+    NAME,
+    REFUSED,
+    attention_forward,
+    implementation,
+    make_mask,
+    register,
+)
 from unsloth_puzzles.attention.pattern import Pattern
 
 BACKENDS = ("auto", "flex", "sdpa", "dense")
@@ -153,6 +161,18 @@ def test_one_mask_serves_layers_with_different_heads():
     found = torch.autograd.grad(attention_forward(None, *data, capped, softcap=1.5)[0].square().sum(), data)
     exact = torch.autograd.grad(expected(*data, Pattern(soft_cap=1.5)).square().sum(), data)
     assert all(near(one, other) for one, other in zip(found, exact, strict=True))
+
+
+def test_registered_names_load_a_model():
+    names = register()
+    assert names[:3] == ["unsloth_puzzles", "unsloth_puzzles_varlen", "unsloth_puzzles_flex"]
+    assert names[1] == implementation("flash")
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    for name in names:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+        assert model.config._attn_implementation == name
 
 
 def test_output_attentions_is_refused():
