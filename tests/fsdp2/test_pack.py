@@ -90,6 +90,16 @@ def test_kinds_of_layers(options):
         assert torch.equal(model(x), expected)
 
 
+def test_patch_leaves_packed_layers_alone():
+    model = nn.Sequential(layer())
+    pack_nf4(model)
+    x = torch.randn(4, model[0].in_features)
+    expected, kind = model(x), type(model[0])
+    with patch_linear4bit(model) as patch:
+        assert patch.names == () and type(model[0]) is kind
+        assert torch.equal(model(x), expected)
+
+
 def test_state_dict_holds_a_stub_and_adapters_load():
     model = qlora()
     pack_nf4(model, 2)
