@@ -115,9 +115,13 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
             trainer of TRL, `trainable_token_indices`. On all ranks, if trained parameters or frozen weights of one
             differ from the first rank's.
     """
-    arguments, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
+    arguments = trainer.args
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)  # absent where accelerate uses no FSDP
     if plugin is None or plugin.fsdp_version != 2:
-        raise ValueError("trainer must use FSDP2, got none; make its arguments with **fsdp2_arguments(model)")
+        raise ValueError(
+            f"trainer must use FSDP2, got {'none' if plugin is None else 'FSDP1'}; make its arguments with "
+            "**fsdp2_arguments(model) and start it with torchrun; accelerate ignores FSDP2 on a CPU"
+        )
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if optimizer not in _OPTIMIZERS:
         raise ValueError(f"optim must be one of {', '.join(_OPTIMIZERS)}, which take sharded states, got {optimizer!r}")

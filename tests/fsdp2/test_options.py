@@ -1,0 +1,39 @@
+"""A trainer that does not use FSDP2 is refused, with what to do instead."""
+
+import os
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from tests.fsdp2.models import qlora
+from unsloth_puzzles.fsdp2.options import prepare_trainer
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+
+REFUSED = (
+    "trainer must use FSDP2, got {}; make its arguments with **fsdp2_arguments(model) and start it with torchrun; "
+    "accelerate ignores FSDP2 on a CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    model = qlora()
+    pack_nf4(model)
+    with patch.dict(os.environ):
+        yield Trainer(model, TrainingArguments(str(tmp_path_factory.mktemp("out")), use_cpu=True, report_to=[]))
+
+
+def test_trainer_without_fsdp_is_refused(trainer):
+    assert not hasattr(trainer.accelerator.state, "fsdp_plugin")
+    with pytest.raises(ValueError) as refusal:
+        prepare_trainer(trainer)
+    assert str(refusal.value) == REFUSED.format("none")
+
+
+def test_trainer_with_fsdp1_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
+    with pytest.raises(ValueError) as refusal:
+        prepare_trainer(trainer)
+    assert str(refusal.value) == REFUSED.format("FSDP1")
