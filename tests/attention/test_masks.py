@@ -1,9 +1,11 @@
 """Masks of transformers, read or made dense: a real token sees what transformers' own dense mask lets it see."""
 
 import random
+import re
 
 import pytest
 import torch
+import transformers
 from torch.distributed.utils import _apply_to_tensors
 from transformers import LlamaConfig, masking_utils
 
@@ -298,6 +300,7 @@ def test_check_notices_changed_mask_functions(monkeypatch):
     monkeypatch.setattr(masks, "_WINDOW", sliding_window_overlay(1).__code__)
     with pytest.raises(
         RuntimeError,
-        match=r"^transformers must have the masks of 5.15 to 5.24, got another masking_utils.sliding_window_overlay",
+        match=r"^transformers must have the masks of 5\.15 to 5\.24, got another masking_utils\.sliding_window_overlay"
+        rf"; this is transformers {re.escape(transformers.__version__)}$",
     ):
         check()

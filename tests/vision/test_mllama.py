@@ -208,7 +208,10 @@ def test_what_cannot_be_patched_is_refused(make, error, message):
 def test_another_transformers_is_refused(monkeypatch):
     _, model = fresh("mllama")
     monkeypatch.setattr(mllama.MllamaTextModel, "forward", lambda self, input_ids=None, cross_attention_mask=None: None)
+    monkeypatch.setattr("unsloth_puzzles.vision.mllama.transformers.__version__", "5.25.0")
     with pytest.raises(
-        ValueError, match="transformers must have a MllamaTextModel that takes cross_attention_states, "
+        ValueError,
+        match=r"^transformers must have a MllamaTextModel that takes cross_attention_states, .*, got one without; "
+        r"the patch was written for transformers 5\.15 to 5\.24, this is 5\.25\.0$",
     ):
         patch_mllama(model)

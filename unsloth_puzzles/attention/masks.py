@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import transformers
 from transformers import masking_utils
 
 from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask, number_documents
@@ -204,7 +205,10 @@ def check() -> None:
         seen = torch.ones(1, 1, q_length, 8, dtype=torch.bool) if seen is None else seen
         theirs = masking_utils.sdpa_mask(**vars(lengths), mask_function=function, allow_is_causal_skip=False)
         if not torch.equal(seen.expand(1, 1, q_length, 8), theirs):
-            raise RuntimeError(f"transformers must have the masks of 5.15 to 5.24, got another masking_utils.{name}")
+            raise RuntimeError(
+                f"transformers must have the masks of 5.15 to 5.24, got another masking_utils.{name}; "
+                f"this is transformers {transformers.__version__}"
+            )
 
 
 def _remapped(ids: torch.Tensor, window: Callable, padding: torch.Tensor) -> dict[str, Callable]:

@@ -15,6 +15,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import transformers
 from transformers.models.mllama import modeling_mllama as mllama
 
 from unsloth_puzzles.kv_cache import cache_name, given_cache
@@ -214,7 +215,8 @@ def _check_transformers() -> None:
         known = {*inspect.signature(cls.forward).parameters}
         if missing := expected - known:
             raise ValueError(
-                f"transformers must have a {cls.__name__} that takes {', '.join(sorted(missing))}, got one without"
+                f"transformers must have a {cls.__name__} that takes {', '.join(sorted(missing))}, got one without; "
+                f"the patch was written for transformers 5.15 to 5.24, this is {transformers.__version__}"
             )
     for cls in (mllama.MllamaTextModel, mllama.MllamaCrossAttentionDecoderLayer, mllama.MllamaTextCrossAttention):
         cache_name(cls.forward)
