@@ -28,6 +28,12 @@ def test_a_model_that_accelerate_has_put_under_autocast_stays_there(tmp_path):
     assert trainer.evaluate()["eval_loss"] != own and set(dtypes) == {torch.bfloat16}
 
 
+FUSED_HEAD = (
+    r"^model must be without the fused head of a TRL trainer, got LlamaForCausalLM with it; pass that trainer if it is "
+    r"an SFTTrainer; others are not supported$"
+)
+
+
 def logged(trainer, *names):
     return [[entry[name] for name in names] for entry in trainer.state.log_history if names[0] in entry]
 
@@ -125,7 +131,7 @@ def test_sft_trainer_needs_the_trainer_itself(tmp_path, tokenizer):
     data = Dataset.from_list([{"input_ids": [5, 6, 7]}])
     config = arguments(tmp_path, SFTConfig, bf16=False)
     trainer = SFTTrainer(llama(torch.float32), config, train_dataset=data, processing_class=tokenizer)
-    with pytest.raises(ValueError, match=r"fused head of a TRL trainer, got .*; pass that trainer"):
+    with pytest.raises(ValueError, match=FUSED_HEAD):
         use_memory_efficient_loss(trainer.model)
     with pytest.raises(ValueError, match="loss must be cross_entropy with SFTTrainer"):
         use_memory_efficient_loss(trainer, z_loss)
@@ -133,9 +139,52 @@ def test_sft_trainer_needs_the_trainer_itself(tmp_path, tokenizer):
         use_memory_efficient_loss(trainer, predictions=True)
 
 
+def test_other_trainers_of_trl_and_their_models_are_refused(tmp_path, tokenizer):
+    """The advice leads to no second refusal: MemoryEfficientGRPOTrainer needs no patch."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, GRPOConfig
+
+    from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
+
+    texts = {"prompt": ["a"] * 4, "chosen": ["b"] * 4, "rejected": ["c"] * 4}
+    options = {"args": arguments(tmp_path, DPOConfig, bf16=False), "train_dataset": Dataset.from_dict(texts)}
+    dpo = DPOTrainer(llama(torch.float32), llama(torch.float32), processing_class=tokenizer, **options)
+    options = {
+        "args": arguments(tmp_path, GRPOConfig, bf16=False, num_generations=2),
+        "train_dataset": Dataset.from_dict({"prompt": texts["prompt"]}),
+    }
+    grpo = MemoryEfficientGRPOTrainer(llama(torch.float32), lambda **_: [0.0], processing_class=tokenizer, **options)
+    for trainer in (dpo, grpo):
+        name = type(trainer).__name__
+        with pytest.raises(ValueError) as refusal:
+            use_memory_efficient_loss(trainer)
+        assert str(refusal.value) == (
+            f"model must be an SFTTrainer or a trainer that is not TRL's, got a {name}; for GRPO use "
+            "MemoryEfficientGRPOTrainer alone, without use_memory_efficient_loss and without compile_qlora"
+        )
+        with pytest.raises(ValueError, match=FUSED_HEAD):
+            use_memory_efficient_loss(trainer.model)
+
+
+NO_LOSS = (
+    r"no loss was computed by it: LlamaForCausalLM was not called with labels; is it the model that was trained\? "
+    r"A TRL SFTTrainer must be given itself, after it is made$"
+)
+
+
 def test_a_patch_that_computed_nothing_says_so(tmp_path):
     """A Trainer with `model_init` trains another model than the one that it had."""
     trainer = Trainer(args=arguments(tmp_path), model_init=lambda: llama(torch.float32), train_dataset=Data(12))
-    text = "no loss was computed by it: LlamaForCausalLM was not called with labels"
-    with pytest.warns(UserWarning, match=text), use_memory_efficient_loss(trainer.model):
+    with pytest.warns(UserWarning, match=NO_LOSS), use_memory_efficient_loss(trainer.model):
         trainer.train()
+
+
+def test_a_patch_of_the_model_before_its_sft_trainer_says_so(tmp_path, tokenizer):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_list([{"input_ids": entry["input_ids"].tolist()} for entry in Data(12)])
+    config, model = arguments(tmp_path, SFTConfig, bf16=False), llama(torch.float32)
+    with pytest.warns(UserWarning, match=NO_LOSS), use_memory_efficient_loss(model) as patch:
+        SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer).train()
+    assert patch.calls == 0

@@ -6,7 +6,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM, Trainer, TrainingArguments
 
+from benchmarks.backprop.grpo import make_trainer, tiny_tokenizer, vowel_share
 from tests.compiled.models import nf4_llama, nf4_model, traced_only, with_adapters
+from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
 from unsloth_puzzles.compiled.checks import draws, uses
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
@@ -25,6 +27,21 @@ def trainer(folder, model=None, **given):
 def test_trainer_with_model_init_is_refused(tmp_path, model):
     with pytest.raises(ValueError, match=r"^model_init must be None, got a function"):
         compile_qlora(trainer(tmp_path, model_init=lambda: model))
+
+
+def test_grpo_trainer_is_refused_and_left_as_it_was(tmp_path):
+    model = with_adapters(nf4_llama(layers=1))
+    classes = [type(module) for module in model.modules()]
+    settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "num_generations": 2}
+    grpo = make_trainer(
+        MemoryEfficientGRPOTrainer, model, tiny_tokenizer(), vowel_share, str(tmp_path),
+        per_device_train_batch_size=2, **settings,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got a MemoryEfficientGRPOTrainer; .* without compile_qlora$"):
+        compile_qlora(grpo)
+    with pytest.raises(ValueError, match=r"pass that trainer if it is an SFTTrainer; others are not supported$"):
+        compile_qlora(grpo.model)
+    assert [type(module) for module in grpo.model.modules()] == classes
 
 
 @pytest.mark.parametrize("options", [{"torch_compile": True}, {"torch_compile_backend": "eager"}], ids=str)

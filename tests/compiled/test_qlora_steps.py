@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import PeftModel
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as fx_config
 
@@ -25,7 +26,7 @@ def test_reentrant_checkpointing_warns():
 def test_bad_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match=r"^model must be a PreTrainedModel, .* got a Linear"):
         compile_qlora(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none"):
+    with pytest.raises(ValueError, match=r"^model must have adapters that are trained, got none; add them with peft\."):
         compile_qlora(nf4_llama())
     with pytest.raises(ValueError, match=r"^model must have bitsandbytes Linear4bit layers"):
         compile_qlora(with_adapters(random_llama(tiny_llama_config(vocab_size=64), "cpu", torch.float32)))
@@ -45,6 +46,16 @@ def test_bad_arguments_are_refused_by_name():
             compile_qlora(model, attention=backend)
     assert model.get_base_model().config._attn_implementation == before
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_loaded_adapters_must_be_trainable(tmp_path):
+    with_adapters(nf4_llama()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as refusal:
+        compile_qlora(PeftModel.from_pretrained(nf4_llama(), tmp_path))
+    assert str(refusal.value) == (
+        "model must have adapters that are trained, got frozen ones; load them with is_trainable=True"
+    )
+    compile_qlora(PeftModel.from_pretrained(nf4_llama(), tmp_path, is_trainable=True)).undo()
 
 
 def test_kv_cache_is_off_by_default_and_config_is_unchanged(tmp_path):

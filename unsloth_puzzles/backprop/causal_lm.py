@@ -38,7 +38,8 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
     own = getattr(vars(found).get("forward"), "__func__", None)
     if not per_token and own is not None and "fused_lm_head" in own.__code__.co_varnames:
         raise ValueError(
-            f"model must be without the fused head of a TRL trainer, got {name} with it; pass that trainer"
+            f"model must be without the fused head of a TRL trainer, got {name} with it; pass that trainer if it is an "
+            "SFTTrainer; others are not supported"
         )
     return found
 

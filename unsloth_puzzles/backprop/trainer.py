@@ -146,8 +146,11 @@ class PatchedLoss:
 
     def __exit__(self, kind, *exception) -> None:
         if kind is None and not self.calls:
-            text = f"no loss was computed by it: {type(self._causal_lm).__name__} was not called with labels"
-            warnings.warn(f"use_memory_efficient_loss: {text}; is it the model that was trained?", stacklevel=2)
+            text = (
+                f"no loss was computed by it: {type(self._causal_lm).__name__} was not called with labels; is it the "
+                "model that was trained? A TRL SFTTrainer must be given itself, after it is made"
+            )
+            warnings.warn(f"use_memory_efficient_loss: {text}", stacklevel=2)
         self.undo()
 
     def __repr__(self) -> str:
@@ -159,7 +162,7 @@ class PatchedLoss:
         if fused_lm_head and not self._per_token:
             raise ValueError(
                 "fused_lm_head must be None, got one: a TRL trainer was made of this model after the patch; "
-                "patch its SFTTrainer"
+                "undo it, and pass that trainer if it is an SFTTrainer; others are not supported"
             )
         if inputs.get("output_router_logits", routes(causal_lm)):
             raise ValueError(

@@ -14,7 +14,10 @@ def check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
     from_trl = [kind for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
     is_sft = any(kind.__name__ == "SFTTrainer" for kind in from_trl)
     if from_trl and not is_sft:
-        raise ValueError(f"model must be SFTTrainer of TRL's trainers, got a {type(trainer).__name__}")
+        raise ValueError(
+            f"model must be an SFTTrainer or a trainer that is not TRL's, got a {type(trainer).__name__}; for GRPO "
+            "use MemoryEfficientGRPOTrainer alone, without use_memory_efficient_loss and without compile_qlora"
+        )
     if is_sft and loss is not cross_entropy:
         raise ValueError(
             "loss must be cross_entropy with SFTTrainer, got another: it makes its own of the log-probabilities; "

@@ -129,8 +129,10 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
 
 def _check_adapters(model: torch.nn.Module) -> None:
     configs = getattr(model, "peft_config", {})
-    if not configs or not any(parameter.requires_grad for parameter in model.parameters()):
+    if not configs:
         raise ValueError("model must have adapters that are trained, got none; add them with peft.get_peft_model")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have adapters that are trained, got frozen ones; load them with is_trainable=True")
     for name, config in configs.items():
         if config.peft_type not in KINDS:
             known = ", ".join(kind.value for kind in KINDS)
