@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from benchmarks.models import tiny_llama_config
-from tests.backprop.patched import SMALL, arguments, batch, llama
+from tests.backprop.patched import SMALL, arguments, batch, llama, reference
+from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 
@@ -40,6 +41,55 @@ def test_settings_of_the_loss_that_change_after_the_patch_are_refused():
             model(**given)
         model.loss_function = own
         assert torch.equal(model(**given).loss, before)
+
+
+def _scaled_in_place(logits, labels):
+    return cross_entropy(logits.mul_(2), labels)
+
+
+def _closes_over_a_parameter():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    return lambda logits, labels: cross_entropy(logits * scale, labels)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "loss, error, message",
+    [
+        (
+            F.cross_entropy,
+            ValueError,
+            r"^loss must be a sum over rows, got a result of 23 rows .* away from its halves' sum, of size [\d.]+; "
+            r"for the sum of a loss of PyTorch pass functools\.partial\(F\.cross_entropy, reduction='sum'\)$",
+        ),
+        (
+            partial(F.cross_entropy, reduction="none"),
+            ValueError,
+            r"^loss must be a sum over rows, got a result of shape \(23,\), torch\.float64; for the sum of a loss",
+        ),
+        (lambda *_: 0.0, TypeError, r"^loss must return a tensor, got float$"),
+        ("mean", TypeError, r"^loss must be a function, got str$"),
+        (_scaled_in_place, ValueError, r"^loss must not change the logits in place, got one that does"),
+    ],
+)
+def test_losses_that_are_no_sum_are_refused_by_their_name(loss, error, message, compile):
+    model, given = llama(), batch()
+    with use_memory_efficient_loss(model, loss, compile=compile), pytest.raises(error, match=message):
+        model(**given)
+
+
+def test_loss_that_closes_over_a_parameter_is_refused_by_its_name():
+    model = llama()
+    message = r"^loss must get what it differentiates as arguments, got a tensor \(\) that requires .*; detach it, or"
+    with use_memory_efficient_loss(model, _closes_over_a_parameter()), pytest.raises(ValueError, match=message):
+        model(**batch())
+
+
+def test_sum_that_the_refusal_advises_is_the_mean_of_the_labels():
+    model, given = llama(), batch()
+    with use_memory_efficient_loss(model, partial(F.cross_entropy, reduction="sum")):
+        loss = model(**given).loss
+    assert (loss - reference(model, **given)[0]).abs() <= 1e-12 * loss
 
 
 def test_models_and_trainers_with_another_loss_are_refused(tmp_path):

@@ -58,7 +58,8 @@ def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[to
         if leaf is not None and not any(leaf is one for one in known):
             raise ValueError(
                 f"forward_function must get what it differentiates as arguments, got a tensor {tuple(leaf.shape)} that "
-                "requires grad and is none of them; pass it in shared_args (or row_args), or detach it"
+                "requires grad and is none of them; detach it, or pass it in shared_args or row_args of "
+                "memory_efficient_linear"
             )
     trust(function, "leaves")
 

@@ -37,6 +37,7 @@ from unsloth_puzzles.backprop.outputs import (
 )
 from unsloth_puzzles.backprop.probe import logit_transform, own_autocast
 from unsloth_puzzles.backprop.trainer_checks import check_trainer
+from unsloth_puzzles.backprop.trial import NotASum
 from unsloth_puzzles.kv_cache import cache_name
 
 CACHE = cache_name(EvaluatedCausalLMOutput)
@@ -199,7 +200,7 @@ class PatchedLoss:
         if fused_lm_head:
             return per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
-            loss=call(self._loss, reduction="sum", normalizer=normalizer),
+            loss=_sum(call, self._loss, normalizer),
             **{CACHE: found.get(CACHE)},
             hidden_states=found.get("hidden_states"),
             attentions=found.get("attentions"),
@@ -225,6 +226,21 @@ def _make_forward(patch: PatchedLoss, of_class: Callable, previous: Callable | N
             return patch.output(self, **given, **inputs)
 
     return forward
+
+
+def _sum(call: Callable, loss: Callable, normalizer: object) -> torch.Tensor:
+    """The normalised sum of `loss`. Refusals name the argument `loss`, not `forward_function` and `reduction`."""
+    try:
+        return call(loss, reduction="sum", normalizer=normalizer)
+    except NotASum as refusal:
+        raise ValueError(
+            f"loss must be a sum over rows, got {refusal.found}; for the sum of a loss of PyTorch pass "
+            "functools.partial(F.cross_entropy, reduction='sum')"
+        ) from None
+    except (TypeError, ValueError, RuntimeError) as refusal:
+        if not str(refusal).startswith("forward_function must "):
+            raise
+        raise type(refusal)(str(refusal).replace("forward_function", "loss", 1)) from None
 
 
 def _with_usual_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

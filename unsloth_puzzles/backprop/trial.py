@@ -6,13 +6,26 @@ import torch
 
 from unsloth_puzzles.backprop.arguments import as_tuple
 from unsloth_puzzles.backprop.call import Call
-from unsloth_puzzles.backprop.results import check_rows, check_unchanged
+from unsloth_puzzles.backprop.results import check_rows, check_scalar, check_unchanged
 from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.backprop.trust import is_new, trust
 
 _ROWS_TRIED = 32
 # What the halves of some rows may differ from the whole by, per byte of the result's dtype: the rounding of a sum.
 _ADDITIVE = {2: 0.02, 4: 1e-3, 8: 1e-8}
+
+
+class NotASum(ValueError):
+    """What a function returned is not a sum over rows.
+
+    Args:
+        message: For the callers of `memory_efficient_linear`.
+        found: What was returned, for callers who cannot choose the reduction.
+    """
+
+    def __init__(self, message: str, found: str):
+        super().__init__(message)
+        self.found = found
 
 
 def try_function(call: Call) -> None:
@@ -40,6 +53,7 @@ def try_function(call: Call) -> None:
         else:
             result = call.head.call(call.user_function, call.x[rows], cut.labels, *cut.all)
         if additive:
+            _check_sum(result)
             found = call.reduction.contribution(result, cut.labels)
             return (found.to(result.dtype),)  # which says how far it may be rounded
         results = as_tuple(result)
@@ -51,6 +65,13 @@ def try_function(call: Call) -> None:
         telling = _halves_agree(evaluate, len(tried), additive, call.dtype)
     if telling:
         trust(call.user_function, options.reduction)
+
+
+def _check_sum(result: object) -> None:
+    try:
+        check_scalar(result)
+    except ValueError as refusal:
+        raise NotASum(str(refusal), f"a result of shape {tuple(result.shape)}, {result.dtype}") from None
 
 
 def _rows_to_try(labels: torch.Tensor | None, rows: int, ignore_index: int | None, device) -> torch.Tensor:
@@ -90,10 +111,14 @@ def _halves_agree(
         if off > tolerance * size and size <= rows * finest:
             telling = False
         elif off > tolerance * size:
-            found = f"{off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, of size {size.item():.3g}"
-            raise ValueError(
-                f"forward_function must be {'additive over rows' if additive else 'computed row by row'}, got a result "
-                f"of {rows} rows {found}. A mean needs reduction='mean' or a sum with a normalizer; "
+            found = (
+                f"a result of {rows} rows {off.item():.3g} away from its halves' {'sum' if additive else 'rows'}, "
+                f"of size {size.item():.3g}"
+            )
+            message = (
+                f"forward_function must be {'additive over rows' if additive else 'computed row by row'}, got {found}. "
+                "A mean needs reduction='mean' or a sum with a normalizer; "
                 "a function that draws random numbers needs check_additive=False"
             )
+            raise NotASum(message, found) if additive else ValueError(message)
     return telling
