@@ -12,6 +12,10 @@ SAME = "ValueError: model must have the same {} on all ranks, got "
 Q, K, V = (f"base_model.model.model.layers.0.self_attn.{name}_proj.lora_A.default.weight: " for name in "qkv")
 FIRST, SECOND = " on rank 0 and ", " on rank 1"
 A = "(4, 64) of torch.float32"
+INSTEAD = {
+    "values of trained parameters": "call transformers.set_seed(n) on every rank before get_peft_model",
+    "frozen weights": "load the same weights on every rank",
+}
 
 DIFFERENT = [
     ("packed layers", "NF4 layers", f"14 of them{FIRST}7 of them"),
@@ -50,6 +54,7 @@ def test_both_ranks_refuse_models_that_differ(errors, name, what, differing):
 def test_both_ranks_refuse_values_that_differ(errors, name, what):
     first, second = errors[name]
     assert first == second and str(first).startswith(SAME.format(what))
+    assert str(first).endswith(f"{SECOND}; {INSTEAD[what]}")
 
 
 @pytest.mark.parametrize(

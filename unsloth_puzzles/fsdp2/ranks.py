@@ -10,14 +10,17 @@ from torch import nn
 from unsloth_puzzles.fsdp2.stream import ByteStream, stream_of
 
 _WORDS = 1 << 23
+_SEED = "call transformers.set_seed(n) on every rank before get_peft_model"
+_LOAD = "load the same weights on every rank"
 
 
-def compare_ranks(what: str, own: Mapping[str, object]) -> None:
+def compare_ranks(what: str, own: Mapping[str, object], instead: str = "") -> None:
     """Raise the same ValueError on every rank if ranks differ. Every rank must call it.
 
     Args:
         what: The entries' name in the error, in the plural.
         own: This rank's entries, in order; what can be pickled and compared.
+        instead: What to do instead, the end of the error.
 
     Raises:
         ValueError: The first rank has other entries than another one, or the same in another order.
@@ -33,6 +36,7 @@ def compare_ranks(what: str, own: Mapping[str, object]) -> None:
             first, other = next(((f"{a[0]}: {a[1]}", f"{b[0]}: {b[1]}") for a, b in pairs if a != b), counts)
             raise ValueError(
                 f"model must have the same {what} on all ranks, got {first} on rank 0 and {other} on rank {rank}"
+                f"{'; ' if instead else ''}{instead}"
             )
 
 
@@ -59,7 +63,7 @@ def compare_trained(model: nn.Module) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     kinds = {name: f"{tuple(parameter.shape)} of {parameter.dtype}" for name, parameter in trained}
     compare_ranks("trained parameters", kinds)
-    _compare_bytes("values of trained parameters", trained)
+    _compare_bytes("values of trained parameters", trained, _SEED)
 
 
 def compare_frozen(model: nn.Module) -> None:
@@ -69,12 +73,13 @@ def compare_frozen(model: nn.Module) -> None:
         model: Before it is sharded.
     """
     frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    _compare_bytes("frozen weights", [*frozen, *model.named_buffers()])
+    _compare_bytes("frozen weights", [*frozen, *model.named_buffers()], _LOAD)
 
 
-def _compare_bytes(what: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _compare_bytes(what: str, tensors: Iterable[tuple[str, torch.Tensor]], instead: str) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        compare_ranks(what, {name: f"bytes with checksum {_checksum(tensor):016x}" for name, tensor in tensors})
+        checksums = {name: f"bytes with checksum {_checksum(tensor):016x}" for name, tensor in tensors}
+        compare_ranks(what, checksums, instead)
 
 
 def _checksum(tensor: torch.Tensor) -> int:
