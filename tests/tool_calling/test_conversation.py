@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks.models import random_llama, tiny_llama_config
 from tests.tool_calling.functions import add, misbehave, tokenizer
 from unsloth_puzzles.tool_calling.conversation import run_conversation, run_conversations
 from unsloth_puzzles.tool_calling.replies import Call
-from unsloth_puzzles.tool_calling.tokens import ChatEncoder
+from unsloth_puzzles.tool_calling.tokens import ChatEncoder, tokenize_conversation
 from unsloth_puzzles.tool_calling.toolbox import Result, ToolBox
 
 BOX = ToolBox([add, misbehave], seconds=20)
@@ -218,3 +219,40 @@ def test_bad_arguments(options, message):
         run(**options)
     with pytest.raises(ValueError, match=r"^toolboxes must be one for each of 1 conversations, got 0$"):
         run_conversations(Scripted(), tokenizer(), [ASK], [])
+
+
+@pytest.mark.parametrize(
+    "messages, got",
+    [("hi", "str"), (["hi"], "str in the list"), (ASK[0], "dict"), ([*ASK, None], "NoneType in the list")],
+)
+def test_messages_must_be_a_list_of_dicts(messages, got):
+    refused = pytest.raises(TypeError, match=f"^messages must be a list of dicts, got {got}$")
+    with refused:
+        run(messages=messages)
+    with refused:
+        tokenize_conversation(tokenizer(), messages, BOX)
+    with refused:
+        run_conversations(Scripted(), tokenizer(), [ASK, messages], [BOX, BOX])
+
+
+@pytest.mark.parametrize(
+    "toolbox, got, functions", [([add], "list", "..."), (add, "function", "..."), (None, "NoneType", "")]
+)
+def test_toolbox_must_be_a_toolbox(toolbox, got, functions):
+    message = f"toolbox must be a ToolBox, got {got}; write ToolBox([{functions}])"
+    refused = pytest.raises(TypeError, match=f"^{re.escape(message)}$")
+    with refused:
+        run(toolbox=toolbox)
+    answered = [*ASK, {"role": "assistant", "content": "7"}]
+    if toolbox is None:  # in training, no tools
+        assert tokenize_conversation(tokenizer(), answered) == tokenize_conversation(tokenizer(), answered, ToolBox([]))
+    else:
+        with refused:
+            tokenize_conversation(tokenizer(), answered, toolbox)
+
+
+def test_many_conversations_need_a_toolbox_each():
+    with pytest.raises(
+        TypeError, match=r"^toolboxes must be a list of ToolBox, one for each conversation, got ToolBox$"
+    ):
+        run_conversations(Scripted(), tokenizer(), [ASK], BOX)

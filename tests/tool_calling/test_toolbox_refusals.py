@@ -69,6 +69,8 @@ def _lists(a: dict[str, list] | tuple | None):
 @pytest.mark.parametrize(
     "functions, error, message",
     [
+        (add, TypeError, r"functions must be a list, got a function; write ToolBox\(\[add\]\)$"),
+        (3, TypeError, r"functions must be a list, got int; write ToolBox\(\[\.\.\.\]\)$"),
         ([3], TypeError, "functions must be functions, got int"),
         ([_later], TypeError, "functions must not be asynchronous, got _later"),
         ([add, add], ValueError, "functions must have different names, got add twice"),
@@ -110,3 +112,9 @@ def test_a_method_must_be_bound():
     ):
         ToolBox([Shop.price])
     assert ToolBox([Shop().price], seconds=20).call("price", {"item": "pen"}).content == "3"
+
+
+def test_subset_takes_a_list_of_names():
+    with pytest.raises(TypeError, match=r"^names must be a list of names, got 'add'; write subset\(\['add'\]\)$"):
+        ToolBox([add]).subset("add")
+    assert ToolBox([add]).subset(["add"]).names == ("add",)

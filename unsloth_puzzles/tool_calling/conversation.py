@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from unsloth_puzzles.tool_calling.formats import ChatFormat
+from unsloth_puzzles.tool_calling.messages import check_dicts
 from unsloth_puzzles.tool_calling.replies import Call
 from unsloth_puzzles.tool_calling.tokens import ChatEncoder
-from unsloth_puzzles.tool_calling.toolbox import Result, ToolBox, failure
+from unsloth_puzzles.tool_calling.toolbox import Result, ToolBox, check_toolbox, failure
 
 
 @dataclasses.dataclass
@@ -61,7 +62,7 @@ def run_conversation(
         model: A causal LM of transformers, in evaluation mode during the call.
         tokenizer: Its fast tokenizer.
         messages: The conversation so far. The last message is a user's or a tool's.
-        toolbox: The tools on offer, maybe none.
+        toolbox: The tools on offer, `ToolBox([])` for none.
         max_turns: Most replies of the model.
         format: A chat format or the name of one.
         max_new_tokens: Of one reply.
@@ -70,8 +71,8 @@ def run_conversation(
         The conversation. The given messages stay as they are.
 
     Raises:
-        TypeError: See `checked_messages`.
-        ValueError: As there; the last message is neither a user's nor a tool's; a limit below 1.
+        TypeError: See `checked_messages`; `toolbox` is not a `ToolBox`.
+        ValueError: See `checked_messages`; the last message is neither a user's nor a tool's; a limit below 1.
     """
     (done,) = run_conversations(
         model, tokenizer, [messages], [toolbox], max_turns, format=format, max_new_tokens=max_new_tokens
@@ -104,9 +105,14 @@ def run_conversations(
     for name, value in (("max_turns", max_turns), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if isinstance(toolboxes, ToolBox):
+        raise TypeError("toolboxes must be a list of ToolBox, one for each conversation, got ToolBox")
     if len(messages) != len(toolboxes):
         raise ValueError(f"toolboxes must be one for each of {len(messages)} conversations, got {len(toolboxes)}")
+    for toolbox in toolboxes:
+        check_toolbox(toolbox)
     for each in messages:
+        check_dicts(each)
         if not each or each[-1].get("role") not in ("user", "tool"):
             raise ValueError(f"messages must end with a user's or a tool's, got {each[-1:]!r:.80}")
     encoder = ChatEncoder(tokenizer, format)

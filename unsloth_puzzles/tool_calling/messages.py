@@ -34,8 +34,7 @@ def checked_messages(messages: list[dict], schemas: list[dict], format: ChatForm
         ValueError: A role or a key is unknown or out of place, a call does not fit its schema, a result answers no call
             or another one, or the format cannot write what a turn holds.
     """
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
+    check_dicts(messages)
     if not messages or not any(message.get("role") == "user" for message in messages):
         raise ValueError(f"messages must contain a user's, got {[message.get('role') for message in messages]}")
     parameters = {schema["function"]["name"]: schema["function"]["parameters"] for schema in schemas}
@@ -59,6 +58,15 @@ def checked_messages(messages: list[dict], schemas: list[dict], format: ChatForm
     for call in unanswered:
         _check_fits("messages", call, parameters)
     return checked
+
+
+def check_dicts(messages: object) -> None:
+    """Raise TypeError unless `messages` is a list of dicts."""
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise TypeError(f"messages must be a list of dicts, got {type(message).__name__} in the list")
 
 
 def _checked_content(where: str, number: int, message: dict) -> str:

@@ -13,7 +13,7 @@ import re
 
 from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
 from unsloth_puzzles.tool_calling.messages import checked_messages
-from unsloth_puzzles.tool_calling.toolbox import ToolBox
+from unsloth_puzzles.tool_calling.toolbox import ToolBox, check_toolbox
 
 IGNORED = -100
 _PRIVATE = range(0xE000, 0xF8FF)  # characters that Unicode gives no meaning
@@ -41,8 +41,9 @@ def tokenize_conversation(
         transformers shift them) in the assistant's turns, their stop tokens included, and -100 elsewhere.
 
     Raises:
-        TypeError: See `checked_messages`.
-        ValueError: As there; no assistant's turn, too many tokens, or a tokenizer that does not fit the format.
+        TypeError: See `checked_messages`; `toolbox` is not a `ToolBox`.
+        ValueError: See `checked_messages`; no assistant's turn, too many tokens, or a tokenizer that does not fit the
+            format.
     """
     return ChatEncoder(tokenizer, format).conversation(messages, toolbox, max_length)
 
@@ -115,6 +116,8 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict], toolbox: ToolBox | None, prompt: bool) -> tuple[str, str]:
         """The text, where control tokens that came with the contents are marked; and the character that marks them."""
+        if toolbox is not None:
+            check_toolbox(toolbox)
         schemas = toolbox.schemas if toolbox is not None else []
         given = [checked_messages(messages, schemas, self.format), schemas]
         written = json.dumps(given, ensure_ascii=False) + self.format.template

@@ -50,7 +50,7 @@ class ToolBox:
         names: Of the functions, in the same order.
 
     Raises:
-        TypeError: What is given is no function, or it is asynchronous.
+        TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous.
         ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
             positive and finite; the system is not Linux.
     """
@@ -61,6 +61,11 @@ class ToolBox:
         for name, value in (("seconds", seconds), ("max_characters", max_characters)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if callable(functions):
+            name = getattr(functions, "__name__", "...")
+            raise TypeError(f"functions must be a list, got a {type(functions).__name__}; write ToolBox([{name}])")
+        if not isinstance(functions, Iterable):
+            raise TypeError(f"functions must be a list, got {type(functions).__name__}; write ToolBox([...])")
         self.seconds, self.max_characters = seconds, max_characters
         self._functions: dict[str, Callable] = {}
         self._schemas: dict[str, dict] = {}
@@ -88,8 +93,11 @@ class ToolBox:
         """A toolbox of some of these functions, in the order of `names`, with the same limits.
 
         Raises:
+            TypeError: `names` is a text.
             ValueError: A name is none of a function here.
         """
+        if isinstance(names, str):
+            raise TypeError(f"names must be a list of names, got {names!r}; write subset([{names!r}])")
         names = list(names)
         if unknown := [name for name in names if name not in self._functions]:
             raise ValueError(f"names must be among {', '.join(self.names) or 'none'}, got {unknown[0]}")
@@ -120,6 +128,13 @@ class ToolBox:
 
     def __repr__(self) -> str:
         return f"ToolBox({', '.join(self.names) or 'no tools'})"
+
+
+def check_toolbox(toolbox: object) -> None:
+    """Raise TypeError unless `toolbox` is a `ToolBox`."""
+    if not isinstance(toolbox, ToolBox):
+        functions = "" if toolbox is None else "..."
+        raise TypeError(f"toolbox must be a ToolBox, got {type(toolbox).__name__}; write ToolBox([{functions}])")
 
 
 def failure(name: object, reason: str) -> Result:
