@@ -89,8 +89,11 @@ def test_a_trained_classifier_keeps_its_head_and_its_labels(checkpoint, tmp_path
 @pytest.mark.parametrize(
     "labels, problem_type, error, message",
     [
-        ("red", None, TypeError, "labels must be a list of names, got 'red'"),
-        ([0, 1], None, TypeError, r"labels must be a list of names, got \[0, 1\]"),
+        ("red", None, TypeError, "labels must be a list of names, one for each class, got 'red'$"),
+        ([0, 1], None, TypeError, r"labels must be a list of names, one for each class, got \[0, 1\]$"),
+        (2, None, TypeError, r"labels must be a list of names, one for each class, got 2$"),
+        ({"red"}, None, TypeError, r"labels must be a list of names, one for each class, got \{'red'\}$"),
+        ({"red": 0}, None, TypeError, r"labels must be a list of names, one for each class, got \{'red': 0\}$"),
         (["a"], None, ValueError, "labels must be at least 2 different names for single_label"),
         (["a", "a"], MULTI, ValueError, "labels must be at least 1 different names for multi_label"),
         ([], REGRESSION, ValueError, "labels must be at least 1"),

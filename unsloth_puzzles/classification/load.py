@@ -6,7 +6,7 @@ Trainer(model, ..., processing_class=tokenizer).train()
 save_classifier(model, tokenizer, "folder")      # adapters.py; load_trained("folder") gives both back
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from transformers import (
@@ -63,7 +63,7 @@ def load_classifier(
 
     Raises:
         ValueError: `labels`, `problem_type`, a checkpoint that is quantised otherwise or a classifier of other labels.
-        TypeError: `labels` is a text; the architecture has another kind of head.
+        TypeError: `labels` is not a list of names; the architecture has another kind of head.
     """
     labels = _checked_labels(labels, problem_type)
     if own := OWN_OPTIONS & set(options):
@@ -103,8 +103,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def _checked_labels(labels: Sequence[str], problem_type: str) -> list[str]:
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"labels must be a list of names, got {labels!r}")
+    # A set or a dict has no order that says which logit is whose.
+    listed = isinstance(labels, Iterable) and not isinstance(labels, (str, Set, Mapping))
+    if not listed or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels must be a list of names, one for each class, got {labels!r}")
     labels = list(labels)
     least = 2 if problem_type == SINGLE else 1
     if len(labels) < least or len(set(labels)) < len(labels):
