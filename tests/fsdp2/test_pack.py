@@ -10,7 +10,7 @@ from benchmarks.models import random_nf4_llama, tiny_llama_config
 from tests.fsdp2.models import layer, losses_and_gradients, qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.pack import pack_nf4
-from unsloth_puzzles.nf4 import patch_linear4bit
+from unsloth_puzzles.nf4 import dequantize_nf4, nf4_linear, patch_linear4bit
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,20 @@ def test_patch_leaves_packed_layers_alone():
     with patch_linear4bit(model) as patch:
         assert patch.names == () and type(model[0]) is kind
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("part", [lambda layer: layer, lambda layer: layer.weight], ids=["layer", "weight"])
+def test_a_packed_layer_is_dequantised_after_undo(part):
+    model = nn.Sequential(layer())
+    expected = dequantize_nf4(model[0])
+    packed = pack_nf4(model)
+    message = r"^quant_state must be .*, got none with (StreamLinear4bit|ByteStream); undo pack_nf4 first$"
+    with pytest.raises(ValueError, match=message):
+        dequantize_nf4(part(model[0]))
+    with pytest.raises(ValueError, match=message):
+        nf4_linear(torch.ones(1, model[0].in_features), part(model[0]))
+    packed.undo()
+    assert torch.equal(dequantize_nf4(part(model[0])), expected)
 
 
 def test_state_dict_holds_a_stub_and_adapters_load():

@@ -25,6 +25,7 @@ class StreamLinear4bit(Linear4bit):
     """
 
     uses_nf4_kernel = True  # `patch_linear4bit` has nothing to exchange here
+    packed_by = "pack_nf4"  # for the error of `dequantize_nf4`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features] in the dtype of x, computed in `compute_dtype`."""

@@ -120,6 +120,7 @@ class ByteStream(torch.Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    packed_by = "pack_nf4"  # for the error of `dequantize_nf4`
 
     @staticmethod
     def __new__(cls, words: torch.Tensor) -> "ByteStream":

@@ -54,7 +54,8 @@ def resolve(weight, quant_state=None):
 
     Raises:
         TypeError: `weight` is neither a tensor nor a module that holds one.
-        ValueError: there is no quantisation state, as before bitsandbytes has moved the weight to the GPU.
+        ValueError: there is no quantisation state, as before bitsandbytes has moved the weight to the GPU, or while the
+            layer is packed for FSDP2.
     """
     packed = weight
     if isinstance(weight, torch.nn.Module):
@@ -66,9 +67,14 @@ def resolve(weight, quant_state=None):
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"weight must be a Linear4bit, a Params4bit or a packed tensor, got {type(weight).__name__}")
     if quant_state is None:
+        instead = (
+            "pass the one that quantize_4bit returned, or move the module to its device first (bitsandbytes quantises "
+            "it there)"
+        )
+        if packer := getattr(type(weight), "packed_by", None):  # of FSDP2's packed layers, which `fsdp2` defines
+            instead = f"undo {packer} first"
         raise ValueError(
-            f"quant_state must be a bitsandbytes QuantState, got none with {type(weight).__name__}; pass the one that "
-            "quantize_4bit returned, or move the module to its device first (bitsandbytes quantises it there)"
+            f"quant_state must be a bitsandbytes QuantState, got none with {type(weight).__name__}; {instead}"
         )
     return packed, quant_state
 
