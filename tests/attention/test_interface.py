@@ -180,6 +180,29 @@ def test_mismatched_tensors_are_refused_by_name(argument, change):
         attention(*change(*draw(6)))
 
 
+LAYOUT = r"the layout is \(batch, heads, length, head size\)$"
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((6, 6, 2), {}, r"query must have at most as many positions as key \(2\) unless each sees all keys, got 4; "),
+        ((6, 1, 2), {"causal": False}, r"query must have a multiple of the 6 key heads, got 1 heads; "),
+        (
+            (6, 6, 4),
+            {"documents": torch.zeros(2, 6, dtype=torch.int64)},
+            r"documents must have shape \(batch, keys\) \(2, 4\), got \(2, 6\); for query, key and value ",
+        ),
+    ],
+)
+def test_refusals_name_the_layout(shape, options, message):
+    """Given [batch, length, heads, head size], the layout of flash attention's own functions."""
+    length, q_length, kv_heads = shape
+    given = (tensor.transpose(1, 2) for tensor in draw(length, q_length, kv_heads=kv_heads))
+    with pytest.raises(ValueError, match=rf"^{message}{LAYOUT}"):
+        attention(*given, **options)
+
+
 @pytest.mark.parametrize(
     "documents", [torch.zeros(6, dtype=torch.int64), [[0] * 6] * 2, 1], ids=["flat", "list", "int"]
 )

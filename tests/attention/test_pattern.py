@@ -59,9 +59,11 @@ def test_invalid_patterns_are_refused_by_name(options, argument):
 
 def test_inconsistent_batches_are_refused():
     for asked, documents in ((Pattern(), None), (Pattern(causal=False), torch.zeros(2, 4, dtype=torch.int32))):
-        with pytest.raises(ValueError, match=r"^query must have at most as many positions as key \(4\).*, got 5"):
+        with pytest.raises(
+            ValueError, match=r"^query must have at most as many positions as key \(4\).*, got 5; the layout is"
+        ):
             prepare(asked, make_batch(4, 5, documents=documents))
-    with pytest.raises(ValueError, match=r"^query must have a multiple of the 3 key heads, got 4"):
+    with pytest.raises(ValueError, match=r"^query must have a multiple of the 3 key heads, got 4 heads; the layout"):
         make_batch(4, kv_heads=3)
     with pytest.raises(ValueError, match=r"^documents must have shape .*, got \(2, 3\)"):
         make_batch(4, documents=torch.zeros(2, 3))

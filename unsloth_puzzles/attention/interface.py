@@ -12,7 +12,7 @@ from unsloth_puzzles.attention.backend import FEATURES, Backend
 from unsloth_puzzles.attention.dense import Dense
 from unsloth_puzzles.attention.flash import Flash
 from unsloth_puzzles.attention.flex import Flex
-from unsloth_puzzles.attention.pattern import Batch, Pattern, number_documents
+from unsloth_puzzles.attention.pattern import LAYOUT, Batch, Pattern, number_documents
 from unsloth_puzzles.attention.sdpa import Sdpa
 from unsloth_puzzles.attention.xformers import Xformers
 from unsloth_puzzles.device import capability
@@ -96,7 +96,7 @@ def prepare(pattern: Pattern, batch: Batch, backend: str = "auto", *, fullgraph:
     if batch.offset < 0 and (pattern.causal or batch.documents is not None):
         raise ValueError(
             f"query must have at most as many positions as key ({batch.kv_length}) unless each sees all keys, got "
-            f"{batch.q_length}"
+            f"{batch.q_length}; {LAYOUT}"
         )
     chosen = choose(pattern, batch, fullgraph) if backend == "auto" else _named(backend, pattern, batch, fullgraph)
     return Mask(pattern, chosen, chosen.prepare(pattern, batch), batch.documents is not None)

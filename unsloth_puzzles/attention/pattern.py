@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+LAYOUT = "the layout is (batch, heads, length, head size)"  # the end of refusals
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -70,10 +72,15 @@ class Batch:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"query must have a multiple of the {self.kv_heads} key heads, got {self.heads} heads")
+            raise ValueError(
+                f"query must have a multiple of the {self.kv_heads} key heads, got {self.heads} heads; {LAYOUT}"
+            )
         if self.documents is not None and tuple(self.documents.shape) != (self.size, self.kv_length):
             need = (self.size, self.kv_length)
-            raise ValueError(f"documents must have shape (batch, keys) {need}, got {tuple(self.documents.shape)}")
+            raise ValueError(
+                f"documents must have shape (batch, keys) {need}, got {tuple(self.documents.shape)}; "
+                f"for query, key and value {LAYOUT}"
+            )
 
     @classmethod
     def of(cls, query, key, value, documents: torch.Tensor | None = None, *, gradients: bool) -> "Batch":
