@@ -13,6 +13,18 @@ from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.vision.collator import IGNORE_INDEX, VisionCollator
 from unsloth_puzzles.vision.processing import image_token_ids
 
+# As LLaVA 1.5's own: an answer follows a space, which the marks leave out.
+MARKED_WORDS = (
+    "{% for m in messages %}{{ m.role.upper() }}: "
+    "{% for b in m.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for b in m.content | selectattr('type', 'equalto', 'text') %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ b.text }} {% endgeneration %}{% else %}{{ b.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+MARKED_LINES = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %} {% generation %}{{ m.content[-1].text }}"
+    "{% endgeneration %}{% else %}{{ m.content[-1].text }}{% endif %}\n{% endfor %}"
+)
 ROWS = [ONE, TEXT, TWO, SHORT, AFTER, TURNS]
 SAID = [
     "A function of two arguments.<|im_end|>",
@@ -87,6 +99,32 @@ def test_offsets_without_spaces():
     assert start == 1, "otherwise the test shows nothing"
     assert _same(VisionCollator(processor)(rows), expected)
     assert _said(processor, expected)[1] == " 3  km  <|im_end|>"
+
+
+@pytest.mark.parametrize("chat_template", [MARKED_WORDS, MARKED_LINES])
+@pytest.mark.parametrize("answer", ["a template", "yes", "A", "4 objects", "No, it is not.", "(b)", ""])
+def test_tokens_that_join_an_answer_with_whitespace_are_labels(answer, chat_template):
+    processor, _ = fresh("llava")
+    processor.chat_template = chat_template
+    turns = [user("Is it red?"), assistant(answer), user("Why?"), assistant("objects have methods.")]
+    expected = processor.tokenizer.apply_chat_template(
+        turns, chat_template=chat_template, return_assistant_tokens_mask=True, return_dict=True
+    )
+    labels = VisionCollator(processor)([row(*turns)])["labels"][0]
+    if answer:  # transformers takes the token before an empty answer for its first
+        assert (labels != IGNORE_INDEX).long().tolist() == expected["assistant_masks"]
+    said = processor.tokenizer.decode(labels[labels != IGNORE_INDEX])
+    assert said.split() == [*answer.split(), "objects", "have", "methods."]
+
+
+@pytest.mark.parametrize(
+    "answer, said", [("a template", " a template "), ("yes", " yes "), ("A", " A "), ("4 objects", "4 objects ")]
+)
+def test_tokens_that_join_an_answer_with_whitespace_are_labels_beside_images(answer, said):
+    processor, _ = fresh("llava")
+    processor.chat_template = MARKED_WORDS
+    rows = [row(user("What is this?", None), assistant(answer), images=[(56, 56)]), TEXT]
+    assert _said(processor, VisionCollator(processor)(rows))[0] == said
 
 
 def test_beginning_of_sequence_is_neither_missing_nor_doubled():

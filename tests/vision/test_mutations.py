@@ -37,6 +37,12 @@ MUTATIONS = {
         "return position",
         LABELS.format("right"),
     ),
+    "a token that joins an answer with whitespace is no label": mutation(
+        "collator.py",
+        "(first >= lowest)",
+        "(first >= start)",
+        "test_collator.py::test_tokens_that_join_an_answer_with_whitespace_are_labels_beside_images",
+    ),
     "labels left where they were before padding": mutation(
         "collator.py",
         "    for name in _per_token(batch):\n        batch[name] = batch[name].gather(1, index)",

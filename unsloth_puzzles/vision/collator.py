@@ -72,8 +72,8 @@ class VisionCollator:
         is_image = torch.isin(batch["input_ids"], torch.tensor(image_token_ids(self.processor)))  # [rows, length]
         is_label = torch.zeros_like(is_image)
         for row, conversation in enumerate(conversations):
-            for start, end in conversation.spans:
-                is_label[row] |= _within(offsets[row], _shifted(start, replaced[row]), _shifted(end, replaced[row]))
+            for span in conversation.spans:
+                is_label[row] |= _of_span(offsets[row], conversation.text, span, replaced[row])
             for one in replaced[row]:
                 is_image[row] |= _touches(offsets[row], *one["new_span"])
         used = batch["attention_mask"].bool()
@@ -111,10 +111,17 @@ def _shifted(position: int, replaced: list[dict]) -> int:
     return position
 
 
-def _within(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Which tokens lie in [start, end). Some tokenizers leave the spaces of a token out of its offsets."""
+def _of_span(offsets: torch.Tensor, text: str, span: tuple[int, int], replaced: list[dict]) -> torch.Tensor:
+    """Which tokens show characters of a span of the rendered text, and beside them whitespace at most.
+
+    A tokenizer may join whitespace before or after the span with a word in it, as in " a". Some tokenizers leave the
+    spaces of a token out of its offsets.
+    """
+    start, end = span
+    lowest, highest = len(text[:start].rstrip()), len(text) - len(text[end:].lstrip())
+    start, end, lowest, highest = (_shifted(position, replaced) for position in (start, end, lowest, highest))
     first, last = offsets.unbind(-1)
-    return (first >= start) & (last > start) & (last <= end)
+    return (start < end) & (first >= lowest) & (first < end) & (last > start) & (last <= highest)
 
 
 def _touches(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
