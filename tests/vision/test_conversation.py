@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.vision.checks import ONE, TEXT, TURNS, assistant, row, user
-from tests.vision.models import family, fresh
+from tests.vision.models import EVERY, family, fresh
+from unsloth_puzzles.vision.collator import IGNORE_INDEX, VisionCollator
 from unsloth_puzzles.vision.conversation import read
 
 STRING = "{{ m.content if m.content is string else m.content[-1].text }}"
@@ -107,6 +108,85 @@ def test_a_template_that_drops_text_is_refused():
     plain = {"messages": [{"role": "user", "content": "What is a class?"}, assistant("A template.")]}
     with pytest.raises(ValueError, match="got one that drops 'What is a class\\?'; give the content as blocks"):
         _spans(_with(WORDS), plain)
+
+
+# As Qwen's, for blocks only.
+CHAT_BLOCKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for b in m.content %}{% if b.type == 'image' %}IMAGE{% elif b.type == 'text' %}{{ b.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("question, answer", [("Answer yes or no.", "yes"), ("A, B or C?", "B"), ("What is it?", "a")])
+def test_a_dropped_text_whose_characters_stand_elsewhere_is_refused(name, question, answer):
+    processor, _ = fresh(name)
+    image = processor.image_token
+    processor.chat_template = CHAT_BLOCKS.replace("IMAGE", image)
+    blocks = row(user(None, question), assistant(answer), images=[(56, 56)])
+    assert _spans(processor, blocks) == [f"{answer}<|im_end|>"]
+    string = {**blocks, "messages": [blocks["messages"][0], {"role": "assistant", "content": answer}]}
+    with pytest.raises(ValueError, match=f"renders all text of row 0, got one that drops '{answer}'; give the content"):
+        read(string, "row 0", processor, True)
+
+
+def test_a_dropped_system_message_that_the_user_repeats_is_refused():
+    processor = _with(CHAT_BLOCKS)
+    turns = [user("Be brief. What is a class?"), assistant("A template.")]
+    with pytest.raises(
+        ValueError, match=r"renders all text of row 3, got one that drops 'Be brief\.'; give the content"
+    ):
+        read({"messages": [{"role": "system", "content": "Be brief."}, *turns]}, "row 3", processor, False)
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert _spans(processor, {"messages": [system, *turns]}) == ["A template.<|im_end|>"]
+
+
+def test_a_system_message_may_be_rendered_after_other_messages():
+    """As Mistral's templates do, in the last message of the user."""
+    chat_template = (
+        "{% set system = messages[0].content %}{% for m in messages[1:] %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.revindex <= 2 %}{{ system }} {% endif %}{{ m.content }}[/INST]{% else %}{{ m.content }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    said = ["Be brief.", "Hello", "Good day.", "Be brief.", "I am."]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    given = {"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]}
+    assert "[INST]Be brief. Be brief.[/INST]" in read(given, "row 0", _with(chat_template), False).text
+
+
+def test_thoughts_that_a_template_takes_apart_are_no_dropped_text():
+    chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if '</think>' in m.content %}<think>\n"
+        "{{ m.content.split('</think>')[0].split('<think>')[-1] }}\n</think>\n\n"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    answer = {"role": "assistant", "content": "<think>two</think>\n2"}
+    given = {"messages": [{"role": "user", "content": "1 + 1?"}, answer]}
+    assert _spans(_with(chat_template), given) == ["assistant: <think>\ntwo\n</think>\n\n2"]
+
+
+def test_a_template_that_depends_on_the_end_of_a_text():
+    """A character after the text changes what else is rendered, so it decides nothing."""
+    chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ '' if m.content.endswith('?') else ' END' }}\n{% endfor %}"
+    )
+    given = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "I see."}]}
+    assert _spans(_with(chat_template), given) == ["I see. END\n"]
+    with pytest.raises(ValueError, match=r"got one that drops 'I see\.'; give the content as blocks"):
+        _spans(_with(chat_template.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")), given)
+
+
+def test_a_row_without_marks_is_refused_also_beside_others():
+    marked = "{% if loop.index > 2 %}{% generation %}{{ m.content[-1].text }}{% endgeneration %}{% else %}"
+    processor = _with("{% for m in messages %}" + marked + "{{ m.content[-1].text }}{% endif %}\n{% endfor %}")
+    turns = row(user("Hello"), assistant("Good day."), user("Why?"), assistant("I see."))
+    assert _spans(processor, turns) == ["Why?", "I see."]
+    with pytest.raises(ValueError, match="marks what the assistant says in row 1, got one that marks nothing there"):
+        VisionCollator(processor)([turns, TEXT])
+    batch = VisionCollator(processor)([turns, row(user("Hello"))])  # nobody speaks in the second row
+    assert (batch["labels"] != IGNORE_INDEX).any(1).tolist() == [True, False]
+    read(TEXT, "row 1", processor, False)
 
 
 def test_a_template_that_prints_blocks_is_refused():

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 _MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+_SPEAKERS = ("system", "user", "assistant")  # results of tools may be rendered as JSON
+_PRIVATE_USE = 0xF0000  # the first of 65534 characters that no text has
 
 
 @dataclass
@@ -29,14 +31,14 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
 
     Raises:
         ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
-            drops text or does not say where the assistant speaks.
+            drops text or does not say where the assistant speaks; an image cannot be decoded.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
     images = _images(row, messages, where)
     tools = row.get("tools") or None
     template = _template(processor)
     text, marked = _render(processor, template, messages, tools)
-    _check_text(text, messages, where)
+    _check_text(processor, template, text, messages, tools, where)
     if (placeholders := text.count(processor.image_token)) != len(images):
         raise ValueError(
             f"images of {where} must be as many as the placeholders {processor.image_token!r} in its rendered "
@@ -48,6 +50,7 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
         spans = [(0, len(text))]
     elif _MARKER.search(template):
         spans = marked
+        _check_marked(spans, messages, where)
     else:
         spans = _spans_by_prefix(processor, template, messages, tools, text, where)
     return Conversation(text, images, spans)
@@ -167,22 +170,56 @@ def _before_first(processor, template: str, message: dict, tools) -> str:
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _check_text(text: str, messages: list[dict], where: str) -> None:
-    """Templates that expect blocks render a plain string as nothing, and those that expect a string render blocks."""
-    packed = "".join(text.split())
+def _check_text(processor, template: str, text: str, messages: list[dict], tools, where: str) -> None:
+    """Templates that expect blocks render a plain string as nothing, and those that expect a string render blocks.
+
+    The characters of a dropped text may stand elsewhere, as "yes" in "Answer yes or no.". So a second rendering has a
+    character of its own after each text. It decides, unless the template renders anything else differently then.
+    """
+    packed, ended, parts = _packed(text), [], []
+
+    def end(message: dict, said: str) -> str:
+        if not said.strip():
+            return said
+        parts.append((message, said, chr(_PRIVATE_USE + len(parts))))
+        return said + parts[-1][-1]
+
     for message in messages:
-        if message.get("role") not in ("system", "user", "assistant"):  # results of tools may be rendered as JSON
-            continue
+        content = message.get("content")
+        if content is not None and message.get("role") in _SPEAKERS:
+            if isinstance(content, str):
+                content = end(message, content)
+            else:
+                content = [{**b, "text": end(message, b["text"])} if b.get("text") else b for b in content]
+        ended.append({**message, "content": content} if content is not None else message)
+    rendered = _packed(_render(processor, template, ended, tools)[0])
+    exact = rendered.translate({ord(last): None for *_, last in parts}) == packed
+    for message, said, last in parts:
+        string = isinstance(message["content"], str)
+        if not string and f"'text':{_packed(repr(said))}" in packed:
+            raise ValueError(
+                f"processor must have a chat template that renders blocks as text in {where}, got one that prints "
+                f"the blocks of {message.get('role')!r} as they are; give this content as a string"
+            )
+        if (_packed(said) + last not in rendered) if exact else (_packed(said) not in packed):
+            raise ValueError(
+                f"processor must have a chat template that renders all text of {where}, got one that drops "
+                f"{said[:40]!r}; give the content as {'blocks' if string else 'a string'}"
+            )
+
+
+def _packed(text: str) -> str:
+    """The text without whitespace, which templates may change."""
+    return "".join(text.split())
+
+
+def _check_marked(spans: list[tuple[int, int]], messages: list[dict], where: str) -> None:
+    """A row in which the assistant speaks must have labels, also beside rows that have some."""
+    for message in messages:
         content = message.get("content", "")
-        said = [content] if isinstance(content, str) else [b.get("text", "") for b in content if b["type"] == "text"]
-        for part in said:
-            if "".join(part.split()) not in packed:
-                raise ValueError(
-                    f"processor must have a chat template that renders all text of {where}, got one that drops "
-                    f"{part[:40]!r}; give the content as {'blocks' if isinstance(content, str) else 'a string'}"
-                )
-            if not isinstance(content, str) and f"'text':{''.join(repr(part).split())}" in packed:
-                raise ValueError(
-                    f"processor must have a chat template that renders blocks as text in {where}, got one that prints "
-                    f"the blocks of {message.get('role')!r} as they are; give this content as a string"
-                )
+        said = content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
+        if message.get("role") == "assistant" and said.strip() and not any(start < end for start, end in spans):
+            raise ValueError(
+                f"processor must have a chat template that marks what the assistant says in {where}, got one that "
+                "marks nothing there; put {% generation %} marks around its content, or use assistant_only=False"
+            )
