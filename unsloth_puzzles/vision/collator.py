@@ -20,8 +20,9 @@ class VisionCollator:
     """Collate rows of messages, with several, one or no images each, into a batch with labels.
 
     A row is {"messages": [...], "images": [...]}; "images" may be missing, None or []. Images may also stand in the
-    messages. The vision tower gets the images that there are: none for a row of text, and a batch of text has no
-    `pixel_values` at all. What a row contributes does not depend on its neighbours.
+    messages. They are of Pillow, NumPy or PyTorch, or paths, or files' bytes (see `images.decode`). The vision tower
+    gets the images that there are: none for a row of text, and a batch of text has no `pixel_values` at all. What a row
+    contributes does not depend on its neighbours.
 
     Padding is identified by the attention mask. An end-of-sequence token can therefore be a label, even if it is also
     the padding token. Expanded placeholder tokens are never labels.

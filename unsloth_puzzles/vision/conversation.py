@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from unsloth_puzzles.vision.images import decode
+
 _MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 _SPEAKERS = ("system", "user", "assistant")  # results of tools may be rendered as JSON
 _PRIVATE_USE = 0xF0000  # the first of 65534 characters that no text has
@@ -24,7 +26,7 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
 
     Args:
         row: "messages", and optionally "images" (a list), "image" (one) and "tools". Images may also stand in the
-            messages, as in {"type": "image", "image": ...}.
+            messages, as in {"type": "image", "image": ...}. See `images.decode` for their types.
         where: Names the row in an error.
         processor: Of a vision-language model; its chat template renders the messages.
         assistant_only: Whether only what the assistant says is in `spans`.
@@ -34,7 +36,7 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
             drops text or does not say where the assistant speaks; an image cannot be decoded.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
-    images = _images(row, messages, where)
+    images = [decode(image, where) for image in _images(row, messages, where)]
     tools = row.get("tools") or None
     template = _template(processor)
     text, marked = _render(processor, template, messages, tools)

@@ -1,0 +1,60 @@
+"""Images of a data set in the forms in which `datasets` and transformers keep them."""
+
+import io
+import os
+from collections.abc import Mapping
+
+_URLS = ("http://", "https://", "data:image/")
+
+
+def decode(image: object, where: str) -> object:
+    """Decode an image that no processor of transformers takes, and name the row if that fails.
+
+    Args:
+        image: An image of Pillow, NumPy or PyTorch; a path, a URL or base64 text; a file's bytes; or {"bytes": ...,
+            "path": ...}, as `datasets` gives it with decode=False.
+        where: Names the row in an error.
+
+    Returns:
+        An image of Pillow for bytes, with its orientation of EXIF applied as `datasets` does; a path or a URL as text,
+        which processors load; another image as it is.
+
+    Raises:
+        ValueError: The image cannot be decoded, or is of another type.
+    """
+    from PIL import Image, ImageOps
+    from transformers.image_utils import is_valid_image, load_image
+
+    given = image
+    if isinstance(image, Mapping) and {"bytes", "path"} & {*image}:
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, os.PathLike):
+        image = os.fspath(image)
+    try:
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(image)))  # also decodes it
+        if isinstance(image, str) and not image.startswith(_URLS):
+            if not os.path.isfile(image):
+                return load_image(image)  # base64
+            if isinstance(given, Mapping):
+                return ImageOps.exif_transpose(Image.open(image))
+        if isinstance(image, Image.Image):
+            image.load()  # Pillow reads a file as late as here
+    except Exception as error:  # Pillow raises many, by format
+        raise ValueError(
+            f"images of {where} must be images that Pillow can decode, got {_described(given)}; check the file, or "
+            "leave the row out"
+        ) from error
+    if isinstance(image, (str, list, tuple)) or is_valid_image(image):
+        return image
+    raise ValueError(
+        f"images of {where} must be images, paths or files' bytes, got {_described(given)}; load them by PIL.Image.open"
+    )
+
+
+def _described(given: object) -> str:
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return f"{len(given)} bytes"
+    if isinstance(given, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_described(value)}" for key, value in given.items()) + "}"
+    return repr(given[:60]) if isinstance(given, str) else "None" if given is None else type(given).__name__
