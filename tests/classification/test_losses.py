@@ -165,6 +165,14 @@ def test_bad_weights_are_refused(checkpoint, problem_type, weights, message):
         weigh_classes(model, weights)
 
 
+@pytest.mark.parametrize("problem_type", [None, "multi_label", "causal"])
+def test_a_kind_of_problem_that_is_not_known_has_no_loss(problem_type):
+    logits, labels = _case(SINGLE)
+    message = f"^problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}$"
+    with pytest.raises(ValueError, match=message):
+        classification_loss(logits, labels, problem_type)
+
+
 def test_other_models_are_not_given_weights(checkpoint):
     plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
     with pytest.raises(TypeError, match=r"^model must be what load_classifier or add_adapters returns, got a LlamaFor"):

@@ -81,6 +81,12 @@ MUTATIONS = {
         "        losses = losses / class_weight.mean()\n",
         "test_losses.py::test_values_with_weights",
     ),
+    "the config's kind of problem is not the loss's": mutation(
+        "losses.py",
+        "and model.config.problem_type != loss.problem_type",
+        "and False",
+        "test_pooling.py::test_a_config_of_another_kind_of_problem_is_refused[multi_label_classification-regression]",
+    ),
     "labels broadcast": mutation(
         "losses.py",
         "if tuple(labels.shape) not in shapes:",

@@ -6,13 +6,23 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.classification.models import LABELS, TEXTS, alone, batch, byte_tokenizer, classifier
-from unsloth_puzzles.classification.losses import class_weights, weigh_classes
+from unsloth_puzzles.classification.adapters import save_classifier
+from unsloth_puzzles.classification.losses import (
+    MULTI,
+    PROBLEM_TYPES,
+    REGRESSION,
+    SINGLE,
+    class_weights,
+    weigh_classes,
+)
 from unsloth_puzzles.classification.pooling import _CACHE as CACHE
 from unsloth_puzzles.classification.pooling import is_pooled, last_positions, pool_by_mask
+from unsloth_puzzles.compiled.classifier import compile_loss
 
 ENDED = [text + "</s>" for text in TEXTS]
 
@@ -148,6 +158,57 @@ def test_undo_copy_and_pickle(checkpoint):
         pool_by_mask(plain)
     undo()
     assert type(plain) is cls and plain.loss_function is loss
+
+
+@pytest.mark.parametrize("changed", PROBLEM_TYPES)
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_a_config_of_another_kind_of_problem_is_refused(checkpoint, tmp_path, problem_type, changed):
+    """Labels would be checked for one kind, the loss computed for another, and a third one saved."""
+    model, tokenizer = classifier(checkpoint, LABELS, problem_type, four_bit=False)
+    given = batch(tokenizer)
+    labels = torch.tensor([0, 2, 1]) if changed == SINGLE else torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
+    base = model.get_base_model()
+    base.config.problem_type = changed
+    if changed == problem_type:
+        output = model(**given, labels=labels)
+        expected = {
+            SINGLE: F.cross_entropy,
+            MULTI: F.binary_cross_entropy_with_logits,
+            REGRESSION: F.mse_loss,
+        }[problem_type](output.logits, labels)
+        assert (output.loss - expected).abs() <= 1e-6 * expected
+        return
+    message = rf"^model\.config\.problem_type must be '{problem_type}', .*, got '{changed}'; pass problem_type to load_"
+    with pytest.raises(ValueError, match=message):
+        model(**given, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        weigh_classes(model, None)
+    with pytest.raises(ValueError, match=message):
+        save_classifier(model, tokenizer, tmp_path)
+    undo = compile_loss(base, {})
+    with pytest.raises(ValueError, match=message):
+        model(**given, labels=labels)
+    undo()
+    assert model.eval()(**given).logits.isfinite().all()
+
+
+def test_a_config_that_changes_after_a_model_was_compiled_is_refused(checkpoint):
+    model, tokenizer = classifier(checkpoint, LABELS, MULTI, adapters=False, four_bit=False)
+    given = {**batch(tokenizer), "labels": torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1]])}
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**given).loss, model(**given).loss)
+    model.config.problem_type = REGRESSION
+    with pytest.raises(
+        ValueError, match=r"^model\.config\.problem_type must be 'multi_label_classification', .*, got 'reg"
+    ):
+        compiled(**given)
+
+
+def test_a_config_without_a_kind_of_problem_is_refused(checkpoint):
+    plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    with pytest.raises(ValueError, match=r"^model\.config\.problem_type must be one of single_label_.*, got None$"):
+        pool_by_mask(plain)
+    assert not is_pooled(plain)
 
 
 def test_a_frozen_head_is_not_trained_in_silence(checkpoint):

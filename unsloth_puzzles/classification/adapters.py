@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_puzzles.classification.load import HEAD, load_classifier
+from unsloth_puzzles.classification.losses import check_problem_type
 from unsloth_puzzles.classification.pooling import is_pooled
 
 FILE = "classifier.json"  # beside PEFT's files: what the adapter's config does not say of its base model
@@ -69,12 +70,14 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
     Raises:
         TypeError: `model` has no adapters, or is no classifier.
         ValueError: The tokenizer pads with another token than the model was given; the adapter 'default' is not active;
-            a 4-bit layer computes in another dtype than it was loaded to compute in.
+            a 4-bit layer computes in another dtype than it was loaded to compute in; the config says another kind of
+            problem than the loss.
     """
     if not isinstance(model, PeftModel) or not is_pooled(model.get_base_model()):
         raise TypeError(f"model must be what add_adapters returns, got a {type(model).__name__}")
     classifier = model.get_base_model()
     config = classifier.config
+    check_problem_type(classifier)
     if tokenizer.pad_token_id != config.get_text_config().pad_token_id:
         raise ValueError(
             f"tokenizer must pad with token {config.get_text_config().pad_token_id}, the model's, "

@@ -40,7 +40,12 @@ def classification_loss(
 
     Returns:
         A 0-dim tensor, float32 or wider.
+
+    Raises:
+        ValueError: `problem_type` is another one.
     """
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     labels = labels.to(logits.device)
     if class_weight is not None:
@@ -127,7 +132,8 @@ def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> 
 
     Raises:
         TypeError: Another model.
-        ValueError: The shape; weights that are not positive numbers; a regression, which has no classes.
+        ValueError: The shape; weights that are not positive numbers; a regression, which has no classes; the config
+            says another kind of problem than the loss.
     """
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(type(classifier), "pools_by_mask", False):
@@ -135,6 +141,7 @@ def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> 
     config = classifier.config
     if hasattr(classifier.loss_function, "__wrapped__"):
         raise ValueError("model must not be compiled yet, got one that is; give it weights before compile_qlora")
+    check_problem_type(classifier)
     if class_weight is not None:
         if config.problem_type == REGRESSION:
             raise ValueError("class_weight must be None for a regression, which has no classes")
@@ -145,6 +152,23 @@ def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> 
             raise ValueError(f"class_weight must be positive and finite, got {class_weight.tolist()}")
         class_weight = class_weight.to(classifier.device)
     classifier.loss_function = ClassificationLoss(config.problem_type, class_weight)
+
+
+def check_problem_type(model: torch.nn.Module) -> None:
+    """Refuse a config that says another kind of problem than the loss computes, which labels and files would follow.
+
+    Args:
+        model: What `load_classifier` returns, its loss compiled or not. A loss of your own is not looked at.
+
+    Raises:
+        ValueError: Their kinds differ.
+    """
+    loss = getattr(model.loss_function, "__wrapped__", model.loss_function)
+    if isinstance(loss, ClassificationLoss) and model.config.problem_type != loss.problem_type:
+        raise ValueError(
+            f"model.config.problem_type must be {loss.problem_type!r}, which the loss of the model was made for, got "
+            f"{model.config.problem_type!r}; pass problem_type to load_classifier instead of changing the config"
+        )
 
 
 def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:

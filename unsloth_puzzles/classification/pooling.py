@@ -14,7 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from unsloth_puzzles.classification.losses import ClassificationLoss, check_labels
+from unsloth_puzzles.classification.losses import PROBLEM_TYPES, ClassificationLoss, check_labels, check_problem_type
 from unsloth_puzzles.kv_cache import CACHE_NAMES, cache_name, given_cache
 from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
 
@@ -36,6 +36,7 @@ def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
 
     Raises:
         TypeError: Another kind of model.
+        ValueError: Its config has no `problem_type`, or one that is not in `losses.PROBLEM_TYPES`.
     """
     if not isinstance(model, GenericForSequenceClassification) or (
         type(model).forward is not GenericForSequenceClassification.forward
@@ -43,6 +44,10 @@ def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
         raise TypeError(
             "model must be a decoder for sequence classification with transformers' common forward, such as "
             f"LlamaForSequenceClassification, got {type(model).__name__}"
+        )
+    if model.config.problem_type not in PROBLEM_TYPES:
+        raise ValueError(
+            f"model.config.problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {model.config.problem_type!r}"
         )
     own, before = "_loss_function" in vars(model), model.loss_function
     model.loss_function = ClassificationLoss(model.config.problem_type)
@@ -82,6 +87,8 @@ def _pooling_class(cls: type) -> type:
         use_cache: bool | None = None,
         **kwargs: object,
     ) -> SequenceClassifierOutputWithPast:
+        if labels is not None:
+            check_problem_type(self)
         _check_training(self, labels)
         kv_cache = given_cache({"past_key_values": past_key_values, **kwargs})
         kwargs = {name: one for name, one in kwargs.items() if name not in CACHE_NAMES}
