@@ -120,6 +120,24 @@ def test_class_weights_balance_the_classes():
     assert class_weights(several, 2).tolist() == [3.0, 0.5]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_class_weights_do_not_depend_on_the_default_dtype(dtype):
+    labels, several = (
+        [0, 0, 0, 1, 1, 2, 2],
+        [[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1], [0, 1, 0]],
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = class_weights(labels, 3), class_weights(several, 3)
+    finally:
+        torch.set_default_dtype(before)
+    expected = [7 / 9, 7 / 6, 7 / 6], [5 / 2, 2 / 5, 5 / 2]
+    for weights, exact in zip(found, expected, strict=True):
+        assert weights.dtype == torch.float32
+        assert torch.equal(weights, torch.tensor(exact, dtype=torch.float64).float())
+
+
 @pytest.mark.parametrize(
     "labels, message",
     [

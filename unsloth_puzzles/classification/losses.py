@@ -120,7 +120,7 @@ def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
     if not counts.all():
         empty = counts.eq(0).nonzero().flatten().tolist()
         raise ValueError(f"labels must have an example of each class, got none of {empty}; leave these classes out")
-    return (of_all / (share * counts)).float()
+    return (of_all.double() / (share * counts)).float()  # of integers PyTorch would divide in the default dtype
 
 
 def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> None:
