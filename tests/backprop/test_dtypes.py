@@ -44,6 +44,25 @@ def exact(name, x, head, labels):
     return torch.autograd.grad(eager(x, wide, labels, function, **form).sum(), [x, *wide.parameters()])
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [40, 0])
+def test_loss_does_not_depend_on_the_default_dtype(rows, dtype, default):
+    """Neither its dtype nor its value, though a number like 257.1 has no digits beyond 257 in bfloat16."""
+    x, head = draw(rows, HIDDEN, dtype=dtype).requires_grad_(), make_linear(HIDDEN, 32, dtype=dtype)
+    labels = draw_labels(rows, vocabulary=32, ignored=())
+    expected = sum_loss(head(x), labels) / 257.1
+    gradient = torch.autograd.grad(expected, x)[0]
+    torch.set_default_dtype(default)
+    try:
+        found = memory_efficient_linear(x, head, labels, sum_loss, reduction="sum", normalizer=257.1, chunk_size=8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    limit = 4 * torch.finfo(dtype).eps
+    assert found.dtype == dtype and (found - expected).abs() <= limit * expected.abs()
+    assert (torch.autograd.grad(found, x)[0] - gradient).norm() <= limit * gradient.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMS)
 def test_sums_in_float32_are_nearer_than_sums_in_16_bits(name, dtype):

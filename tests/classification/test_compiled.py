@@ -120,6 +120,21 @@ def test_kinds_of_calls_are_compiled_once(checkpoint, texts, numbers, graphs):
     assert all(one.reason is None for one in counts.captures) and base.loss_function is loss
 
 
+def test_a_compiled_divisor_is_not_rounded_to_the_default_dtype(checkpoint):
+    model, tokenizer = classifier(checkpoint, adapters=False, four_bit=False)
+    given = {**batch(tokenizer), "labels": _labels(SINGLE, 3, 1), "num_items_in_batch": 257.0}
+    expected = model(**given).loss
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with traced_only():
+            undo = compile_loss(model, {})
+            found = model(**given).loss
+            undo()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and (found - expected).abs() <= 1e-6 * expected
+
+
 @pytest.mark.slow
 def test_padding_on_either_side_and_checkpointing(checkpoint):
     model, _ = classifier(checkpoint, gradient_checkpointing=True)

@@ -44,6 +44,19 @@ def test_values_are_those_of_pytorch():
     assert (classification_loss(one, labels[:, 0], REGRESSION) - expected).abs() <= 1e-15
 
 
+@pytest.mark.parametrize("number", [257.0, 257, torch.tensor(257), torch.tensor(257.0)], ids=repr)
+def test_the_divisor_is_not_rounded_to_the_default_dtype(number):
+    logits, labels = _case(SINGLE)
+    logits = logits.float()
+    expected = F.cross_entropy(logits, labels, reduction="sum") / 257
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = classification_loss(logits, labels, SINGLE, num_items_in_batch=number)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_values_with_weights():
     logits, labels = _case(SINGLE)
     expected = F.cross_entropy(logits, labels, WEIGHTS.double(), reduction="sum") / 5  # of labels, not of weights

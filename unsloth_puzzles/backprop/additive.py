@@ -31,7 +31,7 @@ def additive_loss(call: Call) -> tuple[torch.Tensor, Gradients, torch.Tensor]:
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         total = value if total is None else total + value
     if total is None:
-        total = torch.zeros((), device=call.x.device)
+        total = torch.zeros((), dtype=torch.promote_types(call.x.dtype, torch.float32), device=call.x.device)
     return total if count is None else torch.where(count == 0, math.nan, total / count), gradients, missing
 
 
@@ -74,10 +74,11 @@ def _normalizer(call: Call) -> tuple[torch.Tensor | None, torch.Tensor, torch.Te
     if call.options.reduction == "mean" or isinstance(given, str):
         count = (labels != call.options.ignore_index).sum()
     elif given is None:
-        one = torch.ones((), device=device)
+        one = torch.ones((), dtype=torch.float32, device=device)
         return None, one, one
     else:
-        count = torch.as_tensor(given).to(device, non_blocking=True).reshape(())
+        dtype = torch.float64 if isinstance(given, float) else None  # else a float is rounded to the default dtype
+        count = torch.as_tensor(given, dtype=dtype).to(device, non_blocking=True).reshape(())
     count = count.to(torch.promote_types(call.x.dtype, torch.float32))
     boost = torch.exp2(torch.log2(count.abs()).ceil()) if call.dtype == torch.float16 else torch.ones_like(count)
     nothing = count == 0

@@ -25,7 +25,9 @@ class Sum:
     def __init__(self, tensor: torch.Tensor, dtype: torch.dtype):
         self.shape, self.device, self.total = tensor.shape, tensor.device, None
         self.dtype = dtype if tensor.dim() > 1 else torch.promote_types(dtype, torch.float32)
-        self.scale = torch.ones((), device=tensor.device) if self.dtype == torch.float16 else None
+        self.scale = None
+        if self.dtype == torch.float16:
+            self.scale = torch.ones((), dtype=torch.float32, device=tensor.device)
         self._bound = 0.0  # of each entry of the sum, at scale 1
 
     def add(self, gradient: torch.Tensor) -> None:

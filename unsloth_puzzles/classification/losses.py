@@ -63,7 +63,8 @@ def classification_loss(
     number = valid.sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(number, torch.Tensor):
         number = number.to(logits.device)
-    return torch.where(valid, losses, 0).sum() / (number + ~valid.any())  # 0 / 1 where none counts
+    nothing = (~valid.any()).to(losses.dtype)  # a bool and a float would be added in the default dtype
+    return torch.where(valid, losses, 0).sum() / (number + nothing)  # 0 / 1 where none counts
 
 
 class ClassificationLoss:

@@ -35,7 +35,9 @@ def compile_loss(classifier: PreTrainedModel, options: dict[str, object]) -> Cal
             return before(labels=labels, pooled_logits=pooled_logits, num_items_in_batch=num_items_in_batch, **others)
         others.pop("logits", None)  # before pooling, which no loss of a classifier reads
         if isinstance(num_items_in_batch, int | float):  # else every other number would be compiled for
-            num_items_in_batch = torch.tensor(num_items_in_batch, device=pooled_logits.device)
+            wide = torch.promote_types(pooled_logits.dtype, torch.float32)
+            dtype = wide if isinstance(num_items_in_batch, float) else None  # else a float is of the default dtype
+            num_items_in_batch = torch.tensor(num_items_in_batch, dtype=dtype, device=pooled_logits.device)
         key = (
             torch.is_grad_enabled() and pooled_logits.requires_grad,
             torch.is_autocast_enabled(pooled_logits.device.type),
