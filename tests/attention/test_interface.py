@@ -119,6 +119,43 @@ def test_flex_refuses_gradients_on_a_cpu():
         attention(query, key, value, backend="flex")
 
 
+EMPTY = {"rows": (0, 9, 9), "queries": (2, 0, 9), "queries and keys": (2, 0, 0), "all": (0, 0, 0)}
+
+
+@pytest.mark.parametrize("asked", [{}, {"causal": False}, {"window": 3}, {"soft_cap": 1.5}], ids=str)
+@pytest.mark.parametrize("size, q_length, kv_length", EMPTY.values(), ids=EMPTY)
+def test_nothing_to_attend_gives_an_empty_result(size, q_length, kv_length, asked):
+    """Flex and the kernels for packed sequences fail there, so that another backend is taken."""
+    query, key, value = torch.ones(size, 4, q_length, 16), *torch.ones(2, size, 2, kv_length, 16)
+    for backend in ("auto", "dense", "sdpa"):
+        if backend != "sdpa" or "soft_cap" not in asked:
+            found = attention(query, key, value, backend=backend, **asked)
+            assert found.shape == query.shape and found.dtype == torch.float32
+    got = f"flex cannot do an empty batch, got {size} rows, {q_length} queries and {kv_length} keys$"
+    with pytest.raises(ValueError, match=rf"^backend must be .*dense\), got 'flex': {got}"):
+        attention(query, key, value, backend="flex", **asked)
+    batch = make_batch(9, size=0, dtype=torch.float16, device=torch.device("cuda"))
+    refused = {name for name, one in BACKENDS.items() if "empty" in (one.refuses(Pattern(), batch) or "")}
+    assert refused == {"flash", "flex", "xformers"}
+
+
+def test_queries_without_keys_give_zeros():
+    query, key, value = torch.ones(2, 4, 9, 16), *torch.ones(2, 2, 2, 0, 16)
+    for backend in ("auto", "dense", "sdpa"):
+        found = attention(query, key, value, causal=False, backend=backend)
+        assert torch.equal(found, torch.zeros(2, 4, 9, 16))
+
+
+@pytest.mark.parametrize("backend", ("auto", *HERE))
+@pytest.mark.parametrize("heads, kv_heads, head_size", [(4, 0, 16), (0, 2, 16), (4, 2, 0)])
+def test_no_heads_and_heads_of_size_0_are_refused(heads, kv_heads, head_size, backend):
+    """PyTorch's SDPA without heads ends the process on a CPU (torch 2.11)."""
+    query, key, value = torch.ones(2, heads, 9, head_size), *torch.ones(2, 2, kv_heads, 9, head_size)
+    got = f"got {heads} and {kv_heads} heads of size {head_size}$"
+    with pytest.raises(ValueError, match=f"^query and key must have heads of size 1 or more, {got}"):
+        attention(query, key, value, backend=backend)
+
+
 def test_automatic_choice_is_the_first_backend_that_can():
     chosen = {
         name: choose(Pattern(a.get("causal", True), a.get("window"), a.get("soft_cap")), make_batch(9)).name

@@ -18,12 +18,14 @@ class Backend:
             another size than those of query and key. "fullgraph": it compiles into a layer without a graph break.
         memory: what it takes beside inputs and outputs, in words.
         splits_at: compiled into a layer, it is another code for queries shorter than this.
+        takes_empty: whether it runs without rows, queries or keys.
     """
 
     name: str
     features: frozenset[str]
     memory: str
     splits_at: int = 0
+    takes_empty: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run on this machine at all, or None."""
@@ -31,6 +33,11 @@ class Backend:
 
     def refuses(self, pattern: Pattern, batch: Batch) -> str | None:
         """Why it cannot do what is asked, or None. The answer holds whether or not it is installed."""
+        if not self.takes_empty and 0 in (batch.size, batch.q_length, batch.kv_length):
+            return (
+                f"{self.name} cannot do an empty batch, got {batch.size} rows, {batch.q_length} queries and "
+                f"{batch.kv_length} keys"
+            )
         on_cpu = batch.device.type == "cpu"
         for feature, asked, what in (
             ("window", pattern.window is not None, f"a window ({pattern.window})"),

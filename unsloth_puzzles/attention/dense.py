@@ -13,6 +13,7 @@ class Dense(Backend):
 
     name = "dense"
     features = frozenset(FEATURES)
+    takes_empty = True
     memory = "heads x length^2 scores, several times"
 
     def prepare(self, pattern: Pattern, batch: Batch) -> torch.Tensor | None:

@@ -71,6 +71,11 @@ class Batch:
     value_head_size: int | None = None
 
     def __post_init__(self):
+        if 0 in (self.heads, self.kv_heads, self.head_size):
+            raise ValueError(
+                f"query and key must have heads of size 1 or more, got {self.heads} and {self.kv_heads} heads of size "
+                f"{self.head_size}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query must have a multiple of the {self.kv_heads} key heads, got {self.heads} heads; {LAYOUT}"

@@ -13,6 +13,7 @@ class Sdpa(Backend):
 
     name = "sdpa"
     features = frozenset(FEATURES) - {"soft cap"}
+    takes_empty = True
     memory = "none; with a window or documents length^2 bytes a row"
 
     def prepare(self, pattern: Pattern, batch: Batch) -> tuple[bool, torch.Tensor | None, bool]:
