@@ -156,6 +156,41 @@ def test_no_heads_and_heads_of_size_0_are_refused(heads, kv_heads, head_size, ba
         attention(query, key, value, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ("auto", *HERE))
+@pytest.mark.parametrize(
+    "asked", [{}, {"causal": False}, {"window": 3}, {"documents": True}, {"soft_cap": 1.5}], ids=str
+)
+@pytest.mark.parametrize("scale", [0, -0.7])
+def test_scales_of_0_and_less(scale, asked, backend):
+    """PyTorch masks with -inf and multiplies then, which is NaN or inf."""
+    data, asked = draw(11), dict(asked)
+    if asked.get("documents"):
+        asked["documents"] = draw_documents(11, 0.3)
+    if backend == "sdpa" and "soft_cap" in asked:
+        return
+    found = attention(*data, scale=scale, backend=backend, **asked)
+    exact = by_definition(*data, scale=scale, **asked)
+    assert (found - exact).norm() <= 5e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_gradients_at_scales_of_0_and_less(scale):
+    data = [one.requires_grad_() for one in draw(11)]
+    found = torch.autograd.grad(attention(*data, scale=scale).square().sum(), data)
+    exact = torch.autograd.grad(by_definition(*data, scale=scale).square().sum(), data)
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    for scale in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"^scale must be a finite number or None, got {scale}$"):
+            attention(*draw(6), scale=scale)
+    for soft_cap in (math.inf, math.nan, 0.0):
+        with pytest.raises(ValueError, match=f"^soft_cap must be a finite number above 0 or None, got {soft_cap}$"):
+            attention(*draw(6), soft_cap=soft_cap)
+
+
 def test_automatic_choice_is_the_first_backend_that_can():
     chosen = {
         name: choose(Pattern(a.get("causal", True), a.get("window"), a.get("soft_cap")), make_batch(9)).name

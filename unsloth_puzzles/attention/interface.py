@@ -6,6 +6,8 @@ For the layers of a model the mask is prepared once: `mask = prepare(pattern, ba
 each.
 """
 
+import math
+
 import torch
 
 from unsloth_puzzles.attention.backend import FEATURES, Backend
@@ -52,6 +54,8 @@ def attention(
         RuntimeError: the backend is not installed here, or needs another device.
     """
     _check_tensors(query, key, value)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if documents is not None:
         documents = number_documents(_checked_documents(documents).to(query.device))
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -78,6 +82,8 @@ class Mask:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
     ) -> torch.Tensor:
         """Attention of tensors of the batch's shapes, as in `attention`."""
+        if scale is not None and scale <= 0:  # kernels mask with -inf and multiply then: inf or NaN
+            query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
         return self.backend.run(query, key, value, self.pattern, self.data, scale)
 
 

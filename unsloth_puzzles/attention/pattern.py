@@ -1,5 +1,6 @@
 """What is asked of attention: which keys a query sees, and what is done to the scores."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,8 @@ class Pattern:
             raise ValueError(f"window must be a number of tokens, at least 1, or None, got {self.window!r}")
         if self.window is not None and not self.causal:
             raise ValueError(f"window must be None with causal=False, got {self.window}")
-        if self.soft_cap is not None and not self.soft_cap > 0:
-            raise ValueError(f"soft_cap must be a number above 0 or None, got {self.soft_cap!r}")
+        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:  # at infinity the scores would be NaN
+            raise ValueError(f"soft_cap must be a finite number above 0 or None, got {self.soft_cap!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
