@@ -1,12 +1,15 @@
 """A merged state dict holds what the model computes with, in float32, and is refused where that cannot be known."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear8bitLt
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -26,6 +29,10 @@ ADAPTERS = (
 def wide(**options):
     """The float32 counterpart of `qlora`."""
     return with_adapters(random_llama(tiny_llama_config(64), "cpu"), **options)
+
+
+def _llama():
+    return random_llama(tiny_llama_config(64), "cpu")
 
 
 def logits(model):
@@ -128,6 +135,24 @@ def _merged_in_4_bits():
     return model
 
 
+def _nested():
+    model = wide()
+    layer = model.get_base_model().model.layers[0].self_attn
+    layer.k_proj = LoraLinear(layer.k_proj, "outer", LoraConfig(r=2), r=2)
+    return model
+
+
+def _merged_and_switched_off(switch):
+    model = wide(target_modules=["v_proj"])
+    model.merge_adapter()
+    switch(model)
+    return model
+
+
+def _switch_off(model):
+    model.base_model.disable_adapter_layers()
+
+
 def _of_layer(**options):
     return nn.Sequential(nf4_layer(**options))
 
@@ -162,6 +187,15 @@ def _adapted(config):
     [
         (lambda: [], r"model must be a torch\.nn\.Module, got list"),
         (_merged_in_4_bits, r"model must have unmerged adapters on its 4-bit layers, got model\.layers\.0\."),
+        (
+            lambda: _merged_and_switched_off(_switch_off),
+            r"model must have unmerged adapters where they are switched off, got model\.layers\.0\.self_attn\.v_proj, "
+            r"which is merged and switched off; call model\.unmerge_adapter\(\) first",
+        ),
+        (
+            _nested,
+            r"one adapter layer around each layer, got Linear inside another in model\.layers\.0\.self_attn\.k",
+        ),
         (lambda: _of_layer(quant_type="fp4"), r"model must have NF4 weights, got fp4 in 0\.weight"),
         (_of_8_bits, r"model must have NF4, float32, float16 or bfloat16 weights, got torch\.int8 in 0\.weight"),
         (lambda: nn.Sequential(nn.Linear(4, 4, device="meta")), r"model must be loaded, got 0\.weight on the meta"),
@@ -178,6 +212,85 @@ def _adapted(config):
 def test_what_cannot_be_merged_is_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         merged_state_dict(make())
+
+
+@pytest.mark.parametrize(
+    "wrap, name, instead",
+    [
+        (
+            lambda: get_peft_model(_llama(), LoraConfig(target_modules=["q_proj"]), mixed=True),
+            "PeftMixedModel",
+            "mixed=",
+        ),
+        (lambda: wide().base_model, "LoraModel", "give the PeftModel itself"),
+        (lambda: nn.Sequential(wide()), "PeftModel in 0", "give the PeftModel itself"),
+        (lambda: torch.compile(_llama()), "OptimizedModule", "give the model that torch.compile was given"),
+        (lambda: nn.DataParallel(_llama()), "DataParallel", r"give its \.module"),
+    ],
+    ids=["mixed", "tuner", "inside", "compiled", "parallel"],
+)
+def test_wrappers_that_change_names_are_refused(wrap, name, instead):
+    with pytest.raises(TypeError, match=rf"^model must be a model of transformers .* got {name}; .*{instead}"):
+        merged_state_dict(wrap())
+
+
+@pytest.mark.parametrize("compiled", ["whole", "inside"])
+def test_compiled_model_with_adapters_is_refused(compiled):
+    model = wide()
+    if compiled == "inside":
+        layers = model.get_base_model().model.layers
+        layers[1] = torch.compile(layers[1])
+    else:
+        model = torch.compile(model)
+    with pytest.raises(TypeError, match=r"^model must be .* got OptimizedModule"):
+        merged_state_dict(model)
+
+
+@pytest.mark.parametrize("switch", ["context", "layers"])
+def test_adapters_that_are_merged_and_switched_off(switch):
+    """PEFT unmerges them in the next forward. Without one the weights are the merged ones."""
+    model = wide()
+    name = "model.layers.1.mlp.down_proj.weight"
+    base, on = wide().get_base_model().model.layers[1].mlp.down_proj.base_layer.weight, merged_state_dict(model)[name]
+    model.merge_adapter()
+    off = model.disable_adapter() if switch == "context" else nullcontext(model.base_model.disable_adapter_layers())
+    with off:
+        with pytest.raises(ValueError, match="switched off"):
+            merged_state_dict(model)
+        model.unmerge_adapter()
+        found = merged_state_dict(model)[name]
+    assert (found - base).norm() < 1e-6 * base.norm() < 1e-3 * (on - base).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_do_not_share_memory_with_the_model(dtype):
+    model = with_adapters(random_llama(tiny_llama_config(64), "cpu", dtype), modules_to_save=["lm_head"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in merged_state_dict(model).values():
+        value.mul_(2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.get_base_model().model.norm.weight.data.fill_(5)
+    merged = merged_state_dict(model)
+    norm = merged["model.norm.weight"]
+    model.get_base_model().model.norm.weight.data.fill_(7)
+    assert torch.equal(norm, torch.full_like(norm, 5)) and torch.equal(merged["model.norm.weight"], norm + 2)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens.weight"], ["lm_head.weight", "q_proj.weight"]], ids=str)
+def test_target_parameters_are_merged(targets):
+    model = wide(target_modules=["v_proj"], target_parameters=targets)
+    assert sum(isinstance(one, ParamWrapper) for one in model.modules()) == (3 if len(targets) > 1 else 1)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    expected = logits(model)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    found = logits(loaded(merged_state_dict(model), config))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    with model.disable_adapter():
+        plain = logits(model)
+    assert (plain - expected).norm() > 1e-3 * expected.norm()
 
 
 def _tied(dtype, vocabulary, **options):

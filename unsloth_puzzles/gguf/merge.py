@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from unsloth_puzzles.gguf.weights import NF4, LowRank, Plain, Weight
 
@@ -23,19 +25,23 @@ def merged_state_dict(model: nn.Module) -> "MergedStateDict":
     """Give the weights that `model` computes with, its active adapters merged.
 
     W + scale * B A for LoRA (rsLoRA by its scale), magnitude * that / its row norms for DoRA, the trained copies of
-    `modules_to_save`. Adapters that are switched off (`disable_adapter`) are left out.
+    `modules_to_save`. Adapters that are switched off (`disable_adapter`) are left out. The model computes with the
+    unmerged weights then, so adapters that are merged and switched off are refused.
 
     Args:
         model: a model of transformers, or a `PeftModel` around one. Weights are NF4 or floating.
 
     Returns:
         A mapping from the names of the model without PEFT to float32 CPU tensors, made when they are read, so only one
-        is in memory at a time. `.weight(name)` reads rows instead.
+        is in memory at a time. Each is a tensor of its own: the model does not share its memory. `.weight(name)` reads
+        rows instead.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or is inside another wrapper than `PeftModel` (`PeftMixedModel`, a tuner of
+            PEFT, `torch.compile`, data parallelism), which changes the names of the weights.
         ValueError: adapters that are no LoRA or DoRA on linear layers or embeddings, that were merged into quantised
-            weights, or have biases; weights on the meta device, of FP4, 8 bits or another quantisation, or packed.
+            weights, that are merged and switched off, or have biases; weights on the meta device, of FP4, 8 bits or
+            another quantisation, or packed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -66,7 +72,10 @@ class MergedStateDict(Mapping[str, torch.Tensor]):
         return isinstance(one, Plain) and isinstance(two, Plain) and one.source.data_ptr() == two.source.data_ptr()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._weights[name].tensor()
+        weight = self._weights[name]
+        value = weight.tensor()
+        is_parameter = isinstance(weight, Plain) and value.data_ptr() == weight.source.data_ptr()  # float32 on the CPU
+        return value.clone() if is_parameter else value
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights  # Mapping's own would compute the tensor
@@ -80,6 +89,7 @@ class MergedStateDict(Mapping[str, torch.Tensor]):
 
 def _weights(module: nn.Module, name: str, original: nn.Module | None = None) -> Iterator[tuple[str, Weight]]:
     """Names and weights; `original` is the module of which `module` is a trained copy."""
+    _refuse_wrapper(module, name)
     kind = _peft_kind(module)
     if kind == "lora":
         yield from _lora(module, name)
@@ -105,6 +115,25 @@ def _joined(prefix: str, name: str) -> str:
 
 def _copies(module) -> list[str]:
     return list(module.modules_to_save)
+
+
+def _refuse_wrapper(module: nn.Module, name: str) -> None:
+    """Refuse a module that puts a prefix in front of the names of the module inside it."""
+    kinds = [
+        (OptimizedModule, "give the model that torch.compile was given"),
+        ((nn.DataParallel, DistributedDataParallel), "give its .module"),
+    ]
+    if "peft" in sys.modules:
+        from peft import PeftMixedModel, PeftModel
+        from peft.tuners.tuners_utils import BaseTuner
+
+        kinds.append((PeftMixedModel, "make it with get_peft_model(..., mixed=False)"))
+        kinds.append(((PeftModel, BaseTuner), "give the PeftModel itself, or the model inside it"))
+    for kind, instead in kinds:
+        if isinstance(module, kind):
+            place = f" in {name}" if name else ""
+            raise TypeError(f"model must be a model of transformers or a PeftModel of one, got {type(module).__name__}"
+                            f"{place}; {instead}")  # fmt: skip
 
 
 def _peft_kind(module: nn.Module) -> str | None:
@@ -156,12 +185,18 @@ def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
     if not isinstance(base, nn.Linear | nn.Embedding):
         raise ValueError(f"model must have adapters on linear layers and embeddings only, got {name}, a "
                          f"{type(base).__name__}")  # fmt: skip
+    if layer.base_layer is not base:
+        raise ValueError(f"model must have one adapter layer around each layer, got {type(layer.base_layer).__name__} "
+                         f"inside another in {name}; merge one of them first")  # fmt: skip
     weights = dict(_weights(base, name))
     own = _joined(name, "weight")
     if layer.merged:
         if isinstance(weights[own], NF4):
             raise ValueError(f"model must have unmerged adapters on its 4-bit layers, got {name}, which PEFT merged "
                              "and quantised again; load the model and its adapter anew")  # fmt: skip
+        if layer.disable_adapters:  # its next forward unmerges it
+            raise ValueError(f"model must have unmerged adapters where they are switched off, got {name}, which is "
+                             "merged and switched off; call model.unmerge_adapter() first")  # fmt: skip
     elif not layer.disable_adapters:
         weights[own] = _with_adapters(layer, weights[own], name)
     yield from weights.items()
@@ -169,7 +204,7 @@ def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
 
 def _with_adapters(layer, base: Weight, name: str) -> Weight:
     pairs, magnitude = [], None
-    embedding = isinstance(layer.get_base_layer(), nn.Embedding)
+    embedding = isinstance(layer.get_base_layer(), nn.Embedding) and not _adapts_parameter(layer)
     of = layer.lora_embedding_A if embedding else layer.lora_A
     active = [one for one in layer.active_adapters if one in of]
     for adapter in active:
@@ -185,6 +220,13 @@ def _with_adapters(layer, base: Weight, name: str) -> Weight:
         what = "an embedding" if embedding else f"{len(active)} active adapters"
         raise ValueError(f"model must have DoRA alone and on linear layers, got {what} in {name}")
     return LowRank(base, pairs, magnitude) if pairs else base
+
+
+def _adapts_parameter(layer) -> bool:
+    """Whether `target_parameters` made the adapter, which then is (B, A) of the weight, also on an embedding."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
 
 
 def _check_adapter(layer, adapter: str, name: str) -> None:
