@@ -182,3 +182,18 @@ def test_round_trip_of_smollm2(tmp_path):
     assert errors[0] < ERROR and 10 * errors[0] < errors[1] < errors[2] < 1
     assert found["f32"].size > found["q8_0"].size > found["q4_k_m"].size
     assert found["moved"] > 0.1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_each_token_of_the_file_ends_an_answer(place, tmp_path):
+    model, made = tiny("llama")
+    asked = [{"prompt": "hello"}]
+    whole = ask(*export_gguf(model, made, tmp_path, "f32", progress=False), asked, tokens=12)[0].tokens
+    last = whole[-1]
+    stops = [made.convert_tokens_to_ids("<|im_start|>"), made.convert_tokens_to_ids("q"), made.eos_token_id]
+    stops[place] = last
+    if place == 2:
+        made.eos_token = made.convert_ids_to_tokens(last)
+    model.generation_config.eos_token_id = stops
+    found = ask(*export_gguf(model, made, tmp_path, "f32", progress=False), asked, tokens=12, stop=True)[0].tokens
+    assert found == whole[: whole.index(last) + 1]

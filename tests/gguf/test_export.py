@@ -215,6 +215,23 @@ def test_modelfile_names_both_files(tmp_path):
     assert (tmp_path / "Modelfile").read_text() == expected
 
 
+def test_tokens_that_end_a_generation(tmp_path):
+    """The file has room for three. The Modelfile has the added ones of all, an ordinary token is text to it."""
+    model, tokenizer = tiny("llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    call, start, eos = map(tokenizer.convert_tokens_to_ids, ("<|call|>", "<|im_start|>", "<|im_end|>"))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.generation_config.eos_token_id = [start, eos, 70, call]
+    warning = rf"room for 3 tokens .* llama\.cpp does not stop at {call} \('<\|call\|>'\); give it their text as stop"
+    with pytest.warns(UserWarning, match=warning) as caught:
+        path, _ = export_gguf(model, tokenizer, tmp_path, "f32", progress=False)
+    assert caught[0].filename == __file__
+    fields, _ = read(path)
+    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [eos, start, 70]
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert lines[1:] == [f'PARAMETER stop "{token}"' for token in ("<|im_end|>", "<|im_start|>", "<|call|>")]
+
+
 def _changed(family, where, **settings):
     """A model whose configuration says something else than it has."""
 

@@ -44,6 +44,34 @@ def test_vocabulary_types_and_unused_rows():
     assert len(found["ggml.merges"]) == len(description()["model"]["merges"])
 
 
+@pytest.mark.parametrize(
+    "own, stops, expected",
+    [
+        (True, [], [None, None]),
+        (True, ["own", 9, 4, 9], [9, 4]),
+        (True, [9, 4, "own"], [9, 4]),
+        (True, [9, 4, 5, 6], [9, 4]),
+        (False, [8, 4], [4, None]),
+    ],
+)
+def test_ids_that_end_a_generation(own, stops, expected):
+    made = tokenizer("qwen2")
+    eos = made.eos_token_id if own else 8
+    if not own:
+        made.eos_token = None
+    found = written(made, stops=[eos if one == "own" else one for one in stops])
+    assert [found.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [eos, *expected]
+
+
+def test_tokenizer_without_an_end_is_refused():
+    made = tokenizer("qwen2")
+    made.eos_token = None
+    with pytest.raises(
+        ValueError, match=r"^processor must have an eos_token, got none, .* stop at token 11 instead; set"
+    ):
+        written(made)
+
+
 def test_first_token_is_added_where_the_tokenizer_adds_it():
     from tokenizers.processors import TemplateProcessing
 

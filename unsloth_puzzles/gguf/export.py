@@ -12,7 +12,8 @@ from torch import nn
 
 from unsloth_puzzles.gguf.merge import merged_state_dict
 from unsloth_puzzles.gguf.quantization import PROJECTORS, QUANTIZATIONS, check_quantization
-from unsloth_puzzles.gguf.text import text_config, text_file
+from unsloth_puzzles.gguf.text import stop_ids, text_config, text_file
+from unsloth_puzzles.gguf.tokenizer import ENDS, end_ids
 from unsloth_puzzles.gguf.vision import KINDS, vision_file
 from unsloth_puzzles.gguf.writer import named_at_the_end, write
 
@@ -34,6 +35,9 @@ def export_gguf(
     their names when all are whole. Vectors are kept in float32. Rows that a type's blocks do not divide are kept in
     another type (see `quantization.FALLBACK`; at last F16), and a warning counts them.
 
+    The file has room for three tokens that end a generation: the tokenizer's `eos_token_id`, and then those of
+    `model.generation_config`. A warning names further ones. The `Modelfile` has all that are added tokens.
+
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, LLaVA (CLIP or SigLIP tower), Qwen2-VL, Qwen2.5-VL or Qwen3-VL in 4 (NF4)
             or 16 bits or float32, with LoRA, rsLoRA or DoRA of PEFT or without.
@@ -48,7 +52,7 @@ def export_gguf(
         (path of the text model, path of the projector or None).
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or is in a wrapper that `merged_state_dict` refuses.
         ValueError: naming what the engine or the file cannot hold: the architecture, a setting or a parameter of it,
             the tokenizer, adapters that cannot be merged, values out of range.
         ImportError: a K-quant without `libgguf`.
@@ -71,6 +75,7 @@ def export_gguf(
     text = text_file(base, weights, tokenizer, template, quantization)
     vision = vision_file(base, weights, processor, projector) if kind in KINDS else None
     _report(text[1], quantization)
+    _report_stops(tokenizer, stop_ids(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"model-{quantization}.gguf", folder / f"mmproj-{projector}.gguf" if vision else None
@@ -82,7 +87,7 @@ def export_gguf(
     ):
         for path, (header, tensors) in zip(unfinished, files, strict=False):
             write(path, header, tensors, bar.update)
-        _write_modelfile(unfinished[-1], paths, tokenizer)
+        _write_modelfile(unfinished[-1], paths, tokenizer, stop_ids(base))
     return paths
 
 
@@ -96,9 +101,22 @@ def _report(tensors: list, quantization: str) -> None:
                       stacklevel=3)  # fmt: skip
 
 
-def _write_modelfile(path: Path, files: tuple[Path, Path | None], tokenizer) -> None:
-    """What `ollama create NAME -f Modelfile` reads, in the folder of the files."""
+def _report_stops(tokenizer, stops: list[int]) -> None:
+    left_out = end_ids(tokenizer, stops)[len(ENDS) :]
+    if left_out:
+        listed = ", ".join(f"{number} ({tokenizer.decode([number])!r})" for number in left_out)
+        warnings.warn(f"export_gguf: a GGUF file has room for {len(ENDS)} tokens that end a generation, so llama.cpp "
+                      f"does not stop at {listed}; give it their text as stop strings", stacklevel=3)  # fmt: skip
+
+
+def _write_modelfile(path: Path, files: tuple[Path, Path | None], tokenizer, stops: list[int]) -> None:
+    """What `ollama create NAME -f Modelfile` reads, in the folder of the files.
+
+    Of `stops` it has the added tokens. The text of an ordinary token may come from other tokens, too.
+    """
     lines = [f"FROM ./{file.name}" for file in files if file is not None]
-    if tokenizer.eos_token is not None:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    added = tokenizer.added_tokens_decoder
+    for number in end_ids(tokenizer, stops):
+        if number in added or number == tokenizer.eos_token_id:
+            lines.append(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(number)}"')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -80,7 +80,7 @@ def text_file(
     names = _names(weights, ARCHITECTURES[config.model_type])
     rows = weights.weight(names["token_embd.weight"]).shape[0]
     header = _header(model, config, quantization, rows)
-    add_tokenizer(header, tokenizer, template, rows, _stops(model))
+    add_tokenizer(header, tokenizer, template, rows, stop_ids(model))
     tied = "output.weight" not in names
     tensors = []
     for name, own in names.items():
@@ -177,6 +177,7 @@ def _frequency_factors(config) -> torch.Tensor:
     return (plain / scaled.double()).float()
 
 
-def _stops(model: nn.Module) -> list[int]:
+def stop_ids(model: nn.Module) -> list[int]:
+    """The ids at which `model.generate` stops."""
     stops = getattr(model.generation_config, "eos_token_id", None)
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

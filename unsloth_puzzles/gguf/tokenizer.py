@@ -18,6 +18,7 @@ PRE = {
     (None, True, False): "smollm",
     (None, False, False): "gpt-2",
 }
+ENDS = ("eos", "eot", "eom")  # the keys of a GGUF file for tokens that end a generation: of text, turn, message
 PRINTABLE = "".join(map(chr, range(33, 127))) + "\u0120"  # as byte-level BPE writes them: a space is \u0120
 
 
@@ -29,10 +30,12 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
         tokenizer: a fast tokenizer of transformers: byte-level BPE, split by an expression of `PRE`.
         template: the chat template, or None.
         rows: how many rows the embedding has; those without a token become unused tokens.
-        stops: ids that end a generation; the tokenizer's own `eos_token_id` comes first.
+        stops: ids that end a generation; the tokenizer's own `eos_token_id` comes first. The file has room for three
+            in all.
 
     Raises:
-        ValueError: another kind of tokenizer; more tokens than rows; added tokens that the engine finds elsewhere.
+        ValueError: another kind of tokenizer; more tokens than rows; no token that ends a generation; added tokens that
+            the engine finds elsewhere.
     """
     description = json.loads(_backend(tokenizer).to_str())
     model = description["model"]
@@ -50,13 +53,16 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
     if not merges:
         raise ValueError("processor must have a BPE tokenizer with merges, got none")
     header.add_token_merges(merges)
-    for name in ("bos", "eos", "pad", "unk"):
+    for name in ("bos", "pad", "unk"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(header, f"add_{name}_token_id")(number)
-    others = [number for number in stops if number != tokenizer.eos_token_id]
-    if others:
-        header.add_eot_token_id(others[0])
+    ends = end_ids(tokenizer, stops)
+    if not ends:
+        raise ValueError("processor must have an eos_token, got none, and the engine would stop at token 11 instead; "
+                         "set it, or eos_token_id of model.generation_config")  # fmt: skip
+    for name, number in zip(ENDS, ends, strict=False):  # llama.cpp stops at each of these
+        getattr(header, f"add_{name}_token_id")(number)
     encoded = tokenizer("a")["input_ids"]
     header.add_add_bos_token(encoded[0] == tokenizer.bos_token_id)
     header.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
@@ -64,6 +70,15 @@ def add_tokenizer(header: gguf.GGUFWriter, tokenizer, template: str | None, rows
         if not isinstance(template, str):
             raise ValueError(f"processor must have one chat template, got {type(template).__name__}")
         header.add_chat_template(template)
+
+
+def end_ids(tokenizer, stops: list[int]) -> list[int]:
+    """The ids that end a generation, each once: the tokenizer's own `eos_token_id` and `stops`.
+
+    The file has room for the first three (`ENDS`).
+    """
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys([*([] if own is None else [own]), *stops]))
 
 
 def _check_added(tokens: list[dict]) -> None:
