@@ -290,6 +290,36 @@ def _qwen3(**settings):
     return Qwen3ForCausalLM(config), made
 
 
+def _qwen2(head_dim):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from benchmarks.gguf.models import tokenizer
+
+    made = tokenizer("qwen2")
+    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=len(made), head_dim=head_dim, num_key_value_heads=2, **small)
+    return Qwen2ForCausalLM(config), made
+
+
+def _llava_of_qwen2():
+    from transformers import LlavaForConditionalGeneration
+
+    model, processor = tiny("llava_siglip")
+    config = copy.deepcopy(model.config)
+    config.text_config = _qwen2(32)[0].config
+    return LlavaForConditionalGeneration(config), processor
+
+
+@pytest.mark.parametrize("make", [lambda: _qwen2(16), lambda: _qwen3()])
+def test_sizes_of_heads_that_the_engine_loads(make, tmp_path):
+    """16 is hidden_size / heads of this Qwen2; Qwen3 has a size of its own."""
+    model, made = make()
+    fields, tensors = read(export_gguf(model, made, tmp_path, "f32", progress=False)[0])
+    attention = model.model.layers[0].self_attn
+    assert tensors["blk.0.attn_q.weight"].shape == attention.q_proj.weight.shape
+    assert fields[f"{model.config.model_type}.attention.key_length"] == attention.head_dim == 16
+
+
 def _with_an_output_bias(family):
     model, processor = tiny(family)
     attention = model.model.language_model.layers[1].self_attn
@@ -343,6 +373,12 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0}
             lambda: _with_an_output_bias("qwen2_vl"),
             r"qwen2vl lacks, got .*\.layers\.1\.self_attn\.o_proj\.bias; take a",
         ),
+        (
+            lambda: _qwen2(32),
+            r"num_attention_heads \* head_dim = hidden_size \(64\) for the engine's qwen2, got 4 \* 32; take a base",
+        ),
+        (_llava_of_qwen2, r"hidden_size \(64\) for the engine's qwen2, got 4 \* 32"),
+        (_changed("qwen2_vl", "text", head_dim=32), r"hidden_size \(64\) for the engine's qwen2vl, got 4 \* 32"),
         (_broken(float("nan")), r"finite weights, got NaN or infinity in blk\.1\.ffn_up\.weight"),
         (_broken(1e6), r"hold the values of blk\.1\.ffn_up\.weight, .* got Q8_0; take bf16 or f32"),
     ],

@@ -32,6 +32,7 @@ _LAYER = {
 }  # fmt: skip
 _EVERY = tuple(name for own, name in _LAYER.items() if own.endswith("_proj"))
 _QKV = ("attn_q", "attn_k", "attn_v")
+SQUARE = ("qwen2", "qwen2vl")  # architectures whose attn_q and attn_output the engine takes to be square
 # the engine's architecture: which parts may have a bias. It does not load a file with another one.
 BIASES = {"llama": _EVERY, "qwen2": _QKV, "qwen2vl": _QKV, "qwen3": (), "qwen3vl": ()}
 
@@ -51,6 +52,12 @@ def text_config(model: nn.Module):
     if mistral or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             "model must attend to all positions, got a sliding window; set it to None if texts are shorter"
+        )
+    architecture, heads, head = ARCHITECTURES[config.model_type], config.num_attention_heads, _head(config)
+    if architecture in SQUARE and heads * head != config.hidden_size:
+        raise ValueError(
+            f"model must have num_attention_heads * head_dim = hidden_size ({config.hidden_size}) for the engine's "
+            f"{architecture}, got {heads} * {head}; take a base model without a head_dim of its own"
         )
     rope = config.rope_parameters
     known = ("default", "linear", "llama3") if ARCHITECTURES[config.model_type] == "llama" else ("default", "linear")
