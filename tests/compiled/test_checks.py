@@ -3,8 +3,18 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import Ministral3Config, Ministral3ForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from benchmarks.backprop.grpo import make_trainer, tiny_tokenizer, vowel_share
 from tests.compiled.models import nf4_llama, nf4_model, traced_only, with_adapters
@@ -112,6 +122,62 @@ def test_cross_attention_is_refused(model, monkeypatch):
         ValueError, match=r"^model must have .* got LlamaDecoderLayer \(cross_attention_states\) in LlamaForCausalLM"
     ):
         compile_qlora(model)
+
+
+MIXTURES = {
+    "qwen3_moe": (
+        Qwen3MoeConfig, Qwen3MoeForCausalLM, {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+}  # fmt: skip
+SMALL = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_on_routers_and_experts_are_refused(name):
+    config, cls, options = MIXTURES[name]
+    model = with_adapters(nf4_model(cls, config(**SMALL, **options)))
+    before = {place: type(module) for place, module in model.named_modules()}
+    message = (
+        r"^target_parameters must be None in the decoder layers, got ParamWrapper at \S*layers\.0\.mlp\.\S+ for "
+        r"'\w+' \(adapter 'default'\): .* name linear layers in target_modules"
+    )
+    with pytest.raises(ValueError, match=message):
+        compile_qlora(model)
+    assert before == {place: type(module) for place, module in model.named_modules()}
+
+
+def test_target_parameters_in_a_layer_are_refused():
+    config, cls, options = MIXTURES["qwen3_moe"]
+    model = with_adapters(
+        nf4_model(cls, config(**SMALL, **options)), target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]
+    )
+    with pytest.raises(ValueError, match=r"got ParamWrapper at \S*layers\.0\.mlp\.gate for 'weight'"):
+        compile_qlora(model)
+
+
+@pytest.mark.parametrize("target", ["lm_head.weight", pytest.param("embed_tokens.weight", marks=pytest.mark.slow)])
+def test_adapter_on_a_parameter_outside_of_the_layers(target):
+    """Embedding and head are not compiled with the layers: values and gradients are the uncompiled model's."""
+
+    def step(model):
+        torch.manual_seed(0)
+        loss = model(input_ids=ids, labels=ids).loss
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
+    model = with_adapters(nf4_llama(layers=1), target_modules=["q_proj"], target_parameters=[target])
+    assert any(isinstance(module, ParamWrapper) for module in model.modules())
+    with patch_linear4bit(model):
+        expected = step(model)
+    with traced_only(), compile_qlora(model):
+        found = step(model)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() and other.norm() > 0
 
 
 def test_position_ids_reach_layers_that_use_them():

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from peft import PeftType
+from peft.tuners.lora.layer import ParamWrapper
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel, Trainer
@@ -101,6 +102,7 @@ def find_parts(model: torch.nn.Module) -> tuple[PreTrainedModel, list[torch.nn.M
                 f"model must have layers with the forward of their class, got a {type(part).__name__} with one of its "
                 "own, which would not be called"
             )
+    _check_parameters(model, [*layers, norm])
     return causal_lm, list(layers), norm
 
 
@@ -125,6 +127,19 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
             raise ValueError(f"model must not be compiled, got one whose {name or 'forward'} is (by torch.compile)")
+
+
+def _check_parameters(model: torch.nn.Module, parts: list[torch.nn.Module]) -> None:
+    """Refuse adapters on parameters inside `parts`: PEFT exchanges the parameter within each forward."""
+    inside = {one for part in parts for one in part.modules()}
+    for place, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and module in inside:
+            names = ", ".join(map(repr, module.lora_A))
+            raise ValueError(
+                f"target_parameters must be None in the decoder layers, got ParamWrapper at {place} for "
+                f"{module.parameter_name!r} (adapter {names}): it cannot be compiled; name linear layers in "
+                "target_modules, such as ['q_proj', 'v_proj'], since 'all-linear' makes it for routers and experts, too"
+            )
 
 
 def _check_adapters(model: torch.nn.Module) -> None:

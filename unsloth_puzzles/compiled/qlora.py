@@ -90,7 +90,8 @@ def compile_qlora(
         TypeError: no causal LM or decoder for classification of transformers, one in `nn.DataParallel`, compiled, or
             with a vision tower.
         ValueError: no NF4 layers, no trainable adapters, adapters of a kind that is not known to be right when compiled
-            (`checks.KINDS`), layers with accelerate's hooks or a forward of their own, a backend that cannot be
+            (`checks.KINDS`), adapters on parameters of the layers (`target_parameters`; with a mixture of experts
+            "all-linear" makes them), layers with accelerate's hooks or a forward of their own, a backend that cannot be
             compiled, a Trainer that sees several GPUs in one process, makes its model anew (`model_init`) or compiles
             it (`torch_compile`), another model that is compiled with another `activation_memory_budget` or
             `max_autotune` (they are the process's), a `loss` or its options for a classifier, what
