@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, Qwen3MoeConfig
 from trl import GRPOTrainer
 
@@ -187,7 +188,6 @@ def test_a_scale_that_changes_after_construction_is_refused(of_model, tmp_path):
 @pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
 def test_a_tied_head_that_peft_saves(tmp_path, saved):
     """With `ensure_weight_tying` its copy of the head has in_features and out_features swapped."""
-    from peft import LoraConfig, get_peft_model
 
     found = []
     for make in (Ours, FullLogitsGRPOTrainer):
@@ -220,7 +220,6 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path):
 
 def test_lora_trains_as_with_full_logits(tmp_path):
     """Adapters in the backbone, and the reference that TRL keeps as a second adapter of the same model."""
-    from peft import LoraConfig, get_peft_model
 
     found = []
     for make in (Ours, FullLogitsGRPOTrainer):
@@ -314,6 +313,13 @@ def test_what_may_be_kept_is_not_computed_again(tmp_path):
     step(trainer, inputs)
     assert default_keep_logits(trainer.model.lm_head) >= 4 * VOCAB * int(inputs["completion_mask"].sum())  # all of them
     assert sum(n for n in rows if n > 1) <= int(inputs["completion_mask"].sum())
+
+
+def test_mixed_adapters_are_refused(tmp_path):
+    """`PeftMixedModel` has no `get_base_model`."""
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(TypeError, match=r"^model must be a PreTrainedModel or a PeftModel of one, got PeftMixedModel"):
+        trainer_of(Ours, model, tmp_path)
 
 
 def test_refuses_what_it_would_get_wrong(tmp_path, monkeypatch):

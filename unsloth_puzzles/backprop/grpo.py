@@ -52,6 +52,7 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
 
     Raises:
         RuntimeError: another TRL than 1.16.
+        TypeError: the model is neither of transformers nor a `PeftModel` of one, such as a `PeftMixedModel`.
         ValueError: `cast_lm_head_to_fp32`, a sharded model (DeepSpeed, FSDP), or a model whose logits are not
             cap(scale * head(hidden states)).
     """
@@ -152,6 +153,8 @@ def default_keep_logits(head: nn.Module) -> int:
 
 def _install(model: PreTrainedModel, temperature: float, with_entropy: bool, options: dict) -> Callable[[], None]:
     """Let `model(..., labels=labels, fused_lm_head=True)`, as TRL calls it, return `TokenScores`; returns the undo."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel or a PeftModel of one, got {type(model).__name__}")
     if model.base_model is model:
         raise ValueError(f"model must have a backbone (`base_model`) apart from the head, got {type(model).__name__}")
     scale, cap = logit_transform(model, of_loss=False) or (1.0, None)
