@@ -1,7 +1,9 @@
 """Rows of a weight are the same, whoever computes them and however they are cut."""
 
+import bitsandbytes
 import pytest
 import torch
+from packaging.version import Version
 from torch._C import DisableTorchFunctionSubclass
 
 from tests.gguf.models import nf4_layer
@@ -17,6 +19,8 @@ KINDS = (
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_formula_has_the_bits_of_the_kernel(options):
     torch.manual_seed(0)
+    if options.get("rows", 2) * options.get("columns", 1) % 2 and Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("bitsandbytes before 0.50 quantises no odd number of weights on a CPU")
     layer = nf4_layer(**options)
     with DisableTorchFunctionSubclass():
         expected = dequantize(layer.weight, layer.weight.quant_state, torch.float32)
