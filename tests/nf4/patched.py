@@ -12,15 +12,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = 1e-6 if DEVICE == "cpu" else 1e-5
 
 
+# What bitsandbytes multiplies a packed weight with. Before its fused kernel for any number of rows it de-quantised the
+# weight, but for one row.
+_OPS = [getattr(torch.ops.bitsandbytes, name, None) for name in ("gemm_4bit", "dequantize_4bit", "gemv_4bit")]
+PRODUCTS = [op.default for op in (_OPS[:1] if _OPS[0] is not None else _OPS[1:])]
+
+
 class Fused(TorchDispatchMode):
-    """Counts bitsandbytes' fused 4-bit GEMM."""
+    """Counts products of bitsandbytes with a packed weight: by its fused 4-bit GEMM, where it has one."""
 
     def __init__(self):
         super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function is torch.ops.bitsandbytes.gemm_4bit.default
+        self.calls += function in PRODUCTS
         return function(*args, **(kwargs or {}))
 
 
