@@ -1,8 +1,10 @@
 """Packed layers compute the same bits as before, and give every byte back; what cannot be packed is refused by name."""
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -71,6 +73,8 @@ def test_a_packed_model_is_not_merged_and_not_saved_whole(tmp_path):
     ],
 )
 def test_kinds_of_layers(options):
+    if options.get("rows") == 3 and Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("bitsandbytes before 0.50 quantises no odd number of weights on a CPU")
     torch.manual_seed(1)
     model = nn.Sequential(layer(**options))
     weight = model[0].weight
