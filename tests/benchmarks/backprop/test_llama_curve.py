@@ -113,6 +113,7 @@ def test_gradient_norm_is_that_of_all_gradients_together():
     assert curve["gradient_norms"] == [pytest.approx(exact, rel=1e-5)]
 
 
+@pytest.mark.slow
 def test_qlora_with_our_loss_is_the_same_training_and_its_norms_show_a_wrong_scale(monkeypatch):
     settings = {**SMALL, "batch": 1, "length": 16, "chunk_size": 5, "accumulation": 1, "steps": 3, "passes": 3}
     settings |= {"mode": "qlora", "learning_rate": 0.2}  # the first three steps take a tenth to three of it
@@ -180,6 +181,7 @@ def test_passes_go_over_the_same_batches(full):
     assert pass_means(curve) == [4.0, 1.5]
 
 
+@pytest.mark.slow
 def test_process_with_a_local_checkpoint(tmp_path):
     random_llama(tiny_llama_config(vocab_size=512), "cpu", seed=9).save_pretrained(tmp_path)
     lines = []

@@ -23,6 +23,7 @@ def test_crossover_is_where_ours_stops_being_slower(ours, theirs, expected):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the notebook runs it, on shapes that take minutes")
+@pytest.mark.slow
 def test_every_metric_is_measured_and_can_be_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "TINY_SHAPES", {(32, 64): 2})
     hardware = probe(measure=False)
