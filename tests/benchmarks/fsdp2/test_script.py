@@ -49,6 +49,7 @@ def test_differences_of_two_runs():
     assert script.differences(skipped, one)[1] == script.differences(one, skipped)[1] == [math.inf, math.inf]
 
 
+@pytest.mark.slow  # the smoke run of the notebook trains so, too
 def test_the_trainer_on_two_ranks_of_a_cpu_has_the_losses_of_one_process(tmp_path):
     model = script.tiny_model(tmp_path)
     runs = {
