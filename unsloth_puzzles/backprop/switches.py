@@ -13,7 +13,14 @@ def switches(modules: Iterable[nn.Module]) -> list[tuple[object, ...]]:
 
     A forward that is repeated in the backward repeats nothing else if one of them has changed since.
     """
-    return [tuple(_setting(module, name) for name in _NAMES) for module in modules]
+    found = []
+    for module in modules:
+        own = vars(module)
+        if "scaling" in own or "merged_adapters" in own or "_active_adapter" in own or "_disable_adapters" in own:
+            found.append(tuple(_setting(module, name) for name in _NAMES))
+        else:  # most modules; a layer's backward waits for this
+            found.append((own["training"], _plain(own.get("p"))))
+    return found
 
 
 def _setting(module: nn.Module, name: str) -> object:
