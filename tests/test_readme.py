@@ -73,10 +73,10 @@ def test_committed_page_is_what_the_measurements_give(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8") == pages()[name]
 
 
-def test_readme_has_two_pages_six_claims_two_figures_and_three_examples() -> None:
+def test_readme_has_two_pages_seven_claims_two_figures_and_three_examples() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(page.splitlines()) <= 150
-    assert len(re.findall(r"^\| [A-E]\. ", page, flags=re.MULTILINE)) == len(CLAIMS) == 6
+    assert len(re.findall(r"^\| [A-E]\. ", page, flags=re.MULTILINE)) == len(CLAIMS) == 7
     assert len(re.findall(r"^!\[", page, flags=re.MULTILINE)) == 2
     assert page.count("```python") == 3
     assert page.split("## Limits")[1].split("- ")[1].startswith("**No T4 ran this.**")
@@ -128,7 +128,7 @@ def test_claim_shows_values_baselines_hardware_and_weights(tmp_path: Path) -> No
 def test_claim_with_a_missing_metric_is_not_measured(tmp_path: Path) -> None:
     _measure(tmp_path, "c_compile.json", ("peak_gib", "without checkpointing, tiny", 2.5, "GiB", {"eager": 10.0}))
     rows = _claims(tmp_path)
-    assert len(rows) == 5  # of six, two being E's
+    assert len(rows) == 5  # a challenge each
     assert all(row.endswith(f"| {NOT_MEASURED} | - | - | - |") for row in rows.values())
 
 
@@ -140,12 +140,12 @@ def test_claim_of_challenge_b_fills_itself_and_tells_its_weights(tmp_path: Path,
         ("loss_difference", "FSDP2 against one GPU", 1e-6, "loss", {}),
         ("steps_trained", f"2 x NVIDIA Test, NCCL, {kind} weights", 60, "steps", {}),
         ("loss_difference", case, 0.0021, "loss", {"one GPU, regrouped": 0.0018}),
-        ("tokens_per_s", case, 1500.0, "tokens/s", {"one GPU": 900.0}),
+        ("scaling", case, 0.5, "x", {}),
+        ("scaling", "4 layers of 8B, 4 x 2048 a GPU", 1.86, "x", {}),
     )  # fmt: skip
-    assert _claims(tmp_path)["B"].endswith(
-        "| 0.0021 nats, 1,500 tokens/s | one GPU, regrouped 0.0018 nats; one GPU 900 tokens/s "
-        f"| NVIDIA Test, 2026-11-22 | {shown} |"
-    )
+    first, second = (row for row in claims_table(tmp_path).splitlines() if row.startswith("| B."))
+    assert first.endswith(f"| 0.0021 nats | one GPU, regrouped 0.0018 nats | NVIDIA Test, 2026-11-22 | {shown} |")
+    assert second.endswith("(4 layers of 8B, 4 x 2048 a GPU) | 1.86x | - | NVIDIA Test, 2026-11-22 | random |")
 
 
 def test_claim_of_challenge_d_fills_itself(tmp_path: Path) -> None:
