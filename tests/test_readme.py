@@ -17,7 +17,7 @@ from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import beside_unsloth, pages, shown_figure
+from tools.build_readme import by_case, pages, shown_figure
 from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table, run_seconds
 
 PAGES = ("README.md", "RESULTS.md", "docs/usage.md")
@@ -165,11 +165,19 @@ def test_rehearsal_of_a_claim_says_so(tmp_path: Path) -> None:
 
 def test_minutes_are_predicted_for_a_t4_and_measured_for_the_gpu_of_the_run(tmp_path: Path) -> None:
     digest = STAMP["digest"]
-    _rehearse(tmp_path, A={"predicted_t4_seconds": 200, "digest": digest}, C={"predicted_t4_seconds": 400})
+    section = {"predicted_t4_seconds": 300, "digest": digest}
+    _rehearse(tmp_path, A=section, C=section)
     t4, cpu, large = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2:]
-    assert t4 == "| a T4 | 10 (predicted) | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; with earlier code |"
+    assert t4 == "| a T4 | 10 (predicted) | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C |"
     assert cpu == "| a CPU | not measured | - |"
     assert large == "| a large GPU | 6 | the published run on NVIDIA Test, 2026-11-22; sections A, E |"
+
+
+def test_minutes_rehearsed_with_earlier_code_are_not_shown(tmp_path: Path) -> None:
+    section = {"predicted_t4_seconds": 300, "digest": STAMP["digest"]}
+    _rehearse(tmp_path, A=section, C={**section, "digest": "another"})
+    t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
+    assert t4 == "| a T4 | not measured | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C, had earlier code |"
 
 
 def test_minutes_of_a_run_on_a_t4_are_not_those_of_a_large_gpu(tmp_path: Path) -> None:
@@ -200,11 +208,11 @@ def test_figure_has_hardware_and_date_or_is_not_measured(tmp_path: Path) -> None
     assert shown_figure(tmp_path, name, "a_nf4.json").endswith(". NVIDIA Test, 2026-11-22, random weights.")
 
 
-def test_real_unsloth_is_named_where_it_was_measured(tmp_path: Path) -> None:
-    path = tmp_path / "a_nf4_sweeps.json"
-    assert beside_unsloth(path) == NOT_MEASURED
-    _measure(tmp_path, path.name, ("harness_speedup_beside_unsloth", "all, against Unsloth 1", 1.25, "x", {}))
-    assert beside_unsloth(path) == "1.25x (all, against Unsloth 1), NVIDIA Test, 2026-11-22"
+def test_a_comparison_in_a_sentence_has_its_case_and_hardware(tmp_path: Path) -> None:
+    path, metric = tmp_path / "a_nf4_sweeps.json", "harness_speedup_beside_unsloth"
+    assert by_case(path, metric) == NOT_MEASURED
+    _measure(tmp_path, path.name, (metric, "all, against Unsloth 1", 1.25, "x", {}), ("another", "all", 2.0, "x", {}))
+    assert by_case(path, metric) == "1.25x (all, against Unsloth 1), NVIDIA Test, 2026-11-22"
 
 
 def test_pages_without_any_measurement_hold_no_value(tmp_path: Path) -> None:

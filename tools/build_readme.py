@@ -44,7 +44,8 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         minutes=minutes_table(measurements, released, of),
         of=of,
         tests=said_of_tests(of.get(TESTS)),
-        unsloth=beside_unsloth(measurements / "a_nf4_sweeps.json"),
+        unsloth=by_case(measurements / "a_nf4_sweeps.json", "harness_speedup_beside_unsloth"),
+        liger=by_case(measurements / "e_backprop.json", "time_over_liger_at_its_chunk_size"),
     )
     results_page = _filled(
         "results_template.md",
@@ -67,7 +68,7 @@ def _wrapped(line: str) -> str:
     """A line of prose as lines of at most 120 characters; rows of tables, badges and figures as they are."""
     if len(line) <= 121 or line.startswith(("|", "![", "[![")):
         return line
-    indent = "  " if line.startswith("- ") else ""
+    indent = "  " if line.startswith(("- ", "  ")) else ""
     return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
@@ -81,10 +82,10 @@ def shown_figure(resources: Path, name: str, source: str | None) -> str:
     return f"{_image(drawn, resources)}\n\n{FIGURES[name]}. {where}"
 
 
-def beside_unsloth(path: Path) -> str:
-    """The official harness beside an installed Unsloth, a part of a sentence."""
+def by_case(path: Path, metric: str) -> str:
+    """All values of a metric in a file of measurements with their cases and the hardware, a part of a sentence."""
     head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
-    found = [one for one in head["records"] if one["metric"] == "harness_speedup_beside_unsloth"]
+    found = [one for one in head["records"] if one["metric"] == metric]
     shown = [f"{amount(one['value'], one['unit'])} ({one['case']})" for one in found]
     return f"{', '.join(shown)}, {machine(head)}" if shown else NOT_MEASURED
 

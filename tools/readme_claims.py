@@ -172,8 +172,9 @@ def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
     seconds = [section.get("predicted_t4_seconds") for section in sections.values()]
     if not seconds or None in seconds:
         return NOT_MEASURED, "-"
-    other = "" if all(section.get("digest") == digest for section in sections.values()) else "; with earlier code"
-    where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}{other}"
+    where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}"
+    if any(section.get("digest") != digest for section in sections.values()):
+        return NOT_MEASURED, f"{where}, had earlier code"
     return f"{_minutes(sum(seconds))} (predicted)", where
 
 
