@@ -4,10 +4,16 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
 
 from benchmarks.fsdp2.corruption import CASES, FLOAT16, changed_by_copy
 from benchmarks.fsdp2.features import FEATURES, allowed, differences, seen, unseen
 from benchmarks.fsdp2.ranks import start_ranks
+from tests.fsdp2.models import layer
+from unsloth_puzzles.fsdp2.launch import dequantize_stream
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.stream import stream_of
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +58,23 @@ def test_features_on_a_gpu(runs, name):
     assert loss <= most and norm <= most_norm
     assert seen(name, two, one)[1] and unseen(two, one)
     assert two[name]["changed"] == 0 and two[name]["share"] == 0.5 and two[name]["reduced"] == ["torch.float32"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nested": False}, {"blocksize": 256, "bias": True}, {"rows": 3, "columns": 5}]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_uncompiled_packed_layers_have_the_bits_of_bitsandbytes_at_any_address(options, dtype):
+    """One prepared launch serves all addresses; an address of no whole 16 bytes needs another."""
+    torch.manual_seed(4)
+    plain = layer(**options).cuda()
+    state, packed = plain.weight.quant_state, plain.weight.data
+    expected = dequantize_4bit(packed, state).to(dtype)
+    model = nn.Sequential(plain)
+    pack_nf4(model, 2)
+    stream = stream_of(plain.weight)
+    buffer = torch.empty(3 * len(stream) + 64, dtype=torch.uint8, device="cuda")
+    for start in (0, len(stream) + 16, 2 * len(stream) + 36):
+        weight = buffer[start : start + len(stream)].copy_(stream).view(torch.float16)
+        found = dequantize_stream(weight, plain.code, plain.code2, plain.offset, plain.layout, dtype)
+        assert torch.equal(found, expected)

@@ -10,7 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import unsloth_puzzles.nf4.linear  # noqa: F401  (registers the operators)
+from unsloth_puzzles.fsdp2.launch import dequantize_stream
 from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
+from unsloth_puzzles.nf4.dequantize import is_traced
 
 _OPS = torch.ops.unsloth_puzzles
 
@@ -85,13 +87,10 @@ class _StreamLinear(torch.autograd.Function):
     """x W^T + b. What is kept for the backward is the parameter, never W."""
 
     @staticmethod
-    def forward(x, bias, weight, code, code2, offset, layout):
-        return F.linear(x, _dequantize(weight, code, code2, offset, layout, x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, weight, code, code2, offset, ctx.layout = inputs
+    def forward(ctx, x, bias, weight, code, code2, offset, layout):
+        ctx.layout = layout
         ctx.save_for_backward(weight, code, code2, offset)
+        return F.linear(x, _dequantize(weight, code, code2, offset, layout, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -106,6 +105,8 @@ class _StreamLinear(torch.autograd.Function):
 
 def _dequantize(weight, code, code2, offset, layout: Layout, dtype: torch.dtype, again_for=None) -> torch.Tensor:
     """W [out_features, in_features]; the backward's call depends on the gradient, so that a compiler keeps no W."""
+    if weight.is_cuda and not is_traced(weight):
+        return dequantize_stream(weight, code, code2, offset, layout, dtype)
     packed, absmax, absmax2 = layout.split(stream_of(weight))
     sizes = layout.blocksize, layout.blocksize2 or 1, layout.shape, dtype
     if again_for is None:

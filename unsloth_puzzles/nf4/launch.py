@@ -49,11 +49,12 @@ class Launch:
     dtype: torch.dtype
     device: int  # index of the CUDA device
 
-    def run(self, out: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, out: torch.Tensor | None = None, addresses: tuple[int, ...] | None = None) -> torch.Tensor:
         """Enqueue ONE kernel on the current stream of the weight's device.
 
         Args:
             out: where to write, the tensor that `prepare` was given; None for a new one.
+            addresses: of another weight of the same shape, blocks and alignment; None for those of `prepare`.
 
         Returns:
             The de-quantised weight.
@@ -61,7 +62,7 @@ class Launch:
         device = self.device
         if _current_device() != device:
             with torch.cuda.device(device):
-                return self.run(out)
+                return self.run(out, addresses)
         if out is None:
             out = _empty_strided_cuda(self.size, self.strides, self.dtype)
         self.enqueue(
@@ -70,7 +71,7 @@ class Launch:
             1,
             _current_stream(device),
             *self.before,
-            *self.addresses,
+            *(addresses or self.addresses),
             out.data_ptr(),
             self.numel,
             *self.after,

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active
 
 from unsloth_puzzles.nf4.cache import is_remembered
 from unsloth_puzzles.nf4.dequantize import dequantize, is_traced
@@ -57,7 +58,8 @@ def nf4_linear(x: torch.Tensor, weight, quant_state=None, bias: torch.Tensor | N
     if bias is not None:
         bias = bias.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _NF4Linear.apply(x, bias, packed, state)
+        function = _TransformableNF4Linear if _are_functorch_transforms_active() else _NF4Linear
+        return function.apply(x, bias, packed, state)
     return F.linear(x, _weight(packed, state, x.dtype), bias)
 
 
@@ -83,13 +85,10 @@ def _check_input(x, packed, state, bias) -> None:
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x, bias, packed, state):
-        return F.linear(x, _weight(packed, state, x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, packed, ctx.state = inputs
+    def forward(ctx, x, bias, packed, state):
+        ctx.state = state
         ctx.save_for_backward(packed)
+        return F.linear(x, _weight(packed, state, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -100,6 +99,21 @@ class _NF4Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None
+
+
+class _TransformableNF4Linear(torch.autograd.Function):
+    """The same for `torch.func`, which needs `setup_context`. PyTorch then inspects the signature in every call."""
+
+    @staticmethod
+    def forward(x, bias, packed, state):
+        return F.linear(x, _weight(packed, state, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, packed, ctx.state = inputs
+        ctx.save_for_backward(packed)
+
+    backward = _NF4Linear.backward
 
 
 def _weight(packed, state, dtype: torch.dtype, again_for: torch.Tensor | None = None) -> torch.Tensor:
