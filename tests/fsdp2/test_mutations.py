@@ -32,6 +32,12 @@ MUTATIONS = {
         "self.absmax_start",
         "test_stream.py::test_parts_hold_every_byte_and_lie_apart",
     ),
+    "a launch at the first stream's address": mutation(
+        "launch.py",
+        "launch.run(addresses=(start, start + absmax, table, code2",
+        "launch.run(addresses=(launch.prepared[0].packed.data_ptr(), start + absmax, table, code2",
+        "test_launch.py::test_the_addresses_are_those_of_the_stream_at_hand[options0]",
+    ),
     "no gradient of the input": mutation("linear.py", "if ctx.needs_input_grad[0]:", "if False:", MODEL),
     "weights that are tied, packed twice": mutation(
         "pack.py",
@@ -76,8 +82,8 @@ MUTATIONS = {
     ),
     "num_items_in_batch ignored": mutation(
         "shard.py",
-        "model.register_forward_pre_hook(_write_requires_grad)",
-        "model.register_forward_pre_hook(_write_requires_grad)\n"
+        "groups: list = []",
+        "groups: list = []\n"
         "    drop = lambda _, args, kwargs: (args, kwargs | {'num_items_in_batch': None})\n"
         "    model.register_forward_pre_hook(drop, with_kwargs=True)",
         "test_failures.py::test_ranks_with_unequal_labels_have_the_loss_and_norm_of_one_process",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -112,24 +113,32 @@ def follow_requires_grad(model: nn.Module) -> None:
 
     PEFT's `disable_adapter` and `set_adapter` flip `requires_grad` of the parameters that a module shows: of a gathered
     group the gathered copies, which FSDP2 sets back to those of the shards with the next gather. Each forward of
-    `model` writes what a gathered copy says to its shard. It raises RuntimeError for what is trained and not sharded,
-    such as an adapter that was added since. Call it before the model is sharded.
+    `model` writes what a gathered copy says to its shard. Its end raises RuntimeError for what is trained and not
+    sharded, such as an adapter that was added since. Call it before the model is sharded.
     """
-    model.register_forward_pre_hook(_write_requires_grad)
+    groups: list = []
+    model.register_forward_pre_hook(partial(_write_requires_grad, groups))
+    model.register_forward_hook(partial(_check_trained, groups))  # a walk over all parameters, while the GPU computes
 
 
-def _write_requires_grad(model: nn.Module, _: tuple) -> None:
-    managed = set()
-    for module in model.modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for parameter in () if group is None else group.fsdp_params:
-            managed.add(id(parameter.sharded_param))
-            if not group.is_unsharded:
-                continue
-            managed.add(id(parameter.unsharded_param))
+def _write_requires_grad(groups: list, model: nn.Module, _: tuple) -> None:
+    if not groups:  # it is not sharded, or this is the first forward
+        states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+        groups += [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    for group in groups:
+        for parameter in group.fsdp_params if group.is_unsharded else ():
             trained = parameter.unsharded_param.requires_grad
             if parameter.sharded_param.requires_grad != trained:
                 parameter.sharded_param.requires_grad_(trained)
+
+
+def _check_trained(groups: list, model: nn.Module, _: tuple, output: object) -> None:
+    managed = {
+        id(one)
+        for group in groups
+        for parameter in group.fsdp_params
+        for one in (parameter.sharded_param, parameter.unsharded_param if group.is_unsharded else None)
+    }
     for name, parameter in model.named_parameters() if managed and torch.is_grad_enabled() else ():
         if parameter.requires_grad and id(parameter) not in managed:
             raise RuntimeError(
