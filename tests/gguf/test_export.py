@@ -232,6 +232,15 @@ def test_tokens_that_end_a_generation(tmp_path):
     assert lines[1:] == [f'PARAMETER stop "{token}"' for token in ("<|im_end|>", "<|im_start|>", "<|call|>")]
 
 
+def test_quotes_of_a_stop_token_are_kept_in_the_modelfile(tmp_path):
+    model, tokenizer = tiny("llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ['<"end">']})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids('<"end">')]
+    export_gguf(model, tokenizer, tmp_path, "f32", progress=False)
+    assert (tmp_path / "Modelfile").read_text().splitlines()[-1] == 'PARAMETER stop """<"end">"""'
+
+
 def _changed(family, where, **settings):
     """A model whose configuration says something else than it has."""
 

@@ -97,5 +97,13 @@ def test_what_cannot_be_decoded_is_named(given, got):
         VisionCollator(family("qwen2_vl")[0])([TEXT, {**ONE, "images": [given]}])
 
 
+@pytest.mark.parametrize("form", [str, Path, lambda path: {"bytes": None, "path": str(path)}])
+def test_a_broken_file_is_named_by_its_row(form, tmp_path):
+    path = Path(tmp_path, "broken.png")
+    path.write_bytes(FILE[:3000])
+    with pytest.raises(ValueError, match=r"images of row 1 must be images that Pillow can decode, got .*; check"):
+        VisionCollator(family("qwen2_vl")[0])([TEXT, {**ONE, "images": [form(path)]}])
+
+
 def test_rows_are_not_decoded_to_know_whether_they_have_images():
     assert has_images({**ONE, "images": [{"bytes": b"no image", "path": None}]})

@@ -118,5 +118,7 @@ def _write_modelfile(path: Path, files: tuple[Path, Path | None], tokenizer, sto
     added = tokenizer.added_tokens_decoder
     for number in end_ids(tokenizer, stops):
         if number in added or number == tokenizer.eos_token_id:
-            lines.append(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(number)}"')
+            token = tokenizer.convert_ids_to_tokens(number)
+            quote = '"""' if '"' in token else '"'
+            lines.append(f"PARAMETER stop {quote}{token}{quote}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ def decode(image: object, where: str) -> object:
         where: Names the row in an error.
 
     Returns:
-        An image of Pillow for bytes, with its orientation of EXIF applied as `datasets` does; a path or a URL as text,
+        An image of Pillow for bytes and files, with its orientation of EXIF applied as `datasets` does; a URL as text,
         which processors load; another image as it is.
 
     Raises:
@@ -34,10 +34,9 @@ def decode(image: object, where: str) -> object:
         if isinstance(image, (bytes, bytearray, memoryview)):
             return ImageOps.exif_transpose(Image.open(io.BytesIO(image)))  # also decodes it
         if isinstance(image, str) and not image.startswith(_URLS):
-            if not os.path.isfile(image):
-                return load_image(image)  # base64
-            if isinstance(given, Mapping):
+            if isinstance(given, Mapping) and os.path.isfile(image):
                 return ImageOps.exif_transpose(Image.open(image))
+            return load_image(image)  # a path, or base64 text
         if isinstance(image, Image.Image):
             image.load()  # Pillow reads a file as late as here
     except Exception as error:  # Pillow raises many, by format
