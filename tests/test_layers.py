@@ -23,9 +23,9 @@ def imported(folder: str) -> set[str]:
     return {name.split(".")[1] for name in found if name.startswith(f"{PACKAGE.name}.")}
 
 
-@pytest.mark.parametrize("folder", ["bench", "nf4"])
-def test_imports_nothing_else_of_the_package(folder):
-    assert imported(folder) == {folder, "device"}
+@pytest.mark.parametrize("folder, more", [("bench", set()), ("nf4", {"exchange"})])
+def test_imports_no_other_part_of_the_package(folder, more):
+    assert imported(folder) == {folder, "device", *more}
 
 
 @pytest.mark.parametrize("folder, more", [("backprop", {"kv_cache"}), ("attention", set())])
@@ -33,7 +33,9 @@ def test_what_is_compiled_has_its_code_object(folder, more):
     assert imported(folder) == {folder, "device", "code_object", *more}
 
 
-@pytest.mark.parametrize("leaf", ["code_object.py", "device.py", "kv_cache.py", "stored_dtype.py", "supported.py"])
+@pytest.mark.parametrize(
+    "leaf", ["code_object.py", "device.py", "exchange.py", "kv_cache.py", "stored_dtype.py", "supported.py"]
+)
 def test_a_leaf_stands_alone(leaf):
     assert imported(leaf) == set()
 
@@ -48,19 +50,20 @@ def test_no_module_but_device_asks_pytorch_for_the_capability():
 
 
 def test_compiled_stands_on_the_solutions_that_it_compiles():
-    assert imported("compiled") == {"nf4", "backprop", "attention", "compiled", "device", "code_object", "kv_cache"}
+    solutions, leaves = {"nf4", "backprop", "attention"}, {"device", "code_object", "exchange", "kv_cache"}
+    assert imported("compiled") == {"compiled", *solutions, *leaves}
 
 
 def test_fsdp2_stands_on_nf4_and_compiled():
-    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench", "stored_dtype"}
+    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench", "exchange", "stored_dtype"}
 
 
 @pytest.mark.parametrize(
     "folder, needed",
     [
-        ("vision", {"nf4", "kv_cache"}),
+        ("vision", {"exchange", "kv_cache"}),
         ("gguf", {"nf4"}),
-        ("classification", {"nf4", "device", "kv_cache", "stored_dtype"}),
+        ("classification", {"device", "exchange", "kv_cache", "stored_dtype"}),
         ("tool_calling", set()),
     ],
 )

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.backprop.patched import SMALL, assert_close, batch, gradients, llama, reference
-from unsloth_puzzles.backprop import trainer as hook
+from unsloth_puzzles.backprop import patched_loss as hook
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.losses import cross_entropy, z_loss
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss

@@ -14,7 +14,7 @@ from unsloth_puzzles.compiled.lora import scale_low_rank
 from unsloth_puzzles.compiled.plain_params4bit import plain_params4bit
 from unsloth_puzzles.compiled.shared_input import share_input
 from unsloth_puzzles.compiled.swiglu import fuse_swiglu
-from unsloth_puzzles.nf4.exchange import original_class, subclass
+from unsloth_puzzles.exchange import original_class, subclass
 
 
 @pytest.fixture(scope="module")

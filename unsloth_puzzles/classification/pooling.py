@@ -15,8 +15,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from unsloth_puzzles.classification.losses import PROBLEM_TYPES, ClassificationLoss, check_labels, check_problem_type
+from unsloth_puzzles.exchange import exchange_classes, subclass
 from unsloth_puzzles.kv_cache import CACHE_NAMES, cache_name, given_cache
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
 
 _CACHE = cache_name(SequenceClassifierOutputWithPast)
 

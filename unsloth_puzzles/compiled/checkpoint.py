@@ -22,7 +22,7 @@ from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.backprop.switches import switches
 from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.compiled.offload import Store
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+from unsloth_puzzles.exchange import exchange_classes, subclass
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
 

@@ -9,7 +9,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel, Trainer
 
-from unsloth_puzzles.nf4.exchange import original_class
+from unsloth_puzzles.exchange import original_class
 
 # Kinds of adapters that have been compiled and are right. Of the others some need the packed weight (HiRA, SHiRA), some
 # branch on numbers (VB-LoRA) or draw them (PVeRA), and prefix tuning hands a KV cache to each layer, which then runs

@@ -11,8 +11,8 @@ from unsloth_puzzles.attention.models import LENGTHS, check_lengths
 from unsloth_puzzles.compiled.checks import uses
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
 from unsloth_puzzles.compiled.variants import Variants, mark
+from unsloth_puzzles.exchange import exchange_classes, subclass
 from unsloth_puzzles.kv_cache import CACHE_NAMES, given_cache
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
 
 
 def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
 
 from unsloth_puzzles.compiled.hooks import hooked_below
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+from unsloth_puzzles.exchange import exchange_classes, subclass
 
 
 def scale_low_rank(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.nn import Params4bit
 
-from unsloth_puzzles.nf4.exchange import exchange_classes
+from unsloth_puzzles.exchange import exchange_classes
 
 
 class PlainParams4bit(Params4bit):

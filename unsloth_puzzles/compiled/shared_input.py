@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import plain_adapter, scales_low_rank, takes_low_rank
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+from unsloth_puzzles.exchange import exchange_classes, subclass
 
 _NAMES = ("q_proj", "k_proj", "v_proj")
 

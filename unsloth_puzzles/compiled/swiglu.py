@@ -22,7 +22,7 @@ from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import add_adapter, plain_adapter, takes_low_rank
 from unsloth_puzzles.compiled.shared_input import StandIn, low_rank_products
 from unsloth_puzzles.compiled.swiglu_kernels import lora_swiglu, lora_swiglu_backward
-from unsloth_puzzles.nf4.exchange import exchange_classes, subclass
+from unsloth_puzzles.exchange import exchange_classes, subclass
 
 
 def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:

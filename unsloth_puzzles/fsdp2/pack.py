@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from unsloth_puzzles.exchange import exchange_classes
 from unsloth_puzzles.fsdp2.dora import StreamDoraLayer, dora_layers
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.ranks import compare_ranks
 from unsloth_puzzles.fsdp2.stream import ByteStream, Layout, stream_of
-from unsloth_puzzles.nf4.exchange import exchange_classes
 
 
 def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from unsloth_puzzles.device import capability
-from unsloth_puzzles.nf4.exchange import exchange_classes, is_forward_of, subclass
+from unsloth_puzzles.exchange import exchange_classes, is_forward_of, subclass
 from unsloth_puzzles.nf4.linear import nf4_linear
 
 # Without gradients, W is de-quantised from this many rows on. For fewer, bitsandbytes' fused kernel, which multiplies

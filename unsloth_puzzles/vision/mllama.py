@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers.models.mllama import modeling_mllama as mllama
 
+from unsloth_puzzles.exchange import exchange_classes, original_class, subclass
 from unsloth_puzzles.kv_cache import cache_name, given_cache
-from unsloth_puzzles.nf4.exchange import exchange_classes, original_class, subclass
 
 
 class _Rows(NamedTuple):

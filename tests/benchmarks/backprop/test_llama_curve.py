@@ -124,7 +124,7 @@ def test_qlora_with_our_loss_is_the_same_training_and_its_norms_show_a_wrong_sca
     assert "NF4 by patch_linear4bit" in title(ours) and "AdamW" in title(ours)
     assert ours["losses"][-1] < ours["losses"][0] - 0.1
 
-    from unsloth_puzzles.backprop import trainer as hook
+    from unsloth_puzzles.backprop import patched_loss as hook
 
     right = hook.memory_efficient_linear
 
@@ -140,7 +140,7 @@ def test_qlora_with_our_loss_is_the_same_training_and_its_norms_show_a_wrong_sca
 
 @pytest.mark.parametrize("mutation", ["per micro-batch mean", "labels not shifted"])
 def test_comparison_sees_faults_of_the_hook(mutation, monkeypatch, full):
-    from unsloth_puzzles.backprop import trainer as hook
+    from unsloth_puzzles.backprop import patched_loss as hook
 
     ours = hook.memory_efficient_linear
 
