@@ -3,7 +3,8 @@
     python -m unsloth_puzzles.supported    # what is tested, and what is installed
 
 Importing the package warns once of an installed library outside of these. `make matrix` runs the quick tests and
-compiles the kernels in the environments of `resources/measurements/matrix.json`.
+compiles the kernels in the environments of `tools/matrix.py`, and keeps what came of it in
+`resources/measurements/matrix.json`.
 """
 
 import importlib.metadata

@@ -1,7 +1,11 @@
 """Measuring: what the machine is, how long and how much memory a call takes, what a kernel compiles to.
 
-A module per question: ``hardware`` (the machine) and ``ceilings`` (how fast it can go), ``timing``, ``memory``,
-``cross_compile``, ``compilations`` (what torch.compile does in a block), ``section`` (time and peak of a part of
-the notebook), ``record`` (the JSON that every published figure comes from), ``code_digest`` (of which code it is).
-Nothing here knows what is measured.
+    hardware, ceilings            the machine, and how fast it can go
+    timing, memory, samplers      seconds and bytes of a call
+    compilations, cross_compile   what torch.compile does in a block, what Triton makes for another GPU
+    t4                            a T4's limits and datasheet, for predictions
+    record, code_digest           measurements as JSON, and of which code they are
+    section, experiments, child   parts of the notebook, errors that do not end it, processes of their own
+    challenges, criterion, rubric, scorecard   the puzzles' points, from the records
+    markdown, text                tables, and a text to train on
 """

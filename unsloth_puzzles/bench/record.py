@@ -1,11 +1,10 @@
-"""Measurements as JSON: the one form in which every published figure is kept.
+"""Measurements as JSON, one record a figure.
 
     {"hardware": {...}, "versions": {...}, "date": "YYYY-MM-DD", "digest": "...",
      "records": [{"metric", "case", "value", "unit", "low", "high", "baselines"}]}
 
 `value` is always ours; what others reach in the same run goes into `baselines`, {name: value}, in the same unit.
-`low` and `high` are the 10th and 90th percentile, or null. `digest` is the package's `code_digest`, or null in files
-that were measured before there was one.
+`low` and `high` are the 10th and 90th percentile, or null. `digest` is the package's `code_digest`.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ RECORD_KEYS = ("metric", "case", "value", "unit", "low", "high", "baselines")
 
 
 def provenance(hardware: Hardware | None = None) -> dict[str, object]:
-    """Where and with what a record is made: the head of every JSON file under `resources/measurements`.
+    """Where and with what a record is made: the head of a file of measurements.
 
     Args:
         hardware: What `probe()` returned. By default the machine is probed, without measuring its ceilings.

@@ -7,7 +7,7 @@ One compiled function serves all layers, whatever the length of a batch: sizes t
 mask from tensors, and NF4 weights come out of A's operator. Calls with another compile key (gradients or not, the kind
 of mask) get a compiled function of their own, so a change of the key causes no recompilation.
 
-Modules change only by their class, which is exchanged for a subclass:
+Modules of these kinds get a subclass of their class:
 
     modules           subclass                        so that
     NF4 linears       nf4.patch                       W is de-quantised by A's operator
@@ -18,7 +18,8 @@ Modules change only by their class, which is exchanged for a subclass:
     decoder layers    layers, checkpoint: <name>      they run compiled, and checkpointed if that is switched on
     final norm        layers: Compiled<name>          it runs compiled
 
-A sequence classifier keeps its head, and its own loss is compiled.
+The causal LM gets the forward of `use_memory_efficient_loss`, the backbone two hooks, and the config the name of the
+attention. A sequence classifier keeps its head, and its own loss is compiled.
 """
 
 import warnings
