@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,11 +43,15 @@ def record(project: pytest.Pytester, name: str = "tests.json") -> Path:
     return project.path / record_tests.MEASUREMENTS / name
 
 
-def test_record_has_provenance_counts_failures_and_skips(project: pytest.Pytester) -> None:
+def test_record_has_provenance_seconds_counts_failures_and_skips(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((100.0, 175.25))
+    monkeypatch.setattr(record_tests, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     project.runpytest_inprocess(*PLUGIN).stdout.fnmatch_lines(["tests.json: written"])
     kept = json.loads(record(project).read_text())
     assert kept["digest"] == code_digest(package_files()) and kept["versions"]["torch"] == torch.__version__
-    assert (kept["passed"], kept["failed"], kept["skipped"]) == (2, 2, 1)
+    assert (kept["seconds"], kept["passed"], kept["failed"], kept["skipped"]) == (75.2, 2, 2, 1)
     assert kept["failures"] == ["tests/test_small.py::test_fails", "tests/test_small.py::test_fails_at_its_end"]
     assert kept["skips"] == [{"test": "tests/test_small.py::test_is_skipped", "reason": "needs two GPUs"}]
 

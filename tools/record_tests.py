@@ -1,10 +1,12 @@
 """A pytest plugin that keeps what a whole run of the tests came to: `python -m pytest -p tools.record_tests`.
 
 It writes resources/measurements/tests.json, and with `-m gpu` gpu_tests.json: hardware, versions, date, the digest of
-the package's code, how many tests passed, failed and were skipped, each failed test and each skip with its reason.
+the package's code, the seconds, how many tests passed, failed and were skipped, each failed test and each skip with its
+reason.
 A run of a selection is refused, since its record would be taken for one of all tests.
 """
 
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ class Recorder:
 
     def __init__(self, path: Path):
         self.path, self.digest, self.said = path, code_digest(package_files()), ""
+        self.began = time.monotonic()
         self.outcomes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
 
@@ -68,9 +71,10 @@ class Recorder:
         terminalreporter.write_line(said)
 
     def counts(self) -> dict[str, object]:
-        """Numbers by outcome, the failed tests, and the skipped ones with their reasons."""
+        """Seconds so far, numbers by outcome, the failed tests, and the skipped ones with their reasons."""
         named = {kind: [test for test, one in self.outcomes.items() if one == kind] for kind in ("failed", "skipped")}
         return {
+            "seconds": round(time.monotonic() - self.began, 1),
             "passed": len(self.outcomes) - len(named["failed"]) - len(named["skipped"]),
             "failed": len(named["failed"]),
             "skipped": len(named["skipped"]),
