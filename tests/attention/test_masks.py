@@ -12,7 +12,8 @@ from transformers import LlamaConfig, masking_utils
 from tests.attention.conftest import make_batch
 from unsloth_puzzles.attention import masks
 from unsloth_puzzles.attention.interface import prepare
-from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
+from unsloth_puzzles.attention.mask_check import check
+from unsloth_puzzles.attention.masks import Lengths, Unreadable, dense, read
 from unsloth_puzzles.attention.model_mask import ModelMask
 from unsloth_puzzles.attention.models import make_mask, register
 from unsloth_puzzles.attention.pattern import Pattern, dense_mask

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import transformers
 from transformers import masking_utils
 
-from unsloth_puzzles.attention.pattern import Batch, Pattern, dense_mask, number_documents
+from unsloth_puzzles.attention.pattern import Pattern, number_documents
 
 
 class Unpadded(torch.Tensor):
@@ -124,7 +123,7 @@ def _parts(
 ) -> tuple[bool, int | None, list[torch.Tensor], list[torch.Tensor]]:
     """(causal, window, ids, positions): a query sees a key where all of them let it; (batch, kv_length) each.
 
-    transformers' functions are closures, known by their code. `check` knows whether they mean what is read here.
+    transformers' functions are closures, known by their code. `mask_check` knows whether they mean what is read here.
 
     Args:
         mask_function: as in `read`.
@@ -180,53 +179,12 @@ def _stretches(ids: torch.Tensor, lengths: Lengths) -> torch.Tensor:
     return ids.expand(lengths.batch_size, -1)
 
 
-def check() -> None:
-    """Raise RuntimeError unless transformers' mask functions say what `read` takes them to say.
-
-    Each is compared with `dense_mask`, on queries and keys that are too few to take time.
-    """
-    ids, padding = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), torch.tensor([1])
-    window = masking_utils.sliding_window_causal_mask_function(3)
-    sizes = {"size": 1, "kv_length": 8, "heads": 1, "kv_heads": 1, "head_size": 8}
-    sizes |= {"dtype": torch.float32, "device": torch.device("cpu")}
-    for name, function in {
-        "causal_mask_function": masking_utils.causal_mask_function,
-        "bidirectional_mask_function": masking_utils.bidirectional_mask_function,
-        "sliding_window_overlay": window,
-        "packed_sequence_mask_function": masking_utils.packed_sequence_mask_function(ids),
-        "chunked_overlay": masking_utils.chunked_overlay(3, padding),
-        "and_masks": masking_utils.and_masks(window, masking_utils.packed_sequence_mask_function(ids)),
-        **_remapped(ids, window, padding),
-    }.items():
-        q_length = 8 if name == _REMAP_NAME else 6
-        lengths = Lengths(1, q_length, 8, 8 - q_length, 0)
-        pattern, documents = read(function, lengths, None)
-        seen = dense_mask(pattern, Batch(documents=documents, q_length=q_length, **sizes))
-        seen = torch.ones(1, 1, q_length, 8, dtype=torch.bool) if seen is None else seen
-        theirs = masking_utils.sdpa_mask(**vars(lengths), mask_function=function, allow_is_causal_skip=False)
-        if not torch.equal(seen.expand(1, 1, q_length, 8), theirs):
-            raise RuntimeError(
-                f"transformers must have the masks of 5.15 to 5.24, got another masking_utils.{name}; "
-                f"this is transformers {transformers.__version__}"
-            )
-
-
-def _remapped(ids: torch.Tensor, window: Callable, padding: torch.Tensor) -> dict[str, Callable]:
-    """A packed mask whose parts are given positions that start anew in each sequence, where transformers makes such."""
-    if _REMAPPED is None:
-        return {}
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
-    parts = masking_utils.and_masks(window, masking_utils.chunked_overlay(2, 0 * padding))
-    remapped = getattr(masking_utils, _REMAP_NAME)(parts, positions)
-    return {_REMAP_NAME: masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(ids))}
-
-
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _PACKED = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
 _CHUNKED = masking_utils.chunked_overlay(1, torch.empty(0)).__code__
 _AND = masking_utils.and_masks().__code__
 # Newer releases give the parts of a packed mask the positions within a sequence.
-_REMAP_NAME = "remap_positions_for_packed_sequence"
+REMAP_NAME = "remap_positions_for_packed_sequence"
 _REMAPPED = None
-if hasattr(masking_utils, _REMAP_NAME):
-    _REMAPPED = getattr(masking_utils, _REMAP_NAME)(masking_utils.causal_mask_function, torch.empty(0)).__code__
+if hasattr(masking_utils, REMAP_NAME):
+    _REMAPPED = getattr(masking_utils, REMAP_NAME)(masking_utils.causal_mask_function, torch.empty(0)).__code__

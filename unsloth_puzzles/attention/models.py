@@ -20,7 +20,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask, prepare
-from unsloth_puzzles.attention.masks import Lengths, Unreadable, check, dense, read
+from unsloth_puzzles.attention.mask_check import check
+from unsloth_puzzles.attention.masks import Lengths, Unreadable, dense, read
 from unsloth_puzzles.attention.model_mask import NAME, ModelMask
 from unsloth_puzzles.attention.pattern import Batch, Pattern
 
