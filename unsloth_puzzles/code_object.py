@@ -9,7 +9,10 @@ from types import FunctionType
 
 
 def with_own_code(function: Callable, name: str) -> FunctionType:
-    """What calls `function`, under `name`, and shares what is compiled for it with nothing else."""
+    """Wrap `function` in a function called `name` with a code object of its own.
+
+    Dynamo keeps compiled code by code object, so nothing else uses or evicts what is compiled for this one.
+    """
 
     def run(*args, **kwargs):
         return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a way to compute attention says of itself, so that one can be chosen and the others refused."""
+"""The description of a backend, by which one is chosen and the others are refused."""
 
 import torch
 

@@ -15,7 +15,7 @@ from unsloth_puzzles.attention.pattern import Pattern, number_documents
 
 
 class Unpadded(torch.Tensor):
-    """An attention mask, all ones, whose class says so: nobody has to look into it, and to wait for a GPU to do so."""
+    """An attention mask of ones. Its class says so, since reading the values would wait for the GPU."""
 
 
 class Unreadable(ValueError):

@@ -14,7 +14,7 @@ class ModelMask(Mask):
     """A mask that is prepared for a backend when a layer asks: the layer's tensors say its heads and their sizes.
 
     A config does not: layers of one model may differ, and with latent attention (DeepSeek) `head_dim` is that of the
-    rotated part. `backend` and `data` are by the config, for layers that are compiled, before any layer has asked.
+    rotated part. Before a layer has asked, `backend` and `data` are those of the config, which compiled layers need.
 
     Args:
         name: of the backend, as in `attention`.

@@ -150,7 +150,7 @@ class VerifiedFunction:
 
 
 def _drop(start, found) -> None:
-    """For gradients of arguments that nobody wants twice."""
+    """Discard a gradient of an argument: the compiled run has added it."""
 
 
 def _value(function, reduction, logits, labels, arguments):

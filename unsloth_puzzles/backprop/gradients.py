@@ -1,4 +1,4 @@
-"""What the chunks' gradients are gathered in: those of rows side by side, all others in sums."""
+"""Buffers for the gradients of all chunks: those of rows side by side, all others summed."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the loss of a causal LM hangs on beside its weights: soft cap, scales, the loss function."""
+"""The settings that change the loss of a causal LM: soft cap, scales, the loss function."""
 
 from transformers import PreTrainedModel
 
@@ -8,7 +8,7 @@ DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
 
 
 def settings(causal_lm: PreTrainedModel) -> dict[str, object]:
-    """What the loss hangs on and may be set after the model was tried: loss function, soft cap, scales, tuples."""
+    """The settings of the loss that may change after the model was tried: loss function, soft cap, scales, tuples."""
     return {
         "loss_function": causal_lm.loss_function,
         "final_logit_softcapping": soft_cap_of(causal_lm),
