@@ -129,7 +129,7 @@ class _Watch:
         print(f"FAILED: {self.cell}\n  {reason}\n  at {where}; the run goes on")
         failures.append((self.cell, reason))
         traceback.clear_frames(trace)
-        for name in set(shell.user_ns) - self.names:  # what a failed cell has made half, nobody may take for whole
+        for name in set(shell.user_ns) - self.names:  # no later cell may use what a failed cell left incomplete
             if not name.startswith("_") and not isinstance(shell.user_ns[name], _WHOLE):
                 del shell.user_ns[name]
 
