@@ -18,7 +18,8 @@ from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
 from tools.build_readme import by_case, pages, shown_figure
-from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table, run_seconds
+from tools.outputs import run_seconds
+from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table
 
 PAGES = ("README.md", "RESULTS.md", "docs/usage.md")
 STAMP = {"hardware": "NVIDIA Test", "date": "2026-11-22", "digest": "of the run"}
@@ -178,6 +179,15 @@ def test_minutes_rehearsed_with_earlier_code_are_not_shown(tmp_path: Path) -> No
     _rehearse(tmp_path, A=section, C={**section, "digest": "another"})
     t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
     assert t4 == "| a T4 | not measured | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C, had earlier code |"
+
+
+@pytest.mark.parametrize("same, shown", [(True, "5 | {}"), (False, "not measured | {}, had earlier code")])
+def test_minutes_of_a_run_on_a_cpu(tmp_path: Path, same: bool, shown: str) -> None:
+    kept = {"date": "2026-11-20", "cores": 2, "seconds": 290.0, "sections": "A, B", "digest": STAMP["digest"]}
+    (tmp_path / "cpu_run.json").write_text(json.dumps(kept if same else {**kept, "digest": "another"}))
+    cpu = minutes_table(tmp_path, _executed(), STAMP).splitlines()[3]
+    where = "a run on 2 cores of a CPU, 2026-11-20; sections A, B"
+    assert cpu == f"| a CPU | {shown.format(where)} |"
 
 
 def test_minutes_of_a_run_on_a_t4_are_not_those_of_a_large_gpu(tmp_path: Path) -> None:

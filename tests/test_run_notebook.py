@@ -1,6 +1,7 @@
 """The runner, on notebooks of a few cells: alone in its folder, stopped by an error, cleaned, and judged."""
 
 import base64
+import json
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from tools import run_notebook
 from tools.clean_outputs import INVISIBLE, PNG, clean, smaller
 from tools.outputs import LARGEST, output_text, problems, report
 from tools.run_notebook import run
+from unsloth_puzzles.bench.code_digest import code_digest, package_files
 
 
 def test_run_executes_a_copy_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -126,6 +128,16 @@ def test_report_is_the_output_of_tagged_cells() -> None:
     tagged = nbformat.v4.new_code_cell("1", outputs=[shown], metadata={"tags": ["report"]})
     other = nbformat.v4.new_code_cell("2", outputs=[nbformat.v4.new_output("stream", name="stdout", text="no")])
     assert report(nbformat.v4.new_notebook(cells=[tagged, other])) == "| a |\n"
+
+
+def test_record_has_the_seconds_of_the_sections(tmp_path: Path) -> None:
+    rows = "| Set-up | 3.5 s | - |\n| A. NF4 to Triton | 50.0 s | 19 GiB |\n| C. Compiled | 6.5 s | 1 GiB |\n"
+    shown = nbformat.v4.new_output("display_data", data={"text/markdown": rows})
+    tagged = nbformat.v4.new_code_cell("1", outputs=[shown], metadata={"tags": ["report"]})
+    run_notebook.record_seconds(nbformat.v4.new_notebook(cells=[tagged]), tmp_path / "run.json")
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert (kept["seconds"], kept["sections"]) == (60.0, "A, C") and kept["cores"] >= 1
+    assert kept["digest"] == code_digest(package_files())
 
 
 def test_need_gpu_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

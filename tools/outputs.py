@@ -1,5 +1,6 @@
 """What an executed notebook shows: its outputs as text, its report, and why it must not be published."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from nbformat import NotebookNode
 
 from tools.build_notebook import ROOT, text
 
+_SECTION = r"^\| (Set-up|([A-E])\. .+?) \| ([\d.]+) s \|"  # a line of `bench.section.summary`
 LARGEST = 3_000_000  # bytes, of which the package's and the benchmarks' files are 1.7 million
 _MACHINE_PATHS = tuple(
     dict.fromkeys(["/root/", "/home/", "/tmp/", "/opt/", f"{sys.prefix}/", f"{ROOT}/", f"{Path.home()}/"])
@@ -38,6 +40,12 @@ def failures(node: NotebookNode) -> list[str]:
 def report(node: NotebookNode) -> str:
     """What the cells tagged `report` printed: the sections' times and the scorecard."""
     return "\n".join(output_text(cell) for cell in node.cells if "report" in cell.metadata.get("tags", []))
+
+
+def run_seconds(released: NotebookNode) -> tuple[float | None, str]:
+    """The seconds of all sections of an executed notebook, by its own account, and the letters of the challenges."""
+    lines = re.findall(_SECTION, report(released), flags=re.MULTILINE)
+    return sum(float(seconds) for *_, seconds in lines) or None, ", ".join(letter for _, letter, _ in lines if letter)
 
 
 def lines_with(word: str, node: NotebookNode) -> list[str]:

@@ -9,14 +9,13 @@ import pandas
 from nbformat import NotebookNode
 
 from tools.measured_tables import amount, machine, shown_unit
-from tools.outputs import report
+from tools.outputs import run_seconds
 from tools.readme_contents import SHORT
 from unsloth_puzzles.bench.markdown import table
 
 NOT_MEASURED = "not measured"
 ONE_CASE = {"all", "head only", "the script, two GPUs"}  # cases that the claim itself names
 _OF_CASE = ("steps_trained", r"(real|random) weights")  # whose case tells the weights of challenge B's script
-_SECTION = r"^\| (Set-up|([A-E])\. .+?) \| ([\d.]+) s \|"  # a line of `bench.section.summary`
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,10 @@ def _weights(records: dict[tuple[str, str], dict]) -> str:
 
 
 def minutes_table(measurements: Path, released: NotebookNode, stamp: dict) -> str:
-    """The minutes of "Run all": predicted for a T4, measured in the published run.
+    """The minutes of "Run all": predicted for a T4, measured in the published run and on a CPU.
 
     Args:
-        measurements: The folder with the summary of the rehearsal.
+        measurements: The folder with the summary of the rehearsal and the record of a run on a CPU.
         released: The executed notebook.
         stamp: Of that notebook.
     """
@@ -154,16 +153,10 @@ def minutes_table(measurements: Path, released: NotebookNode, stamp: dict) -> st
     on_t4 = "T4" in stamp["hardware"]
     rows = [
         ("a T4", *(of_run if on_t4 else _rehearsed(measurements / "rehearsal.json", stamp["digest"]))),
-        ("a CPU", NOT_MEASURED, "-"),
+        ("a CPU", *_on_a_cpu(measurements / "cpu_run.json", stamp["digest"])),
         ("a large GPU", *((NOT_MEASURED, "-") if on_t4 else of_run)),
     ]
     return table(pandas.DataFrame(rows, columns=["on", "minutes", "from"]))
-
-
-def run_seconds(released: NotebookNode) -> tuple[float | None, str]:
-    """The seconds of all sections of an executed notebook, by its own account, and the letters of the challenges."""
-    lines = re.findall(_SECTION, report(released), flags=re.MULTILINE)
-    return sum(float(seconds) for *_, seconds in lines) or None, ", ".join(letter for _, letter, _ in lines if letter)
 
 
 def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
@@ -173,9 +166,20 @@ def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
     if not seconds or None in seconds:
         return NOT_MEASURED, "-"
     where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}"
-    if any(section.get("digest") != digest for section in sections.values()):
-        return NOT_MEASURED, f"{where}, had earlier code"
-    return f"{_minutes(sum(seconds))} (predicted)", where
+    same = all(section.get("digest") == digest for section in sections.values())
+    return _of_this_code(same, f"{_minutes(sum(seconds))} (predicted)", where)
+
+
+def _on_a_cpu(path: Path, digest: str) -> tuple[str, str]:
+    if not path.exists():
+        return NOT_MEASURED, "-"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    where = f"a run on {kept['cores']} cores of a CPU, {kept['date']}; sections {kept['sections']}"
+    return _of_this_code(kept["digest"] == digest, _minutes(kept["seconds"]), where)
+
+
+def _of_this_code(same: bool, minutes: str, where: str) -> tuple[str, str]:
+    return (minutes, where) if same else (NOT_MEASURED, f"{where}, had earlier code")
 
 
 def _minutes(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Execute a notebook alone: in a folder that holds nothing but its copy, as on Colab.
 
     python -m tools.run_notebook NOTEBOOK FOLDER [--python EXECUTABLE] [--timeout SECONDS] [--need-gpu] [--strict]
+                                 [--record JSON]
 
 Prints a line a cell, at the end where the executed copy and the figures lie, and what the cells tagged `report`
 printed. Exits 1 after an error (the notebook is written as far as it came) and for anything in `outputs.problems`.
@@ -23,7 +24,7 @@ from nbformat import NotebookNode
 
 from tools.build_notebook import ROOT, text
 from tools.clean_outputs import clean
-from tools.outputs import failures, lines_with, problems, report
+from tools.outputs import failures, lines_with, problems, report, run_seconds
 
 SWEEPS = "*_sweeps.json"
 FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError)
@@ -125,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, help="a folder with the sweeps that were measured before")
     parser.add_argument("--strict", action="store_true", help="FAILED in an output is a failure of the run")
     parser.add_argument("--need-gpu", action="store_true", help="refuse to run without a GPU")
+    parser.add_argument("--record", type=Path, help="keep the seconds of the sections in this file, if nothing failed")
     options = parser.parse_args(arguments)
     if options.need_gpu and not gpu_present():
         print("This needs a CUDA GPU, and torch sees none. `make notebook` runs without one.", file=sys.stderr)
@@ -147,7 +149,20 @@ def main(arguments: list[str] | None = None) -> int:
     if said := lines_with("FAILED", node) if options.strict else []:
         print("Said to have failed:", *said, sep="\n  ")
     published = options.need_gpu  # paths and size matter to a published notebook only
-    return 1 if failures(node) or said or (found and published) else 0
+    if failures(node) or said or (found and published):
+        return 1
+    if options.record:
+        record_seconds(node, options.record)
+    return 0
+
+
+def record_seconds(node: NotebookNode, path: Path) -> None:
+    """Keep what an executed notebook took: the machine, its CPU cores, the seconds, the sections by letter."""
+    from unsloth_puzzles.bench.record import provenance, write_json
+
+    seconds, sections = run_seconds(node)
+    cores = len(os.sched_getaffinity(0))
+    write_json(path, {**provenance(), "cores": cores, "seconds": seconds, "sections": sections})
 
 
 def gpu_present() -> bool:
