@@ -38,6 +38,12 @@ MUTATIONS = {
         "launch.run(addresses=(launch.prepared[0].packed.data_ptr(), start + absmax, table, code2",
         "test_launch.py::test_the_addresses_are_those_of_the_stream_at_hand[options0]",
     ),
+    "layers that wait for their gather": mutation(
+        "shard.py",
+        "layer.set_modules_to_forward_prefetch([following])",
+        "pass",
+        "test_prefetch.py::test_the_next_layer_is_gathered_before_a_layer_computes[1]",
+    ),
     "no gradient of the input": mutation("linear.py", "if ctx.needs_input_grad[0]:", "if False:", MODEL),
     "weights that are tied, packed twice": mutation(
         "pack.py",

@@ -27,6 +27,7 @@ from unsloth_puzzles.fsdp2.shard import (
     float32_adapters,
     follow_requires_grad,
     frozen_embeddings,
+    prefetch_layers,
 )
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -161,6 +162,7 @@ def prepare_trainer(trainer: Trainer, *, shard_embeddings: bool = False) -> None
     _allow(trainer.model)
     trainer.evaluation_loop = partial(_evaluation_loop, trainer)
     follow_requires_grad(trainer.model)
+    prefetch_layers(trainer.model)
     if not shard_embeddings:
         plugin.ignored_modules = whole
 

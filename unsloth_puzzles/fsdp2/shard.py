@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,7 @@ def shard_qlora(
     if param_dtype is not None:
         compute_in(model, param_dtype, () if shard_embeddings else frozen_embeddings(base))
     follow_requires_grad(model)
+    prefetch_layers(model)
     for layer in base.base_model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
@@ -106,6 +108,26 @@ def _finite_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if isinstance(mask, torch.Tensor) and mask.is_floating_point():
         kwargs = {**kwargs, "attention_mask": mask.clamp(min=torch.finfo(mask.dtype).min)}
     return args, kwargs
+
+
+def prefetch_layers(model: nn.Module) -> None:
+    """Let each decoder layer start to gather the next before it computes. Call it before the model is sharded.
+
+    In the forward FSDP2 gathers a layer when the host comes to it. A host that is not ahead of the GPU then gathers
+    while nothing computes. The backward prefetches by itself. A second gathered layer takes memory meanwhile.
+
+    Args:
+        model: A causal LM of transformers with adapters of PEFT.
+    """
+
+    def once(model: nn.Module, _: tuple) -> None:
+        layers = [layer for layer in base_of(model).base_model.layers if isinstance(layer, FSDPModule)]
+        for layer, following in pairwise(layers):
+            layer.set_modules_to_forward_prefetch([following])
+        if layers:  # it is sharded
+            handle.remove()
+
+    handle = model.register_forward_pre_hook(once)
 
 
 def follow_requires_grad(model: nn.Module) -> None:
