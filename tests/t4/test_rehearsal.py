@@ -19,7 +19,7 @@ from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, P
 
 GOOD = {
     "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
-    "section": "D", "points": 4, "kernels_seen": 1, "kernels_not_decidable": 0, "predicted_t4_seconds": 1.0,
+    "section": "D", "points": 8, "kernels_seen": 1, "kernels_not_decidable": 0, "predicted_t4_seconds": 1.0,
     "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0, "processes_unseen": [],
 }  # fmt: skip
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tools.t4 import limits
 
-BUDGET = {"A": 180, "C": 360, "D": 120, "E": 480, "B": 60}  # seconds on a T4
-EXPECTED = {"A": 14, "C": 9, "D": 4, "E": 10, "B": 0}  # points that one GPU can earn so far
+BUDGET = {"A": 180, "C": 360, "D": 435, "E": 480, "B": 60}  # seconds on a T4
+EXPECTED = {"A": 14, "C": 9, "D": 8, "E": 10, "B": 0}  # points that one GPU can earn
 NOTES = (
     "A rehearsal is evidence, not proof: no T4 was there.",
     "Inductor writes its kernels for the GPU that is there, so kernels that build for sm_75 need not be those of a T4.",
