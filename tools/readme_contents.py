@@ -49,7 +49,14 @@ TABLES = {
         ("errors_no_larger_than_sdpas", "Attention: comparisons whose error is no larger than SDPA's"),
         ("compilations", "Compilations of flex attention over all lengths, windows and packings of the check"),
         ("vision_loss_alone_and_in_a_batch", "Vision: largest difference of a row's losses, alone and in a batch"),
-        ("vision_tower_flops_over_those_of_the_images", "Vision: FLOPs of the vision tower over those of the images"),
+        (
+            "vision_tower_flops_over_those_of_the_images",
+            "Vision: FLOPs of the tower in a mixed batch over those of its images in one batch",
+        ),
+        (
+            "vision_tower_flops_over_those_of_each_image_alone",
+            "Vision: FLOPs of the tower in a mixed batch over those of each image alone",
+        ),
         ("gguf_log_probability_error", "GGUF export: largest error of a log-probability"),
         ("gguf_merging_error_over_the_change", "GGUF export: error of the merge over the adapter's change"),
         ("gguf_error_of_type", "GGUF export: mean error of a log-probability, by file type"),

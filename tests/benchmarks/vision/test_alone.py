@@ -2,11 +2,13 @@
 
 from benchmarks.vision import alone
 from benchmarks.vision.stock import stock_outcome
+from unsloth_puzzles.nf4.exchange import exchange_classes, original_class
+from unsloth_puzzles.vision.mllama import patch_mllama
 
 
 def test_pixtral_pays_for_images_that_share_a_sequence():
     found = alone.check_family("pixtral", "cpu")
-    assert len(found.checks) == 9 and all(found.checks.values())
+    assert len(found.checks) == 10 and all(found.checks.values())
     assert found.difference <= alone.LARGEST and found.work == 1 < found.work_alone < 2 and found.unpatched is None
 
 
@@ -14,6 +16,20 @@ def test_mllama_is_measured_without_its_patch_first():
     found = alone.check_family("mllama", "cpu")
     assert all(found.checks.values()) and found.work == found.work_alone == 1
     assert found.difference <= alone.LARGEST and min(found.unpatched) > 100 * alone.LARGEST
+
+
+def test_images_that_pad_a_row_fail_over_each_image_alone(monkeypatch):
+    """As transformers has it, Mllama's tower works on padding images, in a batch without text rows as well."""
+
+    def patch_all_but_the_tower(model):
+        patch_mllama(model)
+        tower = model.model.vision_model
+        exchange_classes([(tower, original_class(type(tower)))])
+
+    monkeypatch.setattr(alone, "patch_mllama", patch_all_but_the_tower)
+    found = alone.check_family("mllama", "cpu")
+    assert found.work == 1 and found.work_alone == 4 / 3
+    assert [name for name, good in found.checks.items() if not good] == ["mllama, tower over each image alone"]
 
 
 def test_a_dropped_attention_mask_fails(monkeypatch):
