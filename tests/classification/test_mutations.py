@@ -31,10 +31,10 @@ MUTATIONS = {
         "test_pooling.py::test_rows_without_a_token_are_refused[texts0-rows0-left]",
     ),
     "head frozen": mutation(
-        "pooling.py",
-        "elif not any(",
-        "elif False and not any(",
-        "test_pooling.py::test_a_frozen_head_is_not_trained_in_silence",
+        "adapters.py",
+        "    return adapted.train()\n",
+        "    adapted.get_base_model().score.requires_grad_(False)\n    return adapted.train()\n",
+        "test_adapters.py::test_head_and_adapters_alone_are_trained_in_float32[dtype0]",
     ),
     "head in the model's dtype": mutation(
         "adapters.py",

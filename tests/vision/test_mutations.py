@@ -19,6 +19,16 @@ MUTATIONS = {
         "        return batch",
         "test_batches.py::test_padding_on_the_left[llava]",
     ),
+    "a blank image for a row of text": mutation(
+        "collator.py",
+        "        texts, images = [",
+        "        from PIL import Image\n\n"
+        "        for one in conversations:\n"
+        "            if not one.images:\n"
+        '                one.images, one.text = [Image.new("RGB", (56, 56))], one.text + self.processor.image_token\n'
+        "        texts, images = [",
+        "test_batches.py::test_tower_runs_on_images_only[qwen2_vl]",
+    ),
     "image tokens are labels": mutation(
         "collator.py",
         "& used & ~is_image)",
