@@ -66,6 +66,8 @@ sweeps: $(READY)
 	$(RUN) -m benchmarks.nf4.sweeps $(MEASURED)/a_nf4_sweeps.json
 	$(RUN) -m benchmarks.backprop.sweeps $(MEASURED)/e_backprop_sweeps.json
 	$(RUN) -m benchmarks.compiled.sweeps $(MEASURED)/c_compile_sweeps.json
+	$(RUN) -m benchmarks.vision.sweeps $(MEASURED)/d_vision_sweeps.json
+	$(RUN) -m benchmarks.classification.sweeps $(MEASURED)/d_classification_sweeps.json
 
 sweeps-gpus: $(READY)
 	$(RUN) -m benchmarks.fsdp2.sweeps $(MEASURED)/b_fsdp2_sweeps.json

@@ -62,6 +62,10 @@ TABLES = {
         ("gguf_error_of_type", "GGUF export: mean error of a log-probability, by file type"),
         ("gguf_size", "GGUF export: size of the file"),
         ("classification_loss_difference", "Classification: largest difference from transformers' loss"),
+        (
+            "classification_relative_loss_difference",
+            "Classification: largest relative difference from the loss with bitsandbytes' layers",
+        ),
         ("macro_f1", "Classification: macro-F1"),
         ("accuracy", "Classification: accuracy"),
         ("tool_calling", "Tool calling: share of held-out questions, before and after training"),
@@ -118,7 +122,7 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
     },
     "d_issues.json": {
         "d_vision_sweeps.json": (
-            ("vision_step_ms", "Time of a training step, beside blank images in text rows"),
+            ("vision_step_ms", "Time of forward and backward, small vocabulary, beside blank images in text rows"),
             ("vision_padding", "Share of padding, rows grouped by kind and in random order"),
         ),
         "d_classification_sweeps.json": (

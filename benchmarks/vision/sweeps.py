@@ -4,6 +4,7 @@ python -m benchmarks.vision.sweeps resources/measurements/d_vision_sweeps.json
 """
 
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -60,6 +61,8 @@ def mixture(texts: int, blank: bool = False) -> list[dict]:
 def measure(path: str | os.PathLike, hardware: Hardware, *, quick: bool = False) -> Measurements:
     """Time forward and backward of one batch, ours and with blank images, and count padding in both orders.
 
+    The file is saved after each case.
+
     Args:
         path: The JSON file to write.
         hardware: What `probe()` returned.
@@ -73,16 +76,23 @@ def measure(path: str | os.PathLike, hardware: Hardware, *, quick: bool = False)
     dtype = torch.bfloat16 if hardware.bf16 else torch.float16
     processor, model = qwen2_vl_2b(hardware.device, dtype, quick)
     collate = VisionCollator(processor)
+    name = "tiny Qwen2-VL" if quick else "layers of Qwen2-VL 2B"
     for texts in (0, ROWS // 4, ROWS // 2, 3 * ROWS // 4, ROWS):
+        started = time.perf_counter()
         kinds = {"ours": False, "blank images": True}
         steps = {name: _step(model, collate(mixture(texts, blank))) for name, blank in kinds.items()}
         times = wall_time(steps, rounds=3 if quick else 20)
         ours, theirs = times["ours"], times["blank images"].median / 1e3
-        case = f"Qwen2-VL 2B, LoRA, {ROWS} rows, {texts} of them text"
-        milliseconds = (value / 1e3 for value in (ours.low, ours.high))
-        found.add("vision_step_ms", case, ours.median / 1e3, "ms", *milliseconds, {"blank images": theirs})
+        case = f"{name}, random weights, LoRA, {ROWS} rows, {texts} of them text"
+        milliseconds = [value / 1e3 for value in (ours.median, ours.low, ours.high)]
+        found.add("vision_step_ms", case, milliseconds[0], "ms", *milliseconds[1:], {"blank images": theirs})
+        found.save()
+        said = f"{milliseconds[0]:.1f} ms, with blank images {theirs:.1f} ms"
+        print(f"{case}: {said}; {time.perf_counter() - started:.0f} s", flush=True)
+    started = time.perf_counter()
     add_padding(found, processor)
     found.save()
+    print(f"padding: {time.perf_counter() - started:.0f} s", flush=True)
     return found
 
 

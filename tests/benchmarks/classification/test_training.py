@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks import smollm2
 from benchmarks.classification.baselines import _macro_f1, baselines, difference_interval, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
-from benchmarks.classification.training import encode, predict, train
+from benchmarks.classification.training import encode, losses_of, predict, train
 from tests.classification.models import byte_tokenizer, save_checkpoint
 from unsloth_puzzles.classification.load import load_classifier
 
@@ -71,6 +71,15 @@ def test_a_tiny_model_learns(checkpoint, four_bit):
 def test_unpacked_weights_are_those_of_nf4(checkpoint):
     found = [train(checkpoint, _data(), steps=3, unpacked=unpacked, device="cpu").losses for unpacked in (False, True)]
     assert max(abs(a - b) for a, b in zip(*found, strict=True)) <= 1e-5
+
+
+def test_losses_of_two_ways_differ_by_float32_rounding_alone(tmp_path):
+    name, data = save_checkpoint(tmp_path, num_hidden_layers=1), _data(16)
+    exact, ours = (
+        losses_of(name, data, way, steps=2, batch_size=4, device="cpu") for way in ("transformers", "patched")
+    )
+    assert exact.shape == (2,) and exact.dtype == torch.float64 and exact[0] != exact[1]
+    assert ((ours - exact).abs() / exact).max() <= 1e-5
 
 
 def test_predictions_are_in_the_order_of_the_examples(checkpoint):
