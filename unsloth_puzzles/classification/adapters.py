@@ -1,4 +1,4 @@
-"""Adapters of PEFT on a classifier whose head is trained and saved with them, and both loaded again."""
+"""PEFT adapters on a classifier: train them with its head, save both, and load both."""
 
 import json
 from collections.abc import Iterator
@@ -26,22 +26,22 @@ def add_adapters(
     gradient_checkpointing: bool = False,
     **options: object,
 ) -> PeftModel:
-    """Add LoRA for sequence classification: the head is trained as a whole, in float32, and saved with the adapters.
+    """Add LoRA for sequence classification. The whole head is trained, in float32, and saved with the adapters.
 
     Args:
         model: From `load_classifier`.
-        r: The adapters' rank.
-        lora_alpha: Adapters are scaled by lora_alpha / r.
-        target_modules: As PEFT takes them. "all-linear" is every linear layer but the head.
-        gradient_checkpointing: Compute the layers again in the backward, non-reentrant.
-        **options: Others of `LoraConfig`.
+        r: Rank of the adapters.
+        lora_alpha: The adapters are scaled by lora_alpha / r.
+        target_modules: As in `LoraConfig`. "all-linear" selects every linear layer except the head.
+        gradient_checkpointing: Whether to compute the layers again in the backward pass, non-reentrant.
+        **options: Other options of `LoraConfig`.
 
     Returns:
         The PEFT model, in training mode.
 
     Raises:
         TypeError: `model` is not from `load_classifier`.
-        ValueError: Options under which the head would not be trained and saved.
+        ValueError: With these options the head would not be trained and saved.
     """
     if isinstance(model, PeftModel) or not is_pooled(model):
         raise TypeError(f"model must be what load_classifier returns, got a {type(model).__name__}")
@@ -59,19 +59,18 @@ def add_adapters(
 
 
 def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save adapters, head, tokenizer and labels; of the base model its name alone, and the dtypes that it computes in.
+    """Save adapters, head, tokenizer and labels. Of the base model, only its name and its dtypes are saved.
 
     Args:
-        model: From `add_adapters`. Weights may be of another dtype than they were loaded in, as after
-            `peft.prepare_model_for_kbit_training`: what is loaded is cast likewise, once.
+        model: From `add_adapters`. Weights may have been cast since they were loaded, as by
+            `peft.prepare_model_for_kbit_training`; `load_trained` casts them likewise, once.
         tokenizer: From `load_classifier`.
-        folder: Made where it does not exist.
+        folder: The folder to write. It is made if it does not exist.
 
     Raises:
-        TypeError: `model` has no adapters, or is no classifier.
-        ValueError: The tokenizer pads with another token than the model was given; the adapter 'default' is not active;
-            a 4-bit layer computes in another dtype than it was loaded to compute in; the config says another kind of
-            problem than the loss.
+        TypeError: `model` has no adapters or is not a classifier.
+        ValueError: The padding tokens of tokenizer and model differ; the adapter 'default' is not active; a 4-bit layer
+            computes in another dtype than when it was loaded; the problem types of config and loss differ.
     """
     if not isinstance(model, PeftModel) or not is_pooled(model.get_base_model()):
         raise TypeError(f"model must be what add_adapters returns, got a {type(model).__name__}")
@@ -105,23 +104,23 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
 def load_trained(
     folder: str | Path, *, name: str | None = None, trainable: bool = False, **options: object
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load what `save_classifier` saved, over its base model: the same logits, bit for bit, on the same hardware.
+    """Load what `save_classifier` saved, over its base model. On the same hardware the logits are the same bit for bit.
 
-    That holds for the options (such as `attn_implementation`) with which the model was loaded before. transformers
-    reports `score.weight` as missing while the base model is loaded; the trained head comes after.
+    This holds for the options (such as `attn_implementation`) that the model was first loaded with. transformers
+    reports `score.weight` as missing while it loads the base model; the trained head is loaded after that.
 
     Args:
-        folder: Of `save_classifier`.
-        name: The base model; None is the one that the adapters name.
-        trainable: Load to go on training, in training mode; else in evaluation mode.
-        **options: Of `load_classifier`. `dtype` is by default as saved; another one is that of all weights of the base
-            model, whatever they were cast to before.
+        folder: A folder that `save_classifier` wrote.
+        name: The base model; None means the one that the adapters name.
+        trainable: Whether to load for more training, in training mode; otherwise in evaluation mode.
+        **options: Options of `load_classifier`. `dtype` is the saved one by default; another one applies to all weights
+            of the base model, and casts that were saved are not repeated.
 
     Returns:
         The PEFT model and the tokenizer.
 
     Raises:
-        FileNotFoundError: The folder is not one of `save_classifier`.
+        FileNotFoundError: `save_classifier` did not write `folder`.
     """
     path = Path(folder, FILE)
     if not path.is_file():
@@ -141,7 +140,7 @@ def load_trained(
 
 
 def _prepare_head(adapted: PeftModel, *, trained: bool) -> None:
-    """Check what was assumed of PEFT: a copy of the head that is trained (or not) and saved. It computes in float32."""
+    """Check that PEFT keeps a copy of the head that is trained (or not) and saved, and cast it to float32."""
     head = getattr(adapted.get_base_model(), HEAD)
     if not isinstance(head, ModulesToSaveWrapper):
         raise ValueError(f"model.{HEAD} must be a module that PEFT saves, got a {type(head).__name__}")
@@ -152,7 +151,7 @@ def _prepare_head(adapted: PeftModel, *, trained: bool) -> None:
 
 
 def _loaded_dtype(classifier: PreTrainedModel) -> torch.dtype:
-    """The dtype that `load_classifier` was given, whatever the weights were cast to since then."""
+    """The dtype that `load_classifier` used, whatever the weights have been cast to since."""
     dtype = getattr(torch, _name(classifier.config.dtype))  # text after the base model's `save_pretrained`
     for name, module in classifier.named_modules():
         if getattr(module, "compute_dtype", dtype) != dtype:
@@ -164,7 +163,7 @@ def _loaded_dtype(classifier: PreTrainedModel) -> torch.dtype:
 
 
 def _floats(adapted: PeftModel, loaded: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    """Name and tensor of all that is not quantised, and the dtype that `load_trained` first gives it."""
+    """Name and tensor of everything that is not quantised, and the dtype that `load_trained` first loads it in."""
     for name, one in chain(adapted.named_parameters(), adapted.named_buffers()):
         if one.is_floating_point() and getattr(one, "quant_state", None) is None:
             own = isinstance(one, torch.nn.Parameter) and "lora_" not in name and f".{HEAD}." not in name

@@ -40,29 +40,30 @@ def load_classifier(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: object,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM's weights under a new head with one output for each label.
+    """Load the weights of a causal LM under a new head with one output for each label.
 
-    A new head is drawn by PyTorch's generator: call `torch.manual_seed` before. It is float32, and never quantised,
-    also where the checkpoint is and says otherwise. Logits are those of the last token in the attention mask (see
-    `pooling.pool_by_mask`), and padding has a token of its own (see `padding.set_pad_token`).
+    PyTorch's generator draws the new head: call `torch.manual_seed` before. The head is float32 and never quantised,
+    even if the settings of a quantised checkpoint do not exclude it. Logits are read at the last token in the attention
+    mask (see `pooling.pool_by_mask`), and padding has its own token (see `padding.set_pad_token`).
 
     Args:
-        name: A folder or a name on the hub: a causal LM, 16-bit or in bitsandbytes' 4 bits, or a classifier with these
-            labels.
-        labels: Their names, in the order of the logits; for a regression those of its numbers.
+        name: A folder or a name on the hub: a causal LM in 16 bits or in bitsandbytes' 4 bits, or a classifier with
+            these labels.
+        labels: Names of the labels, in the order of the logits; for a regression, names of its numbers.
         problem_type: One of `losses.PROBLEM_TYPES`.
-        four_bit: Quantise linear layers to NF4, double-quantised, if the checkpoint is not quantised yet.
-        dtype: Of the other weights, and of computation. None: bfloat16 on a GPU that has it, float16 on others, float32
-            on a CPU.
-        device: None: the current GPU, or the CPU.
-        tokenizer: None: the checkpoint's. It may be given another padding token.
-        **options: For `from_pretrained`, such as `revision`, `attn_implementation`.
+        four_bit: Whether to quantise the linear layers to NF4, double-quantised, if the checkpoint is not quantised.
+        dtype: Dtype of the other weights and of the computation. None means bfloat16 on a GPU that supports it, float16
+            on other GPUs, float32 on a CPU.
+        device: None means the current GPU, or the CPU if there is none.
+        tokenizer: None means the checkpoint's. Its padding token may be replaced.
+        **options: Options of `from_pretrained`, such as `revision` or `attn_implementation`.
 
     Returns:
         The model, in training mode, and the tokenizer.
 
     Raises:
-        ValueError: `labels`, `problem_type`, a checkpoint that is quantised otherwise or a classifier of other labels.
+        ValueError: `labels` or `problem_type` is invalid; the checkpoint is quantised in another way, or is a
+            classifier with other labels.
         TypeError: `labels` is not a list of names; the architecture has another kind of head.
     """
     labels = _checked_labels(labels, problem_type)
@@ -115,7 +116,7 @@ def _checked_labels(labels: Sequence[str], problem_type: str) -> list[str]:
 
 
 def _refuse_other_labels(config, labels: list[str], problem_type: str) -> None:
-    """A trained head with as many labels would be loaded under other names, or for another kind of problem."""
+    """Refuse a trained head of other labels or another problem type, which would be loaded under the given ones."""
     trained = [one for one in config.architectures or () if one.endswith("ForSequenceClassification")]
     if trained and list(config.id2label.values()) != labels:
         raise ValueError(
@@ -127,7 +128,7 @@ def _refuse_other_labels(config, labels: list[str], problem_type: str) -> None:
 
 
 def _quantization(config, four_bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """For `from_pretrained`. What a quantised checkpoint says in its config is mended there, since that goes first."""
+    """Settings for `from_pretrained`. Those of a quantised checkpoint are changed in its config, which has priority."""
     given = getattr(config, "quantization_config", None)
     if given is None:
         if not four_bit:
@@ -154,7 +155,7 @@ def _quantization(config, four_bit: bool, dtype: torch.dtype) -> BitsAndBytesCon
 
 
 def _check_head(model: PreTrainedModel, number: int) -> None:
-    """What was assumed of transformers: a head of that name and size, which was not quantised."""
+    """Check that transformers made an unquantised head of this name and size, and cast it to float32."""
     head = getattr(model, HEAD, None)
     if type(head) is not torch.nn.Linear or not head.weight.is_floating_point() or head.out_features != number:
         raise TypeError(

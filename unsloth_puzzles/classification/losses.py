@@ -2,8 +2,8 @@
 
     weigh_classes(model, class_weights(train_labels, num_labels))
 
-Each is a sum over labels divided by `num_items_in_batch`, so that with gradient accumulation every label weighs the
-same, whichever micro-batch it is in.
+Each loss is a sum over labels divided by `num_items_in_batch`. With gradient accumulation every label therefore has the
+same weight in every micro-batch.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,24 @@ def classification_loss(
 ) -> torch.Tensor:
     """Cross entropy, binary cross entropy or squared error: the sum over the labels, divided by their number.
 
-    Labels of -100 do not count, in regression as well. Where no label counts, the loss is 0 and so are its gradients: a
-    batch without labels trains nothing. (PyTorch's mean is NaN, which would be the weights of the next step.)
+    Labels of -100 are ignored, also in a regression. If all labels are ignored, the loss and its gradients are 0.
+    (PyTorch's mean is NaN, and so would be the weights after the next step.)
 
     Args:
-        logits: [batch, num_labels], a floating dtype; 16 bits are computed with in float32.
-        labels: [batch] integers for one label; [batch, num_labels] of 0 and 1, or numbers, for the others.
+        logits: [batch, num_labels], a floating dtype; 16-bit logits are converted to float32.
+        labels: [batch] integers for a single label; [batch, num_labels] of 0 and 1 for several labels, or of numbers
+            for a regression.
         problem_type: One of `PROBLEM_TYPES`.
-        class_weight: [num_labels]. For one label, what the loss of a row of each class is multiplied with; for several
-            labels, what the loss where a label is 1 is multiplied with.
-        num_items_in_batch: The number of labels in all micro-batches of a step; None: of those in `labels`. It is the
-            number with `class_weight`, too: dividing by the weights would weigh micro-batches differently.
+        class_weight: [num_labels]. For a single label, the factor on the loss of each class; for several labels, the
+            factor on the loss where a label is 1.
+        num_items_in_batch: Number of labels in all micro-batches of a step; None means the number in `labels`. With
+            `class_weight`, it is still a number of labels: a sum of weights would weigh micro-batches differently.
 
     Returns:
         A 0-dim tensor, float32 or wider.
 
     Raises:
-        ValueError: `problem_type` is another one.
+        ValueError: `problem_type` is not one of `PROBLEM_TYPES`.
     """
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
@@ -82,24 +83,25 @@ class ClassificationLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         **unused: object,
     ) -> torch.Tensor:
-        """The loss; `unused` is what transformers passes to losses of other tasks."""
+        """Compute the loss; `unused` holds what transformers passes to losses of other tasks."""
         return classification_loss(pooled_logits, labels, self.problem_type, self.class_weight, num_items_in_batch)
 
 
 def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Weights with which every class matters alike, however many examples it has.
+    """Compute weights that balance the classes, however many examples each has.
 
     Args:
-        labels: Of the training set: [examples] integers below `num_labels`, or [examples, num_labels] of 0 and 1 for
-            several labels at once. -100 does not count.
-        num_labels: The number of classes.
+        labels: Labels of the training set: [examples] integers below `num_labels`, or [examples, num_labels] of 0 and 1
+            for several labels at once. -100 is ignored.
+        num_labels: Number of classes.
 
     Returns:
-        [num_labels] float32. For one label n / (num_labels * n of the class), whose mean over the examples is 1, so the
-        loss keeps its size; for several labels the number of 0s over that of 1s.
+        [num_labels] float32. For a single label n / (num_labels * n of the class); their mean over the examples is 1,
+        so the scale of the loss does not change. For several labels, the number of 0s over the number of 1s.
 
     Raises:
-        ValueError: The shape or the numbers of `labels`; a class without an example, whose weight would be infinite.
+        ValueError: `labels` has another shape or other values; a class has no example, and its weight would be
+            infinite.
     """
     labels = torch.as_tensor(labels)
     if labels.dim() == 2 and labels.shape[1] == num_labels:
@@ -125,16 +127,16 @@ def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 
 
 def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> None:
-    """Let the loss of a classifier count classes by `class_weight`, [num_labels]; None takes weights away.
+    """Set the class weights of a classifier's loss.
 
     Args:
         model: From `load_classifier`, or with adapters of `add_adapters`, before `compile_qlora`.
-        class_weight: What `class_weights` returns.
+        class_weight: [num_labels], as `class_weights` returns; None removes the weights.
 
     Raises:
-        TypeError: Another model.
-        ValueError: The shape; weights that are not positive numbers; a regression, which has no classes; the config
-            says another kind of problem than the loss.
+        TypeError: `model` is of another kind.
+        ValueError: `class_weight` has another shape, or is not positive and finite, or is given for a regression, which
+            has no classes; `model` is compiled; the problem types of config and loss differ.
     """
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(type(classifier), "pools_by_mask", False):
@@ -156,13 +158,13 @@ def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> 
 
 
 def check_problem_type(model: torch.nn.Module) -> None:
-    """Refuse a config that says another kind of problem than the loss computes, which labels and files would follow.
+    """Refuse a model whose config has another problem type than its loss. Labels and files would follow the config.
 
     Args:
-        model: What `load_classifier` returns, its loss compiled or not. A loss of your own is not looked at.
+        model: What `load_classifier` returns, its loss compiled or not. Other losses are not checked.
 
     Raises:
-        ValueError: Their kinds differ.
+        ValueError: The problem types differ.
     """
     loss = getattr(model.loss_function, "__wrapped__", model.loss_function)
     if isinstance(loss, ClassificationLoss) and model.config.problem_type != loss.problem_type:
@@ -173,11 +175,11 @@ def check_problem_type(model: torch.nn.Module) -> None:
 
 
 def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:
-    """Refuse labels that PyTorch would broadcast, or take for another kind of problem.
+    """Refuse labels that PyTorch would broadcast, or that belong to another problem type.
 
     Raises:
-        ValueError: Their shape.
-        TypeError: Their dtype.
+        ValueError: `labels` has another shape.
+        TypeError: `labels` are not integers for a single label.
     """
     batch, number = logits.shape
     if problem_type == SINGLE:

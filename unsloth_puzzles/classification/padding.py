@@ -1,4 +1,4 @@
-"""A padding token apart from the end-of-text token, for tokenizer and model alike."""
+"""A padding token that is not the end-of-text token, for tokenizer and model."""
 
 import re
 
@@ -8,18 +8,18 @@ ADDED = "<|pad|>"
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str:
-    """Give both the same padding token, which ends no text.
+    """Give tokenizer and model the same padding token, which does not end texts.
 
-    The tokenizer's own is kept unless it begins or ends texts. Otherwise a special token is taken that texts do not
-    use: one for padding, a reserved one, or the unknown token; if there is none, `<|pad|>` is added, and a row to the
-    embeddings where they have no spare one.
+    The tokenizer keeps its padding token unless that begins or ends texts. Otherwise the function chooses a special
+    token that texts do not use: one for padding, a reserved one, or the unknown token. If there is none, it adds
+    `<|pad|>`, and a row to the embeddings if they have no spare one.
 
     Args:
         tokenizer: Changed in place.
-        model: Changed in place: its config, and its embeddings if they are too few.
+        model: Changed in place: its config, and its embeddings if they are too small.
 
     Returns:
-        The token.
+        The padding token.
     """
     config = model.config.get_text_config()
     taken = _ids(tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, config.eos_token_id)

@@ -1,7 +1,7 @@
-"""A classifier of transformers that reads its logits where the attention mask ends, with a float32 head and its loss.
+"""Make a classifier of transformers read its logits where the attention mask ends.
 
-transformers looks for the last token that is not `pad_token_id`: where padding is the end-of-text token, it stops
-before a text's own one, and the logits are those of another position.
+transformers looks for the last token that is not `pad_token_id`. If padding is the end-of-text token, the search also
+passes over the end of the text itself, and the logits are those of an earlier position.
 """
 
 import inspect
@@ -22,21 +22,21 @@ _CACHE = cache_name(SequenceClassifierOutputWithPast)
 
 
 def pool_by_mask(model: PreTrainedModel) -> Callable[[], None]:
-    """Let a classifier take each row's logits at the last position of its attention mask.
+    """Make a classifier read each row's logits at the last position of its attention mask.
 
-    Without a mask, the tokens that are `pad_token_id` are masked. Only these positions are projected, by the head in
-    its own dtype also under autocast, and the loss is `ClassificationLoss`. A row without any token, as an empty text
-    gives, is a ValueError; in code that is compiled as a whole, its logits are NaN.
+    Without a mask, the tokens that are `pad_token_id` are masked. The head projects only the last positions, in its own
+    dtype even under autocast. The loss is `ClassificationLoss`. A row without a token, such as an empty text, raises a
+    ValueError; in code that is compiled as a whole, its logits are NaN.
 
     Args:
         model: A `...ForSequenceClassification` of transformers with a linear `score`, changed in place.
 
     Returns:
-        A function that undoes it.
+        A function that undoes the change.
 
     Raises:
-        TypeError: Another kind of model.
-        ValueError: Its config has no `problem_type`, or one that is not in `losses.PROBLEM_TYPES`.
+        TypeError: `model` is of another kind.
+        ValueError: The config's `problem_type` is not in `losses.PROBLEM_TYPES`.
     """
     if not isinstance(model, GenericForSequenceClassification) or (
         type(model).forward is not GenericForSequenceClassification.forward
@@ -157,7 +157,7 @@ def _newest(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _check_rows(attention_mask: torch.Tensor, length: int) -> None:
-    """Refuse a mask that is too short, and rows without a token. It waits for the mask, so the layers run after it."""
+    """Refuse a mask that is too short, and rows without a token. It waits for the device, so it precedes the layers."""
     if attention_mask.shape[1] < length:
         raise ValueError(f"attention_mask must have {length} positions, got {attention_mask.shape[1]}")
     if torch.compiler.is_compiling():
@@ -171,7 +171,7 @@ def _check_rows(attention_mask: torch.Tensor, length: int) -> None:
 
 
 def _check_training(model, labels: torch.Tensor | None) -> None:
-    """Refuse what would train something else than what was asked for, and say nothing."""
+    """Refuse training that would silently ignore the class weights, or leave the head as it is."""
     if not (model.training and torch.is_grad_enabled()):
         return
     if labels is None:

@@ -1,1 +1,1 @@
-"""Batches that mix rows with images and rows without: a collator for vision-language models, and Mllama put right."""
+"""Batches that mix rows with images and rows without: a collator for vision-language models, and a patch for Mllama."""

@@ -3,7 +3,7 @@
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor,
                          data_collator=VisionCollator(processor))
 
-With `transformers.Trainer` set `remove_unused_columns=False`. Mllama needs `patch_mllama`, too.
+With `transformers.Trainer`, set `remove_unused_columns=False`. Mllama also needs `patch_mllama`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,25 +17,27 @@ IGNORE_INDEX = -100
 
 
 class VisionCollator:
-    """Collate rows of messages, with several, one or no images each, into a batch with labels.
+    """Collate rows of messages, each with any number of images, into a batch with labels.
 
-    A row is {"messages": [...], "images": [...]}; "images" may be missing, None or []. Images may also stand in the
-    messages. They are of Pillow, NumPy or PyTorch, or paths, or files' bytes (see `images.decode`). The vision tower
-    gets the images that there are: none for a row of text, and a batch of text has no `pixel_values` at all. What a row
-    contributes does not depend on its neighbours.
+    A row is {"messages": [...], "images": [...]}. "images" may be missing, None or []. The messages may hold the images
+    instead. An image is a Pillow image, a NumPy array, a PyTorch tensor, a path, or a file's bytes (see
+    `images.decode`). Only these images reach the vision tower: a row of text adds none, and a batch of text has no
+    `pixel_values`. The losses of a row do not depend on the other rows of the batch.
 
     Padding is identified by the attention mask. An end-of-sequence token can therefore be a label, even if it is also
     the padding token. Expanded placeholder tokens are never labels.
 
     Args:
-        processor: Of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Mllama, Pixtral, LLaVA, Gemma 3 or SmolVLM.
-        assistant_only: Whether labels are what the assistant says, to the end of its turn, or all text. It is found by
-            the chat template's {% generation %} marks or, without them, by rendering each turn's beginning.
-        max_length: Tokens of a row beyond it are cut off. None: no limit.
+        processor: The processor of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Mllama, Pixtral, LLaVA, Gemma 3 or SmolVLM.
+        assistant_only: Whether only the assistant's turns have labels, up to the end of each turn; otherwise all text
+            has. The chat template's {% generation %} marks show the turns. Without marks, the collator renders the
+            conversation up to each turn.
+        max_length: Maximum number of tokens in a row; longer rows are truncated. None means no limit.
         padding_side: "right" or "left".
 
     Raises:
-        ValueError: The processor is of another family, or lacks a chat template, a fast tokenizer or a padding token.
+        ValueError: `processor` is of another family, or lacks a chat template, a fast tokenizer or a padding token;
+            `max_length` or `padding_side` is invalid.
     """
 
     def __init__(self, processor, assistant_only: bool = True, max_length: int | None = None, *, padding_side="right"):
@@ -52,15 +54,15 @@ class VisionCollator:
         """Make a batch.
 
         Args:
-            rows: Of the data set. They are not changed.
+            rows: Rows of the data set. They are not modified.
 
         Returns:
-            "input_ids", "attention_mask" and "labels" [rows, length] int64, and what the family's model takes, such as
-            "pixel_values".
+            "input_ids", "attention_mask" and "labels" [rows, length] int64, and the other inputs of the family's model,
+            such as "pixel_values".
 
         Raises:
-            ValueError: A row is of another form, its images and placeholders differ in number, `max_length` cuts image
-                tokens off, or no token of the batch is a label.
+            ValueError: A row has another form, its images and placeholders differ in number, `max_length` cuts off
+                image tokens, or no token of the batch is a label.
         """
         if not rows:
             raise ValueError("rows must not be empty, got none")
@@ -92,7 +94,7 @@ class VisionCollator:
         return batch
 
     def _truncate(self, batch: dict[str, torch.Tensor], is_image: torch.Tensor) -> None:
-        """Cut tokens off; what is no longer needed for the longest row is padding, and goes, too."""
+        """Truncate the rows to `max_length` tokens, and refuse to cut off image tokens."""
         cut = is_image[:, self.max_length :].any(1).nonzero().flatten().tolist()
         if cut:
             needed = [int(is_image[row].nonzero().max()) + 1 for row in cut]
@@ -105,7 +107,7 @@ class VisionCollator:
 
 
 def _shifted(position: int, replaced: list[dict]) -> int:
-    """A position in the rendered text, in the text with its placeholders expanded."""
+    """Map a position in the rendered text to the text with expanded placeholders."""
     for one in reversed(replaced):
         if one["span"][1] <= position:
             return position + one["new_span"][1] - one["span"][1]
@@ -113,7 +115,7 @@ def _shifted(position: int, replaced: list[dict]) -> int:
 
 
 def _of_span(offsets: torch.Tensor, text: str, span: tuple[int, int], replaced: list[dict]) -> torch.Tensor:
-    """Which tokens show characters of a span of the rendered text, and beside them whitespace at most.
+    """Select the tokens that show characters of a span of the rendered text, and beside them whitespace at most.
 
     A tokenizer may join whitespace before or after the span with a word in it, as in " a". Some tokenizers leave the
     spaces of a token out of its offsets.
@@ -131,7 +133,7 @@ def _touches(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 
 def _per_token(batch: dict[str, torch.Tensor]) -> list[str]:
-    """Names of what has one value per token, such as "mm_token_type_ids"."""
+    """Names of the tensors with one value per token, such as "mm_token_type_ids"."""
     shape = batch["input_ids"].shape
     return [name for name in batch if isinstance(batch[name], torch.Tensor) and batch[name].shape == shape]
 

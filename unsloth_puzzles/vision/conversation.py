@@ -1,4 +1,4 @@
-"""What a row of a data set says: its messages and images, the rendered text, and which of it the assistant says."""
+"""Read a row of a data set: its images, its rendered text, and the spans of the assistant's turns."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _PRIVATE_USE = 0xF0000  # the first of 65534 characters that no text has
 
 @dataclass
 class Conversation:
-    """A row, rendered. `spans` holds [start, end) in characters of `text`: what the assistant says, or everything."""
+    """A rendered row. `spans` holds [start, end) in characters of `text`: the assistant's turns, or all text."""
 
     text: str
     images: list
@@ -27,9 +27,9 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
     Args:
         row: "messages", and optionally "images" (a list), "image" (one) and "tools". Images may also stand in the
             messages, as in {"type": "image", "image": ...}. See `images.decode` for their types.
-        where: Names the row in an error.
-        processor: Of a vision-language model; its chat template renders the messages.
-        assistant_only: Whether only what the assistant says is in `spans`.
+        where: Name of the row in error messages.
+        processor: The processor of a vision-language model; its chat template renders the messages.
+        assistant_only: Whether `spans` holds only the assistant's turns.
 
     Raises:
         ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
@@ -78,7 +78,7 @@ def _messages(row: Mapping, where: str) -> Sequence[Mapping]:
 
 
 def _clean(message: Mapping, where: str) -> dict:
-    """A copy without the None values that Arrow puts where one block has a key and another one has not."""
+    """Copy a message without the None values that Arrow adds for the keys of other blocks."""
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if not isinstance(content, str):
@@ -135,7 +135,7 @@ def _render(processor, template: str, messages: list[dict], tools, prompt: bool 
 
 
 def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[tuple[int, int]]:
-    """Where each message of the assistant lies, for templates without marks: between two renderings that it parts."""
+    """Find the assistant's messages without marks: each begins where the rendering of all before it ends."""
     ends = tuple(processor.tokenizer.all_special_tokens)
     spans = []
     for index, message in enumerate(messages):
@@ -160,7 +160,7 @@ def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[
 
 
 def _before_first(processor, template: str, message: dict, tools) -> str:
-    """What stands before the content of a first message, as the system's prompt: what two contents have in common."""
+    """The text before a first message's content, such as a system prompt: the common prefix of two renderings."""
     blocks = isinstance(message.get("content"), list)
     bare = {"role": message["role"]}  # calls of tools may stand in the place of the content
     one, other = (
@@ -173,10 +173,11 @@ def _before_first(processor, template: str, message: dict, tools) -> str:
 
 
 def _check_text(processor, template: str, text: str, messages: list[dict], tools, where: str) -> None:
-    """Templates that expect blocks render a plain string as nothing, and those that expect a string render blocks.
+    """Refuse a template that drops a text or prints blocks as they are.
 
-    The characters of a dropped text may stand elsewhere, as "yes" in "Answer yes or no.". So a second rendering has a
-    character of its own after each text. It decides, unless the template renders anything else differently then.
+    Templates that expect blocks drop a plain string, and templates that expect a string print blocks. The characters of
+    a dropped text may occur elsewhere, as "yes" in "Answer yes or no.". A second rendering therefore has a unique
+    character after each text. It decides, unless it differs from the first in anything else.
     """
     packed, ended, parts = _packed(text), [], []
 
@@ -216,7 +217,7 @@ def _packed(text: str) -> str:
 
 
 def _check_marked(spans: list[tuple[int, int]], messages: list[dict], where: str) -> None:
-    """A row in which the assistant speaks must have labels, also beside rows that have some."""
+    """Refuse marks that leave an assistant's row without labels, even if other rows have labels."""
     for message in messages:
         content = message.get("content", "")
         said = content if isinstance(content, str) else "".join(block.get("text", "") for block in content)

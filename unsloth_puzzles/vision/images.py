@@ -1,4 +1,4 @@
-"""Images of a data set in the forms in which `datasets` and transformers keep them."""
+"""Decode images in the forms that `datasets` and transformers use."""
 
 import io
 import os
@@ -8,19 +8,19 @@ _URLS = ("http://", "https://", "data:image/")
 
 
 def decode(image: object, where: str) -> object:
-    """Decode an image that no processor of transformers takes, and name the row if that fails.
+    """Decode an image for a processor of transformers, and name the row if that fails.
 
     Args:
-        image: An image of Pillow, NumPy or PyTorch; a path, a URL or base64 text; a file's bytes; or {"bytes": ...,
-            "path": ...}, as `datasets` gives it with decode=False.
-        where: Names the row in an error.
+        image: A Pillow image, a NumPy array or a PyTorch tensor; a path, a URL or base64 text; a file's bytes; or
+            {"bytes": ..., "path": ...}, as `datasets` returns with decode=False.
+        where: Name of the row in error messages.
 
     Returns:
-        An image of Pillow for bytes and files, with its orientation of EXIF applied as `datasets` does; a URL as text,
-        which processors load; another image as it is.
+        A Pillow image for bytes and files, with its EXIF orientation applied, as in `datasets`. A URL, which processors
+        load, and any other image are returned unchanged.
 
     Raises:
-        ValueError: The image cannot be decoded, or is of another type.
+        ValueError: The image cannot be decoded or has another type.
     """
     from PIL import Image, ImageOps
     from transformers.image_utils import is_valid_image, load_image

@@ -3,10 +3,10 @@
     with patch_mllama(model):
         trainer.train()
 
-In transformers a token that sees no image (a row of text, or what stands before the first image) still takes the mean
-of all image states from the cross-attention, because only the output of the MLP is masked. That mean depends on how far
-the batch is padded with images. Here the attention's output is masked, too, as in the model's original code. Rows
-without an image are left out of the cross-attention layers, and padding images out of the vision tower.
+In transformers a token that sees no image (in a row of text, or before the first image) still receives the mean of all
+image states from the cross-attention, because only the output of the MLP is masked. The mean depends on the number of
+padding images in the batch. The patch also masks the output of the attention, as the model's original code does. It
+leaves rows without an image out of the cross-attention layers, and padding images out of the vision tower.
 """
 
 import inspect
@@ -32,22 +32,23 @@ class _Rows(NamedTuple):
 def patch_mllama(model: torch.nn.Module) -> "MllamaPatch":
     """Exchange the classes of the vision tower, the text model and the cross-attention layers of a Mllama.
 
-    Parameters, names, state dict, adapters (before or after), checkpointing and 4-bit weights stay as they are. The
-    batch is one of `VisionCollator`, whose images are those of the rows that have some, or one of transformers.
+    Parameters, names, state dict, adapters (added before or after), checkpointing and 4-bit weights do not change. The
+    batch comes from `VisionCollator`, with the images of the rows that have some, or from transformers, with images in
+    all rows.
 
-    In training no KV cache is made; in generation it holds all rows of the batch. Checkpointing must be non-reentrant,
-    as without the patch: the states of the images are no positional argument.
+    Training makes no KV cache. In generation the cache holds all rows of the batch. Checkpointing must be
+    non-reentrant, as without the patch, because the image states are not a positional argument.
 
     Args:
-        model: A Mllama, or what contains one, such as a PEFT model.
+        model: A Mllama, or a module that contains one, such as a PEFT model.
 
     Returns:
-        A handle: `.names` of the modules, `.undo()`; as a context manager it undoes at the end.
+        A handle with the `.names` of the modules and `.undo()`. As a context manager it undoes the patch at the end.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: There is no Mllama in `model`, it is patched already, or transformers has another one than the one
-            that was read for this.
+        ValueError: `model` contains no Mllama, or a patched one; the Mllama of this transformers is not the one that
+            the patch was written for.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -61,17 +62,17 @@ def patch_mllama(model: torch.nn.Module) -> "MllamaPatch":
 
 
 class MllamaPatch:
-    """What `patch_mllama` did. Undone by `undo()` or at the end of a `with` block; a second time does nothing."""
+    """The handle of `patch_mllama`. `undo()` or the end of a `with` block undoes it; a second time does nothing."""
 
     def __init__(self, modules: dict[str, torch.nn.Module]):
         self.names, self._modules = tuple(modules), modules
         exchange_classes((module, _patched_class(type(module))) for module in modules.values())
 
     def undo(self) -> None:
-        """Give every module its class back.
+        """Restore the class of every module.
 
         Raises:
-            RuntimeError: Another library, such as FSDP2, has exchanged the class of a module since.
+            RuntimeError: Another library, such as FSDP2, has since exchanged the class of a module.
         """
         for name, module in self._modules.items():
             if "exchanged_from" not in vars(type(module)):
@@ -90,7 +91,7 @@ class MllamaPatch:
 
 
 def _forward_tower(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, **kwargs):
-    """Run the tower on real images: aspect ratio 0 is that of an image which pads a row of fewer images than others."""
+    """Run the tower on real images only. An image of aspect ratio 0 pads a row that has fewer images than others."""
     real = aspect_ratio_ids.ne(0)  # [rows, images]
     forward = original_class(type(self)).forward
     chosen = (one[real].unsqueeze(1) for one in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
@@ -109,7 +110,7 @@ def _forward_text(
     use_cache: bool | None = None,
     **kwargs,
 ):
-    """Find the rows that see an image, and give the layers the states and masks of those alone."""
+    """Find the rows that see an image, and pass only their states and masks to the layers."""
     kv_cache = given_cache(kwargs)
     if self.training and kv_cache is None:
         use_cache = False
@@ -139,7 +140,7 @@ def _forward_text(
 
 
 def _by_row(states: torch.Tensor, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The states of the rows with images, whether the batch has those of all rows or of these only.
+    """Select the states of the rows with images. The batch holds states of these rows only, or of all rows.
 
     Args:
         states: [images and their tiles, patches, hidden] of all given rows, one after the other.
@@ -208,7 +209,7 @@ def _patched_class(cls: type) -> type:
 
 
 def _check_transformers() -> None:
-    """What is relied on: these arguments and a KV cache, by name, and a text model that hands the mask on as it is."""
+    """Check what the patch relies on: the names of arguments, and of the KV cache."""
     for cls, forward in _forwards().items():
         parameters = inspect.signature(forward).parameters.values()
         expected = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}

@@ -1,7 +1,7 @@
 """Tokens and pixels of a mixed batch, by the processor of a model family.
 
-Processors differ in how they take images of several rows: as one flat list, as one list per row, or, in Mllama's, not
-at all if a row has none. Every function here gives the image part for the rows that have images, and never a blank.
+Processors differ in how they take the images of several rows: as one flat list, or as one list per row. Mllama's
+refuses images if a row has none. The functions here pass the images of the rows that have some, and no blank image.
 """
 
 import torch
@@ -28,14 +28,14 @@ def process(processor, texts: list[str], images: list[list]) -> tuple[dict[str, 
     """Tokenise the texts with their placeholders expanded, and prepare the images.
 
     Args:
-        processor: As `check_processor` takes it.
+        processor: A processor that `check_processor` accepts.
         texts: One rendered conversation per row.
-        images: Those of each row; a row may have none.
+        images: The images of each row; a row may have none.
 
     Returns:
         The batch, padded on the right: "input_ids" and "attention_mask" [rows, length], "offset_mapping"
-        [rows, length, 2] in characters of the expanded texts, and what the family's model takes. And for each row what
-        was put in place of its placeholders, as {"span", "new_span"} in characters before and after.
+        [rows, length, 2] in characters of the expanded texts, and the other inputs of the family's model. Then, for
+        each row, the replacements of its placeholders, as {"span", "new_span"} in characters before and after.
     """
     bos = processor.tokenizer.bos_token
     options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "return_offsets_mapping": True}
@@ -53,7 +53,7 @@ def process(processor, texts: list[str], images: list[list]) -> tuple[dict[str, 
 
 
 def image_token_ids(processor) -> list[int]:
-    """Ids of the tokens that stand for images and videos, and are never a label."""
+    """Ids of the tokens that stand for images and videos. They are never labels."""
     names = ("image_token_id", "video_token_id", "image_break_token_id", "image_end_token_id", "boi_token_id")
     found = {getattr(holder, name, None) for holder in (processor, processor.tokenizer) for name in names}
     found |= {*(getattr(processor, "image_token_ids", None) or ())}
@@ -61,10 +61,10 @@ def image_token_ids(processor) -> list[int]:
 
 
 def add_cross_attention_mask(processor, batch: dict[str, torch.Tensor]) -> None:
-    """Give Mllama its "cross_attention_mask" [rows, length, images, tiles], for the tokens as they are now.
+    """Add Mllama's "cross_attention_mask" [rows, length, images, tiles] to a batch whose tokens are in their places.
 
-    A token sees the last image before it (or the run of images), as in transformers' processor; the rows of the mask
-    of a text are zero.
+    A token sees the last image before it (or the last run of images), as in transformers' processor. The mask of a row
+    of text is zero.
     """
     if "num_tiles" not in batch:
         return
@@ -81,7 +81,7 @@ def add_cross_attention_mask(processor, batch: dict[str, torch.Tensor]) -> None:
 
 
 def _process_mllama(processor, texts, images, options) -> tuple[dict, list[list[dict]]]:
-    """Mllama's images do not become tokens. `pixel_values` are those of the rows that have images, in their order."""
+    """Mllama's images do not become tokens. `pixel_values` holds the images of the rows that have some, in order."""
     batch = dict(processor.tokenizer(texts, **options))
     if any(images):
         prepared = dict(processor.image_processor([row for row in images if row], return_tensors="pt"))

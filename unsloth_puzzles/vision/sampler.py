@@ -1,12 +1,12 @@
-"""Groups of rows of one kind, with images or without: less padding, and a vision tower that all processes run or none.
+"""Draw rows of one kind, with or without images, in groups: less padding, and the same kind on all processes.
 
     class ByKind(SFTTrainer):
         def _get_train_sampler(self, dataset):
             return KindSampler([has_images(row) for row in dataset], self.args.train_batch_size * world_size)
 
-It is optional: mixed batches are right without it. Of several processes, those whose batch is all text leave the
-adapters of the vision tower without gradients. DDP needs `ddp_find_unused_parameters=True` then, which SFTTrainer sets.
-FSDP2 gathers the tower's weights where it runs, so all processes must run it at the same steps: use this sampler.
+The sampler is optional: mixed batches are correct without it. A process whose batch is all text leaves the adapters of
+the vision tower without gradients. DDP then needs `ddp_find_unused_parameters=True`, which SFTTrainer sets. FSDP2
+gathers the tower's weights where the tower runs, so all processes must run it at the same steps: use this sampler.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -19,19 +19,19 @@ __all__ = ["KindSampler", "has_images"]
 
 
 class KindSampler(torch.utils.data.Sampler[int]):
-    """Draw indices in an order in which every `group` of them, one after the other, are of one kind.
+    """Draw indices in groups of `group` consecutive ones. All rows of a group are of one kind.
 
-    The last group of a kind is filled up with rows of that kind from the start of its order, or left out.
+    The last group of a kind is filled with rows of that kind from the start of its order, or left out.
 
     Args:
-        kinds: Of each row of the data set, such as whether it has images.
-        group: Rows that go into one step of all processes: batch size per process x processes.
-        shuffle: Whether rows and groups come in random order, another one each epoch (see `set_epoch`).
-        seed: Of that order.
-        drop_last: Leave incomplete groups out.
+        kinds: The kind of each row of the data set, such as whether it has images.
+        group: Number of rows in one step of all processes: batch size per process x processes.
+        shuffle: Whether rows and groups come in random order, a new one each epoch (see `set_epoch`).
+        seed: Seed of the random order.
+        drop_last: Whether to leave out incomplete groups.
 
     Raises:
-        ValueError: `kinds` is empty, `group` no positive integer, or nothing is left.
+        ValueError: `kinds` is empty, `group` is not a positive integer, or no group is left.
     """
 
     def __init__(
