@@ -12,7 +12,9 @@ MUTATIONS = {
     "merge re-quantised": mutation(
         "weights.py",
         "        return weight\n\n    def close(self) -> None:\n        self.base.close()",
-        "        return (weight * 64).round() / 64\n\n    def close(self) -> None:\n        self.base.close()",
+        "        from bitsandbytes.functional import dequantize_4bit, quantize_4bit\n\n"
+        "        return dequantize_4bit(*quantize_4bit(weight, quant_type='nf4'))\n\n"
+        "    def close(self) -> None:\n        self.base.close()",
         "test_merge.py::test_merge_is_exact_where_peft_quantises_again",
     ),
     "low nibble first": mutation(
