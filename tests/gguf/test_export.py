@@ -2,6 +2,9 @@
 
 import copy
 import os
+import signal
+import subprocess
+import sys
 import warnings
 
 import gguf
@@ -173,6 +176,46 @@ def test_files_get_their_names_when_all_are_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(writer.os, "replace", watched)
     export_gguf(model, processor, out, "f32", "f32", progress=False)
     assert renamed == [*old] and _files(out) == whole
+
+
+KILLED = """
+import os, signal, sys
+from benchmarks.gguf.models import tiny
+from unsloth_puzzles.gguf import writer
+from unsloth_puzzles.gguf.export import export_gguf
+
+encode, seen = writer.encode, []
+def killed(chunk, kind, name):
+    seen.append(name)
+    if len(seen) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(chunk, kind, name)
+
+writer.encode = killed
+export_gguf(*tiny("llama"), sys.argv[1], "f32", progress=False)
+"""
+
+
+@pytest.mark.slow  # a process that imports transformers
+def test_export_that_is_killed_leaves_no_file_under_a_final_name(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [one.name for one in tmp_path.iterdir()]
+    assert len(left) == 1 and left[0].startswith("model-f32.gguf.") and left[0].endswith(".unfinished")
+    path, _ = export_gguf(*tiny("llama"), tmp_path, "q8_0", progress=False)
+    assert {*_files(tmp_path)} == {"model-q8_0.gguf", "Modelfile"} and read(path)
+
+
+def test_files_of_other_processes_that_run_are_kept(tmp_path):
+    """A process of which only the number is left is told from one that runs, such as the parent of this one."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    kept = {f"model-f32.gguf.{os.getppid()}.unfinished", "model-f32.gguf.unfinished", f"own.{ended.pid}.unfinished"}
+    for name in (*kept, f"model-f16.gguf.{ended.pid}.unfinished", f"Modelfile.{ended.pid}.unfinished"):
+        (tmp_path / name).touch()
+    with writer.named_at_the_end([tmp_path / "model-f32.gguf"]) as (unfinished,):
+        unfinished.write_bytes(b"whole")
+    assert {*_files(tmp_path)} == {*kept, "model-f32.gguf"}
 
 
 @pytest.mark.parametrize(

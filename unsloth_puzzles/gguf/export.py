@@ -32,8 +32,9 @@ def export_gguf(
     """Write a model of transformers, with its active adapters merged in float32, as GGUF.
 
     The model is left as it is. Tensors are read, merged, quantised and written a chunk of rows at a time. All files get
-    their names when all are whole. Vectors are kept in float32. Rows that a type's blocks do not divide are kept in
-    another type (see `quantization.FALLBACK`; at last F16), and a warning counts them.
+    their names when all are whole. An export that is killed leaves `*.unfinished` files, which the next one into the
+    folder removes. Vectors are kept in float32. Rows that a type's blocks do not divide are kept in another type (see
+    `quantization.FALLBACK`; at last F16), and a warning counts them.
 
     The file has room for three tokens that end a generation: the tokenizer's `eos_token_id`, and then those of
     `model.generation_config`. A warning names further ones. The `Modelfile` has all that are added tokens.

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -48,8 +49,11 @@ def named_at_the_end(paths: Sequence[Path]) -> Iterator[list[Path]]:
         paths: the files. Those that are there are replaced at the end.
 
     Yields:
-        Temporary paths in the same folders, to be written. They are removed if anything is raised.
+        Temporary paths in the same folders, to be written. They are removed if anything is raised. Those of a process
+        that was killed are removed by the next export into the folder.
     """
+    for folder in {path.parent for path in paths}:
+        _remove_abandoned(folder)
     unfinished = [path.with_name(f"{path.name}.{os.getpid()}.unfinished") for path in paths]
     try:
         yield unfinished
@@ -58,6 +62,24 @@ def named_at_the_end(paths: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of processes that no longer run."""
+    for path in folder.glob("*.unfinished"):
+        named = re.fullmatch(r"(?:.+\.gguf|Modelfile)\.(\d+)\.unfinished", path.name)
+        if named and not _runs(int(named[1])):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def write(path: Path, header: gguf.GGUFWriter, tensors: Sequence[Tensor], advance: Callable[[int], None]) -> None:
