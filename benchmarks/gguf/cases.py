@@ -24,7 +24,9 @@ class Checked(NamedTuple):
     errors: dict[str, tuple[float, float]]  # nats by question: deviations emulated, and not
     checks: dict[str, bool]
     moved: float  # nats, by which the adapter moves the first log-probability
-    # Of a table: case, tokens equal, errors and limits without and with an image, error without emulation, deviations
+    equal: tuple[float, float]  # shares of the answers whose tokens are equal: deviations emulated, and not
+    # Of a table: case, tokens equal, the same without emulation, errors and limits without and with an image, error
+    # without emulation, deviations
     row: tuple[str, ...]
 
 
@@ -64,7 +66,13 @@ def check_case(case: str, device: str, tokens: int) -> Checked:
         checks[f"{case}, error below a third of the adapter's effect"] = largest < proof.moved / 3
     else:
         checks[f"{case}, the adapter matters"] = proof.moved > 20 * LIMIT
-    return Checked(errors, checks, proof.moved, _row(case, proof.answers))
+    equal = tuple(sum(one) / len(proof.answers) for one in _equal(proof.answers))
+    return Checked(errors, checks, proof.moved, equal, _row(case, proof.answers))
+
+
+def _equal(answers: tuple[Compared, ...]) -> tuple[list[bool], list[bool]]:
+    """Whether the tokens of each answer are equal: deviations emulated, and not."""
+    return [one.emulated_equal for one in answers], [one.equal for one in answers]
 
 
 def _limit(case: str, image: bool) -> float:
@@ -78,6 +86,6 @@ def _row(case: str, answers: tuple[Compared, ...]) -> tuple[str, ...]:
         cells.append(f"{max(errors):.1e} (limit {_limit(case, image):.0e})" if errors else "-")
     names = [one.what for one in DEVIATIONS]
     applying = sorted({names.index(what) + 1 for one in answers for what in one.deviations})
-    equal = f"{sum(one.emulated_equal for one in answers)} of {len(answers)}"
+    equal = [f"{sum(one)} of {len(one)}" for one in _equal(answers)]
     plain = f"{max(one.error for one in answers):.1e}"
-    return case, equal, *cells, plain, ", ".join(map(str, applying)) or "none"
+    return case, *equal, *cells, plain, ", ".join(map(str, applying)) or "none"
