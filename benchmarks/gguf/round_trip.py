@@ -1,5 +1,6 @@
 """A real model fine-tuned, exported to GGUF files of several types, and answering in the engine and in transformers."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,13 @@ class Exported(NamedTuple):
     """A file beside transformers' answer of the same model in float32, to a question that was not taught."""
 
     size: int  # bytes
-    equal: bool  # the greedy tokens up to the end of transformers' answer, which the engine does not stop at
-    error: float  # the largest difference of log-probabilities over the tokens that both chose before they part
+    equal: bool  # the greedy tokens and the end of the answer
+    compared: int  # tokens that both chose before they part
+    error: float  # the largest difference of log-probabilities over these tokens
     mean_error: float  # the mean difference at the places of a real text, the same for every file
     text: str  # what it answers to the question that was taught
+    ended: bool  # whether that answer has ended with the token that ends a turn
+    warnings: tuple[str, ...]  # of `export_gguf`
 
 
 def add_adapters(model) -> PeftModel:
@@ -55,27 +59,36 @@ def fit(model: PeftModel, tokenizer, steps: int) -> list[float]:
 
 
 def round_trip(
-    model: PeftModel, tokenizer, folder: Path, *, steps: int, quantizations: tuple[str, ...], tokens: int = 16
+    model: PeftModel, tokenizer, folder: Path, *, steps: int, quantizations: tuple[str, ...], tokens: int = 32
 ) -> dict:
-    """Fine-tune, export in each type, and let the engine answer.
+    """Fine-tune, export in each type, and let the engine answer until it stops.
+
+    Args:
+        model: From `add_adapters`.
+        tokenizer: Its tokenizer.
+        folder: For the files.
+        steps: Of training.
+        quantizations: The types; the first one is also exported without the adapter.
+        tokens: The most tokens of an answer.
 
     Returns:
         "losses" of the training, "base" (the engine's text without the adapter), "moved" (how far the adapter moves
         the first log-probability in the engine), and an `Exported` for each of `quantizations`.
     """
-    asked, probe = {"text": QUESTION}, {"text": PROBE}
+    asked, probe, end = {"text": QUESTION}, {"text": PROBE}, tokenizer.eos_token_id
     losses = fit(model, tokenizer, steps)
     expected, places = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer)
-    found: dict = {"losses": losses}
-    answers = {}
+    found, answers = {"losses": losses}, {}
     for quantization in quantizations:
-        path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
-        answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens)
-        end, text = tokenizer.eos_token_id, answers[quantization].text
-        found[quantization] = _exported(path, other, expected, end, _mean_error(path, places), text)
+        path, said = _export(model, tokenizer, folder, quantization)
+        answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens, stop=True)
+        found[quantization] = Exported(
+            path.stat().st_size, *_compared(other, expected, end), _mean_error(path, places),
+            answers[quantization].text, answers[quantization].tokens[-1] == end, said,
+        )  # fmt: skip
     with model.disable_adapter():
         path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
-        (off,) = ask(path, None, [asked], tokens=tokens)
+        (off,) = ask(path, None, [asked], tokens=tokens, stop=True)
     found["base"] = off.text
     found["moved"] = abs(off.log_probs[0] - answers[quantizations[0]].log_probs[0])
     return found
@@ -118,10 +131,26 @@ def _mean_error(path: Path, places: list[Next]) -> float:
     return sum(errors) / len(errors)
 
 
-def _exported(path: Path, theirs: Answer, ours: Answer, end: int, mean_error: float, text: str) -> Exported:
-    length = ours.tokens.index(end) if end in ours.tokens else len(ours.tokens)
-    same = [one == other for one, other in zip(theirs.tokens[:length], ours.tokens[:length], strict=True)]
+def _export(model: PeftModel, tokenizer, folder: Path, quantization: str) -> tuple[Path, tuple[str, ...]]:
+    """Export; returns the file and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path, _ = export_gguf(model, tokenizer, folder, quantization, progress=False)
+    return path, tuple(str(one.message) for one in caught)
+
+
+def _compared(theirs: Answer, ours: Answer, end: int) -> tuple[bool, int, float]:
+    """Fields `equal`, `compared` and `error` of `Exported`.
+
+    Without a common first token the difference is that of the first, of two tokens then.
+
+    Args:
+        theirs: The engine's answer, which may end with `end`.
+        ours: What transformers answers; it goes on behind `end`.
+        end: The token that ends an answer.
+    """
+    expected = ours.tokens[: ours.tokens.index(end) + 1] if end in ours.tokens else ours.tokens
+    same = [one == other for one, other in zip(theirs.tokens, expected, strict=False)]
     alike = same.index(False) if False in same else len(same)
-    pairs = list(zip(theirs.log_probs, ours.log_probs, strict=True))[: max(1, alike)]
-    error = max(abs(one - other) for one, other in pairs)
-    return Exported(path.stat().st_size, alike == len(same), error, mean_error, text)
+    pairs = list(zip(theirs.log_probs, ours.log_probs, strict=False))[: max(1, alike)]
+    return theirs.tokens == expected, alike, max(abs(one - other) for one, other in pairs)

@@ -29,6 +29,47 @@ def test_other_tokens_and_unlikely_tokens_are_errors(monkeypatch: pytest.MonkeyP
         round_trip._mean_error(Path("file"), PLACE)
 
 
+OURS = Answer(2, [4, 5, 0, 8], [-1.0, -2.0, -3.0, -4.0], "")  # transformers goes on behind the end, token 0
+
+
+@pytest.mark.parametrize(
+    "tokens, log_probs, expected",
+    [
+        ([4, 5, 0], [-1.0, -2.25, -3.5], (True, 3, 0.5)),
+        ([4, 5], [-1.0, -2.25], (False, 2, 0.25)),  # stopped too early
+        ([4, 5, 0, 8], [-1.0, -2.25, -3.5, -9.0], (False, 3, 0.5)),  # the stop token is lost
+        ([4, 6, 0], [-1.125, -9.0, -9.0], (False, 1, 0.125)),
+        ([6, 5, 0], [-1.5, -9.0, -9.0], (False, 0, 0.5)),
+    ],
+)
+def test_answers_are_compared_up_to_their_end(tokens: list[int], log_probs: list[float], expected: tuple) -> None:
+    assert round_trip._compared(Answer(2, tokens, log_probs, ""), OURS, 0) == expected
+
+
+def test_answers_without_an_end_are_compared_as_a_whole() -> None:
+    assert round_trip._compared(OURS, OURS, 7) == (True, 4, 0.0)
+
+
+def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypatch, tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama")
+    end, asked = tokenizer.eos_token_id, []
+
+    def ask(path, projector, requests, tokens, stop=False):
+        asked.append(stop)
+        return [Answer(2, [5, end] if path.stem == "model-f32" else [5, 6], [-1.0, -1.0], "text") for _ in requests]
+
+    monkeypatch.setattr(round_trip, "ask", ask)
+    monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer: [])
+    monkeypatch.setattr(round_trip, "_mean_error", lambda path, places: 0.25)
+    found = round_trip.round_trip(
+        round_trip.add_adapters(model), tokenizer, tmp_path, steps=1, quantizations=("f32", "q4_k_m"), tokens=2
+    )
+    assert asked == [True] * 3 and found["base"] == "text"
+    assert found["f32"].ended and not found["q4_k_m"].ended and found["f32"].mean_error == 0.25
+    assert found["f32"].warnings == ()
+    assert "export_gguf: tensors that q4_k_m does not fit" in found["q4_k_m"].warnings[0]
+
+
 def test_next_tokens_are_those_of_the_model_after_each_prompt() -> None:
     model, tokenizer = tiny("llama")
     found = next_tokens(model, tokenizer)
