@@ -122,9 +122,9 @@ def dequantized_rows(packed: torch.Tensor, state, begin: int, end: int) -> torch
     if state.state2 is not None:
         second = state.state2
         absmax = second.code[absmax.long()] * second.absmax[blocks // second.blocksize] + state.offset
-    weights = state.code[nibbles.long()]
-    of_block = torch.arange(first, last, device=packed.device) // state.blocksize - first // state.blocksize
-    return (weights * absmax.float()[of_block]).view(end - begin, *state.shape[1:])
+    weights = state.code[nibbles.int()]  # 64-bit indices would take most of the memory of an export
+    scales = absmax.float().repeat_interleave(state.blocksize)[first % state.blocksize :][: last - first]
+    return (weights * scales).view(end - begin, *state.shape[1:])
 
 
 @dataclass
