@@ -9,7 +9,7 @@ import pytest
 from tools.build_notebook import ROOT
 from tools.build_readme import release, results
 from tools.measured_tables import RATIOS, amount, gpu_tests, metric_table, shown_unit
-from tools.readme_contents import CHECKS, FIGURES, TABLES, TURNED, WORST
+from tools.readme_contents import CHECKS, FIGURES, SWEPT, TABLES, TURNED, WORST
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
 
 
@@ -105,6 +105,37 @@ def test_metric_without_a_caption_is_shown_under_its_name(tmp_path: Path) -> Non
         assert section.count("a check") == 1
 
 
+def _metrics_of_the_source() -> set[str]:
+    """Those that the notebook and its benchmarks add under names that are written out."""
+    files = [
+        *ROOT.glob("notebook/*.py"),
+        *ROOT.glob("benchmarks/**/*.py"),
+        ROOT / "unsloth_puzzles/bench/experiments.py",
+    ]
+    added = re.compile(r"""\b(?:issues|results|found)\.add\(\s*"(\w+)"|yield _(?:record|plain|rate)\("(\w+)\"""")
+    return {first or second for path in files for first, second in added.findall(path.read_text(encoding="utf-8"))}
+
+
+def test_no_heading_of_the_committed_results_is_a_metric() -> None:
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    measured = {
+        record["metric"]
+        for path in (ROOT / "resources" / "measurements").glob("*.json")
+        for record in json.loads(path.read_text(encoding="utf-8")).get("records", ())
+    }
+    headings = re.findall(r"^(?:#+ (.+)|\*\*(.+?)\*\*)", page, flags=re.MULTILINE)
+    words = {re.split("[`,]", one.lstrip("`"))[0] for heading in headings for one in heading if one}
+    assert measured and words and not words & measured
+
+
+def test_every_metric_has_a_title_before_it_is_measured() -> None:
+    swept = [tables for of_file in SWEPT.values() for tables in of_file.values()]
+    titled = {metric for tables in (*TABLES.values(), *swept) for metric, _ in tables}
+    metrics = _metrics_of_the_source()
+    assert {"checks_passed", "linear_relative_error", "gguf_equal_tokens", "linear_us"} <= metrics
+    assert not metrics - titled
+
+
 def test_committed_results_have_no_row_of_100_percent() -> None:
     rows = [line for line in (ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert rows and not [row for row in rows if re.search(r"\| 100(\.0)? %", row)]
@@ -119,6 +150,17 @@ def test_scores_are_numbers_from_0_to_1() -> None:
 @pytest.mark.parametrize("value, shown", [(1.0, "100.0 %"), (0.9996, ">99.9 %"), (0.9994, "99.9 %"), (0.0, "0.0 %")])
 def test_a_fraction_below_1_is_not_written_as_100_percent(value: float, shown: str) -> None:
     assert amount(value, "fraction") == shown
+
+
+@pytest.mark.parametrize(
+    "value, unit, shown",
+    [
+        (3.83e-7, "x", "3.8e-07"), (0.004, "x", "4.0e-03"), (0.006, "x", "0.01x"), (0.0, "x", "0.00x"),
+        (1e-5, "fraction", "1.0e-05"), (0.0006, "fraction", "0.1 %"), (3.83e-7, "relative", "3.83e-07 relative"),
+    ],
+)  # fmt: skip
+def test_small_ratios_are_not_written_as_zero(value: float, unit: str, shown: str) -> None:
+    assert amount(value, unit) == shown
 
 
 def test_figures_are_in_the_section_of_their_challenge(tmp_path: Path) -> None:

@@ -168,9 +168,16 @@ def rehearsal(path: Path, release_digest: str) -> str:
         f"Not run with the code of the committed notebook: {', '.join(others) or 'none'}.",
         f"Packages in other versions than Colab's: {', '.join(differ) or 'none'}.",
     ]
+    parts = [" ".join(said), table(pandas.DataFrame(rows))]
     if curves:
-        said.append(f"E's curves there: {'; '.join(f'{name}: {value:.1e}' for name, value in curves.items())}.")
-    return f"{' '.join(said)}\n\n{table(pandas.DataFrame(rows))}"
+        parts.append(table(pandas.DataFrame([_curve(*one) for one in curves.items()])))
+    return "\n\n".join(parts)
+
+
+def _curve(name: str, value: float) -> dict[str, str]:
+    """A row for a figure of E, whose name is a metric and its case."""
+    metric, _, case = name.partition(", ")
+    return {"E's curves there": dict(TABLES["e_backprop.json"])[metric], "case": case, "ours": f"{value:.1e}"}
 
 
 def _beside_aim(predicted: float | None, aim: float) -> str:

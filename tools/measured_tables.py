@@ -1,6 +1,7 @@
 """Measurement files as Markdown: the points, a table a metric, the tests on a GPU, where the figures come from."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas
@@ -12,7 +13,8 @@ from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.scorecard import Row, totals
 
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
-NAMELESS = ("relative", "loss", "reward", "compilations", "graph breaks")  # units that say what the caption says
+# Units that say what the caption says
+NAMELESS = ("relative", "absolute", "loss", "reward", "compilations", "graph breaks")
 
 
 def points_table(rows: list[Row]) -> str:
@@ -98,12 +100,14 @@ def shown_unit(record: dict) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """A value with its unit, as the tables write it: `1.87x`, `96 %`, `11.8 us`, `65,536 bytes`."""
-    if unit in ("x", "times", "ratio"):
-        return f"{value:.2f}x"
+    """A value with its unit, as the tables write it: `1.87x`, `96 %`, `11.8 us`, `65,536 bytes`, `3.8e-07`."""
     if unit == "fraction":
-        return ">99.9 %" if 0.9995 <= value < 1 else f"{100 * value:.1f} %"
-    return f"{_number(value)} {unit}".strip()
+        shown = ">99.9 %" if 0.9995 <= value < 1 else f"{100 * value:.1f} %"
+    elif unit in RATIOS:
+        shown = f"{value:.2f}x"
+    else:
+        shown = f"{_number(value)} {unit}".strip()
+    return shown if value == 0 or re.search("[1-9]", shown) else f"{value:.1e}"  # 0 is written for 0 alone
 
 
 def _checks(mine: list[dict], caption: str) -> str:

@@ -1,7 +1,7 @@
 """What RESULTS.md shows of the measurements: a table a metric, and what each figure shows."""
 
 # Measurement file -> (metric, what it is called here). WORST, CHECKS, PERCENT and TURNED say how a metric is shown.
-# What a file holds besides comes last, under the name of its metric.
+# What a file holds besides comes last, under the name of its metric; a test wants a title for each.
 TABLES = {
     "a_nf4.json": (
         ("official_harness_speedup", "Official harness: three launches' time over ours, wall clock"),
@@ -15,22 +15,36 @@ TABLES = {
         ("copy_bandwidth_fraction", "Share of the machine's measured copy bandwidth"),
         ("host_enqueue_us", "Host time to enqueue one call"),
         ("compile_wall_us", "Wall time of a function with the kernel under `torch.compile`"),
+        ("compile_graph_breaks", "Graph breaks of a function with the kernel under `torch.compile`"),
+        ("compile_mismatched", "Weights that differ when the function is compiled"),
         ("mismatched_weights", "Weights that differ from bitsandbytes"),
         ("contracted_mismatched_weights", "Weights that differ when the multiply-add is contracted"),
         ("sm75_spills", "Bytes spilled when compiled for a T4 (sm_75)"),
         ("sm75_shared_bytes", "Shared memory when compiled for a T4, of 65,536 bytes"),
+        ("cache_eviction_hints", "Loads and stores with a hint for cache eviction"),
+        ("harness_checks_passed", "Matrices of the official harness that passed its checks, by dtype"),
+        ("linear_relative_error", "Relative error of the linear layer, beside the whole matrix de-quantised first"),
         ("checks_passed", "Named checks that passed"),
     ),
     "b_fsdp2.json": (
         ("bytes_changed", "Bytes of 65,536 that gathering changes, beside plain float16 storage"),
+        ("bytes_changed_by_copy", "Bytes of a copy on a GPU that differ, by dtype of the storage"),
         ("loss_difference", "Two ranks and one process: largest difference of the loss at any step, nats"),
         ("local_share", "Share of the 4-bit bytes and scales that a rank holds"),
         ("dequantize_launches", "Launches of challenge A's kernel"),
         ("step_speedup", "Step of one GPU: bitsandbytes' de-quantisation over ours"),
+        ("gpu_time_speedup", "GPU time of that step: bitsandbytes' de-quantisation over ours"),
         ("graph_breaks", "Graph breaks"),
         ("compilations", "Inductor's compilations of a rank"),
         ("steps_trained", "Steps that the script trained on two GPUs"),
         ("tokens_per_s", "Tokens a second, beside one GPU"),
+        ("scaling", "Tokens a second of two GPUs over those of one"),
+        ("step_over_one_gpu", "Step of two GPUs with twice the tokens over that of one"),
+        ("gather_bytes_per_s", "Bandwidth of the all-gather"),
+        ("gather_ms", "Time to gather a layer, beside the prediction"),
+        ("gathers_hidden", "Share of the gathering that computation hides"),
+        ("norm_difference", "The script on two GPUs and on one: largest relative difference of the gradient norms"),
+        ("share", "The script on two GPUs: share of the 4-bit bytes and scales that a GPU holds"),
         ("peak_gib", "Peak memory of a GPU, beside one GPU alone"),
         ("checks_passed", "Named checks that passed"),
     ),
@@ -38,9 +52,11 @@ TABLES = {
         ("step_ms", "Time of a QLoRA step of Llama 3.2 1B"),
         ("peak_gib", "Peak of what PyTorch allocates in a step"),
         ("speedup_vs_eager", "transformers + PEFT + bitsandbytes' time over ours"),
+        ("gpu_busy_ms", "Time for which the GPU computes in a step"),
         ("compilations", "Inductor's compilations, forward and backward"),
         ("graph_breaks", "Graph breaks"),
         ("loss_difference", "Compiled and uncompiled: largest difference of the loss at any step, nats"),
+        ("loss_difference_ratio", "That difference over the largest between uncompiled runs"),
         ("triton_matmuls", "Matrix products by Triton under max-autotune"),
         ("checks_passed", "Named checks that passed"),
     ),
@@ -57,8 +73,14 @@ TABLES = {
             "vision_tower_flops_over_those_of_each_image_alone",
             "Vision: FLOPs of the tower in a mixed batch over those of each image alone",
         ),
+        ("vision_loss_of_mllama_unpatched", "Vision: difference of Mllama's losses without the patch"),
         ("gguf_log_probability_error", "GGUF export: largest error of a log-probability"),
+        ("gguf_log_probability_error_in_8_bits", "GGUF export: largest error of a log-probability, in 8 bits"),
+        ("gguf_equal_tokens", "GGUF export: share of the answers whose tokens are equal"),
         ("gguf_merging_error_over_the_change", "GGUF export: error of the merge over the adapter's change"),
+        ("gguf_file_difference_from_the_merge", "GGUF export: largest difference of a float32 file from the merge"),
+        ("gguf_error_of_an_answer", "GGUF export: largest error of a log-probability in an answer of SmolLM2"),
+        ("gguf_tokens_of_an_answer", "GGUF export: tokens of that answer that are equal"),
         ("gguf_error_of_type", "GGUF export: mean error of a log-probability, by file type"),
         ("gguf_size", "GGUF export: size of the file"),
         ("classification_loss_difference", "Classification: largest difference from transformers' loss"),
@@ -73,6 +95,7 @@ TABLES = {
     "e_backprop.json": (
         ("extra_peak_gib", "Extra peak memory of forward and backward, gradients included"),
         ("forward_backward_ms", "Time of forward and backward"),
+        ("memory_saved", "Share of eager's extra peak memory that is saved"),
         ("time_over_gemm_floor", "Our time over that of the bare matrix products in the same chunks"),
         ("time_over_liger", "Our time over Liger's"),
         ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
@@ -86,8 +109,18 @@ TABLES = {
         ("training_peak_gib", "Peak memory of each training"),
         ("grpo_peak_gib", "GRPO: extra peak memory"),
         ("grpo_ms", "GRPO: time of forward and backward"),
+        ("grpo_peak_over_full_logits", "GRPO: our extra peak memory over that of full logits"),
+        ("grpo_time_over_full_logits", "GRPO: our time over that of full logits"),
+        ("grpo_peak_over_trl", "GRPO: our extra peak memory over that of TRL"),
+        ("grpo_time_over_trl", "GRPO: our time over that of TRL"),
+        ("grpo_peak_over_liger", "GRPO: our extra peak memory over that of Liger"),
+        ("grpo_time_over_liger", "GRPO: our time over that of Liger"),
+        ("grpo_hidden_error", "GRPO: relative error of the gradient of the hidden states"),
+        ("grpo_weight_error", "GRPO: relative error of the gradient of the head"),
         ("grpo_largest_difference", "GRPO: largest relative difference over the grid of losses"),
         ("grpo_reward_rise", "GRPO: by how much the reward, a number from 0 to 1, rose"),
+        ("grpo_steps_with_the_same_rewards", "GRPO: steps from the first on with the same rewards as TRL's trainer"),
+        ("grpo_gradient_norm_difference", "GRPO: largest relative difference of the gradient norms in those steps"),
         ("checks_passed", "Named checks that passed"),
     ),
 }
@@ -99,6 +132,9 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
             ("host_enqueue_us_beside_unsloth", "Host time beside the real Unsloth, in its own process"),
             ("linear_us", "Device time of a linear layer without gradients"),
             ("linear_forward_backward_us", "Device time of a linear layer, forward and backward"),
+            ("linear_forward_backward_mib", "Memory of a linear layer, forward and backward"),
+            ("linear_crossover_rows", "Rows from which on our linear layer is never slower"),
+            ("linear_enqueue_us", "Host time to enqueue a linear layer"),
             ("prefill_tokens_per_s", "Prefill before and after `patch_linear4bit`"),
             ("generation_tokens_per_s", "Generation before and after `patch_linear4bit`"),
             ("sanitizer_errors", "compute-sanitizer errors"),
@@ -107,15 +143,21 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
     "b_fsdp2.json": {
         "b_fsdp2_sweeps.json": (
             ("scaling", "Tokens a second of two GPUs over those of one"),
+            ("tokens_per_s", "Tokens a second of two GPUs, beside one"),
+            ("gather_bytes_per_s", "Bandwidth of the all-gather"),
+            ("compilations", "Inductor's compilations of a rank over many lengths"),
+            ("graph_breaks", "Graph breaks over many lengths"),
             ("step_over_one_gpu", "A step over the same rows on one GPU, without communication"),
             ("loss_difference", "Two GPUs and one over 60 steps: largest difference of the loss, nats"),
             ("peak_gib", "Peak memory of a GPU"),
+            ("rest_gib", "Memory of a GPU between steps"),
             ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
         ),
         "b_fsdp2_scaling.json": (
             ("tokens_per_s_over_one_gpu", "Tokens a second over those of one GPU, beside the prediction"),
             ("tokens_per_s", "Tokens a second of all GPUs"),
             ("exposed", "Share of a step beyond one GPU's"),
+            ("gather_bytes_per_s", "Bandwidth of the all-gather"),
             ("peak_gib", "Peak memory of a GPU"),
             ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
         ),
@@ -135,8 +177,12 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
         "e_backprop_sweeps.json": (
             ("frontier_peak_gib", "Extra peak memory, by rows of a chunk"),
             ("frontier_ms", "Time of forward and backward, by rows of a chunk"),
+            ("frontier_time_over_liger", "Our time over Liger's, by rows of a chunk"),
             ("vocabulary_peak_gib", "Extra peak memory, by size of the vocabulary"),
             ("vocabulary_ms", "Time of forward and backward, by size of the vocabulary"),
+            ("vocabulary_time_over_liger", "Our time over Liger's, by size of the vocabulary"),
+            ("rows", "Rows of hidden states in these sweeps"),
+            ("frontier_vocabulary", "Vocabulary of the sweep over rows of a chunk"),
         ),
     },
 }
@@ -170,4 +216,6 @@ TURNED = {  # a row a candidate, a column a case
 }  # fmt: skip
 WORST = {"mismatched_weights", "sanitizer_errors", "sm75_spills", "sm75_shared_bytes"}  # the largest value alone
 CHECKS = {"checks_passed", "errors_no_larger_than_sdpas"}  # who passed by name, and a row for each that did not
-PERCENT = {"copy_bandwidth_fraction", "local_share", "share", "vision_padding", *CHECKS}  # others: from 0 to 1
+PERCENT = {  # other fractions are shown as numbers from 0 to 1
+    "copy_bandwidth_fraction", "local_share", "share", "vision_padding", "gathers_hidden", "memory_saved", *CHECKS,
+}  # fmt: skip
