@@ -98,6 +98,7 @@ TABLES = {
         ("memory_saved", "Share of eager's extra peak memory that is saved"),
         ("time_over_gemm_floor", "Our time over that of the bare matrix products in the same chunks"),
         ("time_over_liger", "Our time over Liger's"),
+        ("time_over_liger_at_its_chunk_size", "Our time over Liger's at Liger's chunk size, that is at equal memory"),
         ("gradient_error_over_eager", "Error of the gradients over eager's own error"),
         ("loss_curve_max_abs_difference", "Standard loss and ours: largest difference at any step, nats"),
         (

@@ -2,7 +2,7 @@
 
 from benchmarks.vision import alone
 from benchmarks.vision.stock import stock_outcome
-from unsloth_puzzles.nf4.exchange import exchange_classes, original_class
+from unsloth_puzzles.exchange import exchange_classes, original_class
 from unsloth_puzzles.vision.mllama import patch_mllama
 
 
