@@ -1,7 +1,8 @@
 """Questions with the calls that answer them, and whole conversations to train on.
 
 Five kinds: one call; two calls in a turn; a call that fails and is mended; small talk, which needs no tool; and a
-question whose tool is not on offer. Three or four tools are on offer each time.
+question whose tool is not on offer. The test has two more: a held-out tool, and an error that training does not have.
+Three or four tools are on offer each time.
 """
 
 import json
@@ -25,7 +26,10 @@ TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)  #
 _MORE = {tool.function.__name__: tool for tool in TRAINING_TOOLS}
 _FUNCTIONS = aliased({tool.__name__: tool for tool in TOOLS} | {name: one.function for name, one in _MORE.items()})
 KINDS = {"one call": 0.5, "two calls": 0.12, "mended": 0.08, "needs none": 0.13, "none fits": 0.17}
-TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40, "held-out tool": 40}
+TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40}
+TEST_COUNTS |= {"held-out tool": 40, "untrained error": 20}
+MENDED = {"mended": "find_price", "untrained error": "travel_time"}  # which tool refuses the first call
+DRAWS = 1000  # of a question whose text another one has
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
 
 
@@ -34,7 +38,7 @@ class Question:
     """A question.
 
     Attributes:
-        kind: One of KINDS, or "held-out tool".
+        kind: One of TEST_COUNTS.
         text: What the user says.
         offered: Names of the tools on offer.
         turns: The calls (name, arguments) of each turn that answer it; none where the model must not call.
@@ -68,16 +72,25 @@ def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Qu
 
 
 def training_questions(count: int, seed: int = 0) -> list[Question]:
-    """Questions of all kinds but "held-out tool"; a tool goes by different names."""
+    """Questions of the five KINDS; a tool goes by different names."""
     rng = random.Random(seed)
     kinds = (rng.choices([*KINDS], [*KINDS.values()])[0] for _ in range(count))
     return [renamed(_question(rng, kind, test=False), rng) for kind in kinds]
 
 
 def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[Question]:
-    """The held-out questions, by default 260, 80 of them to abstain from. Small talk repeats, with other tools."""
-    rng = random.Random(seed)
-    return [_question(rng, kind, test=True) for kind, count in (counts or TEST_COUNTS).items() for _ in range(count)]
+    """The held-out questions, by default 280, 80 of them to abstain from.
+
+    A text occurs once, or again where `counts` asks for more than there are.
+    """
+    rng, found, texts = random.Random(seed), [], set()
+    for kind, count in (counts or TEST_COUNTS).items():
+        for _ in range(count):
+            drawn = (_question(rng, kind, test=True) for _ in range(DRAWS))
+            question = next((one for one in drawn if one.text not in texts), None) or _question(rng, kind, test=True)
+            found.append(question)
+            texts.add(question.text)
+    return found
 
 
 test_questions.__test__ = False  # no test of pytest's
@@ -144,8 +157,9 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
         known += _MORE
         wanted = wanted if rng.random() < 0.5 else list(_MORE)  # or the nine would be a quarter of what is trained
     names = [HELD_OUT] if kind == "held-out tool" else rng.sample(wanted, 2 if kind == "two calls" else 1)
+    if kind in MENDED:
+        names = [MENDED[kind]]
     if kind == "mended":
-        names = ["find_price"]
         asked = {"find_price": wordings.PLURAL_TEST if test else wordings.PLURAL_TRAIN}
     others = [name for name in known if name not in names]
     offered = [*names, *rng.sample(others, rng.choice(OFFERED) - len(names))]
@@ -160,9 +174,11 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
             return Question(kind, said, tuple(offered), parts=((said, {}),))
     arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
     turns = [tuple(zip(names, arguments, strict=True))]
-    if kind == "mended":
-        arguments = [{"item": arguments[0]["item"] + "s"}]
-        turns.insert(0, (("find_price", arguments[0]),))
+    if kind in MENDED:
+        (right,) = arguments
+        wrong = {"item": right["item"] + "s"} if kind == "mended" else {"origin": right["origin"].lower()}
+        arguments = [right | wrong]
+        turns.insert(0, ((names[0], arguments[0]),))
     parts = tuple((rng.choice(asked[name]), given) for name, given in zip(names, arguments, strict=True))
     text = " And: ".join(wording.format(**given) for wording, given in parts)
     if not test:

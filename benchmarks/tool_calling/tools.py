@@ -109,6 +109,9 @@ def travel_time(origin: str, destination: str) -> str:
         origin: From where.
         destination: To where.
     """
+    for name, city in (("origin", origin), ("destination", destination)):
+        if city[:1].islower():
+            raise ValueError(f"{name} must begin with a capital letter, got {city}; use {city.capitalize()}")
     hours = (3 * sum(map(ord, origin)) + sum(map(ord, destination))) % 11 + 1
     return f"{hours} hours"
 

@@ -137,25 +137,55 @@ TRAIN = {
 BEFORE = ("", "", "", "", "Please tell me: ", "Hi! ", "One question. ", "Quickly: ", "Can you help? ", "Excuse me. ")
 AFTER = ("", "", "", "", " Thanks!", " I need it today.", " Please.", " Thank you.")
 TEST = {
-    "add": ("Please sum up {a} and {b}.", "How much do {a} and {b} make together?"),
-    "subtract": ("Remove {subtrahend} from {minuend}.", "I have {minuend} and give away {subtrahend}. What is left?"),
-    "divide": ("Share {dividend} among {divisor} people.", "How many times does {divisor} fit into {dividend}?"),
-    "power": ("Calculate {base} raised to {exponent}.", "{base} to the {exponent}th power, please."),
-    "convert_length": ("Express {value} {source} in {target}.", "I have {value} {source}. Give it to me in {target}."),
-    "reverse_text": ("What is {text} spelled in reverse?", "Turn the word {text} around."),
-    "count_letter": ("How often does {letter} occur in {word}?", "Find the number of {letter} in the word {word}."),
-    "find_price": ("How much would I pay for a {item}?", "Look up what a {item} costs."),
+    "add": (
+        "Please sum up {a} and {b}.", "How much do {a} and {b} make together?",
+        "Which number results when {a} and {b} are added?",
+        "One shelf has {a} books, another has {b}. How many books altogether?",
+    ),
+    "subtract": (
+        "Remove {subtrahend} from {minuend}.", "I have {minuend} and give away {subtrahend}. What is left?",
+        "Start at {minuend} and go down by {subtrahend}.",
+        "Of my {minuend} stamps, {subtrahend} were sold. What do I keep?",
+    ),
+    "divide": (
+        "Share {dividend} among {divisor} people.", "How many times does {divisor} fit into {dividend}?",
+        "Divide {dividend} marbles fairly among {divisor} boys.",
+        "If {divisor} people share {dividend} euros, how much has each?",
+    ),
+    "power": (
+        "Calculate {base} raised to {exponent}.", "{base} to the {exponent}th power, please.",
+        "Evaluate {base} with {exponent} as its power.", "Which value has {base} with an exponent of {exponent}?",
+    ),
+    "convert_length": (
+        "Express {value} {source} in {target}.", "I have {value} {source}. Give it to me in {target}.",
+        "The bridge is {value} {source} long. How long is that in {target}?",
+        "Please give {value} {source} in the unit {target}.",
+    ),
+    "reverse_text": (
+        "What is {text} spelled in reverse?", "Turn the word {text} around.",
+        "Put the letters of {text} in reverse order.", "How does {text} read from the end?",
+    ),
+    "count_letter": (
+        "How often does {letter} occur in {word}?", "Find the number of {letter} in the word {word}.",
+        "Go through {word} and count how often {letter} appears.", "How many times does {letter} appear in {word}?",
+    ),
+    "find_price": (
+        "How much would I pay for a {item}?", "Look up what a {item} costs.",
+        "Which price is on the tag of the {item}?", "For what price is the {item} sold?",
+    ),
     "travel_time": (
         "How many hours is the train ride from {origin} to {destination}?",
         "How long does it take to reach {destination} by train from {origin}?",
+        "My aunt takes the train in {origin} and goes to {destination}. How many hours does she need?",
+        "How many hours does a train from {origin} need until it is in {destination}?",
     ),
     "weather": (
-        "How is the weather in {city}?",
-        "What is the weather like in {city} today?",
-        "Weather in {city}, please.",
-        "Is it sunny in {city}?",
+        "How is the weather in {city}?", "What is the weather like in {city} today?", "Weather in {city}, please.",
+        "Is it sunny in {city}?", "Do I need an umbrella in {city}?",
+        "Will I be cold outside in {city} this afternoon?", "I fly to {city} tonight. Which weather awaits me?",
+        "Is rain expected in {city}?",
     ),
-}
+}  # fmt: skip
 
 # Of several pieces of an item, which the price list does not know by this name.
 PLURAL_TRAIN = (
@@ -167,7 +197,11 @@ PLURAL_TRAIN = (
     "For how much do you sell {item}?", "How much money do I need for {item}?", "What are {item} worth in your shop?",
     "My mother needs {item}. What is the price?", "How much do {item} cost?", "Can you tell me what {item} cost?",
 )  # fmt: skip
-PLURAL_TEST = ("How much would I pay for {item}?", "Look up what {item} cost.")
+PLURAL_TEST = (
+    "How much would I pay for {item}?", "Look up what {item} cost.", "Which price is on the tag of the {item}?",
+    "For what price are {item} sold?", "We run out of {item}. What is the price of new ones?",
+    "Before I take any {item}: how much is one?",
+)  # fmt: skip
 
 CHAT_TRAIN = (
     "Hello!",
@@ -248,6 +282,12 @@ CHAT_TEST = (
     "What is a mountain?", "Are you a person?", "Thanks a lot for the help.", "Write a line about the sea.",
     "How do you feel?", "What is your name?", "Tell me about cats.", "Say hello to my friend.", "Do you like summer?",
     "Recommend a hobby.", "What is a library?", "Can you sing?", "See you tomorrow.", "Tell me something funny.",
+    "Have a pleasant weekend!", "Where does honey come from?", "Cheer me up, please.", "Who invented paper?",
+    "Can trees talk to each other?", "That was a silly mistake of mine.", "Which season suits lazy people?",
+    "Imagine you were a pirate.", "What should I cook for my children?", "My cat ignores me.",
+    "Do robots need holidays?", "Give my garden a lovely name.", "How does one become a painter?",
+    "I enjoy long walks.", "Are ghosts real?", "Congratulate my brother on his wedding.", "What rhymes with moon?",
+    "Explain gravity to a child.", "You were a great help yesterday.", "Why do leaves fall in autumn?",
 )  # fmt: skip
 NEEDS_NONE = "No tool is needed for that. How can I help you?"
 NONE_FITS = "I have no tool for that."

@@ -20,7 +20,29 @@ def test_enough_tools_and_questions():
     assert len(TEST) >= 200 and sum(not question.turns for question in TEST) >= 60
     assert {len(question.offered) for question in TRAIN + TEST} == {3, 4}
     assert {question.kind for question in TRAIN} == {*data.KINDS}
-    assert {question.kind for question in TEST} == {*data.KINDS, "held-out tool"}
+    assert {question.kind for question in TEST} == {*data.KINDS, "held-out tool", "untrained error"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_text_of_the_test_repeats(seed):
+    test = data.test_questions(seed)
+    assert len({question.text for question in test}) == len(test)
+
+
+def test_a_text_repeats_only_where_there_are_no_more():
+    few = len(wordings.CHAT_TEST)
+    test = data.test_questions(counts={"needs none": few + 2})
+    assert len(test) == few + 2 and {question.text for question in test} == {*wordings.CHAT_TEST}
+
+
+@pytest.mark.parametrize("kind", [*data.MENDED])
+def test_a_call_that_must_be_mended_fails_first_and_names_what_is_right(kind):
+    question = next(question for question in TEST if question.kind == kind)
+    ((name, wrong),), ((_, right),) = question.turns
+    first, second = (data.all_tools().call(name, given) for given in (wrong, right))
+    assert first.failed and not second.failed
+    (wanted,) = {*right.values()} - {*wrong.values()}
+    assert first.content.endswith(f"; use {wanted}")
 
 
 def test_what_a_question_needs_is_on_offer_or_not_as_its_kind_says():
@@ -108,7 +130,7 @@ def test_summary_counts_each_kind():
     lines = data.summary(TEST).splitlines()
     assert len(lines) == 2 + len({question.kind for question in TEST})
     assert [sum(int(line.split("|")[2]) for line in lines[2:])] == [len(TEST)]
-    assert lines[-1].startswith("| held-out tool | 40 |") and lines[-1].endswith("| 4 |")
+    assert lines[-2:] == ["| held-out tool | 40 | 40 | 8 |", "| untrained error | 20 | 20 | 4 |"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +148,11 @@ def test_summary_counts_each_kind():
         ("find_price", {"item": "clock"}, str(PRICES["clock"])),
         ("find_price", {"item": "clocks"}, "error: find_price: item is not in the list, got clocks; use clock"),
         ("travel_time", {"origin": "Rome", "destination": "Oslo"}, "6 hours"),
+        (
+            "travel_time",
+            {"origin": "Rome", "destination": "oslo"},
+            "error: travel_time: destination must begin with a capital letter, got oslo; use Oslo",
+        ),
     ],
 )
 def test_tools(name, arguments, result):
