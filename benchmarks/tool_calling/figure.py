@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.tool_calling.evaluate import METRICS, Share
-
-HELD_OUT = "exact call, held-out tool"
+from benchmarks.tool_calling.evaluate import HELD_OUT, METRICS, Share
 
 
 def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str, path: str | Path) -> None:
