@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.models import random_llama, tiny_llama_config
+from benchmarks.tool_calling.scripted import Scripted
 from tests.tool_calling.functions import add, misbehave, tokenizer
 from unsloth_puzzles.tool_calling.conversation import run_conversation, run_conversations
 from unsloth_puzzles.tool_calling.replies import Call
@@ -18,31 +19,6 @@ from unsloth_puzzles.tool_calling.toolbox import Result, ToolBox
 BOX = ToolBox([add, misbehave], seconds=20)
 ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
 STOP = "<|im_end|>"
-
-
-class Scripted:
-    """Generates what it is told to, turn by turn, and keeps the prompts."""
-
-    def __init__(self, *replies, format="qwen2.5", positions=4096):
-        self.replies, self.prompts, self.training, self.device = list(replies), [], False, "cpu"
-        self.tokenizer = tokenizer(format)
-        self.config = tiny_llama_config(len(self.tokenizer))
-        self.config.max_position_embeddings = positions
-
-    def eval(self):
-        self.training = False
-
-    def train(self):
-        self.training = True
-
-    def generate(self, input_ids, attention_mask, **options):
-        assert not self.training and not options["do_sample"] and options["repetition_penalty"] == 1.0
-        self.prompts += [self.tokenizer.decode(r[m.bool()]) for r, m in zip(input_ids, attention_mask, strict=True)]
-        texts = [self.replies.pop(0) for _ in input_ids]
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        width = max(map(len, ids))
-        new = torch.tensor([one + [options["pad_token_id"]] * (width - len(one)) for one in ids])
-        return torch.cat([input_ids, new], 1)
 
 
 def say(call):
