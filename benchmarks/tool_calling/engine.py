@@ -100,7 +100,10 @@ def _serve(job: dict) -> list[dict]:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = job["path"]
     parameters.n_ctx, parameters.n_parallel, parameters.warmup = job["context"], 1, False
-    parameters.cpuparams.n_threads = job["threads"]
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = job["threads"]
+    parameters.n_gpu_layers = 0
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as transformers
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to F16
     parameters.hostnames = ["127.0.0.1"]
     parameters.use_jinja, parameters.chat_template = True, job["template"]
     server = xllamacpp.Server(parameters)
