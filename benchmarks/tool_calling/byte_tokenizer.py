@@ -27,7 +27,8 @@ def byte_tokenizer(format: str = "qwen2.5") -> PreTrainedTokenizerFast:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     corpus = ["assistant user system tool_call arguments name What is the result of", "You may call a function"]
-    made.train_from_iterator(corpus * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(corpus * 9, trainer)
     made.add_special_tokens(special)
     made.add_tokens(added)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=special[-1], pad_token=special[0])
