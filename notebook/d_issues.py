@@ -689,11 +689,13 @@ else:
 # #### Check: wrong calls become messages
 #
 # `ATTEMPTS` holds calls as a model might write them. Each printed line has the name of a call and the message that the
-# model reads.
+# model reads. In the last line a model calls in every turn and never answers. `max_turns` ends its conversation.
 
 # %%
 from IPython.display import HTML, Image
 
+from benchmarks.tool_calling.scripted import Scripted
+from unsloth_puzzles.tool_calling.conversation import run_conversation
 from unsloth_puzzles.tool_calling.replies import read_tagged
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
 
@@ -724,12 +726,13 @@ ATTEMPTS = {
     "missing argument": ('{"name": "power", "arguments": {"base": 2}}', "must contain exponent"),
     "extra argument": ('{"name": "power", "arguments": {"base": 2, "exponent": 1, "x": 1}}', "must be among these"),
     "wrong type": ('{"name": "power", "arguments": {"base": "2", "exponent": 1}}', "must be of type integer"),
+    "raises": ('{"name": "power", "arguments": {"base": 0, "exponent": -1}}', "power: ZeroDivisionError"),
     "no end": ('{"name": "power", "arguments": {"base": 9, "exponent": 999999999}}', "must end within 1 seconds"),
     "too long": ('{"name": "power", "arguments": {"base": 9, "exponent": 4000}}', "must return at most 1000"),
     "a file": ('{"name": "read_file", "arguments": {"path": "/etc/passwd"}}', "must use no files"),
 }  # fmt: skip
 LEARNT = ("labels are the assistant's", "stop tokens are learnt", "text is no control token")
-safe = dict.fromkeys([*ATTEMPTS, "no tools", *LEARNT], False)  # what is not checked has not passed
+safe = dict.fromkeys([*ATTEMPTS, "never answers", "no tools", *LEARNT], False)  # what is not checked has not passed
 toolbox = ToolBox([power, read_file], seconds=1)
 for name, (body, expected) in ATTEMPTS.items():
     try:
@@ -740,6 +743,14 @@ for name, (body, expected) in ATTEMPTS.items():
         continue
     safe[name] = expected in heard
     print(f"{name:>16}: {heard[:110]}")
+try:
+    endless = Scripted(*[f"<tool_call>\n{ATTEMPTS['right'][0]}\n</tool_call><|im_end|>"] * 5)
+    question = [{"role": "user", "content": "What is 2 to the power of 10?"}]
+    ended = run_conversation(endless, endless.tokenizer, question, toolbox, max_turns=3)
+    safe["never answers"] = ended.stopped == "max_turns" and len(ended.turns) == 3 and ended.answer is None
+    print(f"{'never answers':>16}: {len(ended.turns)} turns, ended by {ended.stopped}, answer {ended.answer}")
+except Exception as error:
+    experiments.failed("tool calling, never answers", error)
 safe["no tools"] = ToolBox([]).call("power", {}).failed
 
 # %% [markdown]
@@ -773,44 +784,51 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 #
 # A question offers three or four of ten tools. The set contains arguments that are easy to swap, two calls in one turn,
 # errors that the model must handle, small talk, and questions that no offered tool fits. Training and test share no
-# wording, word, city, item or number pair. No test wording is within one word of a training wording.
+# wording, word, city, item or number pair. No test wording is within one word of a training wording. No text occurs
+# twice in the test.
 #
 # Training uses nine of the ten test tools and 24 further tools. Each tool appears under three names, so that the model
 # must read the list of offered tools. The test also asks for the tenth tool, `weather`.
 #
 # Some calls must fail first. For example, the user asks for `clocks`, but the inventory contains `clock`. The model
-# must read the error and call again. A model that asks for `clock` at once is also counted as correct.
-#
-# #### QLoRA on SmolLM2-135M
-#
-# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model
-# before and after, with greedy decoding. The model that answers has float32 weights: the NF4 weights are de-quantised
-# and the adapters are merged, as in `export_gguf`. Weights from the GGUF file are quantised a second time by NF4.
-#
-# For each metric but abstention, the interval after training must lie above the interval before. Exact calls and
-# abstention must be at least 0.5 after training. Abstention has no other limit, because a model that never calls
-# always abstains. The questions about `weather` have a row of their own, "exact call, held-out tool", and count in no
-# other row. The 95 % intervals (Wilson) account for the random choice of questions, not for the choice of wordings.
-# Small talk repeats a few sentences with different tools on offer (row "needs none").
+# must read the error and call again. A model that asks for `clock` at once is also counted as correct (row "mended").
+# The test has one more such error, which training does not show: a train from `athens` instead of `Athens` (row
+# "untrained error"). The row "mended, after an error" takes all questions in which a call failed or could not be read.
+# It counts those whose last call is right.
 
 # %%
-from benchmarks import smollm2
-from benchmarks.tool_calling.evaluate import check_training, evaluate, table
-from benchmarks.tool_calling.figure import tool_calling_figure
-from benchmarks.tool_calling.merged import merged
-from benchmarks.tool_calling.train import fine_tune
-from unsloth_puzzles.tool_calling.conversation import run_conversation
+from benchmarks.tool_calling.train import BATCH_SIZE, STEPS
 
-# Check: training and test share nothing
-STEPS, BATCH_SIZE = 200, 16
 questions = tool_data.test_questions()
 display(Markdown(tool_data.summary(questions)))
 print(f"{len(questions)} questions, {sum(not question.turns for question in questions)} of them to abstain from")
 for what, both in tool_data.shared(tool_data.training_questions(STEPS * BATCH_SIZE), questions).items():
     safe[f"training and test share no {what}"] = not both
 judge(issues, "tool calling, bad input and labels", safe)
+trained = None  # not yet
 
-# QLoRA on SmolLM2-135M
+# %% [markdown]
+# #### QLoRA on SmolLM2-135M
+#
+# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model
+# before and after, with greedy decoding. The model that answers has float32 weights: the NF4 weights are de-quantised
+# and the adapters are merged, as in `export_gguf`. Weights from the GGUF file are quantised a second time by NF4.
+#
+# For each metric but abstention, the interval after training must lie above the interval before. After training, exact
+# calls must be at least 0.7, those of the held-out tool 0.4, and abstention 0.8. Abstention has no other limit, because
+# a model that never calls always abstains. The questions about `weather` and those with the untrained error have rows
+# of their own, and count otherwise only in "mended, after an error". The 95 % intervals (Wilson) account for the random
+# choice of questions, not for the choice of wordings.
+
+# %%
+import time
+
+from benchmarks import smollm2
+from benchmarks.tool_calling.evaluate import check_training, evaluate, table
+from benchmarks.tool_calling.figure import tool_calling_figure
+from benchmarks.tool_calling.merged import merged
+from benchmarks.tool_calling.train import fine_tune
+
 model = None
 if not GPU:
     print("SKIPPED: the QLoRA run on SmolLM2-135M: it takes hours without a GPU")
@@ -822,19 +840,24 @@ else:
         print(f"SKIPPED: the QLoRA run on SmolLM2-135M: {smollm2.one_line(refusal)}")
 
 if model is not None:
-    report = {}
-    report["before"], _ = evaluate(merged(model), tokenizer, questions, batch_size=130)
-    print("before: measured; training ...", flush=True)
+    report, clock = {}, [time.perf_counter()]
+    report["before"], _ = evaluate(merged(model), tokenizer, questions, batch_size=140)
+    clock.append(time.perf_counter())
+    print(f"evaluation before: {clock[1] - clock[0]:.0f} s; training ...", flush=True)
     model, losses = fine_tune(model, tokenizer, steps=STEPS, batch_size=BATCH_SIZE)
+    clock.append(time.perf_counter())
+    print(f"training: {clock[2] - clock[1]:.0f} s; evaluation ...", flush=True)
     model = merged(model)
-    report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=130)
+    report["after"], conversations = evaluate(model, tokenizer, questions, batch_size=140)
+    print(f"evaluation after: {time.perf_counter() - clock[2]:.0f} s")
     before, after = report["before"], report["after"]
     display(Markdown(table(report)))
     for name, share in after.items():
         baselines = {"before": before[name].value} if name in before else None
         issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
 
-    where = f"SmolLM2-135M, real weights, NF4, batch of {BATCH_SIZE}, {HARDWARE}, {issues.date}"
+    where = f"SmolLM2-135M, real weights, trained in NF4 with batches of {BATCH_SIZE}, measured merged in float32"
+    where += f"\n{HARDWARE}, {issues.date}"
     tool_calling_figure(report, where, "resources/d_tool_calling.png")
     display(Image("resources/d_tool_calling.png"))
     checks = {"bad input and labels, as above": all(safe.values()), **check_training(before, after)}
@@ -843,14 +866,40 @@ if model is not None:
     done = run_conversation(model, tokenizer, talk, all_tools().subset(["add", "reverse_text", "weather"]))
     for message in done.messages:
         print(f"{message['role']:>9}: {message['content'] or message.get('tool_calls')}")
+    trained = model
+
+# %% [markdown]
+# #### The trained model in llama.cpp
+#
+# `export_gguf` writes the trained model in float16, and llama.cpp loads the file. It renders this chat template itself
+# and reads the calls with its own parser. The cell asks it eight of the held-out questions that need a call, spread
+# evenly. The `tool_calls` of its first turn must equal the calls of the same model in transformers, float32, in names,
+# arguments and types. Calls that the toolbox refuses are left out, because the engine's grammar forbids them.
+
+# %%
+if trained is None:
+    print("SKIPPED: tool calling in llama.cpp: no model was trained")
+elif missing := [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]:
+    print(f"SKIPPED: tool calling in llama.cpp: not installed: {', '.join(missing)}")
+else:
+    from benchmarks.tool_calling import first_turns
+    from unsloth_puzzles.gguf.export import export_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = export_gguf(trained, tokenizer, folder, "f16", progress=False)
+        turns = first_turns.first_turns(path, tokenizer, questions, conversations)
+    display(Markdown(first_turns.table(turns)))
+    judge(issues, "tool calling in llama.cpp", first_turns.checks(turns))
 
 # %% [markdown]
 # **What the tool-calling part does not do.** The wordings are simple and hand-written. The results are for one model of
-# 135 M weights. A tool runs in a forked process without files and network, with limits on time and memory. The limits
-# bound what a model can do with a trusted function; they do not contain hostile code. Text such as `</tool_response>`
-# in a result stays text, but a model without tokens for such tags reads the same characters. Qwen3 runs without
-# thinking. Llama 3.2 makes one call per turn. `benchmarks/tool_calling` has more seeds, 16-bit runs, other models
-# (`--model`), and GRPO with tools under the loss of section E.
+# 135 M weights. Training teaches one sentence as the answer to all small talk, and another where no tool fits.
+# Abstention counts that a call is absent, and not what the model says instead. A tool runs in a forked process without
+# files and network, with limits on time and memory. The limits bound what a model can do with a trusted function; they
+# do not contain hostile code. Text such as `</tool_response>` in a result stays text, but a model without tokens for
+# such tags reads the same characters. Qwen3 runs without thinking. Llama 3.2 makes one call per turn.
+# `benchmarks.tool_calling.sweeps` measures three seeds, the model without quantisation, and GRPO with tools under the
+# loss of section E.
 #
 # ### Score of this section
 
