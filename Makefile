@@ -68,6 +68,7 @@ sweeps: $(READY)
 	$(RUN) -m benchmarks.compiled.sweeps $(MEASURED)/c_compile_sweeps.json
 	$(RUN) -m benchmarks.vision.sweeps $(MEASURED)/d_vision_sweeps.json
 	$(RUN) -m benchmarks.classification.sweeps $(MEASURED)/d_classification_sweeps.json
+	$(RUN) -m benchmarks.tool_calling.sweeps $(MEASURED)/d_tool_calling_sweeps.json
 
 sweeps-gpus: $(READY)
 	$(RUN) -m benchmarks.fsdp2.sweeps $(MEASURED)/b_fsdp2_sweeps.json

@@ -173,6 +173,10 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
             ("accuracy", "Classification over seeds: accuracy"),
             ("loss_difference", "Classification: largest difference from transformers' loss"),
         ),
+        "d_tool_calling_sweeps.json": (
+            ("tool_calling", "Tool calling, SmolLM2-135M over seeds: share of held-out questions, before and after"),
+            ("tool_calling_reward", "Tool calling with GRPO: mean reward, a number from 0 to 1"),
+        ),
     },
     "e_backprop.json": {
         "e_backprop_sweeps.json": (

@@ -1,19 +1,15 @@
 """A short run of GRPO with tools: TRL's loop of calls, this package's bounded tools, and the loss without logits.
 
-    python -m benchmarks.tool_calling.grpo --folder model --adapters adapters-0 --steps 20     # from a fine-tuned model
+    logged = train(model, tokenizer, steps=20)     # a fine-tuned model
 
 TRL 1.16 offers every tool with every question, so there are four tools here, and the questions that need them.
 """
 
-import argparse
 import functools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
 
-import torch
-
-from benchmarks.smollm2 import load
 from benchmarks.tool_calling.data import Question, all_tools, expected_results, training_questions
 from unsloth_puzzles.tool_calling.formats import chat_format
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
@@ -125,19 +121,3 @@ def train(
 
 def _on_offer(question: Question) -> bool:
     return all(name in OFFERED for name, _ in question.turns[0])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", default="model")
-    parser.add_argument("--adapters", required=True, help="a folder that benchmarks.tool_calling.train wrote")
-    parser.add_argument("--steps", type=int, default=20)
-    given = parser.parse_args()
-    from peft import PeftModel
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    base, tokens, source = load(given.folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    policy = PeftModel.from_pretrained(base, given.adapters, is_trainable=True)
-    for entry in train(policy, tokens, steps=given.steps, bf16=bf16):
-        print({name: entry[name] for name in ("reward", "loss", "grad_norm") if name in entry})

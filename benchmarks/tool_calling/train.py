@@ -1,21 +1,13 @@
-"""QLoRA on conversations with tools, and what it changed, by one command.
+"""QLoRA on conversations with tools.
 
-python -m benchmarks.tool_calling.train --folder model --output tool_calling.json       # a GPU: minutes
-python -m benchmarks.tool_calling.train --model Qwen/Qwen2.5-0.5B-Instruct --seeds 3
+model, losses = fine_tune(model, tokenizer)
 """
 
-import argparse
-import json
 import tempfile
-import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.smollm2 import load
-from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
-from benchmarks.tool_calling.evaluate import evaluate, table
-from benchmarks.tool_calling.merged import merged
+from benchmarks.tool_calling.data import all_tools, training_conversations
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
@@ -93,69 +85,3 @@ def fine_tune(
         with use_memory_efficient_loss(trainer):  # a batch's logits would take gigabytes on a T4
             trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def main(arguments: argparse.Namespace) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
-    questions = test_questions()
-    runs = []
-    for seed in range(arguments.seeds):
-        model, tokenizer, source = _load(arguments, device, dtype)
-        start = time.perf_counter()
-        options = {"format": arguments.format, "batch_size": arguments.eval_batch}
-        before, _ = evaluate(merged(model), tokenizer, questions, **options)
-        evaluated = time.perf_counter()
-        model, losses = fine_tune(
-            model, tokenizer, steps=arguments.steps, batch_size=arguments.batch, seed=seed, format=arguments.format,
-            learning_rate=arguments.lr,
-        )  # fmt: skip
-        trained = time.perf_counter()
-        after, done = evaluate(merged(model), tokenizer, questions, **options)
-        ended = time.perf_counter()
-        print(f"{source}, seed {seed}\n{table({'before': before, 'after': after})}", flush=True)
-        if arguments.adapters:
-            model.save_pretrained(f"{arguments.adapters}-{seed}")
-        runs.append(
-            {
-                "source": source, "seed": seed, "losses": losses,
-                "seconds": {"before": evaluated - start, "training": trained - evaluated, "after": ended - trained},
-                "before": {n: [*s, *s.interval] for n, s in before.items()},
-                "after": {n: [*s, *s.interval] for n, s in after.items()},
-                "conversations": [one.messages[2:] for one in done],
-            }
-        )  # fmt: skip
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-    return {"runs": runs}
-
-
-def _load(arguments: argparse.Namespace, device: str, dtype: torch.dtype):
-    if not arguments.model:
-        return load(arguments.folder, device=device, dtype=dtype, four_bit=not arguments.sixteen)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from benchmarks.models import nf4_config
-
-    quantisation = None if arguments.sixteen else nf4_config(dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=dtype, device_map={"": device}, quantization_config=quantisation
-    )
-    return model, AutoTokenizer.from_pretrained(arguments.model), f"real weights, {arguments.model}"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a name on the hub or a folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--folder", default="model", help="of SmolLM2's GGUF file")
-    parser.add_argument("--format", default="qwen2.5")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--batch", type=int, default=BATCH_SIZE)
-    parser.add_argument("--eval-batch", type=int, default=130)
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
-    parser.add_argument("--dtype", help="float16, bfloat16 or float32")
-    parser.add_argument("--sixteen", action="store_true", help="not in 4 bits")
-    parser.add_argument("--adapters", help="where to save the adapters")
-    parser.add_argument("--output", help="a JSON file")
-    main(parser.parse_args())
