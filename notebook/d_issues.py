@@ -874,7 +874,8 @@ if model is not None:
 # `export_gguf` writes the trained model in float16, and llama.cpp loads the file. It renders this chat template itself
 # and reads the calls with its own parser. The cell asks it eight of the held-out questions that need a call, spread
 # evenly. The `tool_calls` of its first turn must equal the calls of the same model in transformers, float32, in names,
-# arguments and types. Calls that the toolbox refuses are left out, because the engine's grammar forbids them.
+# arguments and types. Questions whose first call failed there are left out, because the engine's grammar makes it
+# impossible to write a call that no schema allows.
 
 # %%
 if trained is None:

@@ -32,9 +32,9 @@ class FirstTurn(NamedTuple):
 
 
 def askable(questions: Sequence[Question], conversations: Sequence[Conversation], count: int = COUNT) -> list[int]:
-    """The indices of at most `count` questions that need a call, spread evenly over all that have one which ran.
+    """The indices of at most `count` questions that need a call, spread evenly over those whose first calls all ran.
 
-    A call that the toolbox refuses is left out: the engine's grammar writes none that its schema forbids.
+    Calls that failed are left out: the engine's grammar writes none that no schema allows.
     """
     found = [
         n
