@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help notebook test test-slow publish sweeps sweeps-gpus gpu-test rehearsal colab-check matrix build clean
+.PHONY: help notebook test test-slow smollm2 publish sweeps sweeps-gpus gpu-test rehearsal colab-check matrix build clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -49,12 +49,17 @@ build: $(READY)
 notebook: build
 	$(RUN) -m tools.run_notebook build/$(NOTEBOOK) build/run --measured $(MEASURED)
 
+test-slow: smollm2
 test: TIER := -m "not slow"
 test-slow: TIER := -p tools.record_tests
 test test-slow: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TIER)
+
+# Tests with real weights are skipped, and recorded as skipped, where it cannot be had.
+smollm2: $(READY)
+	-$(RUN) -m benchmarks.smollm2 build/model
 
 publish: build
 	@test -n "$(UNTESTED)" || $(RUN) -m tools.release tested || $(MAKE) test-slow

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> str:
+    """The folder of SmolLM2's GGUF file: UNSLOTH_PUZZLES_SMOLLM2, or build/model, where `make test-slow` puts it."""
+    from benchmarks.smollm2 import FILE
+
+    folder = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2", str(Path(__file__).parents[1] / "build/model"))
+    if not Path(folder, FILE).exists():
+        pytest.skip(f"SmolLM2's file could not be had: python -m benchmarks.smollm2 {folder}")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """llama.cpp answers what transformers answers. It runs in a process of its own, since a bad file may abort it."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -194,13 +193,11 @@ def test_square_images_are_not_resized():
     assert (model.config.vision_config.image_size,) * 2 == SQUARE
 
 
-@pytest.mark.skipif("UNSLOTH_PUZZLES_SMOLLM2" not in os.environ, reason="UNSLOTH_PUZZLES_SMOLLM2 names no folder")
-def test_round_trip_of_smollm2(tmp_path):
+def test_round_trip_of_smollm2(smollm2_folder, tmp_path):
     from benchmarks.gguf.round_trip import add_adapters, round_trip
     from benchmarks.smollm2 import load
 
-    folder = os.environ["UNSLOTH_PUZZLES_SMOLLM2"]
-    model, made, _ = load(folder, device="cpu", dtype=torch.float32, hub=False)
+    model, made, _ = load(smollm2_folder, device="cpu", dtype=torch.float32, hub=False)
     found = round_trip(add_adapters(model), made, tmp_path, steps=6, quantizations=("f32", "q8_0", "q4_k_m"))
     assert found["f32"].equal and found["f32"].error < ERROR and found["f32"].ended
     errors = [found[name].mean_error for name in ("f32", "q8_0", "q4_k_m")]

@@ -1,7 +1,6 @@
 """The engine renders the same prompts and reads the same calls."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -41,17 +40,14 @@ def test_reply_is_read():
 
 
 @pytest.mark.slow
-def test_engine_has_the_same_prompts_and_reads_calls():
+def test_engine_has_the_same_prompts_and_reads_calls(smollm2_folder):
     pytest.importorskip("xllamacpp")
-    folder = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
-    if not folder:
-        pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's GGUF file")
     from transformers import AutoTokenizer
 
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.FILE))
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=smollm2.FILE))
     text = '<tool_call>\n{"name": "add", "arguments": {"a": 12, "b": 30}}\n</tool_call>'
     copy = [{"role": "user", "content": f"Repeat this text and nothing else:\n{text}"}]  # no training needed for that
-    replies = ask(Path(folder, smollm2.FILE), [request(copy, BOX, 48), request(TURNS, BOX, 1)], threads=1)
+    replies = ask(Path(smollm2_folder, smollm2.FILE), [request(copy, BOX, 48), request(TURNS, BOX, 1)], threads=1)
     assert replies[0].calls == (Call("add", {"a": 12, "b": 30}),)
     assert [reply.prompt_tokens for reply in replies] == [len(encoder.prompt(each, BOX)) for each in (copy, TURNS)]
 

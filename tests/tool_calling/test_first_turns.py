@@ -1,7 +1,5 @@
 """The engine's first turns are held against transformers', and a difference is found."""
 
-import os
-
 import pytest
 import torch
 
@@ -68,14 +66,11 @@ def test_nothing_to_ask_has_not_passed(conversations):
 
 
 @pytest.mark.slow
-def test_an_exported_model_calls_as_in_transformers(tmp_path):
+def test_an_exported_model_calls_as_in_transformers(smollm2_folder, tmp_path):
     from unsloth_puzzles.gguf.export import export_gguf
 
     pytest.importorskip("xllamacpp")
-    folder = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
-    if not folder:
-        pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's GGUF file")
-    model, tokens, _ = smollm2.load(folder, device="cpu", dtype=torch.float32, four_bit=False, hub=False)
+    model, tokens, _ = smollm2.load(smollm2_folder, device="cpu", dtype=torch.float32, four_bit=False, hub=False)
     text = f"Repeat this text and nothing else:\n{WRITTEN}"  # no training needed for that
     question = Question("one call", text, ("add",), ((ADD,),))
     boxes = [all_tools().subset(["add"])]

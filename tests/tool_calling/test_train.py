@@ -1,7 +1,6 @@
 """The QLoRA run on a tiny model, and on SmolLM2 where its file is at hand; the short run of GRPO."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -136,18 +135,12 @@ def test_grpo_calls_the_tools_and_masks_their_results(monkeypatch):
     assert masks == [(turns[False] + turns[True]) * 2]
 
 
-@pytest.fixture(scope="module")
-def folder():
-    found = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
-    if not found:
-        pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's GGUF file")
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_smollm2_has_its_tokens_and_its_language(folder, four_bit):
-    model, tokens, source = smollm2.load(folder, device="cpu", dtype=torch.float32, four_bit=four_bit, hub=False)
+def test_smollm2_has_its_tokens_and_its_language(smollm2_folder, four_bit):
+    model, tokens, source = smollm2.load(
+        smollm2_folder, device="cpu", dtype=torch.float32, four_bit=four_bit, hub=False
+    )
     assert source.startswith("real weights") and ("NF4" in source) == four_bit
     assert (tokens.eos_token_id, tokens.pad_token_id, model.generation_config.eos_token_id) == (2, 0, 2)
     assert bool(getattr(model, "is_loaded_in_4bit", False)) == four_bit
@@ -158,10 +151,10 @@ def test_smollm2_has_its_tokens_and_its_language(folder, four_bit):
 
 
 @pytest.mark.slow
-def test_tokens_of_smollm2_need_no_new_ones(folder):
+def test_tokens_of_smollm2_need_no_new_ones(smollm2_folder):
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.FILE)
+    tokens = AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=smollm2.FILE)
     ((messages, offered),) = training_conversations(1)
     example = tokenize_conversation(tokens, messages, all_tools().subset(offered))
     assert max(example["input_ids"]) < 49152

@@ -1,7 +1,6 @@
 """Baselines and training on texts that can be learnt, with a tiny model; with the real one in the slow tier."""
 
 import dataclasses
-import os
 import random
 
 import numpy as np
@@ -103,12 +102,9 @@ def test_bad_arguments_are_refused(checkpoint):
 
 
 @pytest.mark.slow
-def test_smollm2_learns_texts_by_heart():
-    place = os.environ.get("UNSLOTH_PUZZLES_SMOLLM2")
-    if not place:
-        pytest.skip("UNSLOTH_PUZZLES_SMOLLM2 must name the folder of SmolLM2's .gguf file")
-    folder, source = smollm2.checkpoint(place, hub=False)
-    assert source.startswith("real weights") and smollm2.checkpoint(place, hub=False)[0] == folder
+def test_smollm2_learns_texts_by_heart(smollm2_folder):
+    folder, source = smollm2.checkpoint(smollm2_folder, hub=False)
+    assert source.startswith("real weights") and smollm2.checkpoint(smollm2_folder, hub=False)[0] == folder
     found = docstrings(most=1)  # one of each package, all in each step
     data = dataclasses.replace(found, test=found.train)
     run = train(folder, data, steps=8, batch_size=len(data.train), four_bit=False, learning_rate=2e-3, device="cpu")
