@@ -59,6 +59,7 @@ def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypa
         return [Answer(2, [5, end] if path.stem == "model-f32" else [5, 6], [-1.0, -1.0], "text") for _ in requests]
 
     monkeypatch.setattr(round_trip, "ask", ask)
+    monkeypatch.setattr(round_trip, "fit", lambda model, tokenizer, steps: [1.0])
     monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer: [])
     monkeypatch.setattr(round_trip, "_mean_error", lambda path, places: 0.25)
     found = round_trip.round_trip(
