@@ -145,6 +145,17 @@ def _sorted(turn: Sequence[tuple]) -> list[tuple]:
     return [(name, sorted(arguments.items())) for name, arguments in turn]
 
 
+def wrong(questions: Sequence[Question], done: Sequence[Conversation]) -> list[str]:
+    """A line for each question whose calls were not those wanted: kind, text, and the calls made."""
+    lines = []
+    for question, conversation in zip(questions, done, strict=True):
+        right = judge_calls(question, conversation)["exact call"] if question.turns else not conversation.turns
+        if not right:
+            made = [[(call.name, call.arguments) if call else None for call, _ in turn] for turn in conversation.turns]
+            lines.append(f"{question.kind}: {question.text!r}: {made}")
+    return lines
+
+
 def table(reports: dict[str, dict[str, Share]]) -> str:
     """A Markdown table: a metric a row, a report a column."""
     names = dict.fromkeys(name for report in reports.values() for name in report)

@@ -16,7 +16,7 @@ from benchmarks.command import run_sweep
 from benchmarks.smollm2 import load
 from benchmarks.tool_calling import grpo
 from benchmarks.tool_calling.data import test_questions
-from benchmarks.tool_calling.evaluate import AFTER_AN_ERROR, HELD_OUT, METRICS, Share, evaluate
+from benchmarks.tool_calling.evaluate import AFTER_AN_ERROR, HELD_OUT, METRICS, Share, evaluate, wrong
 from benchmarks.tool_calling.merged import merged
 from benchmarks.tool_calling.train import fine_tune
 from unsloth_puzzles.bench.experiments import free_memory
@@ -26,12 +26,13 @@ from unsloth_puzzles.bench.record import Measurements
 RUNS = {f"NF4, seed {seed}": {"four_bit": True, "seed": seed} for seed in range(3)}
 RUNS |= {"16 bits, seed 0": {"four_bit": False, "seed": 0}}  # the last one, which GRPO goes on from
 SHOWN = (*METRICS, HELD_OUT, AFTER_AN_ERROR)
+FOLDER = "build/model"  # holds SmolLM2's file, or gets it
 BATCH_SIZE = 140  # of the evaluation
 GRPO_STEPS = 20
 COMPARED = 5  # first and last steps of GRPO
 
 
-def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder: str = "model") -> Measurements:
+def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder: str = FOLDER) -> Measurements:
     """Train and evaluate all RUNS, then go on with GRPO from the last one.
 
     Args:
@@ -56,8 +57,9 @@ def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder
         print(f"{run}: {source}", flush=True)
         before, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
         model, _ = fine_tune(model, tokenizer, seed=given["seed"])
-        after, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
+        after, done = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
         _keep(found, run, before, after, time.perf_counter() - start)
+        print("\n".join(wrong(questions, done)), flush=True)
     start = time.perf_counter()
     half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     rewards = [step["reward"] for step in grpo.train(model, tokenizer, steps=GRPO_STEPS, **half)]

@@ -12,6 +12,7 @@ from benchmarks.tool_calling.evaluate import (
     count,
     judge_calls,
     table,
+    wrong,
 )
 from unsloth_puzzles.tool_calling.conversation import Conversation
 from unsloth_puzzles.tool_calling.replies import Call
@@ -75,6 +76,13 @@ NAMES = ("parse rate", "exact call", "executed result", "final answer")
 )
 def test_calls_are_judged(question, conversation, expected):
     assert judge_calls(question, conversation) == dict(zip(NAMES, map(bool, expected), strict=True))
+
+
+def test_wrong_calls_are_listed_with_their_question():
+    swapped = made([("add", {"a": 4, "b": 3}, "7")], answer="7")
+    unread = Conversation([], [[(None, failure("unknown", "no JSON"))]], "max_turns")
+    found = wrong([ADD, ADD, CHAT, CHAT], [made([RIGHT], answer="7"), swapped, made(answer="Hi"), unread])
+    assert found == ["one call: '3 + 4?': [[('add', {'a': 4, 'b': 3})]]", "needs none: 'Hi': [[None]]"]
 
 
 def test_shares_are_counted_by_kind():

@@ -24,6 +24,7 @@ def stubbed(monkeypatch):
     reports = [BEFORE, AFTER] * len(sweeps.RUNS) + [AGAIN]
     monkeypatch.setattr(sweeps, "load", lambda folder, **given: (given["four_bit"], "tokenizer", "a model"))
     monkeypatch.setattr(sweeps, "merged", lambda model: model)
+    monkeypatch.setattr(sweeps, "test_questions", list)
     monkeypatch.setattr(sweeps, "evaluate", lambda *_, **__: (reports.pop(0), []))
     monkeypatch.setattr(sweeps, "fine_tune", lambda model, _, seed: calls.append((model, seed)) or (model, []))
     rewards = [{"reward": n / 20} for n in range(20)]
