@@ -16,7 +16,8 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from unsloth_puzzles.gguf.weights import NF4, LowRank, Plain, Weight
+from unsloth_puzzles.gguf.lora import with_adapters
+from unsloth_puzzles.gguf.weights import NF4, Plain, Weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -198,42 +199,5 @@ def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
             raise ValueError(f"model must have unmerged adapters where they are switched off, got {name}, which is "
                              "merged and switched off; call model.unmerge_adapter() first")  # fmt: skip
     elif not layer.disable_adapters:
-        weights[own] = _with_adapters(layer, weights[own], name)
+        weights[own] = with_adapters(layer, weights[own], name)
     yield from weights.items()
-
-
-def _with_adapters(layer, base: Weight, name: str) -> Weight:
-    pairs, magnitude = [], None
-    embedding = isinstance(layer.get_base_layer(), nn.Embedding) and not _adapts_parameter(layer)
-    of = layer.lora_embedding_A if embedding else layer.lora_A
-    active = [one for one in layer.active_adapters if one in of]
-    for adapter in active:
-        _check_adapter(layer, adapter, name)
-        scale = layer.scaling[adapter]
-        if embedding:
-            pairs.append((layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter].T, scale))
-        else:
-            pairs.append((layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, scale))
-        if adapter in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[adapter].weight
-    if magnitude is not None and (embedding or len(active) > 1):
-        what = "an embedding" if embedding else f"{len(active)} active adapters"
-        raise ValueError(f"model must have DoRA alone and on linear layers, got {what} in {name}")
-    return LowRank(base, pairs, magnitude) if pairs else base
-
-
-def _adapts_parameter(layer) -> bool:
-    """Whether `target_parameters` made the adapter, which then is (B, A) of the weight, also on an embedding."""
-    from peft.tuners.lora.layer import ParamWrapper
-
-    return isinstance(layer, ParamWrapper)
-
-
-def _check_adapter(layer, adapter: str, name: str) -> None:
-    variant = getattr(layer, "lora_variant", {}).get(adapter)
-    if variant is not None and not type(variant).__name__.startswith("Dora"):
-        raise ValueError(f"model must have LoRA or DoRA adapters only, got {type(variant).__name__} in {name}")
-    if getattr(layer, "lora_bias", {}).get(adapter):
-        raise ValueError(f"model must have adapters without biases, got lora_bias in {name}")
-    if getattr(layer, "fan_in_fan_out", False):
-        raise ValueError(f"model must have weights of (out, in) features, got fan_in_fan_out in {name}")

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from unsloth_puzzles.vision.conversation import check_template, read
+from unsloth_puzzles.vision.conversation import read
 from unsloth_puzzles.vision.processing import add_cross_attention_mask, check_processor, image_token_ids, process
+from unsloth_puzzles.vision.template import template_of
 
 IGNORE_INDEX = -100
 
@@ -42,7 +43,7 @@ class VisionCollator:
 
     def __init__(self, processor, assistant_only: bool = True, max_length: int | None = None, *, padding_side="right"):
         check_processor(processor)
-        check_template(processor)
+        template_of(processor)  # refuses a processor without one
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1 or max_length is True):
             raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
         if padding_side not in ("left", "right"):

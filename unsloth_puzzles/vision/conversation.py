@@ -1,15 +1,11 @@
 """Read a row of a data set: its images, its rendered text, and the spans of the assistant's turns."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from unsloth_puzzles.vision.images import decode
-
-_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
-_SPEAKERS = ("system", "user", "assistant")  # results of tools may be rendered as JSON
-_PRIVATE_USE = 0xF0000  # the first of 65534 characters that no text has
+from unsloth_puzzles.vision.template import check_text, has_marks, render, template_of
 
 
 @dataclass
@@ -38,9 +34,9 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
     messages = [_clean(message, where) for message in _messages(row, where)]
     images = [decode(image, where) for image in _images(row, messages, where)]
     tools = row.get("tools") or None
-    template = _template(processor)
-    text, marked = _render(processor, template, messages, tools)
-    _check_text(processor, template, text, messages, tools, where)
+    template = template_of(processor)
+    text, marked = render(processor, template, messages, tools)
+    check_text(processor, template, text, messages, tools, where)
     if (placeholders := text.count(processor.image_token)) != len(images):
         raise ValueError(
             f"images of {where} must be as many as the placeholders {processor.image_token!r} in its rendered "
@@ -50,7 +46,7 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
         raise ValueError(f"{where} must have no video, got its placeholder {video!r} in the rendered messages")
     if not assistant_only:
         spans = [(0, len(text))]
-    elif _MARKER.search(template):
+    elif has_marks(template):
         spans = marked
         _check_marked(spans, messages, where)
     else:
@@ -62,11 +58,6 @@ def has_images(row: Mapping) -> bool:
     """Whether a row has an image, in its columns or in its messages."""
     messages = [_clean(message, "row") for message in _messages(row, "row")]
     return bool(_images(row, messages, "row"))
-
-
-def check_template(processor) -> None:
-    """Raise a ValueError if the processor has no chat template."""
-    _template(processor)
 
 
 def _messages(row: Mapping, where: str) -> Sequence[Mapping]:
@@ -110,30 +101,6 @@ def _images(row: Mapping, messages: list[dict], where: str) -> list:
     return columns or inline
 
 
-def _template(processor) -> str:
-    template = getattr(processor, "chat_template", None)
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not template:
-        raise ValueError("processor must have a chat template, got none; set processor.chat_template")
-    return template
-
-
-def _render(processor, template: str, messages: list[dict], tools, prompt: bool = False) -> tuple[str, list]:
-    """The text, and the spans between the template's {% generation %} marks."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=bool(_MARKER.search(template)),
-        add_generation_prompt=prompt,
-        **processor.tokenizer.special_tokens_map,
-    )
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-
 def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[tuple[int, int]]:
     """Find the assistant's messages without marks: each begins where the rendering of all before it ends."""
     ends = tuple(processor.tokenizer.all_special_tokens)
@@ -142,10 +109,10 @@ def _spans_by_prefix(processor, template, messages, tools, text, where) -> list[
         if message.get("role") != "assistant":
             continue
         if index:
-            before = _render(processor, template, messages[:index], tools, prompt=True)[0]
+            before = render(processor, template, messages[:index], tools, prompt=True)[0]
         else:
             before = _before_first(processor, template, message, tools)
-        after = _render(processor, template, messages[: index + 1], tools)[0]
+        after = render(processor, template, messages[: index + 1], tools)[0]
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"processor must have a chat template that renders the messages of {where} one after the other to find "
@@ -164,56 +131,12 @@ def _before_first(processor, template: str, message: dict, tools) -> str:
     blocks = isinstance(message.get("content"), list)
     bare = {"role": message["role"]}  # calls of tools may stand in the place of the content
     one, other = (
-        _render(
-            processor, template, [{**bare, "content": [{"type": "text", "text": said}] if blocks else said}], tools
-        )[0]
+        render(processor, template, [{**bare, "content": [{"type": "text", "text": said}] if blocks else said}], tools)[
+            0
+        ]
         for said in ("0", "1")
     )
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _check_text(processor, template: str, text: str, messages: list[dict], tools, where: str) -> None:
-    """Refuse a template that drops a text or prints blocks as they are.
-
-    Templates that expect blocks drop a plain string, and templates that expect a string print blocks. The characters of
-    a dropped text may occur elsewhere, as "yes" in "Answer yes or no.". A second rendering therefore has a unique
-    character after each text. It decides, unless it differs from the first in anything else.
-    """
-    packed, ended, parts = _packed(text), [], []
-
-    def end(message: dict, said: str) -> str:
-        if not said.strip():
-            return said
-        parts.append((message, said, chr(_PRIVATE_USE + len(parts))))
-        return said + parts[-1][-1]
-
-    for message in messages:
-        content = message.get("content")
-        if content is not None and message.get("role") in _SPEAKERS:
-            if isinstance(content, str):
-                content = end(message, content)
-            else:
-                content = [{**b, "text": end(message, b["text"])} if b.get("text") else b for b in content]
-        ended.append({**message, "content": content} if content is not None else message)
-    rendered = _packed(_render(processor, template, ended, tools)[0])
-    exact = rendered.translate({ord(last): None for *_, last in parts}) == packed
-    for message, said, last in parts:
-        string = isinstance(message["content"], str)
-        if not string and f"'text':{_packed(repr(said))}" in packed:
-            raise ValueError(
-                f"processor must have a chat template that renders blocks as text in {where}, got one that prints "
-                f"the blocks of {message.get('role')!r} as they are; give this content as a string"
-            )
-        if (_packed(said) + last not in rendered) if exact else (_packed(said) not in packed):
-            raise ValueError(
-                f"processor must have a chat template that renders all text of {where}, got one that drops "
-                f"{said[:40]!r}; give the content as {'blocks' if string else 'a string'}"
-            )
-
-
-def _packed(text: str) -> str:
-    """The text without whitespace, which templates may change."""
-    return "".join(text.split())
 
 
 def _check_marked(spans: list[tuple[int, int]], messages: list[dict], where: str) -> None:
