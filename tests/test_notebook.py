@@ -99,14 +99,17 @@ def test_the_install_cell_pins_what_the_requirements_pin(built: nbformat.Noteboo
     assert pinned == {package: required[package] for package in pinned}
 
 
+@pytest.mark.slow
 def test_it_runs_alone_and_is_fit_to_be_shown(executed: tuple[nbformat.NotebookNode, Path]) -> None:
     assert problems(executed[0]) == []
 
 
+@pytest.mark.slow
 def test_no_experiment_and_no_check_fails(executed: tuple[nbformat.NotebookNode, Path]) -> None:
     assert lines_with("FAILED", executed[0]) == []
 
 
+@pytest.mark.slow
 def test_what_it_wrote_is_the_package(executed: tuple[nbformat.NotebookNode, Path]) -> None:
     written = {path.relative_to(executed[1]) for path in (executed[1] / "unsloth_puzzles").rglob("*.py")}
     assert written == {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
@@ -114,6 +117,7 @@ def test_what_it_wrote_is_the_package(executed: tuple[nbformat.NotebookNode, Pat
         assert (executed[1] / name).read_bytes() == (ROOT / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_it_reports_every_challenge(executed: tuple[nbformat.NotebookNode, Path]) -> None:
     shown = report(executed[0])
     for challenge in "ABCDE":
