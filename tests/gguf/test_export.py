@@ -168,7 +168,9 @@ def test_files_get_their_names_when_all_are_whole(tmp_path, monkeypatch):
 
     def watched(source, target):
         if not renamed:  # whoever is killed before this has the files of the earlier export
-            unfinished = {f"{name}.{os.getpid()}.unfinished": content for name, content in whole.items()}
+            unfinished = {
+                f"{name}.{writer._host()}.{os.getpid()}.unfinished": content for name, content in whole.items()
+            }
             assert _files(out) == {**old, **unfinished}
         renamed.append(target.name)
         replace(source, target)
@@ -210,8 +212,14 @@ def test_files_of_other_processes_that_run_are_kept(tmp_path):
     """A process of which only the number is left is told from one that runs, such as the parent of this one."""
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    kept = {f"model-f32.gguf.{os.getppid()}.unfinished", "model-f32.gguf.unfinished", f"own.{ended.pid}.unfinished"}
-    for name in (*kept, f"model-f16.gguf.{ended.pid}.unfinished", f"Modelfile.{ended.pid}.unfinished"):
+    here = writer._host()
+    kept = {
+        f"model-f32.gguf.{here}.{os.getppid()}.unfinished",
+        f"model-f32.gguf.another-{here}.{ended.pid}.unfinished",
+        "model-f32.gguf.unfinished",
+        f"own.{here}.{ended.pid}.unfinished",
+    }
+    for name in (*kept, f"model-f16.gguf.{here}.{ended.pid}.unfinished", f"Modelfile.{here}.{ended.pid}.unfinished"):
         (tmp_path / name).touch()
     with writer.named_at_the_end([tmp_path / "model-f32.gguf"]) as (unfinished,):
         unfinished.write_bytes(b"whole")

@@ -54,7 +54,7 @@ MUTATIONS = {
     ),
     "all layers of the tower": mutation("llava.py", "total + 1 + layer", "total", f"{PROJECTOR}[llava_clip]"),
     "named before it is whole": mutation(
-        "writer.py", 'f"{path.name}.{os.getpid()}.unfinished"', "path.name",
+        "writer.py", 'f"{path.name}.{_host()}.{os.getpid()}.unfinished"', "path.name",
         "test_export.py::test_export_that_fails_leaves_no_file_and_keeps_the_old_one",
     ),
     "bytes that do not fit lost": mutation(

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ def named_at_the_end(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """
     for folder in {path.parent for path in paths}:
         _remove_abandoned(folder)
-    unfinished = [path.with_name(f"{path.name}.{os.getpid()}.unfinished") for path in paths]
+    unfinished = [path.with_name(f"{path.name}.{_host()}.{os.getpid()}.unfinished") for path in paths]
     try:
         yield unfinished
         for temporary, path in zip(unfinished, paths, strict=True):
@@ -65,11 +66,16 @@ def named_at_the_end(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of processes that no longer run."""
+    """Remove the temporary files of processes of this host that no longer run."""
+    named = re.compile(rf"(?:.+\.gguf|Modelfile)\.{re.escape(_host())}\.(\d+)\.unfinished")
     for path in folder.glob("*.unfinished"):
-        named = re.fullmatch(r"(?:.+\.gguf|Modelfile)\.(\d+)\.unfinished", path.name)
-        if named and not _runs(int(named[1])):
+        if (found := named.fullmatch(path.name)) and not _runs(int(found[1])):
             path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """The name of this machine or container. Others may share the folder, and their processes have the same numbers."""
+    return re.sub(r"\W", "-", platform.node())
 
 
 def _runs(process: int) -> bool:
