@@ -357,16 +357,15 @@ if timed := timed.get("kernels"):
     clocks = {"wall time": ("step_ms", "step_speedup"), "GPU time": ("gpu_ms", "gpu_time_speedup")}
     lines, faster = [], {}
     for kind, which in (("kernel of A", kernels.OURS), ("packed layers", kernels.PACKED)):
+        ratios = {clock: kernels.ratios(timed[key], which) for clock, (key, _) in clocks.items()}
         for clock, (key, metric) in clocks.items():
-            speedup, low, high = kernels.spread(kernels.ratios(timed[key], which))
+            speedup, low, high = kernels.spread(ratios[clock])
             results.add(metric, f"{kind} against bitsandbytes", speedup, "x", low, high)
             lines.append(kernels.row(f"{clock}, {kind}", timed[key], which))
-        work = kernels.ratios(timed["gpu_ms"], which)
+        work = ratios["GPU time"]
         wins = sum(ratio > 1 for ratio in work)
         print(f"{kind}: less GPU time than bitsandbytes in {wins} of {len(work)} rounds")
-        faster[f"{kind}: median of the paired wall-time ratios above 1"] = (
-            statistics.median(kernels.ratios(timed["step_ms"], which)) > 1
-        )
+        faster[f"{kind}: median of the paired wall-time ratios above 1"] = statistics.median(ratios["wall time"]) > 1
         faster[f"{kind}: less GPU time in at least nine of ten rounds"] = 10 * wins >= 9 * len(work)
     display(Markdown(table(pandas.DataFrame(lines, columns=["one step", "ours", "bitsandbytes", "ratio"]))))
     print(f"{case['layers']} layers, random weights, 1 x {LENGTH} tokens, {case['dtype']}, {hardware.name}")
