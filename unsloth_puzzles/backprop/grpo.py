@@ -28,11 +28,10 @@ from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.loss_settings import check_settings, settings
-from unsloth_puzzles.backprop.losses import soft_cap
+from unsloth_puzzles.backprop.losses import IGNORED, soft_cap
 from unsloth_puzzles.backprop.probe import logit_transform
 
 TRL = (1, 16)
-IGNORED = -100  # the label that counts nothing, for every function of `losses`
 
 
 class MemoryEfficientGRPOTrainer(GRPOTrainer):

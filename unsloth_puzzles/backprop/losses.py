@@ -35,6 +35,8 @@ __all__ = [
     "token_log_probs_and_entropy", "transformation_function", "z_loss",
 ]  # fmt: skip
 
+IGNORED = -100  # the default of `ignore_index` of every function here
+
 
 def cross_entropy(
     logits: torch.Tensor,

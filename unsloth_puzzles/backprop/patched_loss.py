@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head, routes
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.loss_settings import check_settings, settings
+from unsloth_puzzles.backprop.losses import IGNORED
 from unsloth_puzzles.backprop.outputs import (
     EvaluatedCausalLMOutput,
     per_token_output,
@@ -24,7 +25,6 @@ from unsloth_puzzles.backprop.trial import NotASum
 from unsloth_puzzles.kv_cache import cache_name
 
 CACHE = cache_name(EvaluatedCausalLMOutput)
-IGNORED = -100  # the label that counts nothing, for every function of `losses`
 
 
 class _Active:
