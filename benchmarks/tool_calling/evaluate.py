@@ -115,7 +115,7 @@ def check_training(before: dict[str, Share], after: dict[str, Share]) -> dict[st
 
 def judge_calls(question: Question, conversation: Conversation) -> dict[str, bool]:
     """The four metrics of a question that needs calls."""
-    made = [[call for call, _ in turn if call] for turn in conversation.turns]
+    made = [[call for call in turn if call] for turn in calls_made(conversation)]
     first = conversation.turns[0] if conversation.turns else []
     wanted = expected_results(question)
     answer = conversation.answer or ""
@@ -126,6 +126,11 @@ def judge_calls(question: Question, conversation: Conversation) -> dict[str, boo
         "executed result": [result.content for _, result in conversation.calls if not result.failed] == wanted,
         "final answer": all(result in answer for result in wanted),
     }
+
+
+def calls_made(conversation: Conversation) -> list[list[tuple[str, dict] | None]]:
+    """The calls of each turn, as (name, arguments); None stands for a call that could not be read."""
+    return [[call and tuple(call) for call, _ in turn] for turn in conversation.turns]
 
 
 def _ends_right(question: Question, conversation: Conversation) -> bool:
@@ -151,8 +156,7 @@ def wrong(questions: Sequence[Question], done: Sequence[Conversation]) -> list[s
     for question, conversation in zip(questions, done, strict=True):
         right = judge_calls(question, conversation)["exact call"] if question.turns else not conversation.turns
         if not right:
-            made = [[(call.name, call.arguments) if call else None for call, _ in turn] for turn in conversation.turns]
-            lines.append(f"{question.kind}: {question.text!r}: {made}")
+            lines.append(f"{question.kind}: {question.text!r}: {calls_made(conversation)}")
     return lines
 
 
