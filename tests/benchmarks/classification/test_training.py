@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import smollm2
-from benchmarks.classification.baselines import _macro_f1, baselines, difference_interval, score
+from benchmarks.classification.baselines import baselines, difference_interval, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
 from benchmarks.classification.training import encode, losses_of, predict, train
 from tests.classification.models import byte_tokenizer, save_checkpoint
@@ -37,11 +37,20 @@ def test_score():
     assert found.macro_f1 == pytest.approx((2 / 3 + 0.8 + 0) / 3)  # the third class is never right
 
 
+def test_score_is_that_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    draw = np.random.default_rng(1)
+    expected, predicted = draw.integers(4, size=(2, 400))
+    found = score(predicted, expected, 5)  # the fifth class is in neither
+    f1 = f1_score(expected, predicted, labels=range(5), average="macro", zero_division=0.0)
+    assert found.macro_f1 == pytest.approx(f1) and found.accuracy == accuracy_score(expected, predicted)
+
+
 def test_interval_of_a_difference():
     draw = np.random.default_rng(1)
     expected = draw.integers(4, size=400)
     half, most = (np.where(draw.random(400) < share, expected, draw.integers(4, size=400)) for share in (0.5, 0.9))
-    assert _macro_f1(half, expected, 5) == pytest.approx(score(half, expected, 5).macro_f1)  # the fifth is in neither
     low, high = difference_interval(most, half, expected, 4)
     assert 0 < low < score(most, expected, 4).macro_f1 - score(half, expected, 4).macro_f1 < high < 0.5
     assert difference_interval(half, half, expected, 4) == (0, 0)
