@@ -40,6 +40,11 @@ def test_float16_storage_is_corrupted_on_both_ranks(changed):
     assert min(changed[FLOAT16]) > 0
 
 
+def test_ranks_that_share_a_gpu_save_adapters(tmp_path):
+    start_ranks("tests.fsdp2.save_on_gpu", str(tmp_path), ranks=2, timeout=300)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What one process and two ranks, which may share a GPU, write."""

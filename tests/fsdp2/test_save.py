@@ -3,6 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from benchmarks.fsdp2.ranks import start_ranks
 from benchmarks.models import random_nf4_llama, tiny_llama_config
@@ -42,6 +46,34 @@ def test_loaded_model_has_the_logits_of_the_sharded_one(folders, name):
     assert torch.equal(loaded, trained[0]) and torch.equal(loaded, trained[1])
     assert not torch.equal(loaded, logits_of(base()))
     assert logits_of(model.merge_and_unload()).isfinite().all()
+
+
+def test_gloo_gathers_shards_of_a_gpu_mesh_on_the_cpu(tmp_path, mesh, monkeypatch):
+    """Their functional all-gather on a GPU ends the process; a mesh of GPUs over a shard on the CPU stands for it."""
+    config = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    model = get_peft_model(random_nf4_llama(tiny_llama_config(64, 1), "cpu", torch.float32), config)
+    of_gpus = DeviceMesh.from_group(distributed.group.WORLD, "cuda")
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    for module in model.modules():
+        for name, one in list(module.named_parameters(recurse=False)):
+            if one.requires_grad:
+                meta = TensorMeta(one.shape, one.stride(), one.dtype)
+                spec = DTensorSpec(of_gpus, (Shard(0),), meta)
+                setattr(module, name, torch.nn.Parameter(DTensor(one.detach(), spec, requires_grad=False)))
+    gathered_on, full_tensor = [], DTensor.full_tensor
+
+    def gather(self):
+        gathered_on.append(self.device_mesh.device_type)
+        return full_tensor(self)
+
+    monkeypatch.setattr(DTensor, "full_tensor", gather)
+    save_adapters(model, tmp_path)
+    assert gathered_on == ["cpu", "cpu"]
+    loaded = PeftModel.from_pretrained(random_nf4_llama(tiny_llama_config(64, 1), "cpu", torch.float32), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
 
 
 def test_model_must_have_adapters(tmp_path):

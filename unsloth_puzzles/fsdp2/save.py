@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -63,4 +64,15 @@ def _refuse_lost(model: PeftModel) -> None:
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    """The value, gathered from all ranks if it is sharded.
+
+    Ranks that share a GPU speak through gloo, whose gather takes the address of a CUDA tensor for one of the CPU and
+    ends the process (pytorch/pytorch#152645): its shards are gathered on the CPU.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    if f"{value.device.type}:gloo" in dist.get_backend_config().split(","):
+        on_cpu = DeviceMesh.from_group(value.device_mesh.get_group(), "cpu")
+        shard, sizes = value.to_local().cpu(), {"shape": value.shape, "stride": value.stride()}
+        value = DTensor.from_local(shard, on_cpu, value.placements, run_check=False, **sizes)
+    return value.full_tensor()
