@@ -6,6 +6,7 @@ from benchmarks.vision.checks import ONE, TEXT, TURNS, assistant, row, user
 from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.vision.collator import IGNORE_INDEX, VisionCollator
 from unsloth_puzzles.vision.conversation import read
+from unsloth_puzzles.vision.template import render
 
 STRING = "{{ m.content if m.content is string else m.content[-1].text }}"
 BLOCKS = "{% for b in m.content %}{{ '<image>' if b.type == 'image' else b.text }}{% endfor %}"
@@ -177,16 +178,72 @@ def test_a_template_that_depends_on_the_end_of_a_text():
         _spans(_with(chat_template.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")), given)
 
 
+MARKED = "{% generation %}{{ m.content[-1].text }}{% endgeneration %}"
+LATE = "{% for m in messages %}{% if loop.index > 2 and m.role == 'assistant' %}" + MARKED + "{% else %}"
+LATE += "{{ m.content[-1].text }}{% endif %}\n{% endfor %}"
+
+
 def test_a_row_without_marks_is_refused_also_beside_others():
-    marked = "{% if loop.index > 2 %}{% generation %}{{ m.content[-1].text }}{% endgeneration %}{% else %}"
-    processor = _with("{% for m in messages %}" + marked + "{{ m.content[-1].text }}{% endif %}\n{% endfor %}")
-    turns = row(user("Hello"), assistant("Good day."), user("Why?"), assistant("I see."))
-    assert _spans(processor, turns) == ["Why?", "I see."]
+    processor = _with(LATE)
+    two = row(user("Hello"), user("Are you well?"), assistant("I am."))
+    assert _spans(processor, two) == ["I am."]
     with pytest.raises(ValueError, match="marks what the assistant says in row 1, got one that marks nothing there"):
-        VisionCollator(processor)([turns, TEXT])
-    batch = VisionCollator(processor)([turns, row(user("Hello"))])  # nobody speaks in the second row
+        VisionCollator(processor)([two, TEXT])
+    batch = VisionCollator(processor)([two, row(user("Hello"))])  # nobody speaks in the second row
     assert (batch["labels"] != IGNORE_INDEX).any(1).tolist() == [True, False]
     read(TEXT, "row 1", processor, False)
+
+
+@pytest.mark.parametrize("first, last", [("Good day.", "I see."), ("yes", "yes"), ("yes", "yes, I do")])
+@pytest.mark.parametrize("chat_template", [LATE, LATE.replace("\n", "{{ ' END' if m.content[-1].text[-1] == '.' }}\n")])
+def test_a_turn_without_marks_is_refused_beside_a_turn_that_has_some(chat_template, first, last):
+    turns = row(user("Hello"), assistant(first), user("Why?"), assistant(last))
+    with pytest.raises(ValueError, match=f"the assistant says in row 0, got one that leaves out '{first}'; put {{%"):
+        read(turns, "row 0", _with(chat_template), True)
+    everywhere = _with(chat_template.replace("loop.index > 2 and ", ""))
+    assert _spans(everywhere, turns) == [first, last]
+    assert len(read(turns, "row 0", _with(chat_template), False).spans) == 1
+
+
+def test_calls_without_marks_are_refused():
+    chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    said = {"role": "user", "content": "Find it."}, {"role": "assistant", "content": "I have it."}
+    with pytest.raises(ValueError, match="the assistant says in row 0, got one that leaves out 'search'; put"):
+        read({"messages": [said[0], CALL, said[1]]}, "row 0", _with(chat_template), True)
+    with pytest.raises(ValueError, match="the assistant says in row 0, got one that marks nothing there; put"):
+        read(
+            {"messages": [said[0], CALL]},
+            "row 0",
+            _with(chat_template.replace("{{ m.content }}{% endg", "{% endg")),
+            True,
+        )
+    flat = chat_template.replace("c.function | tojson", "c.name")
+    with pytest.raises(ValueError, match="the assistant says in row 0, got one that leaves out 'search'; put"):
+        call = {**CALL, "tool_calls": [{"name": "search", "function": None}]}
+        read({"messages": [said[0], call, said[1]]}, "row 0", _with(flat), True)
+    around = chat_template.replace("{% endgeneration %}", "").replace("{% else %}", "{% endgeneration %}{% else %}")
+    assert _spans(_with(around), {"messages": [said[0], CALL, said[1]]}) == ['{"name": "search"}', "I have it."]
+
+
+def test_marks_cost_no_rendering_of_their_own(monkeypatch):
+    """A row is rendered to train on, and once more to see where its texts end, however many turns it has."""
+    from unsloth_puzzles.vision import conversation, endings
+
+    rendered = []
+
+    def counted(*arguments, **options):
+        rendered.append(arguments)
+        return render(*arguments, **options)
+
+    for module in (conversation, endings):
+        monkeypatch.setattr(module, "render", counted)
+    processor, _ = family("qwen2_vl")
+    VisionCollator(processor)([ONE, TEXT, TURNS])
+    assert len(rendered) == 2 * 3
 
 
 def test_a_template_that_prints_blocks_is_refused():

@@ -72,6 +72,12 @@ MUTATIONS = {
         'before = ""',
         "test_conversation.py::test_a_first_turn_of_the_assistant_in_other_templates",
     ),
+    "marks of one turn taken for those of all": mutation(
+        "endings.py",
+        "one.character not in marked:",
+        "not marked:",
+        "test_conversation.py::test_a_turn_without_marks_is_refused_beside_a_turn_that_has_some",
+    ),
     "None of Arrow kept": mutation(
         "conversation.py",
         "blocks = [{key: value for key, value in block.items() if value is not None} for block in content]",

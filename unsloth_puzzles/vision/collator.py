@@ -31,8 +31,8 @@ class VisionCollator:
     Args:
         processor: The processor of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Mllama, Pixtral, LLaVA, Gemma 3 or SmolVLM.
         assistant_only: Whether only the assistant's turns have labels, up to the end of each turn; otherwise all text
-            has. The chat template's {% generation %} marks show the turns. Without marks, the collator renders the
-            conversation up to each turn.
+            has. The chat template's {% generation %} marks show the turns, of which they must leave out none. Without
+            marks, the collator renders the conversation up to each turn.
         max_length: Maximum number of tokens in a row; longer rows are truncated. None means no limit.
         padding_side: "right" or "left".
 

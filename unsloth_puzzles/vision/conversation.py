@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from unsloth_puzzles.vision.endings import check_marks, check_text, render_endings
 from unsloth_puzzles.vision.images import decode
-from unsloth_puzzles.vision.template import check_text, has_marks, render, template_of
+from unsloth_puzzles.vision.template import has_marks, render, template_of
 
 
 @dataclass
@@ -29,14 +30,15 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
 
     Raises:
         ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
-            drops text or does not say where the assistant speaks; an image cannot be decoded.
+            drops text or does not say where the assistant speaks, in any of its turns; an image cannot be decoded.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
     images = [decode(image, where) for image in _images(row, messages, where)]
     tools = row.get("tools") or None
     template = template_of(processor)
     text, marked = render(processor, template, messages, tools)
-    check_text(processor, template, text, messages, tools, where)
+    endings = render_endings(processor, template, messages, tools)
+    check_text(endings, text, where)
     if (placeholders := text.count(processor.image_token)) != len(images):
         raise ValueError(
             f"images of {where} must be as many as the placeholders {processor.image_token!r} in its rendered "
@@ -47,8 +49,8 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
     if not assistant_only:
         spans = [(0, len(text))]
     elif has_marks(template):
+        check_marks(endings, where)
         spans = marked
-        _check_marked(spans, messages, where)
     else:
         spans = _spans_by_prefix(processor, template, messages, tools, text, where)
     return Conversation(text, images, spans)
@@ -137,15 +139,3 @@ def _before_first(processor, template: str, message: dict, tools) -> str:
         for said in ("0", "1")
     )
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _check_marked(spans: list[tuple[int, int]], messages: list[dict], where: str) -> None:
-    """Refuse marks that leave an assistant's row without labels, even if other rows have labels."""
-    for message in messages:
-        content = message.get("content", "")
-        said = content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
-        if message.get("role") == "assistant" and said.strip() and not any(start < end for start, end in spans):
-            raise ValueError(
-                f"processor must have a chat template that marks what the assistant says in {where}, got one that "
-                "marks nothing there; put {% generation %} marks around its content, or use assistant_only=False"
-            )
