@@ -20,8 +20,9 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_ent
 
 from benchmarks.backprop.candidates import OURS, OURS_FLOAT32, measure_candidates, peak_gib
 from benchmarks.models import SEED
-from unsloth_puzzles.backprop.grpo import default_keep_logits, row_scores
+from unsloth_puzzles.backprop.grpo import default_keep_logits
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
+from unsloth_puzzles.backprop.token_scores import row_scores
 
 TRL, LIGER, LIGER_TF32 = "TRL", "Liger", "Liger, TF32"
 FULL, FULL_KERNEL = "full logits", "full logits, TRL's kernel"

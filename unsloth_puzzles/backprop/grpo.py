@@ -14,22 +14,20 @@ import inspect
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 import trl
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
 from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.log_probs import token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.loss_settings import check_settings, settings
-from unsloth_puzzles.backprop.losses import IGNORED, soft_cap
+from unsloth_puzzles.backprop.losses import IGNORED
 from unsloth_puzzles.backprop.probe import logit_transform
+from unsloth_puzzles.backprop.token_scores import TokenScores, row_scores
 
 TRL = (1, 16)
 
@@ -97,47 +95,6 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
         self._undoing.close()
 
 
-@dataclass
-class TokenScores(ModelOutput):
-    """What TRL reads of a model's output.
-
-    Attributes:
-        log_probs: [batch, length - 1] float32, of each next token, in nats; 0 where the label is -100.
-        entropy: The same of entropies; None for the reference model.
-        aux_loss: The auxiliary loss of a mixture of experts, 0-dim, or None.
-    """
-
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-
-
-def row_scores(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    temperature: float,
-    scale: float,
-    cap: float | None,
-    with_entropy: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and perhaps entropies from the head's logits: the function that is run on each chunk.
-
-    Args:
-        logits: [rows, vocab], a floating dtype.
-        labels: [rows] integers, -100 where a row does not count.
-        temperature: By which the logits are divided, after scale and cap.
-        scale: By which they are multiplied.
-        cap: Of `soft_cap` after that; None without.
-        with_entropy: Whether entropies are wanted.
-
-    Returns:
-        Log-probabilities [rows] in nats, float32 or wider; `with_entropy` a pair of these and entropies.
-    """
-    z = _scaled(logits, scale, cap)
-    return (token_log_probs_and_entropy if with_entropy else token_log_probs)(z, labels, temperature)
-
-
 def default_keep_logits(head: nn.Module) -> int:
     """Logits that the trainer keeps for the backward, in bytes, unless it is told otherwise.
 
@@ -196,12 +153,6 @@ def _next_tokens(scores: Callable, hidden_states: torch.Tensor, head: nn.Module,
     rows = memory_efficient_linear(hidden_states[valid], head, labels[valid], scores, reduction="none", **options)
     rows = rows if isinstance(rows, tuple) else (rows, None)
     return [None if x is None else x.new_zeros(valid.shape).masked_scatter(valid, x) for x in rows]
-
-
-def _scaled(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
-    if scale != 1.0:
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
-    return logits if cap is None else soft_cap(logits, cap)
 
 
 def _aux_loss(model: PreTrainedModel, outputs, inputs: dict) -> torch.Tensor:
