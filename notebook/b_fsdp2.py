@@ -250,7 +250,7 @@ if alone and two:
 # The script trains with stock `SFTConfig` and `SFTTrainer`. `pack_nf4` builds the byte streams. `fsdp2_arguments`
 # returns the settings with which accelerate calls `fully_shard` on each decoder layer. `prepare_trainer` keeps the
 # adapters and the gradient reduction in float32. `compile_qlora` (section C) compiles the layers and is optional. The
-# collapsed cell below holds the whole script.
+# collapsed cell below holds the script.
 #
 # ```python
 # model = get_peft_model(model, lora)                                         # a 4-bit model of bitsandbytes

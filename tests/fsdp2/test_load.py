@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.models import random_llama, tiny_llama_config
 from tests.fsdp2.script import run
-from unsloth_puzzles.fsdp2.train import load
+from unsloth_puzzles.fsdp2.load import load
 
 CPU = torch.device("cpu")
 

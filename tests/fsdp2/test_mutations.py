@@ -61,7 +61,7 @@ MUTATIONS = {
         "test_embeddings.py::test_frozen_weights_alone_are_kept_whole",
     ),
     "the checkpoint's compute dtype": mutation(
-        "train.py",
+        "load.py",
         '{**given, "bnb_4bit_compute_dtype"',
         '{**given, "ignored"',
         "test_load.py::test_both_kinds_become_the_same_model",

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.backprop.grpo import tiny_tokenizer
 from tests.fsdp2.script import run
-from unsloth_puzzles.fsdp2.train import load, rows_of
+from unsloth_puzzles.fsdp2.load import load
+from unsloth_puzzles.fsdp2.train import rows_of
 from unsloth_puzzles.nf4 import patch_linear4bit
 
 

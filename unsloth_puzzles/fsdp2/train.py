@@ -24,15 +24,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_puzzles.bench.compilations import count_compilations
@@ -40,6 +32,7 @@ from unsloth_puzzles.bench.text import paragraphs
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.device import capability
 from unsloth_puzzles.fsdp2.flags import DTYPES, parse
+from unsloth_puzzles.fsdp2.load import SEED, load
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.ranks import use_one_gpu
@@ -47,9 +40,7 @@ from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.fsdp2.shard import float32_adapters
 from unsloth_puzzles.fsdp2.step_log import StepLog, write_summary
 from unsloth_puzzles.nf4.patch import patch_linear4bit
-from unsloth_puzzles.stored_dtype import cast_unquantised
 
-SEED = 3407
 COLLECTIVE_MINUTES = 10  # a rank that has died ends the others after this time
 
 
@@ -92,43 +83,6 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
     if dist.is_initialized():
         dist.barrier()  # a rank that ends takes its part of the store with it
         dist.destroy_process_group()
-
-
-def load(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """The model in NF4 on `device`, double-quantised unless its checkpoint says otherwise.
-
-    Both kinds of checkpoints become the same layers, on any number of ranks. Each rank reads the whole checkpoint:
-
-    - in 16 bits, whose linear layers bitsandbytes quantises on `device`, tensor by tensor; the head stays as it is;
-    - pre-quantised by bitsandbytes as NF4, whose bytes are taken as they are. `dtype` replaces the compute dtype that
-      the checkpoint names, which is often bfloat16: a GPU below sm_80 emulates that.
-
-    Args:
-        name: A model of the hub, or a folder. With `layers` only its configuration is read.
-        device: Where it goes, tensor by tensor.
-        dtype: What it computes in, and the dtype of what is not quantised.
-        layers: Make a model of that many layers with random weights instead of loading them.
-
-    Raises:
-        ValueError: The checkpoint is quantised by another method than bitsandbytes' NF4.
-    """
-    config = AutoConfig.from_pretrained(name)
-    config.use_cache = False
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    if layers is not None:
-        return _random(config, layers, device, dtype, quantization)
-    given = getattr(config, "quantization_config", None)
-    if given is not None and dict(given).get("bnb_4bit_quant_type") != "nf4":
-        raise ValueError(f"model must be in 16 bits or in bitsandbytes' NF4, got {dict(given)}")
-    if given is not None:
-        config.quantization_config = {**given, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    chosen = {} if given is not None else {"quantization_config": quantization}
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, device_map={"": device}, **chosen)
-    if given is not None:
-        cast_unquantised(model, dtype)
-    return model
 
 
 def make_trainer(
@@ -191,20 +145,6 @@ def _kernels(trainer: SFTTrainer, options: argparse.Namespace):
     if not trainer.is_fsdp_enabled and options.dequantize == "ours":
         return patch_linear4bit(trainer.model)
     return contextlib.nullcontext()
-
-
-def _random(config, layers: int, device: torch.device, dtype: torch.dtype, quantization) -> PreTrainedModel:
-    """`layers` layers of the architecture with random weights, drawn on `device` and quantised there."""
-    config.num_hidden_layers = layers
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(SEED)
-        drawn = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return type(drawn).from_pretrained(
-        None, config=config, state_dict=drawn.state_dict(), dtype=dtype, device_map={"": device},
-        quantization_config=quantization,
-    )  # fmt: skip
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
