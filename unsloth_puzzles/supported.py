@@ -29,7 +29,7 @@ PYTHON = ("3.11", "3.13")
 def untested(
     version_of: Callable[[str], str | None], python: tuple[int, int], triton_of_torch: str | None
 ) -> list[str]:
-    """What is installed and was not tested, a phrase each.
+    """Name what is installed and was not tested, a phrase each.
 
     Args:
         version_of: The installed version of a package, None without it.

@@ -40,7 +40,7 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one batch looks like to attention; the queries are the last `q_length` of the `kv_length` positions.
+    """The sizes, dtype and documents of one batch; the queries are the last `q_length` of the `kv_length` positions.
 
     There may be more queries than keys if each query sees all keys, as in cross attention.
 

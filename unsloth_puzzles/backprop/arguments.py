@@ -9,7 +9,7 @@ from unsloth_puzzles.backprop.results import check_scalar
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the function gets beside the logits, whole or cut to the rows of a chunk.
+    """The arguments of the function beside the logits, whole or cut to the rows of a chunk.
 
     `labels` (rows, ...) or None, `row_args` cut alike, `shared_args` whole; `wanted` says which of row_args +
     shared_args need gradients.
@@ -54,8 +54,11 @@ class Reduction:
         return (labels != self.ignore_index).sum() if self.mean else None
 
     def contribution(self, value: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What a chunk's `value` adds to the loss, in float32 or wider: a mean that fits 16 bits may add up to a sum
-        that does not. A chunk without valid labels has no mean (0/0); it adds nothing."""
+        """Return the part of the loss that a chunk's `value` is, in float32 or wider.
+
+        A mean that fits 16 bits may add up to a sum that does not. A chunk without valid labels has no mean (0/0); it
+        adds nothing.
+        """
         check_scalar(value)
         weight, value = self.weight(labels), value.to(torch.promote_types(value.dtype, torch.float32))
         return value if weight is None else torch.where(weight > 0, value * weight, 0.0)

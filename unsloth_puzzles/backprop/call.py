@@ -20,7 +20,7 @@ _BYTES_PER_LOGIT_OF_A_WHOLE = 16  # a function that projects itself: a float32 c
 
 
 class Operands(NamedTuple):
-    """What the tensors of a call are, in their order: the head's trained parameters, row arguments, shared ones."""
+    """The kinds of a call's tensors, in order: the head's trained parameters, row arguments, shared arguments."""
 
     parameters: tuple[str, ...]
     rows: int
@@ -28,7 +28,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """What the loops over the chunks work on.
+    """One call of `memory_efficient_linear`, as the loops over its chunks read it.
 
     Attributes:
         x: [rows, hidden], detached.

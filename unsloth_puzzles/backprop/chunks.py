@@ -159,7 +159,7 @@ def _balance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What the driver has, and what PyTorch's allocator holds unused."""
+    """Return the memory that the driver has free or PyTorch's allocator holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     limit = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
     free = min(free, int(limit) - torch.cuda.memory_reserved(device))

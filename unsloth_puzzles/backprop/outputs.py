@@ -20,7 +20,7 @@ class EvaluatedCausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class PerTokenOutput(ModelOutput):
-    """What TRL's `SFTTrainer` reads: all fields but `loss` are (batch, length), 0 where there is no label."""
+    """The output for TRL's `SFTTrainer`: all fields but `loss` are (batch, length), 0 where there is no label."""
 
     loss: torch.FloatTensor | None = None
     log_probs: torch.FloatTensor | None = None

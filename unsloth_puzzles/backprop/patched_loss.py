@@ -38,7 +38,7 @@ class _Active:
 
 
 class PatchedLoss:
-    """What `use_memory_efficient_loss` did. Undone by `undo()` or at the end of a `with` block, once."""
+    """The handle of `use_memory_efficient_loss`. Undone by `undo()` or at the end of a `with` block, once."""
 
     def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
         self.calls, self.autocast, self._active = 0, autocast, _Active()

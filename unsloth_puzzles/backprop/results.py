@@ -8,7 +8,7 @@ from unsloth_puzzles.backprop.trust import is_new, trust
 
 
 def check_scalar(value: object) -> torch.Tensor:
-    """What an additive function must return: a 0-dim floating tensor."""
+    """Refuse the result of an additive function unless it is a 0-dim floating tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"forward_function must return a tensor, got {type(value).__name__}")
     if value.dim() or not value.is_floating_point():
@@ -29,7 +29,7 @@ def check_unchanged(logits: torch.Tensor) -> None:
 
 
 def check_rows(results: tuple, rows: int, logits_numel: int) -> None:
-    """What a per-row function must return: tensors (rows, ...) that are together smaller than the logits."""
+    """Refuse the results of a per-row function unless they are (rows, ...), together smaller than the logits."""
     for result in results:
         if not isinstance(result, torch.Tensor):
             raise TypeError(f"forward_function must return tensors, got {type(result).__name__}")

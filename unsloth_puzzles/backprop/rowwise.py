@@ -22,7 +22,7 @@ from unsloth_puzzles.backprop.switches import switches
 
 @dataclass
 class KeptLogits:
-    """What the backward needs of the forward.
+    """The logits and random states that the forward keeps for the backward.
 
     Attributes:
         states: Of the random number generators, by chunk, and by (chunk, "kept") behind its projection.
@@ -64,7 +64,7 @@ def row_by_row(
 
 
 class _Again(NamedTuple):
-    """What the backward needs, beside the saved tensors, to do the forward again."""
+    """The part of a call, beside the saved tensors, by which the backward does the forward again."""
 
     linear: nn.Module
     function: Callable

@@ -11,7 +11,7 @@ from unsloth_puzzles.backprop.losses import soft_cap
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL reads of a model's output.
+    """The output that TRL's `GRPOTrainer` reads.
 
     Attributes:
         log_probs: [batch, length - 1] float32, of each next token, in nats; 0 where the label is -100.

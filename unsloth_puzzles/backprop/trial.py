@@ -16,7 +16,7 @@ _ADDITIVE = {2: 0.02, 4: 1e-3, 8: 1e-8}
 
 
 class NotASum(ValueError):
-    """What a function returned is not a sum over rows.
+    """The result of a function is not a sum over rows.
 
     Args:
         message: For the callers of `memory_efficient_linear`.

@@ -33,7 +33,7 @@ def _code(function: Callable) -> object:
 
 
 def _held(function: Callable, depth: int = 4) -> tuple:
-    """What makes one function of a code differ from another: closure, defaults, the object of a method.
+    """Return the identities by which functions of one code differ: closure, defaults, the object of a method.
 
     Functions that it holds are looked into as well, `depth` levels of them.
     """

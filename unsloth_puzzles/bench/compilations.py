@@ -45,7 +45,7 @@ class Capture:
 
 @dataclass
 class Counts:
-    """What `count_compilations` counts, filled when the block ends.
+    """The counts of `count_compilations`, filled when the block ends.
 
     Attributes:
         captures: in order.

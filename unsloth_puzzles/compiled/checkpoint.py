@@ -164,7 +164,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def _state(layer: torch.nn.Module, parameters: tuple[torch.nn.Parameter, ...]) -> tuple[list, list]:
-    """What would make another run of the layer compute something else, though nobody says so."""
+    """Return the switches and versions that, once changed, make another run of the layer compute something else."""
     return switches(_modules(layer)), [parameter._version for parameter in parameters]
 
 
@@ -189,7 +189,7 @@ def _named(tensors: Iterable[torch.Tensor], layer: torch.nn.Module) -> str:
 
 
 def _autocast(kind: str) -> Callable:
-    """What makes autocast again as it is now: the backward runs outside of the forward's."""
+    """Return a maker of autocast as it is now: the backward runs outside of the forward's."""
     return partial(
         torch.autocast,
         kind,

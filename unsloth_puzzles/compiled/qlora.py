@@ -137,7 +137,7 @@ def compile_qlora(
 
 
 class CompiledQLoRA:
-    """What `compile_qlora` did, undone by `undo()` or at the end of a `with` block.
+    """The handle of `compile_qlora`, undone by `undo()` or at the end of a `with` block.
 
     Attributes:
         steps: the names of the steps, in order.

@@ -66,7 +66,7 @@ def _(g, *others):
 
 
 def _check_dtypes(*tensors: torch.Tensor) -> None:
-    """What the compiler asks once; Triton's interpreter would multiply anything."""
+    """Refuse mixed dtypes, as the compiler does once; Triton's interpreter would multiply anything."""
     if len(found := {tensor.dtype for tensor in tensors}) > 1:
         raise TypeError(f"the tensors of lora_swiglu must be of one dtype, got {', '.join(map(str, found))}")
 

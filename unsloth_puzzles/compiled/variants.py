@@ -12,7 +12,7 @@ from unsloth_puzzles.code_object import with_own_code
 
 
 class CompileKey(NamedTuple):
-    """What compiled code of a call depends on beside tensors and lengths."""
+    """The facts of a call, beside tensors and lengths, on which its compiled code depends."""
 
     grad_enabled: bool
     input_requires_grad: bool  # the first layer's input, the embeddings, is not trained

@@ -23,7 +23,7 @@ class StreamDoraLayer(DoraLinearLayer):
     """PEFT's DoRA layer over a `StreamLinear4bit`. Its `weight` is the magnitude m, [out_features]."""
 
     def forward(self, x, *, base_layer: StreamLinear4bit, base_result: torch.Tensor | None = None, **adapter: object):
-        """What DoRA adds to the packed layer's output.
+        """Return the part that DoRA adds to the packed layer's output.
 
         Args:
             x: [..., in_features], after dropout if there is any.

@@ -73,7 +73,7 @@ def pack_nf4(model: nn.Module, world_size: int | None = None) -> "PackedModel":
 
 
 class PackedModel:
-    """What `pack_nf4` did. `names` of the packed layers; a second `undo()` does nothing."""
+    """The handle of `pack_nf4`. `names` of the packed layers; a second `undo()` does nothing."""
 
     def __init__(self, model: nn.Module, layers: dict[str, Linear4bit], undo_adapters: Callable[[], None]):
         self._model, self._layers, self._undo_adapters = model, layers, undo_adapters

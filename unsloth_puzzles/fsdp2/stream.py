@@ -159,7 +159,7 @@ class ByteStream(torch.Tensor):
         return ByteStream(inner["_words"])
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """What a rank contributes: its share as uint8, in one piece.
+        """Return a rank's contribution: its share as uint8, in one piece.
 
         A mixed-precision policy does not apply to the stream.
         """

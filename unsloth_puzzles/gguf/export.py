@@ -111,9 +111,9 @@ def _report_stops(tokenizer, stops: list[int]) -> None:
 
 
 def _write_modelfile(path: Path, files: tuple[Path, Path | None], tokenizer, stops: list[int]) -> None:
-    """What `ollama create NAME -f Modelfile` reads, in the folder of the files.
+    """Write the file that `ollama create NAME -f Modelfile` reads, in the folder of the files.
 
-    Of `stops` it has the added tokens. The text of an ordinary token may come from other tokens, too.
+    Of `stops` it names the added tokens. The text of an ordinary token may come from other tokens, too.
     """
     lines = [f"FROM ./{file.name}" for file in files if file is not None]
     added = tokenizer.added_tokens_decoder

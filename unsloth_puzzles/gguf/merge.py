@@ -58,7 +58,7 @@ def merged_state_dict(model: nn.Module) -> "MergedStateDict":
 
 
 class MergedStateDict(Mapping[str, torch.Tensor]):
-    """What `merged_state_dict` returns."""
+    """The mapping of `merged_state_dict`, which merges a weight whenever it is read."""
 
     def __init__(self, weights: dict[str, Weight]):
         self._weights = weights

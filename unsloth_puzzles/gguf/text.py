@@ -173,7 +173,7 @@ def _neighbours(rows: torch.Tensor, head: int) -> torch.Tensor:
 
 
 def _frequency_factors(config) -> torch.Tensor:
-    """What the engine divides each rotary frequency by: transformers' own scaled frequencies against the plain ones."""
+    """Return the divisors of the engine's rotary frequencies: plain frequencies over those that transformers scales."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -91,6 +91,6 @@ def chosen_kernel(aligned: bool):
 
 
 def pointer_types(dtype: torch.dtype, nested: bool) -> tuple[torch.dtype, ...]:
-    """What the kernel's pointers point to, in the order of `POINTERS`."""
+    """Return the dtypes that the kernel's pointers point to, in the order of `POINTERS`."""
     absmax = torch.uint8 if nested else torch.float32
     return torch.uint8, absmax, torch.float32, torch.float32, torch.float32, torch.float32, dtype

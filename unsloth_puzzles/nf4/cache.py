@@ -71,7 +71,7 @@ class _Known(NamedTuple):
 
 
 def _fingerprint(packed: torch.Tensor, state) -> tuple:
-    """What a weight is: its objects, their addresses and its description; () if any of it is missing."""
+    """Return a weight's identity: objects, their addresses and its description; () if any of it is missing."""
     absmax, code, offset, state2 = state.absmax, state.code, state.offset, state.state2
     try:
         code2, absmax2 = state2.code, state2.absmax

@@ -163,7 +163,7 @@ def _bind(config, dtype, blocksize, blocksize2, nested: bool, full: bool, aligne
 
 
 def direct_launch(run: Callable, function: object, metadata: object) -> tuple[Callable, tuple] | None:
-    """What enqueues a kernel past Triton's look at its arguments, and what it takes between stream and arguments.
+    """Return the call that enqueues a kernel unchecked by Triton, and what it takes between stream and arguments.
 
     Launch hooks are not called.
 

@@ -22,7 +22,7 @@ class OrdinaryLaunch:
 
 
 class _Pointer(NamedTuple):
-    """What Triton asks of a tensor."""
+    """The part of a tensor that Triton asks for."""
 
     address: int
     dtype: torch.dtype

@@ -68,7 +68,7 @@ def patch_linear4bit(model: torch.nn.Module, *, min_rows: int | None = None) -> 
 
 
 class Linear4bitPatch:
-    """What `patch_linear4bit` did. Undone by `undo()` or at the end of a `with` block; a second time does nothing.
+    """The handle of `patch_linear4bit`. Undone by `undo()` or at the end of a `with` block; a second time does nothing.
 
     Attributes:
         names: of the patched layers in the model.

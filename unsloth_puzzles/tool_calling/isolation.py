@@ -63,7 +63,10 @@ def run_isolated(function: Callable, arguments: dict, seconds: float, max_charac
 
 
 def _child(sender, function: Callable, arguments: dict, seconds: float, max_characters: int) -> None:
-    """What the forked process does. It ends without Python's own clean-up, which belongs to the parent."""
+    """Call the function in the forked process and send its result.
+
+    The process ends without Python's own clean-up, which belongs to the parent.
+    """
     try:
         text = _text(_bounded(function, arguments, seconds), max_characters)
         good = b"1"

@@ -25,7 +25,7 @@ from unsloth_puzzles.tool_calling.schemas import function_schema
 
 
 class Result(NamedTuple):
-    """What a call gave: a text for the model, which begins with "error: " if the call failed."""
+    """The result of a call: a text for the model, which begins with "error: " if the call failed."""
 
     name: str
     content: str
