@@ -76,7 +76,7 @@ def _download(path: Path) -> str:
 
 
 def checkpoint(folder: str | Path | None, *, hub: bool = True) -> tuple[str, str]:
-    """What `from_pretrained` takes as the model's name, and a line on where it comes from.
+    """Return what `from_pretrained` takes as the model's name, and a line on where it comes from.
 
     Args:
         folder: Holds the GGUF file (see `fetch`) or gets it, and gets its weights in float32, since a GGUF file and
@@ -176,7 +176,7 @@ def _ready(model, tokenizer):
 
 
 def _fault(path: Path) -> str:
-    """What is wrong with the file, or an empty text."""
+    """Return the fault of the file, or an empty text."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found == SHA256:
         return ""

@@ -119,7 +119,7 @@ def results(resources: Path) -> str:
 
 
 def _swept(measurements: Path, file: str) -> list[str]:
-    """What sweeps kept beside `file`, each with its own provenance."""
+    """Return the records that sweeps kept beside `file`, each with its own provenance."""
     parts = []
     for name, tables in SWEPT.get(file, {}).items():
         path = measurements / name
@@ -133,7 +133,7 @@ def _swept(measurements: Path, file: str) -> list[str]:
 
 
 def rehearsal(path: Path, release_digest: str) -> str:
-    """What the rehearsal of a T4 found, a row a section; it says so where there was none.
+    """Tabulate the findings of the rehearsal of a T4, a row a section; it says so where there was none.
 
     Args:
         path: What `tools.t4` wrote.

@@ -39,7 +39,7 @@ COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
 def requirements(name: str) -> list[str]:
-    """What an environment is made of, lines for pip.
+    """Return the requirements of an environment, lines for pip.
 
     Args:
         name: "pinned" takes requirements.txt, "colab" Colab's versions where notebook/colab.txt names some, "oldest"
@@ -144,7 +144,7 @@ def run(
 
 
 def compile_kernels(python: Path, minutes: float) -> dict[str, object]:
-    """What the environment's Triton makes of each kernel: how many builds, the failed ones, and the most of each."""
+    """Compile each kernel by the environment's Triton, and count builds, failures and resources."""
     # The tests' own interpreter of kernels must not be on, and a cache would hide a compiler that cannot compile.
     cache = python.parents[1] / "triton_cache"
     shutil.rmtree(cache, ignore_errors=True)

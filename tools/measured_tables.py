@@ -71,7 +71,7 @@ def metric_table(records: list[dict], metric: str, caption: str) -> str:
 
 
 def gpu_tests(path: Path) -> str:
-    """What `make gpu-test` kept, whether of this package, every failed test, and every skip with its reason."""
+    """Report what `make gpu-test` kept: whether of this package, every failed test, and every skip with its reason."""
     if not path.exists():
         return "Not measured yet."
     kept = json.loads(path.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def failures(node: NotebookNode) -> list[str]:
 
 
 def report(node: NotebookNode) -> str:
-    """What the cells tagged `report` printed: the sections' times and the scorecard."""
+    """Return what the cells tagged `report` printed: the sections' times and the scorecard."""
     return "\n".join(output_text(cell) for cell in node.cells if "report" in cell.metadata.get("tags", []))
 
 

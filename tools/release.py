@@ -97,7 +97,7 @@ def show_scorecard(node: NotebookNode, measurements: Path) -> None:
 
 
 def passed_tests(digest: str, root: Path = ROOT) -> dict[str, object] | None:
-    """What `make test-slow` came to with the code of `digest`; None if it has not passed with it.
+    """Return the outcome of `make test-slow` with the code of `digest`; None if it has not passed with it.
 
     Returns:
         "passed" and "skipped" (numbers of tests), "date", and "hardware" (its name).
@@ -122,7 +122,7 @@ def inconsistencies(node: NotebookNode) -> list[str]:
 
 
 def describe(root: Path = ROOT) -> str:
-    """What the committed notebook is of, and how far the code has moved since, a sentence a line."""
+    """Describe which code the committed notebook is of, and how far it has moved since, a sentence a line."""
     node = nbformat.read(root / NOTEBOOK, as_version=4)
     if found := inconsistencies(node):
         return "\n".join(["The committed notebook is no release:", *found])
@@ -163,7 +163,7 @@ def _changed(root: Path, commit: str, folder: str) -> list[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git says, or an empty text."""
+    """Return git's output, or an empty text."""
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     except FileNotFoundError:

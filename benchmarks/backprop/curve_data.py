@@ -18,7 +18,7 @@ _VOCABULARY = 4096  # of the tokenizer trained here: 0.1 million tokens say litt
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of one mode share. None is decided where they run: see `decided`.
+    """The settings that all runs of one mode share. None is decided where they run: see `decided`.
 
     Args:
         mode: "full", full fine-tuning by SGD without momentum and without clipping: Adam would hide a wrong scale of

@@ -170,7 +170,7 @@ def tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 
 def _random_batch(vocab: int, sequences: int, prompt: int, completion: int) -> dict[str, torch.Tensor]:
-    """What the trainer's preparation returns, on the default device; completions of uneven lengths."""
+    """Make a batch as the trainer's preparation returns it, on the default device; completions of uneven lengths."""
     lengths = torch.randint(completion // 2, completion + 1, (sequences, 1))
     completion_mask = (torch.arange(completion) < lengths).long()
     return {

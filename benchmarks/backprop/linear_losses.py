@@ -107,7 +107,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured in one run, by candidate, and which candidates failed, with the reason."""
+    """The measurements of one run, by candidate, and the candidates that failed, with the reason."""
 
     measured: dict[Hashable, Measured] = field(default_factory=dict)
     failed: dict[Hashable, str] = field(default_factory=dict)

@@ -137,7 +137,7 @@ def pass_means(curve: dict) -> list[float]:
 
 
 def title(curve: dict) -> str:
-    """What a figure of `curve` has to say: model, weights, dtype, optimiser, learning rate, batch, text, hardware."""
+    """Name the run of a `curve`: model, weights, dtype, optimiser, learning rate, batch, text, hardware."""
     size = "tiny Llama" if curve["parameters"] < 1e7 else f"Llama of {curve['parameters'] / 1e6:.0f} M parameters"
     model = "Llama 3.2 1B" if 1.2e9 < curve["parameters"] < 1.3e9 else size
     full = curve["mode"] == "full"

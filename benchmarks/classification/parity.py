@@ -26,7 +26,7 @@ BATCHES = [["one", "two", "three"], ["a longer text", "x"], ["of words", "in a r
 
 
 class Losses(NamedTuple):
-    """What `check_losses` finds."""
+    """The findings of `check_losses`."""
 
     by_way: dict[str, torch.Tensor]  # losses of the steps: "transformers", "patched", maybe "compiled"
     differences: dict[str, float]  # the largest from transformers', by the other ways

@@ -38,7 +38,7 @@ MAX_LENGTH = 64
 
 @dataclasses.dataclass
 class Run:
-    """What came of a run: losses of the steps, score on the test texts, what was predicted, and seconds of training."""
+    """The results of a run: losses of the steps, score on the test texts, predictions, and seconds of training."""
 
     losses: list[float]
     score: Score

@@ -50,6 +50,6 @@ def free_pinned() -> None:
 
 
 def pinned_gib() -> float | None:
-    """What is pinned of the host's memory, in use or kept for reuse; None if this PyTorch does not tell."""
+    """Return the pinned memory of the host, in use or kept for reuse; None if this PyTorch does not tell."""
     found = getattr(torch.cuda, "host_memory_stats", dict)().get("allocated_bytes.current")
     return None if found is None else found / 2**30

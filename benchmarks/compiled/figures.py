@@ -47,7 +47,7 @@ def steps_table(runs: Mapping[str, dict], failed: Mapping[str, str]) -> str:
 
 
 def recovery(run: dict, other: dict) -> str:
-    """What compiling costs once, and after how many steps the saved GPU time recovers it.
+    """Say what compiling costs once, and after how many steps the saved GPU time recovers it.
 
     Args:
         run: compiled and profiled. Its first two steps compile.

@@ -42,7 +42,7 @@ def check_activation(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, bo
 
 
 def formula(g, u, ig, iu, bg, bu, a) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `LoraSwiGLU` computes, in PyTorch's operators."""
+    """Compute what `LoraSwiGLU` does, in PyTorch's operators."""
     act = silu(g + ig @ bg.t()) * (u + iu @ bu.t())  # [..., columns]
     return act, act @ a.t()
 

@@ -248,7 +248,7 @@ def allowed(name: str, one: dict[str, dict]) -> tuple[float, float]:
 
 
 def seen(name: str, two: dict[str, dict], one: dict[str, dict]) -> tuple[str, bool | None]:
-    """What a feature did, and whether that is what it is for; None where this machine cannot show it.
+    """Describe what a feature did, and whether that is what it is for; None where this machine cannot show it.
 
     Args:
         name: Of the feature.

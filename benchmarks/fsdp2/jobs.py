@@ -94,7 +94,7 @@ class Jobs:
 
 
 def run_all(jobs: Mapping[str, Job], *, together: bool = False) -> dict[str, dict]:
-    """What each of {name: job} returns; a job that fails is recorded as failed, and is missing here.
+    """Run each of {name: job} and return the results; a job that fails is recorded as failed, and is missing here.
 
     Args:
         jobs: By name.

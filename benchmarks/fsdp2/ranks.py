@@ -75,7 +75,7 @@ def start_ranks(
 
 
 def _reason(error: child.ChildError) -> str:
-    """What the rank that failed first has said; torchrun's own last line says nothing."""
+    """Return the message of the rank that failed first; torchrun's own last line says nothing."""
     said = [match for line in error.output.splitlines() if (match := _ERROR.match(line))]
     return ": ".join(filter(None, said[0].group("rank", "what"))) if said else str(error)
 
@@ -161,7 +161,7 @@ def average(value: torch.Tensor) -> float:
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """What the ranks' shares make together."""
+    """Return the whole of a tensor that is split over the ranks."""
     return value.full_tensor() if WORLD > 1 else value
 
 

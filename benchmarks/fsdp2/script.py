@@ -29,7 +29,7 @@ SHOWN = 30  # steps from one line of progress to the next
 
 
 def choose_model(folder: str) -> tuple[str, tuple[str, ...], str, str]:
-    """What the script is to train: the checkpoint, or the architecture with random weights.
+    """Choose the script's model: the checkpoint, or the architecture with random weights.
 
     Args:
         folder: Where configuration and tokenizer of the architecture are written.

@@ -64,7 +64,7 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
 
 
 def _all(jobs: dict[str, Callable[[], tuple]], together: bool) -> dict[str, tuple]:
-    """What the jobs return, by name; the error of the first that failed is raised."""
+    """Run the jobs and return their results by name; the error of the first that failed is raised."""
     found = dict(at_once(jobs, together=together))
     for one in found.values():
         if isinstance(one, Exception):
@@ -140,7 +140,7 @@ def _lengths(found: Measurements, ranks: int, tiny: bool, timeout: float) -> Non
 def run_cases(
     cases: list[dict], ranks: int, timeout: float, gpus: str | None = None
 ) -> tuple[list[dict], float | None]:
-    """What `steps` measures of each case, and the bandwidth of its all-gathers."""
+    """Measure each case by `steps`, and the bandwidth of its all-gathers."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "cases.json"), Path(folder, "out.json")
         given.write_text(json.dumps(cases))

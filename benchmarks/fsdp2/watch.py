@@ -18,7 +18,7 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.
 
 
 class Watch:
-    """What several ranks do besides training; of one process it notes nothing."""
+    """Notes of what several ranks do besides training; of one process there are none."""
 
     def __init__(self):
         self.whole: dict[str, torch.Tensor] = {}

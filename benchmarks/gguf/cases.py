@@ -19,7 +19,7 @@ CASES = {family: (family, {}) for family in FAMILIES} | {  # by name: family, op
 
 
 class Checked(NamedTuple):
-    """What `check_case` finds."""
+    """The findings of `check_case`."""
 
     errors: dict[str, tuple[float, float]]  # nats by question: deviations emulated, and not
     checks: dict[str, bool]

@@ -21,7 +21,7 @@ TIMEOUT = 300.0
 
 
 class Answer(NamedTuple):
-    """What one request gave."""
+    """The answer to one request."""
 
     prompt_tokens: int
     tokens: list[int]

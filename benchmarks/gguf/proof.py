@@ -36,7 +36,7 @@ LINEAR = r".*\b(q|k|v|o|gate|up|down)_proj"
 
 
 class Deviation(NamedTuple):
-    """What llama.cpp (xllamacpp 2026.10) computes otherwise than transformers, whatever the file says."""
+    """A computation of llama.cpp (xllamacpp 2026.10) that differs from transformers', whatever the file says."""
 
     what: str
     source: str
@@ -77,7 +77,7 @@ class Compared(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """What an export is worth."""
+    """The comparisons that show what an export is worth."""
 
     answers: tuple[Compared, ...]
     moved: float  # how far the adapter moves the engine's first log-probability

@@ -105,7 +105,7 @@ class Next(NamedTuple):
 
 @torch.no_grad()
 def next_tokens(model: torch.nn.Module, tokenizer) -> list[Next]:
-    """What `model` expects after each of the first `PLACES` tokens of a paragraph of Python's language reference."""
+    """Return what `model` expects after the first `PLACES` tokens of a paragraph of Python's language reference."""
     ids = next(ids for text in paragraphs() if len(ids := tokenizer(text)["input_ids"]) >= PLACES.stop)
     log_probs = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().log_softmax(-1)
     found = []

@@ -63,7 +63,7 @@ def faster_than_default(timings: dict[tuple[str, str], Timing]) -> list[str]:
 
 
 def summary(timings: dict[tuple[str, str], Timing]) -> list[str]:
-    """What a shape's timings say: a line on the eviction hints, and one on the variants that are faster."""
+    """Sum up a shape's timings: a line on the eviction hints, and one on the variants that are faster."""
     default, without = timings[DEFAULT], timings[NO_HINTS]
     faster = "; ".join(faster_than_default(timings)) or "none"
     spread = f"{without.low / default.high:.3f} to {without.high / default.low:.3f}"

@@ -74,6 +74,6 @@ THREE_LAUNCHES = "three bitsandbytes launches (Unsloth's sequence)"
 
 
 def baselines(device: str) -> dict[str, Callable[..., torch.Tensor]]:
-    """What can run here, by name. On a CPU bitsandbytes has no kernels to launch."""
+    """Return the baselines that can run here, by name. On a CPU bitsandbytes has no kernels to launch."""
     found = {"bitsandbytes": bitsandbytes_dequantize, "PEFT": peft_dequantize}
     return {THREE_LAUNCHES: three_launches, **found} if device == "cuda" else found

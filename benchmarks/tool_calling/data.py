@@ -97,7 +97,7 @@ test_questions.__test__ = False  # no test of pytest's
 
 
 def shared(training: Sequence[Question], test: Sequence[Question]) -> dict[str, set]:
-    """What both have, by name; nothing if the test is held out.
+    """Return what both have, by name; nothing if the test is held out.
 
     "wording within a word": wordings of the test that differ from one of training in a word at most. "number pair":
     the two numbers of a call, in the order of its arguments.
@@ -208,7 +208,7 @@ def _called(name: str, arguments: tuple) -> str:
 
 
 def expected_results(question: Question) -> list[str]:
-    """What those of the wanted calls return that do not fail."""
+    """Return the results of the wanted calls that do not fail."""
     results = [_called(name, tuple(given.items())) for turn in question.turns for name, given in turn]
     return [result for result in results if not result.startswith("error: ")]
 

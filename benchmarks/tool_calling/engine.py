@@ -21,7 +21,7 @@ from unsloth_puzzles.tool_calling.toolbox import ToolBox
 
 
 class EngineReply(NamedTuple):
-    """What the engine says: text, calls, and how many tokens the prompt had."""
+    """The engine's reply: text, calls, and the number of tokens of the prompt."""
 
     content: str
     calls: tuple[Call, ...]

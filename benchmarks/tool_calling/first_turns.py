@@ -22,7 +22,7 @@ COUNT = 8
 
 
 class FirstTurn(NamedTuple):
-    """What both make of a question: calls of the first reply, and tokens of the prompt."""
+    """The first turns of transformers and of the engine: calls of the first reply, and tokens of the prompt."""
 
     question: Question
     theirs: tuple[Call, ...]  # of transformers

@@ -34,7 +34,7 @@ EXCEPTED = {"pixtral": "its tower concatenates the patches of all images and mas
 
 
 class Family(NamedTuple):
-    """What `check_family` finds."""
+    """The findings of `check_family`."""
 
     difference: float  # nats: the largest of a token's loss in the batch and its row alone
     gradient: float  # relative

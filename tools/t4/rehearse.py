@@ -93,7 +93,7 @@ def _kernels(built: list[Built]) -> dict[str, object]:
 
 
 def _predicted(section: str, found: dict, folder: Path, record: Path, built: list[Built]) -> dict[str, object]:
-    """What a T4 would take for the section, from what the hook profiled; None with the reason where that is unknown."""
+    """Predict a T4's time for the section, from what the hook profiled; None with the reason where that is unknown."""
     rates = sections.measured_rates(folder)
     windows = [json.loads(line) for path in record.glob("profile-*.jsonl") for line in path.read_text().splitlines()]
     broken = [path.read_text().strip() for path in record.glob("broken-*.txt")]

@@ -35,7 +35,7 @@ def summarise(out: Path) -> dict[str, object]:
 
 
 def errors(found: dict) -> list[str]:
-    """What of a section's result is an error of the rehearsal, a line each."""
+    """Return the errors of the rehearsal in a section's result, a line each."""
     lines = [f"cell: {line}" for line in found["cells_in_error"]] + [f"failed: {line}" for line in found["failed"]]
     lines += [
         f"kernel {one['name']}: {one['error'] or str(one['shared']) + ' bytes of shared memory'}"

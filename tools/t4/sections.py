@@ -37,7 +37,7 @@ def digest(node: NotebookNode) -> str:
 
 @dataclass
 class Heard:
-    """What a client noted: seconds by cell id, and the longest time in which a cell said nothing, and which one."""
+    """The notes of a client: seconds by cell id, and the longest time in which a cell said nothing, and which one."""
 
     cell_seconds: dict[str, float] = field(default_factory=dict)
     silence: float = 0.0
@@ -74,7 +74,7 @@ class Client(NotebookClient):
 
 
 def outcome(section: str, node: NotebookNode, folder: Path, seconds: Mapping[str, float]) -> dict[str, object]:
-    """What a run of `notebook_of(section)` in `folder` came to: errors, failures, skips, points, seconds."""
+    """Return the outcome of a run of `notebook_of(section)` in `folder`: errors, failures, skips, points, seconds."""
     own = SECTIONS[section]
     text = "\n".join(output_text(cell) for cell in node.cells if cell.cell_type == "code")
     rows = [row for row in scorecard.score(folder / "resources/measurements") if row.challenge == section]
@@ -115,7 +115,7 @@ def measured_with(folder: Path) -> tuple[str, dict[str, str | None]]:
 
 
 def _figures(path: Path) -> dict[str, float]:
-    """What the curves of a run came to, by metric and case."""
+    """Return the figures of a run's curves, by metric and case."""
     records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
     kept = [one for one in records if one["metric"].startswith(("loss_curve", "planted_fault", "loss_difference"))]
     return {f"{one['metric']}, {one['case']}": one["value"] for one in kept}

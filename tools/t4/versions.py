@@ -46,7 +46,7 @@ def against_colab(found: dict[str, str], wanted: dict[str, str]) -> dict[str, di
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """What the install cell did, a line a package."""
+    """Return the install cell's changes, a line a package."""
     lines = []
     for name in sorted(before | after):
         was, now = before.get(name), after.get(name)
