@@ -29,7 +29,7 @@ def test_imports_no_other_part_of_the_package(folder, more):
 
 
 @pytest.mark.parametrize("folder, more", [("backprop", {"kv_cache"}), ("attention", set())])
-def test_what_is_compiled_has_its_code_object(folder, more):
+def test_compiled_folders_import_code_object(folder, more):
     assert imported(folder) == {folder, "device", "code_object", *more}
 
 

@@ -110,7 +110,7 @@ def test_no_experiment_and_no_check_fails(executed: tuple[nbformat.NotebookNode,
 
 
 @pytest.mark.slow
-def test_what_it_wrote_is_the_package(executed: tuple[nbformat.NotebookNode, Path]) -> None:
+def test_written_files_are_the_package(executed: tuple[nbformat.NotebookNode, Path]) -> None:
     written = {path.relative_to(executed[1]) for path in (executed[1] / "unsloth_puzzles").rglob("*.py")}
     assert written == {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
     for name in written:

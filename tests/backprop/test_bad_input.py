@@ -112,7 +112,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("takes", ["logits", "linear"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_a_function_may_not_return(name, takes):
+def test_results_of_another_form_are_refused(name, takes):
     """Refused again at the second call; and behind labels of which the first 40 do not count."""
     of_logits, form, error = FUNCTIONS[name]
     function = of_logits if takes == "logits" else lambda x, linear, labels: of_logits(linear(x), labels)

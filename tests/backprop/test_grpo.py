@@ -306,7 +306,7 @@ def test_no_more_logits_than_a_chunk_and_none_of_the_prompt(tmp_path):
     assert passes > 2 * (tokens - CHUNK)
 
 
-def test_what_may_be_kept_is_not_computed_again(tmp_path):
+def test_kept_logits_are_not_computed_again(tmp_path):
     trainer, inputs, rows = trainer_of(Ours, llama(), str(tmp_path)), batch(), []
     step(trainer, inputs)
     trainer.model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits.shape[:-1].numel()))

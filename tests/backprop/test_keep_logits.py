@@ -83,7 +83,7 @@ def test_nothing_is_kept_without_gradients(data):
 
 
 @pytest.mark.parametrize("keep", (-1, "much", 1.5, True))
-def test_what_is_no_number_of_bytes_is_refused(data, keep):
+def test_keep_logits_must_be_a_number_of_bytes(data, keep):
     with pytest.raises((TypeError, ValueError), match="keep_logits"):
         run(data, keep)
 

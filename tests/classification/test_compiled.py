@@ -149,7 +149,7 @@ def test_padding_on_either_side_and_checkpointing(checkpoint):
     assert (found[0] - found[1]).abs() <= 1e-5
 
 
-def test_what_belongs_to_causal_models_is_refused(checkpoint):
+def test_options_of_causal_models_are_refused(checkpoint):
     model, _ = classifier(checkpoint)
     before = [type(module) for module in model.modules()]
     for options in ({"loss": torch.nn.functional.cross_entropy}, {"chunk_size": 4}, {"predictions": True}):

@@ -69,7 +69,7 @@ def test_adapters_are_trained_after_they_were_disabled(reshard, before, mesh, mo
         (lambda model: model.get_input_embeddings().requires_grad_(True), "embed_tokens"),
     ],
 )
-def test_what_is_trained_since_it_was_sharded_is_refused(change, named, mesh):
+def test_parameters_trained_only_after_sharding_are_refused(change, named, mesh):
     model, ids = qlora(), torch.arange(8).view(1, 8)
     pack_nf4(model)
     shard_qlora(model, mesh)

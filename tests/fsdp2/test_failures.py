@@ -75,7 +75,7 @@ def test_both_ranks_refuse_values_that_differ(errors, name, what):
         ("not prepared", "RuntimeError: trainer must be prepared before it trains; call prepare_trainer(trainer)"),
     ],
 )
-def test_what_fsdp2_breaks_is_refused(errors, name, message):
+def test_cases_that_fsdp2_breaks_are_refused_on_both_ranks(errors, name, message):
     first, second = errors[name]
     assert first == second and str(first).startswith(message)
 

@@ -5,7 +5,7 @@ from tests.mutants import Mutation, mutation, mutation_tests
 NUMBERS = "test_stream.py::test_operators_on_numbers_are_refused"
 HOOKS = "test_stream.py::test_gathered_tensor_shares_the_bytes_of_the_collective"
 MODEL = "test_pack.py::test_packed_model_has_the_same_losses_and_gradients[2]"
-REFUSED = "test_pack.py::test_what_cannot_be_packed_is_refused"
+REFUSED = "test_pack.py::test_models_that_cannot_be_packed_are_refused"
 DORA = "test_dora.py::test_packed_layer_has_the_output_and_gradients_of_bitsandbytes[dropout-True]"
 SHARDED = "test_sharding.py::test_gathering_changes_no_byte[per-parameter sharding]"
 MUTATIONS = {

@@ -220,7 +220,7 @@ def _dora_of_another_kind():
         ),
     ],
 )
-def test_what_cannot_be_packed_is_refused(make, message):
+def test_models_that_cannot_be_packed_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         pack_nf4(make(), 2)
 

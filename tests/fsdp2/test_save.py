@@ -110,7 +110,7 @@ def test_all_that_is_trained_is_saved(name, tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
-def test_what_is_trained_and_not_saved_is_refused(tmp_path):
+def test_trained_parameters_that_are_not_saved_are_refused(tmp_path):
     model = get_peft_model(random_nf4_llama(tiny_llama_config(64, 1), "cpu"), LoraConfig(target_modules=["q_proj"]))
     for module in model.modules():
         if "Norm" in type(module).__name__:

@@ -443,7 +443,7 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0}
         (_broken(1e6), r"hold the values of blk\.1\.ffn_up\.weight, .* got Q8_0; take bf16 or f32"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_and_no_file_is_left(make, message, tmp_path):
+def test_models_that_cannot_be_exported_are_refused_and_leave_no_file(make, message, tmp_path):
     model, processor = make()
     with pytest.raises(ValueError, match=message):
         export_gguf(model, processor, tmp_path / "out", progress=False)

@@ -209,7 +209,7 @@ def _adapted(config):
         (_bias, r"model must have adapters without biases, got lora_bias in"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(make, message):
+def test_models_that_cannot_be_merged_are_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         merged_state_dict(make())
 

@@ -45,7 +45,7 @@ def test_a_call_that_must_be_mended_fails_first_and_names_what_is_right(kind):
     assert first.content.endswith(f"; use {wanted}")
 
 
-def test_what_a_question_needs_is_on_offer_or_not_as_its_kind_says():
+def test_needed_tools_are_on_offer_or_not_as_the_kind_says():
     for question in TRAIN + TEST:
         assert len(set(question.offered)) == len(question.offered)
         wanted = {name for turn in question.turns for name, _ in turn}
@@ -89,7 +89,7 @@ def test_all_wordings_are_apart():
         ("Hi there.", {}, "wording", "Hi there."),
     ],
 )
-def test_what_is_shared_is_found(wording, given, name, value):
+def test_shared_wordings_and_values_are_found(wording, given, name, value):
     test = [
         *TEST,
         replace(

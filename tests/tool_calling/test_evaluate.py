@@ -125,7 +125,7 @@ UPPER = ("travel_time", {"origin": "Rome", "destination": "Oslo"}, "6 hours")
         (CHAT, made([FAILED], [PRICE]), None),
     ],
 )
-def test_what_is_mended_after_an_error(question, conversation, expected):
+def test_mended_questions_are_counted_after_an_error(question, conversation, expected):
     assert count([question], [conversation]).get(AFTER_AN_ERROR) == expected
 
 

@@ -52,7 +52,7 @@ MUTATIONS = {
         "isolation.py",
         "if event.startswith(_REFUSED):",
         "if False:",
-        "test_toolbox.py::test_what_a_tool_must_not_do_is_a_message",
+        "test_toolbox.py::test_forbidden_acts_of_a_tool_become_messages",
     ),
     "a cut answer": mutation(
         "conversation.py",

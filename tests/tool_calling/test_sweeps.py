@@ -49,7 +49,7 @@ def test_all_cases_are_kept(stubbed, tmp_path):
     assert len(found.records) == 4 * len(sweeps.SHOWN) + len(sweeps.SHOWN) - 1 + 1
 
 
-def test_what_was_measured_is_kept_if_a_later_case_fails(stubbed, tmp_path, monkeypatch):
+def test_measurements_are_kept_if_a_later_case_fails(stubbed, tmp_path, monkeypatch):
     def fail(model, _, seed):
         if seed == 1:
             raise RuntimeError("no memory")

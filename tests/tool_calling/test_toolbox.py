@@ -96,7 +96,7 @@ def test_nothing_but_the_registered_functions_is_called(name):
         ("eval", "must use no files, network, processes or generated code, got "),
     ],
 )
-def test_what_a_tool_must_not_do_is_a_message(how, message):
+def test_forbidden_acts_of_a_tool_become_messages(how, message):
     result = BOX.call("misbehave", {"how": how})
     assert result.failed and f"error: misbehave: {message}" in result.content
 
@@ -124,7 +124,7 @@ def test_a_worker_that_may_start_no_process_is_a_message(monkeypatch):
     assert result.failed and "must get a process of its own, got daemonic processes" in result.content
 
 
-def test_what_a_tool_prints_goes_nowhere(capfd):
+def test_output_of_a_tool_goes_nowhere(capfd):
     def shout(text: str) -> str:
         """Shout.
 

@@ -92,7 +92,7 @@ def test_files_of_a_data_set_are_decoded_as_the_data_set_does(mode):
         (3, r"paths or files' bytes, got int; load them by PIL\.Image\.open"),
     ],
 )
-def test_what_cannot_be_decoded_is_named(given, got):
+def test_images_that_cannot_be_decoded_are_named(given, got):
     with pytest.raises(ValueError, match=f"images of row 1 must be images,? {got}"):
         VisionCollator(family("qwen2_vl")[0])([TEXT, {**ONE, "images": [given]}])
 

@@ -200,7 +200,7 @@ def test_a_batch_of_text_skips_the_layers():
         (lambda: family("mllama")[1], ValueError, r"model must not be patched yet, got model\.vision_model, which is"),
     ],
 )
-def test_what_cannot_be_patched_is_refused(make, error, message):
+def test_models_that_cannot_be_patched_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         patch_mllama(make())
 

@@ -25,7 +25,7 @@ def test_eager_and_compiled_are_the_mean_over_the_labels_that_count(name, train_
     assert max(errors.values()) < 1e-6
 
 
-def test_what_needs_a_gpu_is_left_out_with_the_reason():
+def test_baselines_that_need_a_gpu_are_left_out_with_the_reason():
     found, left_out = baselines("cpu", torch.bfloat16)
     assert set(found) == {EAGER, COMPILED}
     assert set(left_out) == {LIGER, LIGER_FLOAT32, CCE}

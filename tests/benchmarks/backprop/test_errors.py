@@ -79,7 +79,7 @@ def test_the_error_of_a_long_tensor_is_that_of_all_its_pieces():
     assert found == pytest.approx((true[-1].norm() / true.norm()).item(), rel=1e-4)
 
 
-def test_what_runs_out_of_memory_is_missing():
+def test_candidates_out_of_memory_have_no_errors():
     def too_large(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

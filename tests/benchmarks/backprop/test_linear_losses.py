@@ -66,7 +66,7 @@ def test_peaks_and_times(train_head):
         assert result.time.samples == 2 and result.time.median > 0
 
 
-def test_what_runs_out_of_memory_is_named_and_not_timed():
+def test_candidates_out_of_memory_are_named_and_not_timed():
     calls = []
 
     def too_large():

@@ -238,7 +238,7 @@ def test_process_that_takes_too_long_is_ended():
     assert all("took longer than" in reason for reason in found.values())
 
 
-def test_what_cannot_be_compared_or_set_is_refused():
+def test_unequal_runs_and_unknown_settings_are_refused():
     curve = {"losses": [3.0, 2.0], "gradient_norms": [4.0, 2.0], "run": OURS, "learning_rate": 1e-3}
     assert differences(curve, {**curve, "losses": [3.5, 2.0]}) == [0.5, 0.0]
     assert norm_differences(curve, {**curve, "gradient_norms": [5.0, 2.0]}) == [0.25, 0.0]

@@ -85,7 +85,7 @@ def test_scores_of_each_seed_and_their_median(tmp_path, monkeypatch, capsys):
     assert "losses differ by 2.0e-03 nats" in said and "seed 3, LoRA, not quantised" in said
 
 
-def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
+def test_measurements_before_an_error_are_kept(tmp_path, monkeypatch):
     _fake(monkeypatch, broken_seed=2)
     path, hardware = tmp_path / "sweep.json", probe(measure=False)
     with pytest.raises(RuntimeError, match=r"^logits must be equal after saving and loading, got others: .*, seed 2"):

@@ -52,7 +52,7 @@ def test_results_that_are_not_finite_are_an_error(number):
     assert sweeps._finite(f'{{"losses": [1.5, {number}]}}') == {"error": f"results must be finite, got {number}"}
 
 
-def test_what_has_been_run_is_not_run_again(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     made = []
 
     def fake(group):
