@@ -30,7 +30,7 @@ class Blocks:
             documents = torch.zeros(batch.size, batch.kv_length, dtype=torch.int32, device=device)
         self.causal = pattern.causal
         # One more position, which none sees: compiled code takes a size of 1 for a constant, so `Flex` pads it to 2.
-        self.documents = torch.cat([documents, documents[:, -1:] + 1], dim=-1)
+        self.documents = torch.cat([documents, documents[:, -1:] + 1], dim=-1)  # [batch, kv_length + 1]
         self.window = torch.full((), pattern.window or _EVERYTHING, dtype=torch.int32, device=device)
         self.offset = torch.full((), batch.offset, dtype=torch.int32, device=device)
         partial, full = visible_blocks(pattern, batch, self.documents)
@@ -71,11 +71,11 @@ def visible_blocks(pattern: Pattern, batch: Batch, documents: torch.Tensor) -> t
     which every query sees every key. A block in neither holds nothing that is seen; one that is partial may, too."""
     q_first, q_last, q_inside = _ends(batch.q_length, batch.offset, documents.device)
     k_first, k_last, k_inside = _ends(batch.kv_length, 0, documents.device)
-    q_first, q_last, q_inside = (t[:, None] for t in (q_first, q_last, q_inside))
+    q_first, q_last, q_inside = (t[:, None] for t in (q_first, q_last, q_inside))  # [query blocks, 1]
     # Documents never decrease, so those of a block are an interval.
-    q_from, q_to = (documents[:, t] for t in (q_first, q_last))
-    k_from, k_to = (documents[:, None, t] for t in (k_first, k_last))
-    some = (q_from <= k_to) & (k_from <= q_to)
+    q_from, q_to = (documents[:, t] for t in (q_first, q_last))  # [batch, query blocks, 1]
+    k_from, k_to = (documents[:, None, t] for t in (k_first, k_last))  # [batch, 1, key blocks]
+    some = (q_from <= k_to) & (k_from <= q_to)  # [batch, query blocks, key blocks]
     full = (q_from == q_to) & (k_from == k_to) & (q_from == k_from)
     if pattern.causal:
         some = some & (k_first <= q_last)
@@ -90,13 +90,17 @@ def visible_blocks(pattern: Pattern, batch: Batch, documents: torch.Tensor) -> t
 
 def _ends(length: int, offset: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First and last position of each block, and how many of its positions exist. A block beyond the end has none."""
-    starts = torch.arange(max(2, -(-length // BLOCK)), device=device) * BLOCK  # two at least, as with the positions
+    # [blocks], two at least, as with the positions.
+    starts = torch.arange(max(2, -(-length // BLOCK)), device=device) * BLOCK
     inside = (length - starts).clamp(0, BLOCK)
     first = starts.clamp(max=length - 1)
     return first + offset, first + offset + (inside - 1).clamp(min=0), inside
 
 
 def _ordered(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of visible blocks in each row, and all blocks' indices, the visible ones first and in order; int32."""
+    """Number of visible blocks in each row, and all blocks' indices, the visible ones first and in order; int32.
+
+    [..., blocks, others] bool -> [..., blocks], [..., blocks, others].
+    """
     first = torch.argsort(visible.to(torch.int8), dim=-1, descending=True, stable=True)
     return visible.sum(-1, dtype=torch.int32), first.to(torch.int32).contiguous()

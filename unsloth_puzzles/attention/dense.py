@@ -23,7 +23,7 @@ class Dense(Backend):
         wide = torch.promote_types(query.dtype, torch.float32)
         key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        scores = scale * (query.to(wide) @ key.to(wide).transpose(-1, -2))
+        scores = scale * (query.to(wide) @ key.to(wide).transpose(-1, -2))  # [batch, heads, q_length, kv_length]
         if pattern.soft_cap is not None:
             scores = pattern.soft_cap * torch.tanh(scores / pattern.soft_cap)
         if data is not None:

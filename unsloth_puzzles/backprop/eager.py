@@ -34,7 +34,7 @@ class EagerFunction:
         """
         with torch.no_grad():
             pieces = [weighted(self.function, self.reduction, *piece) for piece in _pieces(logits, arguments)]
-        return torch.stack(pieces).sum()
+        return torch.stack(pieces).sum()  # of one value a piece
 
     def value_and_gradient(self, logits: torch.Tensor, arguments: Arguments, scale: torch.Tensor, add: Callable):
         """The value, and its gradient times `scale`, which is written over the logits.
@@ -51,7 +51,7 @@ class EagerFunction:
         values = []
         start = 0
         for piece, cut in _pieces(logits, arguments):
-            leaf = piece.detach().requires_grad_()
+            leaf = piece.detach().requires_grad_()  # [rows of the piece, vocab]
             leaves = cut.leaves()
             with torch.enable_grad():
                 value = weighted(self.function, self.reduction, leaf, cut, leaves)
@@ -95,13 +95,13 @@ class EagerFunction:
         start = 0
         for piece, cut in _pieces(logits, arguments):
             stop = start + len(piece)
-            leaf = piece.detach().requires_grad_()
+            leaf = piece.detach().requires_grad_()  # [rows of the piece, vocab]
             leaves = cut.leaves()
             with torch.enable_grad():
                 results = as_tuple(self.function(leaf, cut.labels, *leaves))
             check_leaves(self.function, results, [leaf, *cut.chosen(leaves)])
             kept = [
-                (result, slope[start:stop])
+                (result, slope[start:stop])  # [rows of the piece, ...] each
                 for result, slope in zip(results, upstream, strict=True)
                 if slope is not None
             ]
@@ -138,4 +138,4 @@ def _pieces(logits: torch.Tensor, arguments: Arguments):
     rows = max(1, -(-len(logits) // _PIECES))
     for start in range(0, len(logits), rows):
         stop = min(start + rows, len(logits))
-        yield logits[start:stop], arguments.cut(slice(start, stop))
+        yield logits[start:stop], arguments.cut(slice(start, stop))  # [rows of the piece, vocab]

@@ -143,7 +143,7 @@ class _LeanLinear(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.linear or kwargs or not _dense(args[1]):
             return func(*args, **(kwargs or {}))
-        x, weight, bias = (*args, None)[:3]
+        x, weight, bias = (*args, None)[:3]  # [..., in], [out, in], [out] or None
         weight_sum, bias_sum = self._sums.get(id(weight)), None if bias is None else self._sums.get(id(bias))
         made = (weight_sum is None and weight.requires_grad) or (
             bias is not None and bias_sum is None and bias.requires_grad
@@ -164,6 +164,7 @@ class _LeanLinear(TorchFunctionMode):
         return _Linear.apply(x, weight_cast, bias_cast, weight_sum, bias_sum, self, weight, bias)
 
     def product(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[..., out] @ [out, in] -> [..., in]."""
         into, self.into = self.into, None  # once: a second product would overwrite the first
         if into is None or into.dtype != gradient.dtype or into.shape != (*gradient.shape[:-1], weight.shape[1]):
             return gradient @ weight
@@ -182,16 +183,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors  # [..., in], [out, in]
         weight_sum, bias_sum = ctx.sums
         with torch.autocast(x.device.type, enabled=False):
             if ctx.mode.live is not None:
                 gradient = torch.where(ctx.mode.live, gradient, 0)
-            flat = gradient.reshape(-1, gradient.shape[-1])
+            flat = gradient.reshape(-1, gradient.shape[-1])  # [rows, out]
             if weight_sum is not None:
-                weight_sum.add_product(flat, x.reshape(-1, x.shape[-1]))
+                weight_sum.add_product(flat, x.reshape(-1, x.shape[-1]))  # [out, in]
             if bias_sum is not None:
-                bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))
+                bias_sum.add(flat.sum(0, dtype=bias_sum.dtype))  # [out]
             return (ctx.mode.product(gradient, weight) if ctx.needs_input_grad[0] else None), *(None,) * 7
 
 

@@ -93,13 +93,13 @@ class _StreamLinear(torch.autograd.Function):
         return F.linear(x, _dequantize(weight, code, code2, offset, layout, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # [..., out_features]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight, *tables = ctx.saved_tensors
             grad_x = grad_output @ _dequantize(weight, *tables, ctx.layout, grad_output.dtype, again_for=grad_output)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)  # [out_features]
         return grad_x, grad_bias, None, None, None, None, None
 
 
@@ -107,7 +107,7 @@ def _dequantize(weight, code, code2, offset, layout: Layout, dtype: torch.dtype,
     """W [out_features, in_features]; the backward's call depends on the gradient, so that a compiler keeps no W."""
     if weight.is_cuda and not is_traced(weight):
         return dequantize_stream(weight, code, code2, offset, layout, dtype)
-    packed, absmax, absmax2 = layout.split(stream_of(weight))
+    packed, absmax, absmax2 = layout.split(stream_of(weight))  # [n, 1], [blocks], [blocks2] or None
     sizes = layout.blocksize, layout.blocksize2 or 1, layout.shape, dtype
     if again_for is None:
         return _OPS.dequantize_nf4(packed, absmax, code, code2, absmax2, offset, *sizes)

@@ -132,7 +132,7 @@ class ByteStream(torch.Tensor):
     def __init__(self, words: torch.Tensor):
         if words.dtype != _INSIDE:
             raise TypeError(f"words must be {_INSIDE}, got {words.dtype}")
-        self._words = words
+        self._words = words  # [size / 2], or a share of it
 
     def __repr__(self) -> str:
         return f"ByteStream({2 * self.numel()} bytes, {self.device})"
@@ -163,11 +163,11 @@ class ByteStream(torch.Tensor):
 
         A mixed-precision policy does not apply to the stream.
         """
-        return (self._words.view(torch.uint8),), None
+        return (self._words.view(torch.uint8),), None  # [size / world size]
 
     def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
         """The gathered bytes as a plain float16 tensor over the same storage, which FSDP2 frees and fills again."""
-        (stream,) = all_gather_outputs
+        (stream,) = all_gather_outputs  # [size] uint8
         return None if out is not None else (stream.view(DTYPE), (stream,))
 
     @classmethod
