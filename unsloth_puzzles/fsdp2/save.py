@@ -66,8 +66,8 @@ def _refuse_lost(model: PeftModel) -> None:
 def _whole(value: torch.Tensor) -> torch.Tensor:
     """The value, gathered from all ranks if it is sharded.
 
-    Ranks that share a GPU speak through gloo, whose gather takes the address of a CUDA tensor for one of the CPU and
-    ends the process (pytorch/pytorch#152645): its shards are gathered on the CPU.
+    Ranks that share a GPU speak through gloo. Its functional all-gather takes the address of a CUDA tensor for one of
+    the CPU and ends the process (PyTorch 2.11), so that the shards are gathered on the CPU.
     """
     if not isinstance(value, DTensor):
         return value
