@@ -113,6 +113,8 @@ def train(
         with patches[way](*[] if way == "transformers" else [trainer if way == "compiled" else model]):
             trainer.train()
         seconds = time.perf_counter() - started
+        # Under fp16 the Trainer's model computes in autocast, which a model that is loaded anew does not.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
         logits = predict(model, tokenizer, data.test)
         equal = None if unpacked else _equal_when_reloaded(model, tokenizer, data.test[:batch_size], folder, device)

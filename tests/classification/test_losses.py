@@ -1,5 +1,9 @@
 """Losses are PyTorch's, micro-batches add up, classes weigh what they should, and bad labels are refused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,3 +236,13 @@ def test_models_check_their_labels(checkpoint, problem_type):
     model, tokenizer = classifier(checkpoint, LABELS, problem_type)
     with pytest.raises(ValueError, match=r"^labels must have shape"):
         model(**batch(tokenizer), labels=torch.zeros(2).long())
+
+
+@pytest.mark.slow  # Inductor writes ten losses, and 168 kernels are built
+@pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="reads the code that torch 2.11's Inductor writes")
+def test_inductors_kernels_build_for_gpus_in_tiles_of_any_size():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.classification.loss_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert "FAILED" not in done.stdout, done.stdout
+    assert "168 kernels built" in done.stdout

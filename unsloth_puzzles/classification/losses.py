@@ -61,10 +61,12 @@ def classification_loss(
         else:
             losses = (logits - labels).square()  # [batch, num_labels]
     valid = labels != IGNORED
-    number = valid.sum() if num_items_in_batch is None else num_items_in_batch
+    count = valid.sum()
+    number = count if num_items_in_batch is None else num_items_in_batch
     if isinstance(number, torch.Tensor):
         number = number.to(logits.device)
-    nothing = (~valid.any()).to(losses.dtype)  # a bool and a float would be added in the default dtype
+    # A count instead of `any`: beside a sum, Triton 3.6 cannot build Inductor's `any` for tiles smaller than a program.
+    nothing = (count == 0).to(losses.dtype)  # a bool and a float would be added in the default dtype
     return torch.where(valid, losses, 0).sum() / (number + nothing)  # 0 / 1 where none counts
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import smollm2
+from benchmarks.classification import training
 from benchmarks.classification.baselines import baselines, difference_interval, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
 from benchmarks.classification.training import encode, losses_of, predict, train
@@ -74,6 +75,15 @@ def test_a_tiny_model_learns(checkpoint, four_bit):
     assert len(run.losses) == 24 and run.reloaded_equal
     assert run.score.macro_f1 > 0.9 and sum(run.losses[-4:]) < 0.6 * sum(run.losses[:4])
     assert len(run.predicted) == len(run.expected) == 32
+
+
+def test_logits_are_equal_after_a_training_under_autocast(checkpoint, monkeypatch):
+    arguments = training._arguments
+    monkeypatch.setattr(
+        training, "_arguments", lambda *given, **more: dataclasses.replace(arguments(*given, **more), bf16=True)
+    )
+    run = train(checkpoint, _data(), steps=3, batch_size=8, four_bit=False, device="cpu")
+    assert run.reloaded_equal
 
 
 def test_unpacked_weights_are_those_of_nf4(checkpoint):
