@@ -27,6 +27,7 @@ from benchmarks.fsdp2.shapes import SHAPES
 from benchmarks.fsdp2.training import Run
 from benchmarks.models import random_nf4_llama
 from unsloth_puzzles.bench.compilations import count_compilations
+from unsloth_puzzles.bench.experiments import free_memory
 from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
@@ -98,10 +99,10 @@ def measure(
 
     Returns:
         The settings; "losses" over all rows and "norms" of the gradients a step; "step_ms", all of them; "tokens_per_s"
-        of all ranks, of the median step; "rest_gib" allocated between steps and "peak_gib" by rank; "share" of the
-        4-bit bytes that this rank holds; "compilations" and "graph_breaks"; "launches" of challenge A's kernel in the
-        profiled step, beside "weights" and "passes" over each, and the step's "timeline"; "plain_layers", how many
-        layers are bitsandbytes' own.
+        of all ranks, of the median step; "held_gib" allocated before, "rest_gib" between steps, and "peak_gib" by rank;
+        "share" of the 4-bit bytes that this rank holds; "compilations" and "graph_breaks"; "launches" of challenge A's
+        kernel in the profiled step, beside "weights" and "passes" over each, and the step's "timeline";
+        "plain_layers", how many layers are bitsandbytes' own.
 
     Raises:
         ValueError: An unknown `dequantize`, or "bitsandbytes" for several ranks or for a compiled model.
@@ -112,6 +113,7 @@ def measure(
     if dequantize == "bitsandbytes" and (WORLD > 1 or compiled):
         raise ValueError("dequantize must be 'ours' for several ranks and for a compiled model, got 'bitsandbytes'")
     kind = getattr(torch, dtype)
+    held_gib = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else None
     model = qlora_model(shapes, layers, vocabulary, kind, checkpointing)
     with contextlib.ExitStack() as stack:
         if WORLD > 1:
@@ -134,7 +136,8 @@ def measure(
     held = sum(2 * weight.to_local().numel() for weight in packed) if WORLD > 1 else whole
     found |= {"share": held / whole if whole else 1.0, "compilations": counts.compilations}
     found |= {"weights": len(TARGETS) * layers, "passes": 3 if checkpointing else 2}
-    return {**settings, "world": WORLD, **found, "graph_breaks": sum(counts.graph_breaks.values())}
+    found |= {"world": WORLD, "held_gib": held_gib, "graph_breaks": sum(counts.graph_breaks.values())}
+    return {**settings, **found}
 
 
 def gather_bandwidth(megabytes: int = 128, rounds: int = 8) -> float:
@@ -161,8 +164,8 @@ def main(out: str, cases: str) -> None:
             found.append(measure(**case))
         except torch.OutOfMemoryError as error:
             found.append({**case, "world": WORLD, "error": str(error).splitlines()[0]})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.compiler.reset()  # compiled code holds models
+        free_memory()
         if RANK == 0:
             write_json(out, {"cases": found})
             print(f"{'compiled' if case.get('compiled') else 'uncompiled'}: {_outcome(found[-1])}", flush=True)

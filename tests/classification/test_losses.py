@@ -239,7 +239,9 @@ def test_models_check_their_labels(checkpoint, problem_type):
 
 
 @pytest.mark.slow  # Inductor writes ten losses, and 168 kernels are built
-@pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="reads the code that torch 2.11's Inductor writes")
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.11."), reason="reads the code that torch 2.11's Inductor writes"
+)
 def test_inductors_kernels_build_for_gpus_in_tiles_of_any_size():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.classification.loss_kernels"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -38,7 +38,8 @@ class Variants:
         """
         self._forward, self._name, self._options = forward, name, options
         self._compiled: dict[CompileKey, Callable] = {}
-        self._adapted: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
+        # References are weak, because FSDP2 keeps each class that it has sharded, and so this object, to the end.
+        self._adapted: WeakKeyDictionary[torch.nn.Module, list[ref[LoraLayer]]] = WeakKeyDictionary()
 
     def __call__(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         mark(hidden_states)
@@ -59,8 +60,8 @@ class Variants:
 
     def _adapters(self, module: torch.nn.Module) -> list[LoraLayer]:
         if module not in self._adapted:
-            self._adapted[module] = [part for part in module.modules() if isinstance(part, LoraLayer)]
-        return self._adapted[module]
+            self._adapted[module] = [ref(part) for part in module.modules() if isinstance(part, LoraLayer)]
+        return [part() for part in self._adapted[module]]
 
 
 def mark(tensor: torch.Tensor) -> None:

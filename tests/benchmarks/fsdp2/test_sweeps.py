@@ -21,7 +21,7 @@ def fake_run(cases, ranks, timeout, gpus=None):
             {
                 **case, "step_ms": [900.0, 500.0, step, step], "tokens_per_s": case["rows"] * ranks * 2048 / step * 1e3,
                 "peak_gib": [3.0, 4.0][:ranks], "rest_gib": 2.0, "share": 1 / ranks, "losses": [2.0, 1.0 + drift],
-                "compilations": 6, "graph_breaks": 0,
+                "compilations": 6, "graph_breaks": 0, "held_gib": 1.0 if case["rows"] == 2 else 0.01,
             }
         )  # fmt: skip
     return found, 2e11 if ranks > 1 else None
@@ -39,6 +39,7 @@ def test_records(tmp_path, monkeypatch):
     (apart,) = found.find("loss_difference", "bfloat16, seed 3")
     assert apart["value"] == pytest.approx(2e-3) and [*apart["baselines"].values()] == [pytest.approx(1e-3)]
     assert found.find("peak_gib", "whole model, CPU offload")[0]["value"] == 4.0
+    assert found.find("scaling", "compiled, 2 rows a GPU") and not found.find("peak_gib", "compiled, 2 rows a GPU")
     assert found.find("gather_bytes_per_s")[0]["value"] == 2e11
     assert found.find("compilations", "50 lengths")[0]["value"] == 6
 
