@@ -187,7 +187,7 @@ from benchmarks.compiled.parts import find_parts, limits_in_words, parts_table
 from benchmarks.compiled.swiglu import check_activation
 from unsloth_puzzles.bench.compilations import Capture
 
-STEPS, LENGTHS = (50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
+STEPS, LENGTHS = (30 if OLD else 50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
 held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections still hold
 try:

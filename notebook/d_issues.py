@@ -42,9 +42,11 @@ from unsloth_puzzles.attention import BACKENDS, attention, backend_table
 from unsloth_puzzles.bench import experiments, markdown, section
 from unsloth_puzzles.bench.experiments import free_memory
 from unsloth_puzzles.bench.record import Measurements
+from unsloth_puzzles.device import capability
 
 section.start("D. Unsloth's open issues")
 GPU = hardware.device == "cuda"
+OLD = 0 < capability() < 80  # a T4, often with two slow cores beside it: less is compared
 DEVICE = hardware.device
 DTYPE = torch.float32 if not GPU else torch.bfloat16 if hardware.bf16 else torch.float16
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
@@ -395,7 +397,7 @@ if ENGINE:
     groups, lines = {"LLaVA": {}, "Qwen-VL": {}, "text": {}}, []
     for case in CASES:
         try:
-            found = check_case(case, DEVICE, tokens=32 if GPU else 8)
+            found = check_case(case, DEVICE, tokens=32 if GPU and not OLD else 8)
         except Exception as error:  # the other families have groups of their own
             experiments.failed(f"GGUF export, {case}", error)
             groups[group_of(case)][f"{case}, ran to the end"] = False
@@ -460,7 +462,7 @@ elif ENGINE:
     from benchmarks.gguf import round_trip
 
     TYPES = ("f32", "q8_0", "q4_k_m", "q4_0") if importlib.util.find_spec("libgguf") else ("f32", "q8_0", "q4_0")
-    TYPES = (*TYPES, "f16", "q5_0")
+    TYPES = TYPES if OLD else (*TYPES, "f16", "q5_0")
     work = tempfile.TemporaryDirectory()
     try:
         model, smol_tokenizer, source = smollm2.load("model", device=DEVICE, dtype=torch.float32)
@@ -596,7 +598,7 @@ name = None
 if not GPU:
     print("SKIPPED: SmolLM2 on docstrings: bitsandbytes takes tens of seconds a step of it on a CPU")
 else:
-    data = docstrings(most=150)
+    data = docstrings(most=100 if OLD else 150)
     guesses = predictions(data)
     others = baselines(data, guesses)
     print(f"{len(data.train)} docstrings to train on, {len(data.test)} to test on, {len(data.labels)} packages")
@@ -630,7 +632,9 @@ if name:
 
     # Check: the losses of the real model
     losses = {}
-    for way in WAYS:
+    if OLD:
+        print("SKIPPED: compiled: left to larger GPUs, since it is predicted to compile for half a minute")
+    for way in WAYS[:2] if OLD else WAYS:
         started = time.perf_counter()
         losses[way] = losses_of(name, data, way, steps=6, batch_size=4)
         shown = " ".join(f"{loss:.6f}" for loss in losses[way].tolist())
@@ -787,7 +791,7 @@ safe["text is no control token"] = example["input_ids"].count(stop) == 5
 # wording, word, city, item or number pair. No test wording is within one word of a training wording. No text occurs
 # twice in the test.
 #
-# Training uses nine of the ten test tools and 24 further tools. Each tool appears under three names, so that the model
+# Training uses nine of the ten test tools and 46 further tools. Each tool appears under three names, so that the model
 # must read the list of offered tools. The test also asks for the tenth tool, `weather`.
 #
 # Some calls must fail first. For example, the user asks for `clocks`, but the inventory contains `clock`. The model
@@ -810,9 +814,10 @@ trained = None  # not yet
 # %% [markdown]
 # #### QLoRA on SmolLM2-135M
 #
-# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model
-# before and after, with greedy decoding. The model that answers has float32 weights: the NF4 weights are de-quantised
-# and the adapters are merged, as in `export_gguf`. Weights from the GGUF file are quantised a second time by NF4.
+# QLoRA trains all linear layers for 200 steps of 16 conversations. The same held-out questions measure the model before
+# (T4: every third of them) and after, with greedy decoding. The model that answers has float32 weights: the NF4 weights
+# are de-quantised and the adapters are merged, as in `export_gguf`. Weights from the GGUF file are quantised a second
+# time by NF4.
 #
 # For each metric but abstention, the interval after training must lie above the interval before. After training, exact
 # calls must be at least 0.7, those of the held-out tool 0.4, and abstention 0.8. Abstention has no other limit, because
@@ -841,7 +846,8 @@ else:
 
 if model is not None:
     report, clock = {}, [time.perf_counter()]
-    report["before"], _ = evaluate(merged(model), tokenizer, questions, batch_size=140)
+    asked_before = questions[:: 3 if OLD else 1]
+    report["before"], _ = evaluate(merged(model), tokenizer, asked_before, batch_size=140)
     clock.append(time.perf_counter())
     print(f"evaluation before: {clock[1] - clock[0]:.0f} s; training ...", flush=True)
     model, losses = fine_tune(model, tokenizer, steps=STEPS, batch_size=BATCH_SIZE)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
 
+from benchmarks.tool_calling.lookups import LOOKUPS
+
 ALIASES = {
     "add": ("sum_of", "plus"), "subtract": ("minus", "difference"), "divide": ("quotient", "split_number"),
     "power": ("raise_to", "exponentiate"), "convert_length": ("change_length_unit", "length_in"),
@@ -22,6 +24,7 @@ ALIASES = {
     "set_alarm": ("wake_at", "alarm"), "call_person": ("phone", "ring_up"), "birthday": ("born_on", "birthday_of"),
     "days_in": ("month_length", "day_count"),
 }  # fmt: skip
+ALIASES |= {name: lookup.aliases for name, lookup in LOOKUPS.items()}
 
 
 def aliased(functions: dict[str, Callable]) -> dict[str, Callable]:

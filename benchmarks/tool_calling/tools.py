@@ -117,7 +117,7 @@ def travel_time(origin: str, destination: str) -> str:
 
 
 def weather(city: str) -> str:
-    """Look up the weather in a city.
+    """Look up the weather in a city: whether the sun shines or it rains, and how warm it is.
 
     Args:
         city: The city.

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from benchmarks.tool_calling.lookups import LOOKUPS, function_of
 from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS, made_up_or, number_pair
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Austria", "Ireland", "Portugal", "Poland", "Greece", "Denmark")
@@ -273,8 +274,12 @@ def _pair_of(first: str, second: str, values: tuple[str, ...]) -> Callable[[rand
     return lambda rng: dict(zip((first, second), rng.sample(values, 2), strict=True))
 
 
+def _copied_pair(first: str, second: str, values: tuple[str, ...]) -> Callable[[random.Random], dict]:
+    return lambda rng: {name: made_up_or(rng, (one,)) for name, one in _pair_of(first, second, values)(rng).items()}
+
+
 def _counted(name: str, values: tuple[str, ...], number: str, high: int = 9) -> Callable[[random.Random], dict]:
-    return lambda rng: {name: rng.choice(values), number: rng.randint(2, high)}
+    return lambda rng: {name: made_up_or(rng, values), number: rng.randint(2, high)}
 
 
 TRAINING_TOOLS = (
@@ -370,7 +375,7 @@ TRAINING_TOOLS = (
          "Bus ticket {start} to {end}: price?",
          "What does it cost to go by bus from {start} to {end}?",
          "Look up the fare of the bus to {end}. It leaves in {start}."),
-        _pair_of("start", "end", TRAIN_CITIES),
+        _copied_pair("start", "end", TRAIN_CITIES),
     ),
     Trained(
         capital,
@@ -426,7 +431,7 @@ TRAINING_TOOLS = (
          "Give me the {language} word for {word}.",
          "{language} for {word}?",
          "I need {word} in {language}."),
-        lambda rng: {"word": rng.choice(TRAIN_WORDS), "language": rng.choice(("French", "German", "Latin"))},
+        lambda rng: {"word": made_up_or(rng, TRAIN_WORDS), "language": rng.choice(("French", "German", "Latin"))},
     ),
     Trained(
         stock,
@@ -435,7 +440,7 @@ TRAINING_TOOLS = (
          "Count the {item} in stock.",
          "How many of the {item} does the shop have?",
          "Look into the store: any {item} there?"),
-        _one_of("item", TRAIN_ITEMS),
+        _copied("item", TRAIN_ITEMS),
     ),
     Trained(
         order,
@@ -480,3 +485,8 @@ TRAINING_TOOLS = (
         _one_of("month", MONTHS),
     ),
 )  # fmt: skip
+_VALUES = {"city": TRAIN_CITIES, "place": TRAIN_CITIES, "person": PEOPLE, "item": TRAIN_ITEMS}
+TRAINING_TOOLS += tuple(
+    Trained(function_of(name), lookup.wordings, _copied(lookup.of, _VALUES[lookup.of]))
+    for name, lookup in LOOKUPS.items()
+)

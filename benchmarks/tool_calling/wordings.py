@@ -33,6 +33,11 @@ TRAIN = {
         "{subtrahend} off {minuend}, please.",
         "My bag weighs {minuend} and I take out {subtrahend}. What does it weigh then?",
         "From {minuend}, drop {subtrahend}.",
+        "{minuend} people waited and {subtrahend} went home. How many still wait?",
+        "We ate {subtrahend} of {minuend} cakes. How many are there now?", "Count down from {minuend} by {subtrahend}.",
+        "{subtrahend} of our {minuend} lamps broke. How many work?",
+        "Somebody took {subtrahend} of my {minuend} pens. How many have I got?",
+        "Out of {minuend} tickets I gave {subtrahend} to friends. How many can I use?",
     ),
     "divide": (
         "Divide {dividend} by {divisor}.", "What is {dividend} divided by {divisor}?",
@@ -48,6 +53,11 @@ TRAIN = {
         "How many tables of {divisor} do {dividend} guests need?", "Dividing {dividend} by {divisor} gives what?",
         "Break {dividend} up by {divisor}.", "How often can I take {divisor} out of {dividend}?",
         "Deal {dividend} evenly to {divisor}.", "{dividend} split {divisor} ways?",
+        "For {divisor} horses there are {dividend} apples. How many does one get?",
+        "{divisor} workers earn {dividend} coins together. What does one earn?",
+        "Among {divisor} teams, divide {dividend} points.", "A bus takes {divisor}. How many buses do {dividend} need?",
+        "{divisor} heirs receive {dividend} acres. How many are for one?",
+        "There are {divisor} of us and {dividend} cherries. What is a fair share?",
     ),
     "power": (
         "What is {base} to the power of {exponent}?", "Raise {base} to the power {exponent}.",
@@ -98,7 +108,8 @@ TRAIN = {
         "How often does the word {word} use {letter}?", "How often is {letter} part of {word}?",
         "Tell me the number of times {letter} is in {word}.", "How many of the letters of {word} are {letter}?",
         "Is {letter} in {word} once or more often?", "How often do you meet the letter {letter} in {word}?",
-        "How often can you read {letter} in {word}?",
+        "How often can you read {letter} in {word}?", "Search the word {word} for {letter} and count.",
+        "Find each {letter} of {word}. How many did you find?",
     ),
     "find_price": (
         "What does the {item} cost?", "How much is a {item}?", "Tell me the price of the {item}.",
@@ -334,11 +345,11 @@ TRAIN_ITEMS, TEST_ITEMS = tuple(PRICES)[:-6], tuple(PRICES)[-6:]
 
 
 def made_up_or(rng: random.Random, values: tuple[str, ...]) -> str:
-    """One of `values` or, every third time, a made-up word: so that copying is learnt and no list by heart."""
-    if rng.random() < 2 / 3:
+    """One of `values` or, every second time, a made-up word: so that copying is learnt and no list by heart."""
+    if rng.random() < 1 / 2:
         return rng.choice(values)
-    syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", *"lmnrst")) for _ in range(3)]
-    word = "".join(syllables[: rng.randint(2, 3)])
+    syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", *"lmnrst")) for _ in range(4)]
+    word = "".join(syllables[: rng.randint(2, 4)])
     return word.capitalize() if values[0][0].isupper() else word
 
 
