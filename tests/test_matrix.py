@@ -69,6 +69,17 @@ def test_a_part_replaces_its_own_record_alone(environments, monkeypatch):
     assert kept["newest"]["kernels"]["builds"] == 3 and {*kept["newest"]["kernels"]["versions"]} == {"python", *TESTED}
 
 
+def test_what_was_found_while_the_package_was_edited_is_not_kept(environments, monkeypatch, capsys):
+    digests = iter(["a", "b", "c", "c"])
+    monkeypatch.setattr(matrix, "code_digest", lambda files: next(digests))
+    monkeypatch.setattr(matrix, "compile_kernels", lambda python, minutes: {"failed": [], "ended": True})
+    monkeypatch.setattr(matrix, "test", lambda python, minutes, workers: {"failed": 0, "ended": True})
+    assert matrix.main(["newest"]) == 1
+    assert "the package was edited while newest, kernels ran" in capsys.readouterr().out
+    kept = json.loads(environments.read_text())["newest"]
+    assert [*kept] == ["tests"] and kept["tests"]["digest"] == "c"
+
+
 @pytest.mark.parametrize(
     "said, status, expected",
     [

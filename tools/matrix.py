@@ -201,12 +201,16 @@ def main(arguments: list[str] | None = None) -> int:
             good = False
             continue
         for part in PARTS if options.only is None else (options.only,):
+            stamp = {"date": datetime.date.today().isoformat(), "digest": code_digest(package_files())}
             if part == "kernels":
                 found = compile_kernels(python, options.minutes)
             else:
                 found = test(python, options.minutes, options.workers)
             good &= found["ended"] and not found["failed"] and not found.get("error")
-            stamp = {"date": datetime.date.today().isoformat(), "digest": code_digest(package_files())}
+            if code_digest(package_files()) != stamp["digest"]:
+                print(f"FAILED: the package was edited while {name}, {part} ran: not kept", flush=True)
+                good = False
+                continue
             record.setdefault(name, {})[part] = {**stamp, "versions": versions(python), **found}
             _write(record)
             print(f"{name}, {part}: {json.dumps({k: v for k, v in found.items() if k != 'failures'})}", flush=True)
