@@ -65,7 +65,7 @@ MUTATIONS = {
         "test_padding.py::test_the_token_that_is_taken",
     ),
     "a mean for each micro-batch": mutation(
-        "losses.py", "valid.sum() if num_items_in_batch is None else num_items_in_batch", "valid.sum()", PARTS
+        "losses.py", "count if num_items_in_batch is None else num_items_in_batch", "valid.sum()", PARTS
     ),
     "no label that counts divided by 0": mutation(
         "losses.py",
