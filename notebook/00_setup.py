@@ -4,7 +4,7 @@
 # <!-- badges -->
 #
 # Five challenges on fine-tuning large language models on small GPUs, one section each. Every solution is a part of the
-# package `unsloth_puzzles`. The sections show its central files in full. Collapsed cells hold the rest.
+# package `unsloth_puzzles`.
 #
 # <!-- scorecard -->
 #
@@ -13,11 +13,11 @@
 # also runs alone after the set-up. An experiment that cannot run on this machine prints `SKIPPED: reason`. A skip never
 # counts as a pass.
 #
-# **Read it.** Each section gives the task, the idea, the predicted bound, the code, the checks, the timings, the limits
-# and the score. Collapsed cells hold the remaining files and the helpers. `RESULTS.md` has every table.
+# **Read it.** Each section begins with the task and its criteria and ends with its score. The sections show the central
+# files of the package in full. Collapsed cells hold the other files and the helpers. `RESULTS.md` has every table.
 #
-# **On a T4.** No T4 has run this notebook. It was rehearsed on a larger GPU with the memory, the CPU cores and the
-# compute capability of a T4. Statements about a T4 are predictions and say so.
+# **On a T4.** No T4 has run this notebook. Statements about a T4 are predictions and say so. A rehearsal on a larger
+# GPU imitates the memory, the CPU cores and the compute capability of a T4. `RESULTS.md` says which sections it covers.
 #
 # <!-- contents -->
 
@@ -25,18 +25,15 @@
 # ## Set-up
 #
 # The first cell installs missing packages. It replaces packages that are too old, and any TRL other than 1.16. It does
-# not touch torch and triton.
-# The second cell hides all GPUs but one, so that no trainer spreads a model over two, and selects Triton's interpreter
-# where there is no GPU. The collapsed cells after them write the package and the benchmarks.
-#
-# The last cell measures the copy bandwidth and the matmul rates of this machine. The sections choose their sizes by
-# them and compare timings with them. A failed experiment or check prints `FAILED` and the run continues. The scorecard
-# lists all failures.
+# not touch torch and triton. The second cell hides all GPUs but one, so that no trainer spreads a model over two.
+# Without a GPU it selects Triton's interpreter. The next cells write the package and the benchmarks. The last cell
+# measures the copy bandwidth and the matmul rates of this machine. The sections compare their timings with these rates.
 #
 # All sections use the same helpers. `results.add(metric, case, value, unit)` records a number for the scorecard.
-# `judge(results, name, checks)` prints and records named checks. `experiments.failed` records an error, and the run
-# continues. `section.start` and `section.finish` measure the time and the memory of a section. `GPU` is true on CUDA.
-# `OLD` or `SLOW` is true below sm_80, that is on a T4 (sm_75), where fewer samples are taken.
+# `judge(results, name, checks)` prints and records named checks. `experiments.failed` records an error. A failed
+# experiment or check prints `FAILED`, and the run continues. The scorecard lists all failures. `section.start` and
+# `section.finish` measure the time and the memory of a section. `GPU` is true on CUDA. `sm_75` is NVIDIA's name for the
+# compute capability 7.5, which a T4 has. `OLD` or `SLOW` is true below sm_80, where fewer samples are taken.
 
 # %%
 # @title Install: pinned versions, and what is kept
