@@ -5,8 +5,17 @@
 # de-quantises the absmax. The kernel must run on a Tesla T4, use no large intermediate buffer, and beat Unsloth's
 # `fast_dequantize` by 1.15x or more.
 #
-# **Criteria** (14 points): a single kernel (3), speed-up of 1.05, 1.10 and 1.15 (1 + 2 + 2), works in `torch.compile`
-# (1), custom inline asm works (3), cache eviction (1), tested in fp16 and bf16 (1).
+# **Solution.** `dequantize_nf4` launches one kernel, whose inner part is inline assembly. It gives the same bits as
+# bitsandbytes.
+#
+# | criterion | points (14) | shown by |
+# |---|---|---|
+# | a single Triton kernel | 3 | check 3 |
+# | speed-up of 1.05, 1.10 and 1.15 | 1 + 2 + 2 | the timings |
+# | works in `torch.compile` | 1 | check 4 |
+# | custom inline assembly works | 3 | check 1 |
+# | uses cache eviction | 1 | check 5 |
+# | tested in fp16 and bf16 | 1 | the timings (the puzzle's harness), and check 1 |
 #
 # ### The idea
 #
@@ -29,8 +38,9 @@
 # $$w_i = \mathrm{round}\Big(\mathrm{code}[n_i]\cdot\big(\mathrm{code}_2[q_{\lfloor i/64\rfloor}]\cdot
 # \mathrm{absmax}_2[\lfloor i/16384\rfloor] + \mathrm{offset}\big)\Big)$$
 #
-# When the puzzle was set, Unsloth launched three kernels. The first writes the absmax to a float32 buffer, the second
-# adds the offset, the third writes the weights. One kernel computes the absmax in registers.
+# A *kernel* is a function that runs on the GPU. The CPU (the *host*) *launches* it. When the puzzle was set, Unsloth
+# launched three kernels. The first writes the absmax to a float32 buffer, the second adds the offset, the third writes
+# the weights. One kernel computes the absmax in registers.
 
 # %%
 # @title Imports, names, and the processes that run beside the first checks
@@ -92,9 +102,10 @@ print("started:", ", ".join(compiling), *(["the count of launches"] if GPU else 
 # | float32 absmax buffer of the three launches | 2 x 4/64 | 2 x 4/64 |
 # | **three launches** | | **2.766** |
 #
-# By bytes alone one kernel is at most 1.10x faster than three, so fewer bytes do not suffice for 1.15x. A larger
-# speed-up needs a better use of the memory (16-byte stores, all loads before the first store) and less host time (one
-# launch instead of three). The timings below show GPU time and host time separately.
+# The first of the three launches writes the buffer, the second reads and writes it, the third reads it. By bytes alone
+# one kernel is at most 1.10x faster than three, so fewer bytes do not suffice for 1.15x. A larger speed-up needs a
+# better use of the memory (16-byte stores, all loads before the first store) and less host time (one launch instead of
+# three). The timings below show GPU time and host time separately.
 #
 # The cell below has the formula in plain PyTorch. Each operation of it reads and writes a whole tensor. bitsandbytes'
 # GPU code replaces products below 2^-126 (subnormal numbers) by zero, and so does the reference. Then the cell prints
@@ -163,11 +174,13 @@ for rows, columns, dtype in SHAPES:
 # ### Check 1: the same bits as bitsandbytes
 #
 # The check compares bits and has no tolerance. It covers every dtype, both paths, the public function, blocks of 32 to
-# 4096 weights, one and two levels of absmax, odd tails, and scales so small that products become zero. Each output
-# buffer is filled with NaN before a call, so an unwritten weight counts as a difference. A third of the weights have
-# usual scales. The others have scales near 1e-38, where float32 products are flushed to zero. In fp16 such weights
-# round to zero in any case. The reference is the formula above. On a GPU bitsandbytes' own kernels are a second
-# reference. On a CPU bitsandbytes rounds bf16 differently.
+# 4096 weights, one and two levels of absmax, and sizes that end inside a block or a byte. Each output buffer is filled
+# with NaN before a call, so an unwritten weight counts as a difference. The reference is the formula above. On a GPU
+# bitsandbytes' own kernels are a second reference. On a CPU bitsandbytes rounds bf16 differently.
+#
+# A third of the weights have usual scales. The others have scales near 1e-38, where float32 products are flushed to
+# zero. The last number of a line counts the weights that only these scales turn to zero. If it is 0 in bf16 or fp32,
+# the check fails, because it has not tested the flush. In fp16 such weights round to zero in any case.
 #
 # `PATHS` holds the two paths of the kernel, with assembly and in plain Triton. `LARGE` is the shape of a large matrix.
 # `compiling` holds compilations that started in the background.
@@ -194,10 +207,10 @@ check("the same bits as bitsandbytes", bits)
 # By default Triton may contract `code2 * absmax2 + offset` into one fused multiply-add, which rounds once. bitsandbytes
 # multiplies in one kernel and adds in the next, and so rounds twice. The contraction is legal and no bug of Triton. Our
 # assembly uses `mul.rn` and `add.rn`, which no compiler contracts. Our plain path is compiled with
-# `enable_fp_fusion=False`. The cell compiles the same kernel both ways and compares the weights. An *ulp* is the
-# distance between neighbouring floating-point numbers. The fused form changes float32 weights by a few ulps. Rounding
-# to 16 bits removes almost all of these differences. The changed blocks are spread evenly over the matrix, as rounding
-# differences are, and do not point to wrong addresses.
+# `enable_fp_fusion=False`. The cell compiles the plain path both ways, counts the fused instructions (`fma.rn.f32`),
+# and compares the weights. An *ulp* is the distance between neighbouring floating-point numbers. The fused form changes
+# float32 weights by a few ulps. Rounding to 16 bits removes almost all of these differences. The changed blocks are
+# spread evenly over the matrix. Rounding differences are spread like this, and wrong addresses would not be.
 
 # %%
 for report in compiling["contraction_jobs"].result():
@@ -220,12 +233,14 @@ del layer, exact, contracted, float32
 # %% [markdown]
 # ### Checks 3 and 4: one launch, and `torch.compile`
 #
-# PyTorch's profiler counts the kernels of one call. The statistics of the allocator count the requests for memory. Both
-# run in a process of their own, because a profiled process launches slowly afterwards.
+# **Check 3.** PyTorch's profiler counts the kernels of one call. The statistics of the allocator count the requests for
+# memory. Both run in a process of their own, because a profiled process launches slowly afterwards.
 #
-# The kernel is a `torch.library` operator with a fake implementation. `fullgraph=True` refuses graph breaks. The timing
-# compiles the MLP of the puzzle, and one matrix alone. A compiled function that only de-quantises one matrix is several
-# times slower than the plain call, because each call checks guards on the host.
+# **Check 4.** The kernel is registered as an operator with `torch.library`. `opcheck` is PyTorch's test of a
+# registration. Code that `torch.compile` cannot capture splits its graph (a *graph break*). `fullgraph=True` turns a
+# break into an error. The timing compiles the MLP of the puzzle, and one matrix alone. A compiled function that only
+# de-quantises one matrix is several times slower than the plain call. Each call checks on the host whether the compiled
+# code is still valid. A range in parentheses, here and below, goes from the 10th to the 90th percentile.
 
 # %%
 if GPU:
@@ -287,10 +302,12 @@ else:
 # %% [markdown]
 # ### Check 5: the compiler for the T4
 #
-# The cell compiles every form of the kernel for sm_75, whatever GPU is here: whole, ragged, unaligned, with a plain
-# absmax, and with the other table look-ups. The binaries give registers, spills, shared memory (at most 64 KiB),
-# instructions and cache hints. The default kernel reads packed bytes once and never reads the weights that it writes.
-# It marks both as `evict_first`.
+# The cell compiles every form of the kernel for sm_75, whatever GPU is here: for whole blocks, for a ragged end, for
+# memory that is not 16-byte aligned, for a plain absmax, and with the other table look-ups. From the binaries it reads
+# registers, *spills* (registers that are moved to memory), shared memory (at most 64 KiB) and instructions.
+#
+# The default kernel reads each packed byte once and never reads the weights that it writes. It marks both as
+# `evict_first`, so that the L1 cache drops them before other data. The cell counts these marks.
 #
 # The last lines predict the time on a T4 from the datasheet: bytes over the bandwidth, instructions over the issue
 # rate, shuffles and conversions over the rates of their units. The largest of the four is the bound.
@@ -327,19 +344,21 @@ print(f"({t4.LABEL})")
 # %% [markdown]
 # ### Timings: the harness of the puzzle, GPU time, host time
 #
-# The harness is an MLP of three `Linear4bit` layers. It checks every candidate at the DEFAULT tolerances of
-# `torch.testing.assert_close`. Then it times 1000 rounds of three matrices by the wall clock, with a synchronise after
-# each matrix. The candidates alternate. Each ratio compares two consecutive measurements.
+# **The harness** of the puzzle is an MLP of three `Linear4bit` layers. It checks every candidate at the DEFAULT
+# tolerances of `torch.testing.assert_close`. Then it times 1000 rounds by the wall clock. A round de-quantises the
+# three matrices, with a synchronise after each. Each ratio compares two consecutive measurements.
 #
-# The baseline is Unsloth's sequence of three launches. Colab does not have Unsloth, so `benchmarks/nf4/baselines.py`
-# imitates the sequence with the same two C functions of bitsandbytes and the same addition. The imitation looks up the
-# functions once and enters no device context. Even so, the real three launches may need less host time. The table at
-# the end of this section compares ours with them where Unsloth was installed.
+# **The baseline** is Unsloth's sequence of three launches. Colab does not have Unsloth. `benchmarks/nf4/baselines.py`
+# imitates the sequence with the same two C functions of bitsandbytes and the same addition. To keep its host time
+# short, the imitation looks up the functions once and enters no device context. The table at the end of this section
+# compares ours with the real Unsloth where it was installed.
 #
-# CUDA graphs give the GPU time of one matrix. Successive calls use different buffers, together four times as large as
-# the L2 cache, so that no call finds its data in the cache. The candidates alternate. The share of the copy bandwidth
-# counts 2.516 bytes a weight for every candidate. The host time is the time to enqueue one call. It grows on a busy
-# host for all candidates.
+# **GPU time and host time.** A CUDA graph replays launches without the host and so gives the GPU time of one matrix.
+# Successive calls use different buffers, together four times as large as the L2 cache, so that no call finds its data
+# in the cache. The share of the copy bandwidth counts 2.516 bytes a weight for every candidate. The host time is the
+# time to enqueue one call. It grows on a busy host for all candidates.
+#
+# The candidates alternate in all of these timings.
 
 # %%
 candidates = {"ours": dequantize_nf4} | ({THREE_LAUNCHES: three_launches} if GPU else {})
@@ -387,13 +406,16 @@ else:
 # %% [markdown]
 # ### Ablation
 #
-# The figure times the kernel with one decision changed at a time within each group. The default is the assembly,
-# because it does in one instruction what plain Triton does in several, and because no compiler flag can contract it.
-# The default looks codes up by a shuffle, because `prmt` needs about fifty more instructions a word. It handles two
-# words a thread, which are fastest or nearly so. The output gives the time without eviction hints over the default's
-# time. Its range is from the 10th percentile over the default's 90th to the 90th over the default's 10th. A variant is
-# called faster if its 90th percentile lies below the default's 10th percentile. An *exact* variant gives the same bits
-# as bitsandbytes.
+# The figure times variants of the kernel. Each differs in one decision from the first variant of its group. The first
+# variant of all is the default:
+#
+# - It uses the assembly, which needs fewer instructions than plain Triton (check 5) and which no compiler contracts.
+# - It looks codes up by a shuffle, because `prmt` needs about fifty more instructions a word.
+# - It handles two words a thread, which is the fastest choice or nearly so.
+#
+# The output gives the time without eviction hints over the default's time. Its range is the widest one: from the 10th
+# percentile over the default's 90th to the 90th over the default's 10th. A variant is called faster if its 90th
+# percentile lies below the default's 10th percentile. An *exact* variant gives the same bits as bitsandbytes.
 
 # %%
 if GPU:
@@ -415,12 +437,13 @@ else:
 # `nf4_linear` is compared with float64. Its relative error may exceed the error of a product with the whole
 # de-quantised matrix in the same dtype by at most 5 %.
 #
-# `patch_linear4bit(model)` puts `nf4_linear` under every 4-bit layer of a transformers or PEFT model. Decoding has few
-# rows and no gradients. There the fused 4-bit GEMM of bitsandbytes stays in use, which never writes the 16-bit matrix.
+# `patch_linear4bit(model)` puts `nf4_linear` under every 4-bit layer of a transformers or PEFT model. Decoding
+# multiplies few rows (tokens) and has no gradients. There bitsandbytes' own kernel stays in use. It multiplies by the
+# packed weights and never writes the 16-bit matrix.
 #
-# The end of the cell shows the results of `make sweeps` that are present, a run of its own on a large GPU. It names
-# hardware and date, and the score does not use it. The sweep times the linear layer over the number of rows. Where
-# Unsloth is installed, the sweep also times its fused kernel and its three launches in one process with ours.
+# The end of the cell shows an earlier run on a large GPU (`make sweeps`), if its file is present, with hardware and
+# date. The score does not use it. The run times the linear layer over the number of rows. If Unsloth was installed, it
+# also times Unsloth's new fused kernel and its three launches in one process with ours.
 
 # %%
 no_worse = {}
@@ -457,14 +480,14 @@ else:
 # %% [markdown]
 # ### Limits
 #
-# - No T4 has run the kernel. The times on a T4 above are predictions from bytes and instructions.
-# - Triton does not officially support sm_75. The kernel compiles for it without spills, and has not run there.
+# - No T4 has run the kernel, and Triton does not officially support sm_75. The times on a T4 above are predictions from
+#   bytes and instructions.
 # - The speed-up on a T4 is neither measured nor predicted. By bytes alone it is at most 1.10x. 1.15x in GPU time needs
 #   three kernels of bitsandbytes and PyTorch that reach at most 96 % of our bandwidth. In wall time fewer launches add
 #   to the speed-up.
 # - The speed-up of the score is over an imitation of Unsloth's three launches. A newer Unsloth has a fused kernel of
-#   its own. The harness calls the same three weights repeatedly, so `cache.py` skips the validation after the first
-#   call.
+#   its own.
+# - The harness calls the same three weights repeatedly, so `cache.py` skips the validation after the first call.
 # - Decoding does not use the kernel, so a patched model does not generate faster. Below 64 rows bitsandbytes stays in
 #   use on GPUs that were not measured, unless `min_rows` says otherwise.
 # - Memory that is not 16-byte aligned takes a byte-wise path. The path is exact and slower (see the ablation).
