@@ -4,8 +4,17 @@
 # **Task.** Write one script that fine-tunes Llama 3.1 8B with QLoRA on two or more GPUs. The script uses PyTorch's
 # FSDP2 and transformers' or TRL's trainer. Its loss equals the loss of one GPU.
 #
-# **Criteria** (10 points). The script works, and `torch.compile` works too (5). It uses the kernel of section A and is
-# faster (3). It runs on Kaggle's two T4s (2; without this run 0 for B).
+# *QLoRA* freezes the weights of a model in 4 bits and trains small matrices beside them, the *adapters*. *FSDP2* (fully
+# sharded data parallel) divides each parameter among the GPUs, and each GPU trains on its own rows of a batch.
+#
+# **Solution.** `pack_nf4` stores each NF4 weight as one byte stream, which FSDP2 can shard. The script
+# `unsloth_puzzles/fsdp2/train.py` trains these layers with TRL's `SFTTrainer`.
+#
+# | criterion | points (10) | shown by |
+# |---|---|---|
+# | FSDP2 works with QLoRA, and `torch.compile` works too | 5 (3 without compilation) | checks 1 to 4 |
+# | uses the kernel of section A, as one kernel, and is faster | 3 | check 4, and the comparison after it |
+# | runs on Kaggle's two T4s | 2 (else 0 for B) | the script on two GPUs (no Kaggle machine has run it) |
 #
 # ### The idea: one byte stream per weight
 #
@@ -36,6 +45,7 @@
 # move bytes. Arithmetic and casts raise `TypeError`.
 
 # %%
+# @title The section's imports and settings, and the figure of a byte stream
 import math
 import statistics
 from functools import partial
@@ -69,10 +79,12 @@ plt.show()
 #
 # FSDP2 gathers the bytes of the next layer while the current layer computes. A gather takes t = bytes received /
 # bandwidth. A forward over T tokens takes 2 T x weights / rate, because a token costs one multiplication and one
-# addition per weight. With activation checkpointing the backward takes twice as long: it computes the forward again and
-# the gradient of the input. The weights are frozen and need no gradient. The gather is hidden if the computation takes
-# at least as long. The remainder is *exposed*: the GPU waits. The table shows predictions only, from assumed bandwidths
-# and rates. The last line below it estimates the memory that the weights need on each of Kaggle's two T4s.
+# addition per weight. *Activation checkpointing* keeps only the inputs of the layers. The backward then takes twice as
+# long: it computes the forward again and the gradient of the input. The weights are frozen and need no gradient.
+#
+# The gather is hidden if the computation takes at least as long. The remainder is *exposed*: the GPU waits. The table
+# shows predictions only, from assumed bandwidths and rates. The last line below it estimates the memory that the
+# weights need on each of Kaggle's two T4s.
 
 # %%
 LLAMA_8B = {  # [out_features, in_features] of the linear layers of a decoder layer
@@ -142,10 +154,10 @@ print(
 # ### Check 1: FSDP2 changes no byte
 #
 # Two ranks shard and gather 65,536 random bytes, which contain NaN patterns. The table counts the bytes that arrive
-# changed. The first row is the baseline: plain float16 storage, as bitsandbytes documents for FSDP
-# (`bnb_4bit_quant_storage=torch.float16`). The symptom is bitsandbytes issue
-# [#1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945). Its cause is the copy operator, which
-# the cell also runs alone on a GPU.
+# changed. The first row is the baseline, plain float16 storage. bitsandbytes documents storage as 16-bit floats for
+# FSDP (`bnb_4bit_quant_storage`). Its issue
+# [#1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945) reports this fault for bfloat16. The copy
+# operator causes it. On a GPU the cell also runs this operator alone.
 
 # %%
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.uint8) if GPU else ():
@@ -169,8 +181,8 @@ for changed in found.values():
 # %% [markdown]
 # ### The runs of checks 2 to 4
 #
-# Each run compares two ranks with one process. The model and the rows are the same. On a large machine the runs go side
-# by side, because nothing is timed.
+# The next code cell starts the runs of three checks. Each check compares two ranks with one process. The model and the
+# rows are the same. On a large machine the runs go side by side, because nothing is timed.
 #
 # | run | model | one process | two ranks |
 # |---|---|---|---|
@@ -290,9 +302,11 @@ if GPU and not TWO_GPUS:
 #
 # A plain loop trains two decoder layers for 60 steps over six batches of random tokens in float32. One process takes
 # both rows of a batch. Each of two ranks takes one row. The one process is not compiled and uses bitsandbytes' own
-# layers instead of section A's kernel. The expected difference of a loss is of order 1e-6, and the limit is 1e-5. The
-# loop counts the launches of section A's kernel in one profiled step of the two ranks. Forward, recomputation and
-# backward each de-quantise every weight once.
+# layers instead of section A's kernel. Near a loss of 10, neighbouring float32 numbers are 1e-6 apart. The limit of a
+# difference is 1e-5.
+#
+# The loop counts the launches of section A's kernel in one profiled step of the two ranks. Forward, recomputation and
+# backward each de-quantise every weight once. The table divides the launches by weights and passes, so 1 is expected.
 
 # %%
 parity, lines, apart = {}, [], {}
@@ -340,10 +354,12 @@ if parity:
 # One process on one GPU trains two layers of Llama 3.1 8B's shapes. `torch.compile` and FSDP2 are off. The model takes
 # each step in three ways: with bitsandbytes' own `Linear4bit`, with the kernel of section A in the same layers
 # (`patch_linear4bit`), and with the packed layers of the script (`pack_nf4` for one rank), which call the same kernel.
-# The order changes, so clock drift affects all three. The wall time includes the host. The GPU time is the sum of all
-# kernels of a step under PyTorch's profiler. The first step after an exchange of layers is not timed. For both kinds of
-# our layers the check requires a median wall-time ratio above 1, and less GPU time in nine of ten rounds (one T4: in
-# all of five). The packed layers are not sharded here, so the comparison leaves communication out.
+# The packed layers are not sharded here, so the comparison leaves communication out. The order of the three changes, so
+# clock drift affects all. The first step after an exchange of layers is not timed.
+#
+# The wall time includes the host. The GPU time is the sum of all kernels of a step under PyTorch's profiler. For both
+# kinds of our layers the check requires a median wall-time ratio above 1, and less GPU time in nine of ten rounds (on
+# one small GPU in all of five).
 
 # %%
 timed = {}
@@ -380,26 +396,27 @@ if timed := timed.get("kernels"):
 # ### Two GPUs: the script on Llama 3.1 8B
 #
 # With two GPUs, such as Kaggle's two T4s, the script trains the pre-quantised checkpoint for 60 compiled steps. Without
-# access to the hub, four layers with random weights take its place.
+# access to the hub, or with too little disk space, four layers with random weights take its place. `torchrun` starts a
+# process for each GPU. Plain `python` trains on one GPU.
 #
 # ```
 # torchrun --nproc_per_node 2 -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
 # python -m unsloth_puzzles.fsdp2.train --model unsloth/Meta-Llama-3.1-8B-bnb-4bit
 # ```
 #
-# In 16 bits, two summation orders give different losses. A third run measures this difference: one GPU takes the rows
-# of a step as two micro-batches. Two GPUs may differ from one GPU by at most twice as much. The same limit applies to
-# the mean difference of gradient norms. AdamW hides a wrong gradient scale from the losses, and the norms reveal it.
-# The check fails if the two runs on one GPU differ by 5e-3 in a loss, or by 0.05 in the mean over the steps of the
-# relative difference of norms.
+# **The limit.** In 16 bits, two summation orders give different losses. A third run measures this difference: one GPU
+# takes the rows of a step as two micro-batches. Two GPUs may differ from one GPU by at most twice as much. The same
+# limit applies to the mean difference of gradient norms. AdamW hides a wrong gradient scale from the losses, and the
+# norms reveal it. The check fails if the two runs on one GPU differ by 5e-3 in a loss, or by 0.05 in the mean over the
+# steps of the relative difference of norms.
 #
-# The reference of this check is the same script on one GPU, compiled and with the kernel of section A. Check 4 in
-# float32 is the comparison with bitsandbytes' layers. No Kaggle machine has run the script.
+# **The reference** is the same script on one GPU, compiled and with the kernel of section A. The comparison with
+# bitsandbytes' layers is check 4.
 #
-# The run is not made for speed. Two GPUs share the two rows of a step, so each has 512 tokens. A large GPU then waits
-# for its host and for communication, and two can be slower than one. The next experiment gives each GPU as many rows as
-# the one GPU has. Four layers hold few 4-bit bytes beside a replicated embedding and head, so sharding saves little
-# memory here. The prediction above has the sizes of all 32 layers.
+# **Speed and memory.** The run is not made for speed. Two GPUs share the two rows of a step, so each has 512 tokens. A
+# large GPU then waits for its host and for communication, and two can be slower than one. The next experiment gives
+# each GPU as many rows as the one GPU has. If only four layers run, they hold few 4-bit bytes beside the replicated
+# embedding and head, so sharding saves little memory. `RESULTS.md` has the measured memory of all 32 layers.
 
 # %%
 runs, CASE = {}, WHERE
@@ -529,7 +546,7 @@ if len(measured) == 2:
 # - A sharded model cannot be merged. Save the adapters and load them over the base model in one process.
 # - Resume only checkpoints that you wrote. PyTorch unpickles the metadata of sharded checkpoints.
 # - Two ranks on one GPU verify losses and bytes. They do not measure speed.
-# - `benchmarks.fsdp2.sweeps` measures 32 layers, 1 to 8 rows per GPU, and 50 lengths. These runs exceed this notebook.
+# - Runs of 32 layers, of 1 to 8 rows per GPU, and of 50 lengths take too long for this notebook. `RESULTS.md` has them.
 #
 # ### Score of this section
 
