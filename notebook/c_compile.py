@@ -4,19 +4,29 @@
 # **Task.** Compile as much as possible of the QLoRA training of Llama 3.2 1B: no graph breaks, at most 30 compilations,
 # the loss of the uncompiled model. Log memory and speed.
 #
-# **Criteria** (9 points): flex attention with dynamic lengths (3), bitsandbytes compiled or the kernel of A used (1),
-# attention compiled (2), MLP compiled (1), loss and layer norms compiled (0, else -1 and -3), max-autotune matrix
-# products in Triton (2).
+# **Solution.** `compile_qlora(model)` compiles the decoder layers, the final norm and the loss of a 4-bit model with
+# adapters, and can be undone.
+#
+# | criterion | points (9) | shown by |
+# |---|---|---|
+# | flex attention with dynamic lengths | 3 (1 for static lengths) | checks 1 and 3 |
+# | bitsandbytes compiled, or the kernel of section A used | 1 | checks 2 and 3 |
+# | attention compiled | 2 | checks 2 and 3 |
+# | MLP compiled | 1 | checks 2 and 3 |
+# | loss and layer norms compiled | 0 (else -1 and -3) | checks 2 and 3 |
+# | max-autotune matrix products in Triton | 2 | max-autotune |
 #
 # ### The idea
 #
+# `torch.compile` has two main parts. *Dynamo* captures Python code as a graph, and *Inductor* compiles the graph.
+# *Eager mode* is PyTorch without compilation. Code that Dynamo cannot capture splits the graph (a *graph break*). Each
+# graph has *guards*, conditions under which it is valid. If a guard fails, the code is compiled again. A size marked
+# dynamic is *symbolic*: it is a variable of the graph. The *partitioner* decides which activations the forward saves
+# and which the backward recomputes.
+#
 # A graph of the whole training step would depend on everything that varies between batches. This solution compiles
 # three regions without a graph break. Whatever varies between batches enters them as a tensor or as a symbolic size.
-#
-# Dynamo captures Python code as a graph. Code that it cannot capture splits the graph (a *graph break*). Each graph has
-# *guards*, conditions under which it is valid. If a guard fails, the code is compiled again. A size marked dynamic is
-# *symbolic*: it is a variable of the graph. The *partitioner* decides which activations the forward saves and which the
-# backward recomputes. The *compile key* is everything outside the tensors that selects a compiled function.
+# The *compile key* is everything else that selects a compiled function.
 #
 # ```
 #  once a batch, not compiled     embeddings, cos and sin, the attention mask (block indices, documents, window)
@@ -25,7 +35,7 @@
 #  one compiled function          the loss and its gradient on a chunk of logits: the operator of E
 # ```
 #
-# - **One function serves all layers.** Weights, adapters and quantisation states are inputs of the graph. The
+# - **One function serves all layers.** Weights, adapters and quantisation states are inputs of the graph. Another
 #   compile key (gradients or not, the kind of mask) selects another function.
 # - **Lengths are symbolic.** Batch and length are marked dynamic. `use_duck_shape=False` prevents a guard that ties a
 #   length to another size of the same value.
@@ -36,9 +46,10 @@
 #   weight in between.
 # - **The partitioner selects the saved activations.** `activation_memory_budget=0.9` recomputes values that need no
 #   matrix product.
-# - **Adapters are fused.** Adapters with the same input share one product. The MLP's adapters run inside the kernel of
-#   the activation. Inductor compiles the layer around it. The activation with its adapters is a Triton kernel of this
-#   package with a hand-written backward, which the graph calls as an operator.
+# - **Adapters are fused.** An adapter (*LoRA*) adds s B A x to the output of a linear layer, with small matrices A and
+#   B and a number s. Adapters with the same input share one product. The MLP's adapters run inside the kernel of the
+#   activation, a Triton kernel of this package with a hand-written backward. The graph calls it as an operator, and
+#   Inductor compiles the layer around it.
 # - **Fused kernels round where eager mode rounds** (`emulate_precision_casts`), so the 16-bit losses agree, too.
 #
 # **The bound.** The weights are frozen. A linear layer costs one product in the forward and one in the backward (dX).
@@ -89,6 +100,10 @@ else:
 # %% [markdown]
 # ### Flex attention
 #
+# *Flex attention* is PyTorch's attention for masks that are Python functions. It compiles the function into the kernel
+# and skips blocks of scores that are masked entirely. The mask here is causal. A *window* limits how many tokens back a
+# query sees. A *packed* row holds several documents, and a query sees only its own.
+#
 # `Flex.prepare` builds the block indices once a batch. `Flex.run` compiles `_flex` once per configuration of dtypes,
 # heads and gradients. The length is not part of the configuration. `blocks.py` (in the set-up) finds the blocks of 128
 # that a query block needs by comparing the first and last position and the first and last document of each block.
@@ -98,11 +113,14 @@ else:
 
 # %% [markdown]
 # **Check 1.** Flex attention runs over many lengths, with different windows and without a window, packed and not,
-# forward and (on a GPU) backward. The first three calls are also listed as the checks of static lengths. Each result is
-# compared with float64. The error may be at most the error of the plain formula plus two roundings of the dtype. A
-# rounding is at most half of the dtype's epsilon, so two roundings are one epsilon of the norm. The gradient of the
-# scores is dS = P * (dP - D) with D = rowsum(P * dP). If a query sees few keys, dP and D nearly cancel, and their
-# rounding errors remain. The limit for the gradients of query and key therefore includes four roundings of D.
+# forward and (on a GPU) backward. The first three calls are also judged alone, as the checks of static lengths.
+#
+# Each result is compared with float64. The error may be at most the error of the plain formula plus two roundings of
+# the dtype. A rounding is at most half of the dtype's epsilon, so two roundings are one epsilon of the norm. The
+# gradients of query and key have a wider limit. They come from the gradient of the scores, dS = P * (dP - D) with the
+# probabilities P and D = rowsum(P * dP). If a query sees few keys, dP and D nearly cancel, and their rounding errors
+# remain. The limit for these gradients therefore includes four roundings of D.
+#
 # `plain_attention` is the formula in ten lines. Flex attention may differ from it by two roundings.
 #
 # A GPU needs two graphs: one for queries shorter than 128, one for all others. Inductor tests whether its decoding
@@ -167,15 +185,15 @@ free_memory()
 
 # %% [markdown]
 # **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice, each step with another length, in
-# float32 without TF32. The first run is uncompiled: transformers' attention and loss over bitsandbytes' layers. The
-# second run is under `compile_qlora` with flex attention. On a CPU, where flex attention cannot be compiled into a
-# layer, it uses SDPA, and batches with two documents a row and an evaluation follow. Dynamo reports graphs, graph
-# breaks and the reasons of recompilations. A compilation is one of Inductor's, forward or backward. The table shows
-# where each part of the model was compiled, by the operators of the graphs that Inductor received. A graph can hold
-# several parts, so the column does not add up to the number of compilations.
+# float32 (without TF32, which shortens the inputs of products). The first run is uncompiled: transformers' attention
+# and loss over bitsandbytes' layers. The second run is under `compile_qlora` with flex attention. The lengths go from
+# 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need further graphs, which this run does not
+# compile on a GPU. A CPU cannot compile flex attention into a layer. There the second run uses SDPA (PyTorch's
+# `scaled_dot_product_attention`), and packed rows and an evaluation follow.
 #
-# The lengths go from 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need further graphs, which
-# this run does not compile on a GPU.
+# Dynamo reports graphs, graph breaks and the reasons of recompilations. Compilations are Inductor's, and forward and
+# backward count separately. The table shows where each part of the model was compiled, by the operators of the graphs
+# that Inductor received. A graph can hold several parts, so the column does not add up to the number of compilations.
 #
 # Outputs and gradients of the activation with its adapters are compared with float64. The error of each may be at most
 # 1.05 times the error of the plain formula in the same dtype. The checks of the MLP include the result.
@@ -242,7 +260,7 @@ if "compiled" in trainings:
 #
 # Both runs use AdamW with a learning rate of 2e-5. AdamW amplifies rounding, so a higher rate would compare rounding
 # instead of the two implementations. The 16-bit runs below use 2e-4 and measure the rounding difference. AdamW also
-# hides a wrong gradient scale from the losses, so the cell compares the gradient norms, too. The gradients are not
+# hides a wrong gradient scale from the losses. The cell therefore compares the gradient norms, too, which are not
 # clipped.
 
 # %%
@@ -280,16 +298,17 @@ else:
 #   slow host increases this time.
 # - **GPU busy**: the time of all kernels of one step, from PyTorch's profiler, without copies to and from the host.
 #
-# The busy times compare the implementations: the cell below prints them over the bound. Checkpointing computes products
-# twice, which the bound does not include. With checkpointing the compiled run also moves the layers' inputs to host
-# memory, which eager mode does not. "GPU busy" leaves out these copies. The cost of compiling is printed for the first
-# compiled run only, because later runs find parts of their code in Inductor's cache.
+# The busy times compare the implementations. The collapsed cell prints them over the bound. The cost of compiling is
+# printed for the first compiled run only, because later runs find parts of their code in Inductor's cache.
+#
+# *Gradient checkpointing* keeps only the inputs of the layers and computes the forward again in the backward. The bound
+# does not include these products. The compiled run also moves the inputs to host memory, which eager mode does not.
+# "GPU busy" leaves out these copies. On a T4 a run is predicted to compile for about a minute, so one compiled run
+# covers both max-autotune and checkpointing.
 #
 # The timed runs use `attention="auto"`. For a causal mask without window or documents it selects SDPA, which has a flag
-# for this mask. Checks 1 and 2 cover flex attention. Its speed is not measured here.
-#
-# The memory is the peak that PyTorch allocates in a step. On a T4 a run is predicted to compile for about a minute, so
-# one compiled run covers both max-autotune and gradient checkpointing.
+# for this mask. Checks 1 and 2 cover flex attention. Its speed is not measured here. The memory is the peak that
+# PyTorch allocates in a step.
 #
 # **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. The limit for a
 # compiled run is twice the largest difference among the uncompiled runs.
@@ -384,12 +403,14 @@ elif not GPU and len(runs) == 2:
 # %% [markdown]
 # ### Max-autotune
 #
-# `max_autotune=True` benchmarks every product in the layers at the lengths of the first batch: Triton's tiles against
-# cuBLAS. Triton competes on GPUs with few multiprocessors, too, where Inductor excludes it by default. Below sm_80
-# Triton has no tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a
-# step. The table shows the four largest gains of Triton. cuBLAS keeps each product on which Triton is not faster.
+# `max_autotune=True` benchmarks every product in the layers at the lengths of the first batch: Triton kernels with
+# several tile sizes against NVIDIA's library cuBLAS, which keeps each product on which Triton is not faster. Triton
+# competes on GPUs with few multiprocessors, too, where Inductor excludes it by default. Below sm_80 Triton has no
+# tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a step. The
+# table shows the four largest gains of Triton.
 #
-# The busy times at the end compare the products of both compiled runs. The step times include the host.
+# The last lines compare this run with the default compilation. The busy times show the GPU's work. The step times
+# include the host.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
@@ -421,14 +442,14 @@ else:
 # %% [markdown]
 # ### Sixty steps in 16 bits
 #
-# A script (`make sweeps`) trains for 60 steps of 60 lengths and saves the results. The figure below is drawn from its
-# file, if the file is present, with the file's hardware and date. It is not part of the score.
+# A script (`make sweeps`) trains for 60 steps of 60 lengths and saves the results. If its file is present, the figure
+# below is drawn from it, with the hardware and the date of the file. It is not part of the score.
 #
 # The three uncompiled runs differ in SDPA's kernel only. The compiled run uses `attention="flash"`, because cuDNN's
-# attention makes a plan for each new length. With `eager_rounding=False`, compiled code rounds once where eager mode
-# rounds several times. LoRA's B begins at zero, so its first updates are smaller than half a unit in the last place of
-# the layer's output. Eager mode rounds them away. Code that rounds once keeps them, so its losses are nearer to
-# float32's and further from eager mode's.
+# attention makes a plan for each new length. A second compiled run has `eager_rounding=False` and rounds once where
+# eager mode rounds several times. LoRA's B begins at zero, so its first updates are smaller than half a unit in the
+# last place of the layer's output. Eager mode rounds them away. Code that rounds once keeps them, so its losses are
+# nearer to float32's and further from eager mode's.
 
 # %%
 SWEEPS = Path("resources/measurements/c_compile_sweeps.json")
