@@ -150,7 +150,7 @@ for rows, columns, dtype in SHAPES:
 # GPU runs a program as threads in groups of 32, called *warps*. A thread of a warp is a *lane*, and a *shuffle* reads
 # a register of another lane. The 16 table values lie across the lanes of a half warp. A shuffle reads the value that
 # belongs to an index. All instructions exist on a T4 (sm_75). Below sm_80 no instruction rounds to bfloat16, so integer
-# arithmetic does. `prmt`, the other look-up, serves the ablation below.
+# arithmetic does. `prmt` (permute bytes), the other look-up, serves the ablation below.
 #
 # **The launch** (collapsed). For a small matrix the host needs more time than the kernel. `launch.py` calls Triton's C
 # launcher with plain addresses. `cache.py` recalls the launch of a weight that passed all checks before. `linear.py` is

@@ -104,9 +104,10 @@ else:
 # and skips blocks of scores that are masked entirely. The mask here is causal. A *window* limits how many tokens back a
 # query sees. A *packed* row holds several documents, and a query sees only its own.
 #
-# `Flex.prepare` builds the block indices once a batch. `Flex.run` compiles `_flex` once per configuration of dtypes,
-# heads and gradients. The length is not part of the configuration. `blocks.py` (in the set-up) finds the blocks of 128
-# that a query block needs by comparing the first and last position and the first and last document of each block.
+# `Flex.prepare` builds the block indices once a batch. `Flex.run` has one compiled `_flex` per configuration of dtype,
+# heads and gradients. The length is not part of the configuration. `blocks.py` (in the set-up) divides queries and keys
+# into blocks of 128. It compares the first and last positions and documents of a query block and a key block to decide
+# whether a query may see a key there.
 
 # %%
 # show: unsloth_puzzles/attention/flex.py
@@ -255,8 +256,8 @@ if "compiled" in trainings:
         results.add("compilations", "packed, evaluated afterwards", run["later_compilations"], "compilations")
 
 # %% [markdown]
-# **Check 3.** The losses of the compiled run are compared with those of the uncompiled run. The text is real, the
-# weights are random. Both runs begin with the same weights.
+# **Check 3.** The losses of the compiled run are compared with those of the uncompiled run. The text is Python's
+# language reference. Both runs begin with the same random weights.
 #
 # Both runs use AdamW with a learning rate of 2e-5. AdamW amplifies rounding, so a higher rate would compare rounding
 # instead of the two implementations. The 16-bit runs below use 2e-4 and measure the rounding difference. AdamW also

@@ -97,7 +97,7 @@ def memory_figure(runs: Mapping[str, dict], where: str):
         place["va"] = "bottom" if run["checkpointing"] else "top"
         text = f"{name}\n{x:.1f} GiB, {y:.0f} ms"
         axes.annotate(text, (x, y), (-9 if left else 9, 0), fontsize=9, color=color, **place)
-    axes.set(xlabel="peak memory of a step, GiB", ylabel="a step, ms\n(hollow: GPU busy)")
+    axes.set(xlabel="peak memory of a step, GiB", ylabel="time of a step, ms\n(hollow: GPU busy)")
     axes.set_xlim(0, 1.05 * most)
     axes.set_ylim(0, 1.25 * max(step_ms(run)[0] for run in runs.values()))
     one = next(iter(runs.values()))
