@@ -478,7 +478,7 @@ else:
     print(f"SKIPPED: {SWEEPS.name} is not here")
 
 # %% [markdown]
-# ### Limits
+# ### What this does not do
 #
 # - No T4 has run the kernel, and Triton does not officially support sm_75. The times on a T4 above are predictions from
 #   bytes and instructions.

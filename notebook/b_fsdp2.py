@@ -203,11 +203,15 @@ for changed in found.values():
 # - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
 #   the number of collectives. The plain run must show no such evidence.
 #
-# Some rows combine FSDP2 with other features. *Chunked loss* shows the most rows of logits that one product makes.
-# *Accumulation* shows the reduce-scatters of the two micro-batches of a step. *GradScaler* puts an infinity into the
-# gradients of one rank and shows the loss scale of the other rank after each of three steps: it must halve after the
-# second. *DoRA* compares the gradients of its 14 magnitude vectors with those of one process. *Compiled* counts
-# captured graphs. Hooks that compare bytes would break these graphs, so this run compares no bytes.
+# Some rows combine FSDP2 with other features:
+#
+# - *Chunked loss* (section E) shows the most rows of logits that one product makes.
+# - *Compiled* counts captured graphs. Hooks that compare bytes would break these graphs, so this run compares no bytes.
+# - *Accumulation* shows the reduce-scatters of the two micro-batches of a step.
+# - *GradScaler* multiplies a float16 loss by a scale and halves the scale after an overflow. The run puts an infinity
+#   into the gradients of one rank in the second of three steps. The table shows the scale of the other rank after each.
+# - *DoRA* trains adapters with a magnitude vector per linear layer. The gradients of the 14 vectors are compared with
+#   those of one process.
 
 # %%
 STEPS = 60
@@ -486,10 +490,12 @@ if len(runs) == len(script.RUNS):
 # ### How much of a gather is hidden?
 #
 # A plain loop trains four compiled layers of 8B's shapes on one GPU and on two, with the same rows per GPU. The cell
-# repeats the prediction with the bandwidth and the rate of this machine. It then measures the overlap in one profiled
-# step, which both ranks begin together. FSDP2's own copies do not count as computation. The time of a gather includes
-# waiting for the other rank. The hidden share is not judged: a late host leaves gaps in the computation, and a gather
-# in a gap delays nothing.
+# repeats the prediction with the bandwidth and the rate of this machine. The first gather of a forward and the first of
+# a backward have no computation to hide behind, so the predicted share is below 100 %.
+#
+# The cell then measures the overlap in one profiled step, which both ranks begin together. FSDP2's own copies do not
+# count as computation. The time of a gather includes waiting for the other rank. The hidden share is not judged: a host
+# that launches late leaves gaps in the computation, and a gather in a gap delays nothing.
 
 # %%
 measured = {}

@@ -33,7 +33,7 @@ def steps_table(runs: Mapping[str, dict], failed: Mapping[str, str]) -> str:
         "peak, GiB",
         "pinned on the host, GiB",
         "compilations",
-        "s compiling",
+        "compile time, s",
     )
     rows = []
     for name, run in runs.items():
