@@ -11,11 +11,11 @@
 # | criterion | points (14) | shown by |
 # |---|---|---|
 # | a single Triton kernel | 3 | check 3 |
-# | speed-up of 1.05, 1.10 and 1.15 | 1 + 2 + 2 | the timings |
+# | speed-up of 1.05, 1.10 and 1.15 | 1 + 2 + 2 | the timings (no T4 has run them) |
 # | works in `torch.compile` | 1 | check 4 |
 # | custom inline assembly works | 3 | check 1 |
 # | uses cache eviction | 1 | check 5 |
-# | tested in fp16 and bf16 | 1 | the timings (the puzzle's harness), and check 1 |
+# | tested in fp16 and bf16 | 1 | check 1, and the timings by the puzzle's harness |
 #
 # ### The idea
 #

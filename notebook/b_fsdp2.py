@@ -36,7 +36,8 @@
 #
 # Two properties of PyTorch decide the dtype of the stream:
 #
-# - Up to PyTorch 2.11, FSDP2 first creates a sharded parameter with `requires_grad=True`. The dtype must be floating.
+# - Up to PyTorch 2.11, FSDP2 first creates a sharded parameter with `requires_grad=True`. Only floating dtypes allow
+#   this.
 # - FSDP2 copies shards with `torch._foreach_copy_`. On CUDA this operator converts 16-bit floats to float32 and back.
 #   The conversion changes the bits of NaNs. Bytes that are stored as plain float16 arrive corrupted. Plain float32
 #   survives the copy, but a mixed-precision policy casts it to 16 bits before the all-gather.

@@ -88,6 +88,7 @@ tokens, kv = size * length, config.num_key_value_heads * config.head_dim
 linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
 flops = 2 * 2 * tokens * (linear + hidden * config.vocab_size)
 flops += layers * size * hidden * length**2 * (2 + 5)  # causal attention: half of 4 and of 10
+# saved: the inputs of both norms; query; key and value; attention's output; gate and up
 kept = 2 * tokens * layers * (2 * hidden + hidden + 2 * kv + hidden + 2 * inner)
 print(f"a step of {size} x {length} tokens: {flops / 1e12:.1f} TFLOP of matrix products and attention;", end=" ")
 print(f"{kept / 2**30:.2f} GiB saved for the backward in 16 bits, if no product is recomputed")
