@@ -89,7 +89,7 @@ def show_scorecard(node: NotebookNode, measurements: Path) -> None:
         "measurements of that run. The last section computes the scorecard of the run at hand in the same way.",
         "",
         points_table(rows),
-        *(["", "Not simply met in the published run:", "", *short] if short else []),
+        *(["", "Not met in the published run, or met with a reservation:", "", *short] if short else []),
     ]
     for cell in node.cells:
         if cell.cell_type == "markdown":
