@@ -52,15 +52,17 @@ def test_committed_results_have_every_measured_value() -> None:
                     assert cells[record["case"]] == amount(record["value"], "")
                     continue
                 cells = dict(re.findall(r"^\| (.+?) \| (\S+(?: %)?)", section, flags=re.MULTILINE))
+                cells |= dict(re.findall(r"\*\* \((.+)\): (\S+?(?: %)?)(?: \(.+\))?\.$", " ".join(section.split())))
                 unit = shown_unit(record) if record["unit"] in RATIOS else ""
-                assert cells[record["case"]] == amount(record["value"], unit)
+                value = record["value"] / (1e9 if record["unit"] == "bytes/s" else 1)  # shown in GB/s
+                assert cells[record["case"]] == amount(value, unit)
 
 
 def test_table_shows_spread_and_baselines(tmp_path: Path) -> None:
     page = results(_resources(tmp_path))
     assert "| case | ours | PEFT |" in page
     assert "| all | 1.90x (1.85x to 1.95x) | 0.50x |" in page
-    assert "| 8192x28672 | 96.4 % |" in page
+    assert "copy bandwidth** (8192x28672): 96.4 %." in page
     assert "45 weights, the largest of 2 cases" in page
     assert "NVIDIA Test, 2026-11-22, torch 2.11.0" in page
 
@@ -77,7 +79,7 @@ def test_sweeps_of_a_challenge_without_a_run_are_shown(tmp_path: Path) -> None:
     swept = {**MEASURED, "records": [_record("scaling", "compiled, 1 rows a GPU", 1.75, "x")]}
     (resources / "measurements" / "b_fsdp2_sweeps.json").write_text(json.dumps(swept))
     of_b = results(resources).split("### B.")[1].split("###")[0]
-    assert "Not measured yet." in of_b and "| compiled, 1 rows a GPU | 1.75x |" in of_b
+    assert "Not measured yet." in of_b and "over that of one** (compiled, 1 rows a GPU): 1.75x." in of_b
 
 
 def test_checks_that_passed_are_named_and_only_the_others_are_rows() -> None:
@@ -101,7 +103,7 @@ def test_metric_without_a_caption_is_shown_under_its_name(tmp_path: Path) -> Non
         records = [_record("newly_measured", "a case", 1.0, "fraction"), _record("checks_passed", "a check", 1.0, "x")]
         (resources / "measurements" / file).write_text(json.dumps({**MEASURED, "records": records}))
         section = results(resources).split(f"### {challenge}.")[1].split("###")[0]
-        assert "**`newly_measured`, from 0 to 1**\n\n| case | ours |\n| --- | --- |\n| a case | 1 |" in section
+        assert "**`newly_measured`, from 0 to 1** (a case): 1." in section
         assert section.count("a check") == 1
 
 
@@ -145,6 +147,27 @@ def test_scores_are_numbers_from_0_to_1() -> None:
     records = [_record("tool_calling", "parse rate", 1.0, "fraction", low=0.985, high=1.0, baselines={"before": 0.25})]
     shown = metric_table(records, "tool_calling", "Tool calling")
     assert shown.startswith("**Tool calling, from 0 to 1**") and "| parse rate | 1 (0.985 to 1) | 0.25 |" in shown
+
+
+def test_rates_in_bytes_are_shown_in_gigabytes() -> None:
+    record = _record("gather", "a layer", 165_002_185_830, "bytes/s", low=1.6e11, high=1.7e11)
+    assert metric_table([record], "gather", "Bandwidth") == "**Bandwidth, GB/s** (a layer): 165 (160 to 170)."
+    shown = metric_table([record | {"baselines": {"predicted": 3e11}}], "gather", "Bandwidth")
+    assert shown.endswith("| case | ours | predicted |\n| --- | --- | --- |\n| a layer | 165 (160 to 170) | 300 |")
+
+
+def test_a_unit_that_the_caption_names_is_not_repeated() -> None:
+    records = [_record("kernels", "a call", 2, "kernels"), _record("time", "a call", 2.5, "us")]
+    assert metric_table(records, "kernels", "Kernels of one call") == "**Kernels of one call** (a call): 2."
+    assert metric_table(records, "time", "Time of use") == "**Time of use, us** (a call): 2.5."
+
+
+@pytest.mark.parametrize("rows, folded", [(20, False), (21, True)])
+def test_a_long_table_is_folded(rows: int, folded: bool) -> None:
+    shown = metric_table([_record("time", f"case {n}", 1.0, "us") for n in range(rows)], "time", "Time")
+    assert shown.startswith("**Time, us**\n\n") and shown.count("\n| case ") == rows + 1
+    assert (f"\n\n<details><summary>{rows} rows</summary>\n\n| case | ours |" in shown) == folded
+    assert shown.endswith("|\n\n</details>") == folded
 
 
 @pytest.mark.parametrize("value, shown", [(1.0, "100.0 %"), (0.9996, ">99.9 %"), (0.9994, "99.9 %"), (0.0, "0.0 %")])

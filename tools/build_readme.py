@@ -177,7 +177,11 @@ def rehearsal(path: Path, release_digest: str) -> str:
 def _curve(name: str, value: float) -> dict[str, str]:
     """A row for a figure of E, whose name is a metric and its case."""
     metric, _, case = name.partition(", ")
-    return {"E's curves there": dict(TABLES["e_backprop.json"])[metric], "case": case, "ours": f"{value:.1e}"}
+    return {
+        "training curves of E, ours and the standard loss": dict(TABLES["e_backprop.json"])[metric],
+        "case": case,
+        "value": f"{value:.1e}",
+    }
 
 
 def _beside_aim(predicted: float | None, aim: float) -> str:

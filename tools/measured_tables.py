@@ -13,8 +13,9 @@ from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.scorecard import Row, totals
 
 RATIOS = ("x", "times", "ratio", "fraction")  # units that are written with each number
-# Units that say what the caption says
-NAMELESS = ("relative", "absolute", "loss", "reward", "compilations", "graph breaks")
+NAMELESS = ("relative", "absolute", "loss")  # the caption says it in other words
+SCALED = {"bytes/s": (1e9, "GB/s")}  # recorded unit -> by how much it is divided, and the unit shown
+LONG = 20  # rows; a longer table is folded
 
 
 def points_table(rows: list[Row]) -> str:
@@ -44,15 +45,15 @@ def file_tables(measured: dict, tables: tuple[tuple[str, str], ...]) -> list[str
 
 
 def metric_table(records: list[dict], metric: str, caption: str) -> str:
-    """The table of one metric: ours with its spread and the baselines of each case.
+    """The table of one metric: ours with its spread and the baselines of each case. A single value is a line.
 
     Args:
         records: Of a measurement file, of all metrics.
         metric: The one to show. One in `WORST` is a line with the largest value; one in `CHECKS` names what passed, and
             has a row for what did not; one in `TURNED` has a column a case.
-        caption: Stands above the table, with the unit where the numbers do not have it.
+        caption: Stands above the table, with the unit where neither the numbers nor the caption have it.
     """
-    mine = [record for record in records if record["metric"] == metric]
+    mine = [_scaled(record) for record in records if record["metric"] == metric]
     if not mine:
         return f"**{caption}**: not measured."
     if metric in CHECKS:
@@ -62,12 +63,19 @@ def metric_table(records: list[dict], metric: str, caption: str) -> str:
         if not worst["value"]:
             return f"**{caption}**: 0 in each of {len(mine)} cases."
         return f"**{caption}**: {amount(worst['value'], worst['unit'])}, the largest of {len(mine)} cases."
-    frame = pandas.DataFrame([_row(record) for record in mine]).fillna("-")
+    named = mine[0]["unit"] in (*RATIOS, *NAMELESS) or re.search(rf"\b{re.escape(mine[0]['unit'])}\b", caption.lower())
+    unit = "" if named else f", {mine[0]['unit']}"
+    unit = ", from 0 to 1" if mine[0]["unit"] == "fraction" and metric not in PERCENT else unit
+    rows = [_row(record) for record in mine]
+    if len(rows) == 1 and not mine[0].get("baselines"):
+        return f"**{caption}{unit}** ({rows[0]['case']}): {rows[0]['ours']}."
+    frame = pandas.DataFrame(rows).fillna("-")
     if metric in TURNED:
         frame = frame.set_index("case").T.reset_index(names="")
-    unit = "" if mine[0]["unit"] in (*RATIOS, *NAMELESS) else f", {mine[0]['unit']}"
-    unit = ", from 0 to 1" if mine[0]["unit"] == "fraction" and metric not in PERCENT else unit
-    return f"**{caption}{unit}**\n\n{table(frame)}"
+    shown = table(frame)
+    if len(frame) > LONG:
+        shown = f"<details><summary>{len(frame)} rows</summary>\n\n{shown}\n\n</details>"
+    return f"**{caption}{unit}**\n\n{shown}"
 
 
 def gpu_tests(path: Path) -> str:
@@ -108,6 +116,17 @@ def amount(value: float, unit: str) -> str:
     else:
         shown = f"{_number(value)} {unit}".strip()
     return shown if value == 0 or re.search("[1-9]", shown) else f"{value:.1e}"  # 0 is written for 0 alone
+
+
+def _scaled(record: dict) -> dict:
+    """The record in the unit that is shown, see `SCALED`."""
+    if record["unit"] not in SCALED:
+        return record
+    divisor, unit = SCALED[record["unit"]]
+    values = {name: record.get(name) for name in ("value", "low", "high")}
+    values = {name: None if value is None else value / divisor for name, value in values.items()}
+    others = {name: value / divisor for name, value in (record.get("baselines") or {}).items()}
+    return record | values | {"unit": unit, "baselines": others}
 
 
 def _checks(mine: list[dict], caption: str) -> str:
