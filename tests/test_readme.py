@@ -5,6 +5,7 @@ import builtins
 import json
 import re
 import symtable
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,9 +18,10 @@ from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import by_case, pages, shown_figure
+from tools.build_readme import by_case, pages, points_sentence, shown_figure
 from tools.outputs import run_seconds
 from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table
+from unsloth_puzzles.bench.scorecard import NOT_ON, Row
 
 PAGES = ("README.md", "RESULTS.md", "docs/usage.md")
 STAMP = {"hardware": "NVIDIA Test", "date": "2026-11-22", "digest": "of the run"}
@@ -145,7 +147,9 @@ def test_claim_of_challenge_b_fills_itself_and_tells_its_weights(tmp_path: Path,
         ("scaling", "4 layers of 8B, 4 x 2048 a GPU", 1.86, "x", {}),
     )  # fmt: skip
     first, second = (row for row in claims_table(tmp_path).splitlines() if row.startswith("| B."))
-    assert first.endswith(f"| 0.0021 nats | one GPU, regrouped 0.0018 nats | NVIDIA Test, 2026-11-22 | {shown} |")
+    assert first.endswith(
+        f"| 0.0021 nats | one GPU, two micro-batches beside one 0.0018 nats | NVIDIA Test, 2026-11-22 | {shown} |"
+    )
     assert second.endswith("(4 layers of 8B, 4 x 2048 a GPU) | 1.86x | - | NVIDIA Test, 2026-11-22 | random |")
 
 
@@ -222,7 +226,17 @@ def test_a_comparison_in_a_sentence_has_its_case_and_hardware(tmp_path: Path) ->
     path, metric = tmp_path / "a_nf4_sweeps.json", "harness_speedup_beside_unsloth"
     assert by_case(path, metric) == NOT_MEASURED
     _measure(tmp_path, path.name, (metric, "all, against Unsloth 1", 1.25, "x", {}), ("another", "all", 2.0, "x", {}))
-    assert by_case(path, metric) == "1.25x (all, against Unsloth 1), NVIDIA Test, 2026-11-22"
+    assert by_case(path, metric) == "1.25x (against Unsloth 1), NVIDIA Test, 2026-11-22"
+
+
+def test_points_are_those_of_the_scorecard_and_say_which_gpu_is_missing() -> None:
+    row = Row("A", "fast", 5, "", "met", 3, "NVIDIA Test")
+    elsewhere = replace(row, challenge="E", verdict=f"met, {NOT_ON} T4", points=2)
+    rows = [replace(row, challenge=challenge) for challenge in "ABCD"] + [elsewhere]
+    said = points_sentence(rows)
+    assert "earned 14 of 25 points (A 3, B 3, C 3, D 3, E 2). 2 points ask for a T4" in said
+    assert points_sentence([replace(row, verdict="met") for row in rows]).endswith("E 2).")
+    assert points_sentence([replace(row, hardware="") for row in rows]) == f"Their points: {NOT_MEASURED}."
 
 
 def test_pages_without_any_measurement_hold_no_value(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from unsloth_puzzles.bench.markdown import table
 # README's figures, with the file of the run that drew each. A figure of sweeps has hardware and date in its title: the
 # sweeps may have been measured again since it was drawn.
 SHOWN = {"a_nf4_bandwidth": "a_nf4.json", "e_backprop_frontier": None}
-IN_TITLE = "Hardware, date and weights stand in the title."
+IN_TITLE = "The title has hardware, date and weights."
 
 
 def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
@@ -39,6 +39,7 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
     readme = _filled(
         "readme_template.md",
         badges=badges(),
+        points=points_sentence(scorecard.score(measurements)),
         claims=claims_table(measurements),
         figures="\n\n".join(shown_figure(resources, name, source) for name, source in SHOWN.items()),
         minutes=minutes_table(measurements, released, of),
@@ -82,11 +83,23 @@ def shown_figure(resources: Path, name: str, source: str | None) -> str:
     return f"{_image(drawn, resources)}\n\n{FIGURES[name]}. {where}"
 
 
+def points_sentence(rows: list[scorecard.Row]) -> str:
+    """The points of all challenges and of each, and how many another GPU earned than the puzzle names."""
+    if not any(row.hardware for row in rows):
+        return f"Their points: {NOT_MEASURED}."
+    earned = scorecard.totals(rows)
+    points, possible = earned.pop("all")
+    each = ", ".join(f"{challenge} {of_it}" for challenge, (of_it, _) in earned.items())
+    said = f"By its own scorecard the published run earned {points} of {possible} points ({each})."
+    elsewhere = sum(row.points for row in rows if scorecard.NOT_ON in row.verdict)
+    return said + (f" {elsewhere} points ask for a T4 and were earned on another GPU." if elsewhere else "")
+
+
 def by_case(path: Path, metric: str) -> str:
     """All values of a metric in a file of measurements with their cases and the hardware, a part of a sentence."""
     head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
     found = [one for one in head["records"] if one["metric"] == metric]
-    shown = [f"{amount(one['value'], one['unit'])} ({one['case']})" for one in found]
+    shown = [f"{amount(one['value'], one['unit'])} ({one['case'].removeprefix('all, ')})" for one in found]
     return f"{', '.join(shown)}, {machine(head)}" if shown else NOT_MEASURED
 
 

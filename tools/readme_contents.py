@@ -210,13 +210,16 @@ FIGURES = {  # what a figure shows, for who cannot see it
     "d_gguf_types": "Size of the exported file and error of the log-probabilities, by file type",
     "d_tool_calling": "Shares of held-out questions answered as they should be, before and after training",
     "d_vision_tower": "FLOPs of the vision tower, by the share of text rows, ours and with blank images",
-    "e_backprop_frontier": "Time over extra peak memory for several sizes of a chunk, every baseline and the floor",
+    "e_backprop_frontier": "Time over extra memory: ours by rows of a chunk, the bare matrix products, every baseline",
     "e_backprop_grpo_memory": "GRPO's extra peak memory, head alone and whole step, ours, TRL, Liger and full logits",
     "e_backprop_grpo_reward": "Reward over the steps of a GRPO run, TRL's trainer and ours overlaid",
     "llama32_1b_loss_curve": "Loss of Llama 3.2 1B over the steps, standard loss and ours, and their difference below",
 }
 PLACES = {"d_issues": ("d_",), "e_backprop": ("q5/",)}  # figures with other beginnings, by their file
-SHORT = {"three bitsandbytes launches (Unsloth's sequence)": "three launches"}  # as a column's head
+SHORT = {  # as a column's head
+    "three bitsandbytes launches (Unsloth's sequence)": "three launches",
+    "one GPU, regrouped": "one GPU, two micro-batches beside one",
+}
 TURNED = {  # a row a candidate, a column a case
     "extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms", "macro_f1", "vocabulary_peak_gib",
     "vocabulary_ms",
