@@ -5,8 +5,17 @@
 # logits into a loss. Compute the logits in chunks, in a `torch.autograd.Function`, for any such function. Take the
 # derivative from autograd and honour the upstream gradient.
 #
-# **Criteria** (10 points): half the VRAM (2), float32 upcast kept and no derivative by hand (else nothing), cross
-# entropy (1), other functions (1), dynamic chunk sizes (1), the losses of a Llama 1B match (1, else nothing), GRPO (4).
+# **Criteria** (10 points):
+#
+# | criterion | points | shown in |
+# |---|---|---|
+# | 50 % less VRAM | 2 | Memory and time at the puzzle's shape |
+# | float32 upcast kept, no derivative by hand | 0 (else none for E) | check 2 |
+# | cross entropy | 1 | check 1 |
+# | other functions | 1 | check 3 |
+# | dynamic chunk sizes | 1 | check 4 |
+# | the losses of a Llama 1B match | 1 (else none for E) | Llama 3.2 1B |
+# | GRPO with the memory-efficient linear | 4 | GRPO: check 6, a run, memory and time |
 #
 # ### The idea
 #
@@ -44,10 +53,10 @@
 # | all logits in PyTorch | 16-bit logits, float32 copy, log-softmax, 16-bit gradient: 12 bytes per logit, 23.5 GiB |
 #
 # A small chunk saves memory and costs time: each chunk reads W twice, and reads and writes dW. The collapsed cell has
-# the imports. The cell after it computes the least time on this GPU.
+# the imports, and prints the least time on this GPU: the FLOPs over the measured rate of its matrix products.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
-# @title The section's imports and names
+# @title The section's imports and names, and the least time on this GPU
 import math
 import statistics
 from functools import partial
@@ -76,7 +85,6 @@ SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "float32"
 results = Measurements("resources/measurements/e_backprop.json", hardware)
 WHERE = f"{HARDWARE}, {results.date}"
 
-# %%
 if hardware.matmul_flops:
     rate = hardware.matmul_flops["bfloat16" if hardware.bf16 else "float16"]
     for what, products in (("head trained", 3), ("head frozen", 2)):
@@ -111,9 +119,9 @@ else:
 
 # %% [markdown]
 # **Check 1: cross entropy.** `chunked` is the idea in ten plain lines. The operator is compared with `F.cross_entropy`
-# on the full logits in float64. Loss and gradients of 3.7 times the loss must agree to 1e-12 of their norm. There are
-# 111 rows in chunks of 16: the last chunk is ragged, all labels of the first chunk are ignored, and the other chunks
-# ignore different numbers of labels.
+# on the full logits in float64. The backward starts from 3.7 times the loss, so the upstream gradient is not 1. Loss
+# and gradients must agree to 1e-12 of their norm. There are 111 rows in chunks of 16: the last chunk is ragged, all
+# labels of the first chunk are ignored, and the other chunks ignore different numbers of labels.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
 # @title Data of checks 1 to 4: hidden states, labels, heads
@@ -222,7 +230,8 @@ judge(results, "cross entropy", checks)
 # records the dtype of every exponential.
 #
 # The derivative comes from autograd. No formula could anticipate these three functions: one invented here, one that
-# stops a gradient, and one with a deliberately wrong derivative.
+# stops a gradient, and one with a deliberately wrong derivative. `gradcheck` compares with finite differences. The last
+# check counts the `backward` methods in the package's source.
 
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -501,8 +510,8 @@ if not GPU:
 # dW's memory. The limits are eager mode's error plus 1 % for dX and for a dW in float32, and twice eager mode's error
 # for a dW in 16 bits.
 #
-# **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies, because each size is
-# compiled anew. The figure and the table are drawn from its file, if the file is present, with the file's hardware and
+# **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies. It runs apart, because
+# each size is compiled anew. If its file is present, the figure and the table show it with the file's hardware and
 # date. They are not part of the score. Each blue point is one chunk size of ours. The file may be older than the code
 # of this notebook. The output above compares ours with Liger at Liger's chunk size in this run. Where the two disagree,
 # the output above holds.
@@ -562,9 +571,9 @@ else:
 #     trainer.train()
 # ```
 #
-# **Check 5** uses a tiny Llama: loss and gradients of a step, no logits, the model after `undo()`; then
-# `transformers.Trainer` with gradient accumulation, TRL's `SFTTrainer`, and an evaluation. Each is compared with the
-# same training under the standard loss.
+# **Check 5** uses a tiny Llama. A step must have the loss and the gradients of the standard loss and return no logits,
+# and `undo()` must restore the model. Then `transformers.Trainer` with gradient accumulation and TRL's `SFTTrainer`
+# train under both losses and must log the same. An evaluation must give the accuracy of the full logits.
 
 # %%
 from benchmarks.backprop import patch_checks
@@ -684,9 +693,10 @@ if compared:
 # ### GRPO
 #
 # GRPO samples several completions for each prompt. The *advantage* of a completion is its reward relative to the other
-# completions of the prompt. The loss weights the ratio p_new / p_old of the sampled tokens by the advantage. It limits
-# the ratio (clipping; `delta` limits it a second time) and can penalise the distance from a reference model (KL, weight
-# `beta`). The ratio is taken per token or per sequence (the importance level).
+# completions of the prompt. The loss weights the ratio p_new / p_old of a sampled token's probabilities, after and
+# before the update, by the advantage. It limits the ratio (clipping; `delta` limits it a second time) and can penalise
+# the distance from a reference model (KL divergence, weight `beta`). The ratio is taken per token or per sequence (the
+# importance level).
 #
 # TRL's GRPO needs one log-probability and one entropy per sampled token from the head. Our trainer computes them
 # without full logits. Everything else is TRL's own code in both trainers:
@@ -702,8 +712,8 @@ if compared:
 # and gradient accumulation. Loss, every gradient and every metric are compared on the same inputs: in float64 with a
 # plain full-logits trainer (limit 1e-10), in float32 with TRL's fused head (limit 1e-5). The grid and the run below use
 # `compile=False`. The compiled head is the default on a GPU. From sm_80 on it is compared once for each loss type, in
-# float64 and without Inductor's search for block sizes. The figure at the end times the compiled head with that search,
-# and compares its gradients in 16 bits.
+# float64 and without Inductor's search for block sizes. The last cell of GRPO times the compiled head with that search,
+# and compares its gradients in 16 bits with those of full logits.
 
 # %%
 from benchmarks.backprop import grpo, grpo_grid, grpo_head

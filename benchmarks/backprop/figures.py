@@ -54,7 +54,7 @@ def error_table(wrong: Mapping[str, Mapping[str, float]]) -> str:
         wrong: What `errors.gradient_errors` returned for a trained head.
     """
     rows = [(n, f"{e['hidden_states']:.2e}", f"{e['weight']:.2e}", f"{e['loss']:.1e}") for n, e in wrong.items()]
-    columns = ["candidate", "dX", "dW", "loss"]
+    columns = ["relative error", "dX", "dW", "loss"]
     return table(pandas.DataFrame(rows, columns=columns)) if rows else "No candidate's error was measured."
 
 

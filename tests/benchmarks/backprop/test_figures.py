@@ -53,7 +53,8 @@ def test_tables_leave_a_cell_empty_where_nothing_was_measured():
     assert table[0] == "| candidate | trained, GiB | ms (10 % to 90 %) | frozen, GiB | ms (10 % to 90 %) |"
     assert head_table({}) == head_table({"trained": {}}) == "No candidate was measured."
     errors = error_table({OURS: {"hidden_states": 0.1, "weight": 0.2, "loss": 0.3}}).splitlines()
-    assert errors[0] == "| candidate | dX | dW | loss |" and errors[2] == f"| {OURS} | 1.00e-01 | 2.00e-01 | 3.0e-01 |"
+    assert errors[0] == "| relative error | dX | dW | loss |"
+    assert errors[2] == f"| {OURS} | 1.00e-01 | 2.00e-01 | 3.0e-01 |"
     assert error_table({}) == "No candidate's error was measured."
     assert vocabulary_table([(8, {OURS: (1.0, 2.0)})], (OURS, LIGER)).splitlines()[2] == "| 8 | 1.00 GiB, 2.0 ms |  |"
 
