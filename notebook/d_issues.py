@@ -262,6 +262,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.swept import swept_table
 from benchmarks.vision.checks import ONE, TEXT, TURNS, token_losses
 from benchmarks.vision.families import FAMILIES
 from benchmarks.vision.figure import tower_figure
@@ -273,23 +274,11 @@ works = {}
 for title, name in {"Qwen2-VL": "qwen2_vl", "Pixtral": "pixtral"}.items():
     processor, model = FAMILIES[name]()
     works[title] = work_by_share(processor, model.to(DEVICE))
-saved = ", ".join(f"{1 - work['ours'][4] / work['blank images'][4]:.0%} ({title})" for title, work in works.items())
-title = f"With half of the rows text, VisionCollator saves {saved} of the tower's FLOPs"
-tower_figure(works, f"{title}\ntiny models, random weights, batch of 8 rows, counted on {HARDWARE}, {issues.date}")
+tower_figure(works, f"tiny models, random weights, batch of 8 rows, counted on {HARDWARE}, {issues.date}")
 plt.savefig("resources/d_vision_tower.png", dpi=110)
 plt.show()
-SWEEPS = Path("resources/measurements/d_vision_sweeps.json")
-if SWEEPS.exists():
-    sweeps = Measurements.load(SWEEPS)
-    lines = [
-        (one["case"], f"{one['value']:.1f}", f"{one['baselines']['blank images']:.1f}")
-        for one in sweeps.find("vision_step_ms")
-    ]
-    print(f"forward and backward, {sweeps.hardware['name']}, {sweeps.date}:")
-    columns = ["case", "VisionCollator (ms)", "a blank image per text row (ms)"]
-    display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
-else:
-    print(f"SKIPPED: {SWEEPS.name} is not here")
+sweeps = "resources/measurements/d_vision_sweeps.json"
+display(Markdown(swept_table(sweeps, "vision_step_ms", "forward and backward (ms)", "VisionCollator", 1)))
 more = works["Pixtral"]["ours"][0] / works["Pixtral"]["floor"][0]
 print(f"Pixtral, eight images of one size in a batch: {more:.2f} times the FLOPs of each image alone")
 
@@ -455,8 +444,8 @@ if ENGINE:
 #
 # llama.cpp also answers a question that was not taught. In float32 the answer must have the tokens of transformers, the
 # end of the turn included, and log-probabilities within 2e-3 nats. The figure compares every type with transformers in
-# float32 at the same 32 places of a real text. The error is that of the log-probability of the token that transformers
-# finds most likely there.
+# float32 at the same places of a real text, at most 32. The error is that of the log-probability of the token that
+# transformers finds most likely there.
 
 # %%
 from benchmarks.gguf.figure import types_figure
@@ -501,14 +490,8 @@ if found:
         "q8_0 answers what was taught": found["q8_0"].text.startswith(round_trip.REPLY[:20]),
         "without the adapter it does not": not found["base"].startswith(round_trip.REPLY[:20]),
     })  # fmt: skip
-    share = found["q8_0"].size / found["f32"].size
-    title = f"The error is {found['q8_0'].mean_error:.2g} nats with q8_0, at {share:.0%} of f32's size, "
-    title += f"and {found['q4_0'].mean_error:.2g} nats with q4_0.\n"
-    title += f"SmolLM2-135M, real weights, fine-tuned in NF4, {HARDWARE}, {issues.date}"
-    other = " (576 columns: mostly blocks of 32)"
-    places = {name + other * ("rows of 576" in " ".join(found[name].warnings)):
-              (found[name].size / 2**20, found[name].mean_error) for name in TYPES}  # fmt: skip
-    types_figure(places, title).savefig("resources/d_gguf_types.png", dpi=110)
+    where = f"SmolLM2-135M, real weights, fine-tuned in NF4, {HARDWARE}, {issues.date}"
+    types_figure({name: found[name] for name in TYPES}, where).savefig("resources/d_gguf_types.png", dpi=110)
     plt.show()
 
 # %% [markdown]
@@ -603,6 +586,7 @@ from benchmarks.classification.docstrings import docstrings
 from benchmarks.classification.figure import confusion_figure
 from benchmarks.classification.training import WAYS, losses_of
 from benchmarks.classification.training import train as train_on_docstrings
+from benchmarks.swept import swept_table
 
 name = None
 if not GPU:
@@ -657,16 +641,8 @@ if name:
         checks[way] = off <= 1e-5
     judge(issues, "classification, losses of the real model", checks)
 
-SWEEPS = Path("resources/measurements/d_classification_sweeps.json")
-if SWEEPS.exists():
-    sweeps = Measurements.load(SWEEPS)
-    swept = sweeps.find("macro_f1")
-    lines = [(one["case"], *(f"{f1:.3f}" for f1 in (one["value"], *one["baselines"].values()))) for one in swept]
-    columns = ["macro-F1", "LoRA, NF4", *(who for one in swept[:1] for who in one["baselines"])]
-    print(f"SmolLM2-135M over seeds, and their medians, {sweeps.hardware['name']}, {sweeps.date}:")
-    display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
-else:
-    print(f"SKIPPED: {SWEEPS.name} is not here")
+sweeps, title = "resources/measurements/d_classification_sweeps.json", "macro-F1 of SmolLM2-135M by seed and its median"
+display(Markdown(swept_table(sweeps, "macro_f1", title, "LoRA, NF4", 3)))
 
 # %% [markdown]
 # **What the classifier does not do.** It supports decoders of transformers with a linear head named `score`. It

@@ -6,15 +6,15 @@ STYLES = {"blank images": ("s--", "tab:orange"), "ours": ("o-", "tab:blue"), "fl
 NAMES = {"blank images": "a blank image per text row", "ours": "VisionCollator", "floor": "each image alone"}
 
 
-def tower_figure(works: Mapping[str, Mapping[str, Sequence[float]]], title: str):
+def tower_figure(works: Mapping[str, Mapping[str, Sequence[float]]], where: str):
     """Draw a pane for each model.
 
     Args:
         works: By model, what `work_by_share` returns.
-        title: Two lines.
+        where: Models, weights, hardware and date.
 
     Returns:
-        The figure, of matplotlib's pyplot.
+        The figure, of matplotlib's pyplot. Its title says how much is saved where half of the rows are text.
     """
     import matplotlib.pyplot as plt
 
@@ -29,5 +29,12 @@ def tower_figure(works: Mapping[str, Mapping[str, Sequence[float]]], title: str)
         pane.text(98, 0.93 * work["blank images"][-1], NAMES["blank images"], color="tab:orange", ha="right", va="top")
         pane.text(3, 0.3 * highest, f"{NAMES['ours']}\n(dotted: {NAMES['floor']})", color="tab:blue")
     axes[0][0].set_ylabel("FLOPs of the tower\n(one image = 1)")
-    figure.suptitle(title, fontsize=10)
+    saved = ", ".join(f"{_saved(work):.0%} ({model})" for model, work in works.items())
+    title = f"With half of the rows text, VisionCollator saves {saved} of the tower's FLOPs"
+    figure.suptitle(f"{title}\n{where}", fontsize=10)
     return figure
+
+
+def _saved(work: Mapping[str, Sequence[float]]) -> float:
+    half = len(work["ours"]) // 2
+    return 1 - work["ours"][half] / work["blank images"][half]

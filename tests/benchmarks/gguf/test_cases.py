@@ -6,6 +6,7 @@ import pytest
 from benchmarks.gguf import cases
 from benchmarks.gguf.figure import types_figure
 from benchmarks.gguf.proof import DEVIATIONS, Compared, Proof
+from benchmarks.gguf.round_trip import Exported
 
 GELU = DEVIATIONS[0].what
 
@@ -87,14 +88,27 @@ def test_every_case_has_a_group():
     ]
 
 
+def _exported(size: float, error: float, *warnings: str) -> Exported:
+    return Exported(int(size * 2**20), True, 32, 0.0, error, "", True, warnings)
+
+
 def test_a_figure_has_a_point_a_type():
-    (axes,) = types_figure({"f32": (500.0, 1e-5), "q8_0": (140.0, 0.2)}, "Types").axes
-    assert {one.get_text(): one.xy for one in axes.texts} == {"f32": (500, 1e-5), "q8_0": (140, 0.2)}
-    assert axes.lines[0].get_xydata().tolist() == [[500, 1e-5], [140, 0.2]]
+    found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.2), "q4_0": _exported(75, 0.7)}
+    (axes,) = types_figure(found, "Types").axes
+    assert {one.get_text(): one.xy for one in axes.texts} == {
+        "f32": (500, 1e-5), "q8_0": (140, 0.2), "q4_0": (75, 0.7),
+    }  # fmt: skip
+    assert axes.lines[0].get_xydata().tolist() == [[500, 1e-5], [140, 0.2], [75, 0.7]]
+    said = "The error is 0.2 nats with q8_0, at 28% of f32's size, and 0.7 nats with q4_0\nTypes"
+    assert axes.get_title() == said
     plt.close("all")
 
 
-def test_labels_of_neighbours_stand_on_different_sides():
-    (axes,) = types_figure({"q4_k_m": (100.0, 0.2), "q5_0": (90.0, 0.3), "q8_0": (140.0, 0.04)}, "Types").axes
-    assert {one.get_text(): one.get_ha() for one in axes.texts} == {"q5_0": "left", "q4_k_m": "right", "q8_0": "left"}
+def test_labels_of_neighbours_stand_on_different_sides_and_name_other_blocks():
+    found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.04), "q4_0": _exported(75, 0.7)}
+    found["q4_k_m"] = _exported(100, 0.2, "240 tensors with rows of 576")
+    (axes,) = types_figure(found, "Types").axes
+    assert {one.get_text(): one.get_ha() for one in axes.texts} == {
+        "q4_0": "left", "q4_k_m (576 columns: mostly blocks of 32)": "right", "q8_0": "left", "f32": "right",
+    }  # fmt: skip
     plt.close("all")

@@ -1,0 +1,32 @@
+"""What `make sweeps` measured, as a table for the notebook, with the hardware and the date of the sweep."""
+
+from pathlib import Path
+
+import pandas
+
+from unsloth_puzzles.bench import markdown
+from unsloth_puzzles.bench.record import Measurements
+
+
+def swept_table(path: str | Path, metric: str, title: str, ours: str, digits: int) -> str:
+    """Markdown: a row a case, with our value and those of the baselines.
+
+    Args:
+        path: The file of the sweep.
+        metric: Whose records are shown.
+        title: What was measured and its unit, before hardware and date.
+        ours: The title of the column with our values.
+        digits: Decimal places.
+
+    Returns:
+        The title and the table, or a line that says that the file is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        return f"SKIPPED: {path.name} is not here"
+    sweeps = Measurements.load(path)
+    found = sweeps.find(metric)
+    values = [{"case": one["case"], ours: one["value"], **one["baselines"]} for one in found]
+    rows = [{name: f"{v:.{digits}f}" if name != "case" else v for name, v in row.items()} for row in values]
+    table = markdown.table(pandas.DataFrame(rows).fillna("-"))
+    return f"{title}, {sweeps.hardware['name']}, {sweeps.date}:\n\n{table}"
