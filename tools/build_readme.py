@@ -115,11 +115,12 @@ def release(of: dict) -> str:
 
 
 def results(resources: Path) -> str:
-    """A heading, tables and figures for each challenge, then the GPU tests."""
+    """A heading, figures and tables for each challenge, then the GPU tests."""
     parts = []
     for challenge, file in FILES.items():
         path = resources / "measurements" / file
         parts.append(f"### {challenge}. {TITLES[challenge]}")
+        parts += [_image(figure, resources) for figure in _figures(path.stem, resources)]
         if not path.exists():
             parts.append("Not measured yet.")
         else:
@@ -127,7 +128,6 @@ def results(resources: Path) -> str:
             parts.append(provenance(measured))
             parts += file_tables(measured, TABLES.get(file, ()))
         parts += _swept(resources / "measurements", file)
-        parts += [_image(figure, resources) for figure in _figures(path.stem, resources)]
     return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
 
 
