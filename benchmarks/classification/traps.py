@@ -106,12 +106,12 @@ def _head(made: Checkpoints):
     try:
         theirs = AutoModelForSequenceClassification.from_pretrained(made.quantised, num_labels=len(NAMES))
         head = theirs.score.weight
-        theirs = f"loads a head of {head.dtype}" + ("" if head.is_floating_point() else ": quantised, not trainable")
+        theirs = f"loads a head in {_name(head)}" + ("" if head.is_floating_point() else ": quantised, not trainable")
     except NotImplementedError as error:
         theirs = f"cannot load: {error}"
     model, tokenizer = made.ours(source=made.quantised)
     head = _score(model).weight
-    ours = f"a head of {head.dtype}, trained: {head.requires_grad}"
+    ours = f"loads a head in {_name(head)}, trained: {head.requires_grad}"
     return [("a head over a 4-bit checkpoint", theirs, ours)], {
         "head float32 and trained": head.dtype == torch.float32 and head.requires_grad,
         "padding apart from the end of texts": tokenizer.pad_token_id != tokenizer.eos_token_id,
@@ -132,8 +132,8 @@ def _saving(made: Checkpoints):
         loaded = load_trained(folder, device=made.device)[0]
     off = _apart(made.logits(loaded, tokenizer), made.logits(model, tokenizer))
     said = f"head trained: {trained}, logits off by {their_off:.2f} after saving and loading"
-    row = ("LoRA without a task type", said, f"head trained: {_score(model).weight.requires_grad}, off by {off:.0e}")
-    return [row], {"the head is saved": off == 0}
+    ours = f"head trained: {_score(model).weight.requires_grad}, logits off by {off:.2g}"
+    return [("LoRA without a task type", said, ours)], {"the head is saved": off == 0}
 
 
 def _padding(made: Checkpoints):
@@ -152,7 +152,7 @@ def _padding(made: Checkpoints):
             off = _apart(made.logits(model, other), alone)
             worst = max(worst, off)
             checks[f"padded {side} with {pad}"] = off <= LARGEST
-    ours = f"off by {worst:.0e} at most, padded on either side with either token"
+    ours = f"logits off by {worst:.0e} at most, padded on either side with either token"
     return [("padding = end of text", f"logits off by {their_off:.2f}", ours)], checks
 
 
@@ -184,6 +184,11 @@ def _whole_and_parts(made: Checkpoints, model, tokenizer, labels: torch.Tensor) 
 def _score(model) -> torch.nn.Module:
     """The trained head of ours."""
     return model.get_base_model().score.modules_to_save["default"]
+
+
+def _name(tensor: torch.Tensor) -> str:
+    """The dtype, as in "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
