@@ -893,9 +893,9 @@ else:
 # Abstention counts that a call is absent, and not what the model says instead. A tool runs in a forked process without
 # files and network, with limits on time and memory. The limits bound what a model can do with a trusted function; they
 # do not contain hostile code. Text such as `</tool_response>` in a result stays text, but a model without tokens for
-# such tags reads the same characters. Qwen3 runs without thinking. Llama 3.2 makes one call per turn.
-# `benchmarks.tool_calling.sweeps` measures three seeds, the model without quantisation, and GRPO with tools under the
-# loss of section E.
+# such tags reads the same characters. Only the format of Qwen2.5 is shown. The package also has those of Qwen3 (without
+# thinking) and Llama 3.2 (one call per turn). `benchmarks.tool_calling.sweeps` measures three seeds, the model without
+# quantisation, and GRPO with tools under the loss of section E.
 #
 # ### Score of this section
 

@@ -874,14 +874,15 @@ if not GPU:
 # - **The shortest time at any memory.** `torch.compile` of the plain loss holds all logits in 16 bits. TRL's kernel on
 #   full logits does the same for GRPO. The tables and figures above show their times, and Liger's at equal memory.
 # - **The exact dW by default.** Chunks are added in 16 bits, so the error of dW is larger than eager mode's (see the
-#   table). `accumulate_dtype=torch.float32` makes it smaller than eager mode's and needs twice dW's memory.
-# - **Small vocabularies.** Logits of a small vocabulary need no chunks (see the table).
+#   table of errors). `accumulate_dtype=torch.float32` makes it smaller than eager mode's and needs twice dW's memory.
+# - **Small vocabularies.** Logits of a small vocabulary need no chunks (see the table of the sweep).
 # - **A loss that mixes rows**, such as a contrastive loss over the batch, is not a sum over rows. The first call
 #   compares a chunk with its halves and refuses such a loss.
 # - **Double backward and `torch.func`** raise an error, because the forward computes the gradients once.
 # - **A head in an FSDP2 group of its own** is refused. A replicated head works, and so does a head in the root group,
 #   as in section B. The GRPO trainer refuses FSDP and DeepSpeed. Tensor parallelism of the head is not tested.
-# - **Eager mode** makes several passes over each chunk. The times hold for a compiled function.
+# - **Speed without a compiler.** A function in eager mode makes several passes over each chunk. The times hold for a
+#   compiled function.
 # - **Another version of TRL.** The GRPO trainer is written for TRL 1.16 and refuses others. It also refuses
 #   `cast_lm_head_to_fp32`, and logits that the model changes in other ways than scaling and soft cap.
 # - **Full fine-tuning with AdamW on a T4.** Weights, gradients and moments of 1 B parameters in float32 need more

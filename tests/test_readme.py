@@ -182,10 +182,10 @@ def test_minutes_rehearsed_with_earlier_code_are_not_shown(tmp_path: Path) -> No
     section = {"predicted_t4_seconds": 300, "digest": STAMP["digest"]}
     _rehearse(tmp_path, A=section, C={**section, "digest": "another"})
     t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
-    assert t4 == "| a T4 | not measured | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C, had earlier code |"
+    assert t4 == "| a T4 | not measured | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; with earlier code |"
 
 
-@pytest.mark.parametrize("same, shown", [(True, "5 | {}"), (False, "not measured | {}, had earlier code")])
+@pytest.mark.parametrize("same, shown", [(True, "5 | {}"), (False, "not measured | {}; with earlier code")])
 def test_minutes_of_a_run_on_a_cpu(tmp_path: Path, same: bool, shown: str) -> None:
     kept = {"date": "2026-11-20", "cores": 2, "seconds": 290.0, "sections": "A, B", "digest": STAMP["digest"]}
     (tmp_path / "cpu_run.json").write_text(json.dumps(kept if same else {**kept, "digest": "another"}))
