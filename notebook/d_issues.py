@@ -76,7 +76,7 @@ for backend in ("auto", *BACKENDS):
         experiments.failed(f"{backend}, packed with a window", f"relative error {off:.1e}")
 
 # %% [markdown]
-# ### Check 1: every backend against float64
+# #### Check 1: every backend against float64
 #
 # The check covers six requests on each backend: causal, bidirectional, window, packed, packed with a window, and soft
 # cap. It compares outputs and, on a GPU, gradients. The limit is the error of the plain formula, computed in float32
@@ -106,7 +106,7 @@ columns = ["error / SDPA's error", "output", "dQ", "dK", "dV"][: 5 if GPU else 2
 display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
 
 # %% [markdown]
-# ### Check 2: flex attention without excessive recompilation
+# #### Check 2: flex attention without excessive recompilation
 #
 # Section C runs the same check. Here its results are listed by length, window and packing, which change from call to
 # call. On a GPU the cell runs 52 lengths with windows of 64 and 1000 tokens and without a window, packed and not
@@ -124,7 +124,7 @@ if flex.counts.graphs:
     issues.add("compilations", "flex", flex.counts.compilations, "compilations")
 
 # %% [markdown]
-# ### Check 3: attention inside transformers' models
+# #### Check 3: attention inside transformers' models
 #
 # `register()` adds the interface to transformers under one name. Position ids mark packed documents. Three small models
 # with random weights in float32 run with this name and with transformers' eager attention. Their logits may differ by

@@ -14,8 +14,8 @@
 # | cross entropy | 1 | check 1 |
 # | other functions | 1 | check 3 |
 # | dynamic chunk sizes | 1 | check 4 |
-# | the losses of a Llama 1B match | 1 (else none for E) | Llama 3.2 1B |
-# | GRPO with the memory-efficient linear | 4 | GRPO: check 6, a run, memory and time |
+# | the losses of a Llama 1B match | 1 (else none for E) | Llama 3.2 1B: the curves |
+# | GRPO with the memory-efficient linear | 4 | GRPO: check 6, a real run, memory and time |
 #
 # ### The idea
 #
@@ -118,10 +118,12 @@ else:
 # show: unsloth_puzzles/backprop/additive.py
 
 # %% [markdown]
-# **Check 1: cross entropy.** `chunked` is the idea in ten plain lines. The operator is compared with `F.cross_entropy`
-# on the full logits in float64. The backward starts from 3.7 times the loss, so the upstream gradient is not 1. Loss
-# and gradients must agree to 1e-12 of their norm. There are 111 rows in chunks of 16: the last chunk is ragged, all
-# labels of the first chunk are ignored, and the other chunks ignore different numbers of labels.
+# #### Check 1: cross entropy
+#
+# `chunked` is the idea in ten plain lines. The operator is compared with `F.cross_entropy` on the full logits in
+# float64. The backward starts from 3.7 times the loss, so the upstream gradient is not 1. Loss and gradients must agree
+# to 1e-12 of their norm. There are 111 rows in chunks of 16: the last chunk is ragged, all labels of the first chunk
+# are ignored, and the other chunks ignore different numbers of labels.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
 # @title Data of checks 1 to 4: hidden states, labels, heads
@@ -225,9 +227,10 @@ checks["all labels ignored: NaN, and no gradient"] = ours.isnan() and not any(sl
 judge(results, "cross entropy", checks)
 
 # %% [markdown]
-# **Check 2: the upcast and the derivative.** The upcast to float32 belongs to the user's function. `spying` records the
-# 16-bit logits that it receives. The loss must be that of a float32 upcast of exactly these logits. A dispatch mode
-# records the dtype of every exponential.
+# #### Check 2: the upcast and the derivative
+#
+# The upcast to float32 belongs to the user's function. `spying` records the 16-bit logits that it receives. The loss
+# must be that of a float32 upcast of exactly these logits. A dispatch mode records the dtype of every exponential.
 #
 # The derivative comes from autograd. No formula could anticipate these three functions: one invented here, one that
 # stops a gradient, and one with a deliberately wrong derivative. `gradcheck` compares with finite differences. The last
@@ -335,12 +338,15 @@ checks["no backward but the operator's two and its matrix product's"] = {n: k fo
 judge(results, "derivatives by autograd", checks)
 
 # %% [markdown]
-# **Check 3: other functions.** Each function is compared with the same function of full logits in float64 (the
-# references are in `plain_losses.py`). DPO (direct preference optimisation) compares the log-probabilities of a chosen
-# and of a rejected sequence.
+# #### Check 3: other functions
 #
-# **Check 4: any chunk size.** Rows, bytes and "auto" give the same result. A hook on the head checks that it never
-# returns more rows of logits at once than the chunk size.
+# Each function is compared with the same function of full logits in float64 (the references are in `plain_losses.py`).
+# DPO (direct preference optimisation) compares the log-probabilities of a chosen and of a rejected sequence.
+#
+# #### Check 4: any chunk size
+#
+# Rows, bytes and "auto" give the same result. A hook on the head checks that it never returns more rows of logits at
+# once than the chunk size.
 
 # %%
 teacher, states = new_head(frozen=True), drawn(3, ROWS // 3, HIDDEN)
@@ -507,17 +513,20 @@ if not GPU:
     print("SKIPPED: the criterion is about VRAM; memory saved on a CPU is shown, and earns nothing")
 
 # %% [markdown]
-# **The error of the gradients** is relative to a reference in float64 (float32 on GPUs without float64 tensor cores)
-# from the same 16-bit inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over
-# chunks. In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice
-# dW's memory. The limits are eager mode's error plus 1 % for dX and for a dW in float32, and twice eager mode's error
-# for a dW in 16 bits.
+# #### The error of the gradients
 #
-# **The frontier.** A script (`make sweeps`) measures five chunk sizes and three vocabularies. It runs apart, because
-# each size is compiled anew. If its file is present, the figure and the table show it with the file's hardware and
-# date. They are not part of the score. Each blue point is one chunk size of ours. The file may be older than the code
-# of this notebook. The output above compares ours with Liger at Liger's chunk size in this run. Where the two disagree,
-# the output above holds.
+# The error is relative to a reference in float64 (float32 on GPUs without float64 tensor cores) from the same 16-bit
+# inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over chunks. In 16 bits each
+# addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice dW's memory. The limits
+# are eager mode's error plus 1 % for dX and for a dW in float32, and twice eager mode's error for a dW in 16 bits.
+#
+# #### The frontier
+#
+# A script (`make sweeps`) measures five chunk sizes and three vocabularies. It runs apart, because each size is
+# compiled anew. If its file is present, the figure and the table show it with the file's hardware and date. They are
+# not part of the score. Each blue point is one chunk size of ours. The file may be older than the code of this
+# notebook. The output above compares ours with Liger at Liger's chunk size in this run. Where the two disagree, the
+# output above holds.
 
 
 # %%
@@ -574,7 +583,9 @@ else:
 #     trainer.train()
 # ```
 #
-# **Check 5** uses a tiny Llama. A step must have the loss and the gradients of the standard loss and return no logits,
+# #### Check 5: a step, and trainers
+#
+# The check uses a tiny Llama. A step must have the loss and the gradients of the standard loss and return no logits,
 # and `undo()` must restore the model. Then `transformers.Trainer` with gradient accumulation and TRL's `SFTTrainer`
 # train under both losses and must log the same. An evaluation must give the accuracy of the full logits.
 
@@ -588,11 +599,13 @@ for what, check in (("a step", patch_checks.check_step), ("under trainers", patc
         experiments.failed(f"use_memory_efficient_loss, {what}", error)
 
 # %% [markdown]
-# **The curves.** Two trainings of 60 steps (T4: 40; QLoRA on a CPU: 3) begin with the same seed and differ in the loss
-# only. The text is real. The output says whether the weights are real or random. The steps repeat the same 15 batches
-# four times (T4: 10), so learning shows as a fall from pass to pass. A step has two micro-batches of two sequences in
-# full fine-tuning and one of four under QLoRA. The micro-batches have different numbers of ignored labels, and a
-# micro-batch has more rows than a chunk.
+# #### The curves
+#
+# Two trainings of 60 steps (T4: 40; QLoRA on a CPU: 3) begin with the same seed and differ in the loss only. The text
+# is real. The output says whether the weights are real or random. The steps repeat the same 15 batches four times (T4:
+# 10), so learning shows as a fall from pass to pass. A step has two micro-batches of two sequences in full fine-tuning
+# and one of four under QLoRA. The micro-batches have different numbers of ignored labels, and a micro-batch has more
+# rows than a chunk.
 #
 # - **Full fine-tuning** uses a tied head in float32 without TF32, and SGD without momentum and clipping. AdamW would
 #   hide a wrong scale of the gradients. The norm of all gradients is compared at every step, too.
@@ -711,12 +724,14 @@ if compared:
 #     hidden_states, head, tokens, token_log_probs_and_entropy, reduction="none")
 # ```
 #
-# **Check 6: every loss type.** The grid has eight loss types, two importance levels, and two settings of delta, beta
-# and gradient accumulation. Loss, every gradient and every metric are compared on the same inputs: in float64 with a
-# plain full-logits trainer (limit 1e-10), in float32 with TRL's fused head (limit 1e-5). The grid and the run below use
-# `compile=False`. The compiled head is the default on a GPU. From sm_80 on it is compared once for each loss type, in
-# float64 and without Inductor's search for block sizes. The last cell of GRPO times the compiled head with that search,
-# and compares its gradients in 16 bits with those of full logits.
+# #### Check 6: every loss type
+#
+# The grid has eight loss types, two importance levels, and two settings of delta, beta and gradient accumulation. Loss,
+# every gradient and every metric are compared on the same inputs: in float64 with a plain full-logits trainer (limit
+# 1e-10), in float32 with TRL's fused head (limit 1e-5). The grid and the run below use `compile=False`. The compiled
+# head is the default on a GPU. From sm_80 on it is compared once for each loss type, in float64 and without Inductor's
+# search for block sizes. The last cell of GRPO times the compiled head with that search, and compares its gradients in
+# 16 bits with those of full logits.
 
 # %%
 from benchmarks.backprop import grpo, grpo_grid, grpo_head
@@ -739,12 +754,14 @@ else:
     print("SKIPPED: the compiled head: left to larger GPUs, where it compiles in less time")
 
 # %% [markdown]
-# **A real GRPO run.** A tiny Llama from fixed-seed weights learns to write vowels. The reward is the share of vowels in
-# a completion. TRL's trainer and ours both run generation, rewards, advantages and updates from the same seed. The two
-# sample the same completions until a rounding difference flips a sampled token. Each batch is used for one update, so
-# the ratio is 1 and the value of the loss is the same for any log-probabilities. Its gradient depends on them. The run
-# therefore compares gradient norms, as long as the rewards agree. They may differ by 1e-4 of themselves. The reward
-# must rise by at least 0.1.
+# #### A real GRPO run
+#
+# A tiny Llama from fixed-seed weights learns to write vowels. The reward is the share of vowels in a completion. TRL's
+# trainer and ours both run generation, rewards, advantages and updates from the same seed. The two sample the same
+# completions until a rounding difference flips a sampled token. Each batch is used for one update, so the ratio is 1
+# and the value of the loss is the same for any log-probabilities. Its gradient depends on them. The run therefore
+# compares gradient norms, as long as the rewards agree. They may differ by 1e-4 of themselves. The reward must rise by
+# at least 0.1.
 
 # %%
 SHORTER = {"steps": 24, "sequences": 32, "completion": 12, "learning_rate": 1e-2}
@@ -789,10 +806,12 @@ if runs:
     plt.show()
 
 # %% [markdown]
-# **Memory and time.** "Head only" runs from hidden states of 16 x 1024 completion tokens (4 x 1024 on a GPU with less
-# than 40 GiB) to the gradients of hidden states and head, for the same clipped loss. "Whole step" is forward, loss and
-# backward of Llama 3.2 1B with gradient checkpointing, without generation. "Full logits" holds all logits in float32.
-# TRL 1.16 has a fused head of its own and does not call Liger's GRPO loss.
+# #### Memory and time of GRPO
+#
+# "Head only" runs from hidden states of 16 x 1024 completion tokens (4 x 1024 on a GPU with less than 40 GiB) to the
+# gradients of hidden states and head, for the same clipped loss. "Whole step" is forward, loss and backward of Llama
+# 3.2 1B with gradient checkpointing, without generation. "Full logits" holds all logits in float32. TRL 1.16 has a
+# fused head of its own and does not call Liger's GRPO loss.
 #
 # - **TRL's fused head and ours** need about the same memory and time in the whole step. TRL's has derivatives by hand
 #   for log-probabilities and entropy. Ours also takes other functions.
