@@ -377,19 +377,14 @@ from pathlib import Path
 
 ENGINE = all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp"))
 if ENGINE:
-    from benchmarks.gguf.cases import CASES, check_case, group_of, in_8_bits
+    from benchmarks.gguf.cases import CASES, cases_table, check_case, deviations_table, group_of, in_8_bits
     from benchmarks.gguf.file_weights import largest_difference
-    from benchmarks.gguf.proof import DEVIATIONS, merging_errors, qlora, train
+    from benchmarks.gguf.proof import merging_errors, qlora, train
     from unsloth_puzzles.gguf.export import export_gguf
 
     # Check: llama.cpp answers like transformers
-    listed = [(n, one.what, one.source, ", ".join(one.families)) for n, one in enumerate(DEVIATIONS, 1)]
-    display(
-        Markdown(
-            markdown.table(pandas.DataFrame(listed, columns=["", "llama.cpp (xllamacpp) has", "where", "families"]))
-        )
-    )
-    groups, lines = {"LLaVA": {}, "Qwen-VL": {}, "text": {}}, []
+    display(Markdown(deviations_table()))
+    groups, compared = {"LLaVA": {}, "Qwen-VL": {}, "text": {}}, {}
     for case in CASES:
         try:
             found = check_case(case, DEVICE, tokens=32 if GPU and not OLD else 8)
@@ -398,17 +393,14 @@ if ENGINE:
             groups[group_of(case)][f"{case}, ran to the end"] = False
             continue
         groups[group_of(case)] |= found.checks
-        lines.append((*found.row, f"{found.moved:.2f}"))
+        compared[case] = found
         print(f"{case}: compared", flush=True)
         metric = "gguf_log_probability_error" + ("_in_8_bits" if in_8_bits(case) else "")
         for question, (error, plain) in found.errors.items():
             issues.add(metric, f"{case}, {question}", error, "nats", baselines={"no deviation emulated": plain})
         emulated, plain = found.equal
         issues.add("gguf_equal_tokens", case, emulated, "fraction", baselines={"no deviation emulated": plain})
-    columns = ["case", "answers with equal tokens", "the same without emulation",
-               "error, text (nats)", "error, image (nats)", "error without emulation (nats)", "deviations emulated",
-               "change of the first log-probability by the adapter (nats)"]  # fmt: skip
-    display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
+    display(Markdown(cases_table(compared)))
     for group, checks in groups.items():
         judge(issues, f"GGUF export, {group}", checks)
 else:

@@ -4,10 +4,14 @@ for case in CASES: found = check_case(case, "cuda", tokens=32)
 """
 
 import tempfile
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import pandas
 
 from benchmarks.gguf.models import FAMILIES
 from benchmarks.gguf.proof import DEVIATIONS, Compared, prove
+from unsloth_puzzles.bench import markdown
 
 LIMIT, TEXT_LIMIT, LIMIT_8_BITS = 3e-4, 1e-4, 0.1  # nats: with an image, without, and in 8 bits
 DEFAULT = {"quantization": "q8_0", "projector": "f16"}  # the default types of `export_gguf`
@@ -28,6 +32,21 @@ class Checked(NamedTuple):
     # Of a table: case, tokens equal, the same without emulation, errors and limits without and with an image, error
     # without emulation, deviations
     row: tuple[str, ...]
+
+
+def deviations_table() -> str:
+    """Markdown: where llama.cpp differs from transformers, numbered as in `cases_table`."""
+    listed = [(n, one.what, one.source, ", ".join(one.families)) for n, one in enumerate(DEVIATIONS, 1)]
+    return markdown.table(pandas.DataFrame(listed, columns=["", "llama.cpp (xllamacpp) has", "where", "families"]))
+
+
+def cases_table(found: Mapping[str, Checked]) -> str:
+    """Markdown: a row a case, from what `check_case` returned for it."""
+    columns = ["case", "answers with equal tokens", "the same without emulation", "error, text (nats)",
+               "error, image (nats)", "error without emulation (nats)", "deviations emulated",
+               "change of the first log-probability by the adapter (nats)"]  # fmt: skip
+    rows = [(*one.row, f"{one.moved:.2f}") for one in found.values()]
+    return markdown.table(pandas.DataFrame(rows, columns=columns))
 
 
 def group_of(case: str) -> str:

@@ -41,6 +41,9 @@ def test_errors_within_the_limits_pass(check):
     assert found.row == (
         "llava_clip", "4 of 4", "2 of 4", "9.0e-05 (limit 1e-04)", "2.9e-04 (limit 3e-04)", "2.9e-03", "1"
     )  # fmt: skip
+    rows = cases.cases_table({"llava_clip": found}).splitlines()
+    assert rows[2] == f"| {' | '.join(found.row)} | 1.00 |" and rows[0].count("|") == rows[2].count("|")
+    assert cases.deviations_table().splitlines()[2].startswith(f"| 1 | {GELU} |")
 
 
 @pytest.mark.parametrize(
