@@ -3,16 +3,14 @@
 #
 # **Task.** Solve open issues of the Unsloth repository. Each issue has points of its own.
 #
-# **Criteria** (8 points):
-#
-# | issue | points | solved by | shown in |
+# | issue | points (8) | solved by | shown by |
 # |---|---|---|---|
-# | one simple interface over xformers, SDPA, flash and flex attention | 2 | `attention` | Attention, checks 1 and 3 |
-# | flex attention: dynamic lengths, sliding windows, packed sequences | 2 | its backend `flex` | Attention, check 2 |
-# | a vision data collator that mixes text-only and image rows | 1 | `VisionCollator` | Vision |
+# | one simple interface over xformers, SDPA, flash and flex attention | 2 | `attention` | attention, checks 1 and 3 |
+# | flex attention: dynamic lengths, sliding windows, packed sequences | 2 | its backend `flex` | attention, check 2 |
+# | a vision data collator that mixes text-only and image rows | 1 | `VisionCollator` | vision |
 # | GGUF export of vision fine-tunes, LLaVA and Qwen-VL | 1 | `export_gguf` | GGUF export |
-# | sequence classification | 1 | `load_classifier`, `add_adapters` | Sequence classification |
-# | a tool-calling notebook | 1 | `ToolBox`, `tokenize_conversation`, `run_conversation` | Tool calling |
+# | sequence classification | 1 | `load_classifier`, `add_adapters` | sequence classification |
+# | a tool-calling notebook | 1 | `ToolBox`, `tokenize_conversation`, `run_conversation` | tool calling |
 #
 # ### Attention: one interface, five backends
 #
@@ -887,7 +885,7 @@ else:
 # do not contain hostile code. Text such as `</tool_response>` in a result stays text, but a model without tokens for
 # such tags reads the same characters. Only the format of Qwen2.5 is shown. The package also has those of Qwen3 (without
 # thinking) and Llama 3.2 (one call per turn). `benchmarks.tool_calling.sweeps` measures three seeds, the model without
-# quantisation, and GRPO with tools under the loss of section E.
+# quantisation, and GRPO with tools under the loss of section E. `RESULTS.md` has the results.
 #
 # ### Score of this section
 

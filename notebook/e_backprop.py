@@ -5,17 +5,18 @@
 # logits into a loss. Compute the logits in chunks, in a `torch.autograd.Function`, for any such function. Take the
 # derivative from autograd and honour the upstream gradient.
 #
-# **Criteria** (10 points):
+# **Solution.** `memory_efficient_linear`, and the puzzle's `MemoryEfficientLinear`, hold one chunk of logits for any
+# function. `use_memory_efficient_loss` and `MemoryEfficientGRPOTrainer` put it into trainers.
 #
-# | criterion | points | shown in |
+# | criterion | points (10) | shown by |
 # |---|---|---|
-# | 50 % less VRAM | 2 | Memory and time at the puzzle's shape |
+# | 50 % less VRAM | 2 | memory and time at the puzzle's shape |
 # | float32 upcast kept, no derivative by hand | 0 (else none for E) | check 2 |
 # | cross entropy | 1 | check 1 |
 # | other functions | 1 | check 3 |
 # | dynamic chunk sizes | 1 | check 4 |
-# | the losses of a Llama 1B match | 1 (else none for E) | Llama 3.2 1B: the curves |
-# | GRPO with the memory-efficient linear | 4 | GRPO: check 6, a real run, memory and time |
+# | the losses of a Llama 1B match | 1 (else none for E) | the curves |
+# | GRPO with the memory-efficient linear | 4 | check 6, a real GRPO run, its memory and time |
 #
 # ### The idea
 #
