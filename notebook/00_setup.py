@@ -66,7 +66,7 @@ FOR_GPUS = {  # an attention backend, and kernels of other projects to time besi
     "liger-kernel": "0.8.5",
     "cut-cross-entropy": "25.1.1",
 }
-OLDEST = {"bitsandbytes": (0, 50), "transformers": (5, 15), "peft": (0, 20), "accelerate": (1, 13), "numpy": (2, 0)}
+OLDEST = {"bitsandbytes": (0, 50), "transformers": (5, 15), "peft": (0, 20), "accelerate": (1, 15), "numpy": (2, 0)}
 OLDEST["datasets"] = (4, 7)  # what TRL 1.16 asks for; Colab has 4.0
 
 

@@ -55,7 +55,7 @@ def test_compiled_stands_on_the_solutions_that_it_compiles():
 
 
 def test_fsdp2_stands_on_nf4_and_compiled():
-    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench", "exchange", "stored_dtype"}
+    assert imported("fsdp2") == {"nf4", "compiled", "fsdp2", "device", "bench", "exchange", "stored_dtype", "supported"}
 
 
 @pytest.mark.parametrize(

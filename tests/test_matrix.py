@@ -35,8 +35,10 @@ def test_colab_and_pinned_have_the_versions_of_their_files():
     for name, path in (("pinned", "requirements.txt"), ("colab", "notebook/colab.txt")):
         lines = [line.partition("#")[0].strip() for line in (root / path).read_text().splitlines()]
         ours = {line for line in lines if line and line.split("==")[0] not in matrix.LEFT_OUT}
-        assert ours - {*matrix.requirements(name)} <= ({"datasets==4.0.0"} if name == "colab" else set())
-    assert pins("colab")["datasets"] == "datasets>=4.7"
+        assert ours - {*matrix.requirements(name)} <= (
+            {"datasets==4.0.0", "accelerate==1.14.0"} if name == "colab" else set()
+        )
+    assert pins("colab")["datasets"] == "datasets>=4.7" and pins("colab")["accelerate"] == "accelerate>=1.15"
 
 
 def test_a_command_is_ended_at_its_limit_with_what_it_has_said(tmp_path):

@@ -32,7 +32,7 @@ PYTHONS = {"oldest": "3.12", "pinned": "3.11", "colab": "3.13", "newest": "3.13"
 # Not needed for a test without a GPU. The pins of both wheels are those of torch 2.11.
 LEFT_OUT = ("xformers", "nvidia-cuda-runtime-cu12", "liger-kernel", "cut-cross-entropy", "jupyter")
 KEPT = ("gguf", "xllamacpp", "libgguf", "pytest", "ruff")  # pinned in every environment
-NOT_COLABS = {"datasets": ">=4.7"}  # what TRL asks for; the notebook's install cell brings it
+NOT_COLABS = {"datasets": ">=4.7", "accelerate": ">=1.15"}  # what TRL and FSDP2 ask for; the install cell brings it
 PARTS = ("kernels", "tests")
 QUIET_SECONDS = 30
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")

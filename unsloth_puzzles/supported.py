@@ -21,6 +21,7 @@ TESTED = {
     "transformers": ("5.15", "5.24"),
     "peft": ("0.20", "0.21"),
     "trl": ("1.16", "1.16"),
+    "accelerate": ("1.15", "1.15"),  # with 1.14 the checkpoints of FSDP2 hold a part of the adapters
     "bitsandbytes": ("0.50", "0.50"),  # of 0.48 the de-quantised weights of a stored checkpoint differ
 }
 PYTHON = ("3.11", "3.13")
@@ -42,7 +43,7 @@ def untested(
         if version is not None and not _between(version, TESTED[package]):
             found.append(f"{package} {version}")
     triton = version_of("triton")
-    if triton and triton_of_torch and _release(triton) != _release(triton_of_torch):
+    if triton and triton_of_torch and release(triton) != release(triton_of_torch):
         found.append(f"triton {triton} under torch {version_of('torch')}, which is built for {triton_of_torch}")
     return found
 
@@ -74,12 +75,13 @@ def triton_of_torch() -> str | None:
     return next((need[1] for need in needs if need), None)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def _between(version: str, span: tuple[str, str]) -> bool:
-    return _release(span[0]) <= _release(version) <= _release(span[1])
+    return release(span[0]) <= release(version) <= release(span[1])
 
 
 def _span(span: tuple[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""A trainer that does not use FSDP2 is refused, with what to do instead."""
+"""A trainer that does not use FSDP2 is refused, with what to do instead, and so is an accelerate that loses shards."""
 
 import os
 from types import SimpleNamespace
@@ -8,7 +8,8 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from tests.fsdp2.models import qlora
-from unsloth_puzzles.fsdp2.options import prepare_trainer
+from unsloth_puzzles.fsdp2 import options
+from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 
 REFUSED = (
@@ -37,3 +38,16 @@ def test_trainer_with_fsdp1_is_refused(trainer, monkeypatch):
     with pytest.raises(ValueError) as refusal:
         prepare_trainer(trainer)
     assert str(refusal.value) == REFUSED.format("FSDP1")
+
+
+@pytest.mark.parametrize("version", ["1.14.0", "1.9.2", "0.34.0"])
+def test_an_accelerate_whose_checkpoints_lack_shards_is_refused(monkeypatch, version):
+    monkeypatch.setattr(options.supported, "installed", lambda package: version)
+    with pytest.raises(RuntimeError, match=rf"^accelerate must be 1\.15 or newer, got {version}: its checkpoints"):
+        fsdp2_arguments(None)
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.16.1", "2.0.0.dev0"])
+def test_a_newer_accelerate_is_taken(monkeypatch, version):
+    monkeypatch.setattr(options.supported, "installed", lambda package: version)
+    options._check_accelerate()

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from unsloth_puzzles import supported
 from unsloth_puzzles.fsdp2.ranks import compare_frozen, compare_trained
 from unsloth_puzzles.fsdp2.shard import (
     base_of,
@@ -32,6 +33,7 @@ from unsloth_puzzles.fsdp2.shard import (
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_ACCELERATE = (1, 15)  # whose FULL_STATE_DICT checkpoints hold the adapters of all ranks; those of 1.14, of one
 _STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,9 +62,11 @@ def fsdp2_arguments(
 
     Raises:
         ValueError: `model` is not packed, or an unknown `state_dict_type`.
+        RuntimeError: The installed accelerate is older than 1.15.
     """
     if state_dict_type not in _STATE_DICTS:
         raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
+    _check_accelerate()
     check_packed(model)
     _until_prepared(model)
     os.environ.pop("FSDP_OFFLOAD_PARAMS", None)  # of an earlier call
@@ -77,6 +81,15 @@ def fsdp2_arguments(
         "cpu_ram_efficient_loading": False,  # looks for Params4bit, which a packed model no longer has
     }
     return {"fsdp": True, "fsdp_config": config}
+
+
+def _check_accelerate() -> None:
+    found = supported.installed("accelerate")
+    if supported.release(found) < _ACCELERATE:
+        raise RuntimeError(
+            f"accelerate must be {'.'.join(map(str, _ACCELERATE))} or newer, got {found}: its checkpoints of FSDP2 "
+            "hold the adapters' shards of the first rank only"
+        )
 
 
 def _until_prepared(model: nn.Module) -> None:
