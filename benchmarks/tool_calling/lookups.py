@@ -26,8 +26,13 @@ class Lookup(NamedTuple):
     wordings: tuple[str, ...]
 
 
+def number_of(text: str, below: int) -> int:
+    """A number from 0 to `below` - 1, always the same for a text."""
+    return sum(map(ord, text)) % below
+
+
 def _chosen(text: str, results: tuple[str, ...]) -> str:
-    return results[sum(map(ord, text)) % len(results)]
+    return results[number_of(text, len(results))]
 
 
 def _of_city(results: tuple[str, ...]) -> Callable:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from benchmarks.tool_calling.lookups import LOOKUPS, function_of
+from benchmarks.tool_calling.lookups import LOOKUPS, function_of, number_of
 from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS, made_up_or, number_pair
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Austria", "Ireland", "Portugal", "Poland", "Greece", "Denmark")
@@ -71,7 +71,7 @@ def population(city: str) -> int:
     Args:
         city: The city.
     """
-    return 1000 * _number(city, 900)
+    return 1000 * number_of(city, 900)
 
 
 def time_zone(place: str) -> str:
@@ -80,7 +80,7 @@ def time_zone(place: str) -> str:
     Args:
         place: The city.
     """
-    return f"UTC+{_number(place, 3)}"
+    return f"UTC+{number_of(place, 3)}"
 
 
 def museums(city: str) -> int:
@@ -89,7 +89,7 @@ def museums(city: str) -> int:
     Args:
         city: The city.
     """
-    return _number(city, 40)
+    return number_of(city, 40)
 
 
 def dialling_code(place: str) -> str:
@@ -98,7 +98,7 @@ def dialling_code(place: str) -> str:
     Args:
         place: The city.
     """
-    return f"0{_number(place, 900) + 100}"
+    return f"0{number_of(place, 900) + 100}"
 
 
 def mayor(town: str) -> str:
@@ -107,7 +107,7 @@ def mayor(town: str) -> str:
     Args:
         town: The city.
     """
-    return PEOPLE[_number(town, len(PEOPLE))]
+    return PEOPLE[number_of(town, len(PEOPLE))]
 
 
 def hotel_price(city: str, nights: int) -> int:
@@ -117,7 +117,7 @@ def hotel_price(city: str, nights: int) -> int:
         city: Where the hotel is.
         nights: How many nights.
     """
-    return nights * (50 + _number(city, 90))
+    return nights * (50 + number_of(city, 90))
 
 
 def bus_fare(start: str, end: str) -> int:
@@ -127,7 +127,7 @@ def bus_fare(start: str, end: str) -> int:
         start: Where the bus leaves.
         end: Where it arrives.
     """
-    return 5 + (2 * _number(start, 1000) + _number(end, 1000)) % 30
+    return 5 + (2 * number_of(start, 1000) + number_of(end, 1000)) % 30
 
 
 def capital(country: str) -> str:
@@ -136,7 +136,7 @@ def capital(country: str) -> str:
     Args:
         country: The country.
     """
-    return TRAIN_CITIES[_number(country, len(TRAIN_CITIES))]
+    return TRAIN_CITIES[number_of(country, len(TRAIN_CITIES))]
 
 
 def currency(country: str) -> str:
@@ -145,7 +145,7 @@ def currency(country: str) -> str:
     Args:
         country: The country.
     """
-    return ("euro", "krone", "crown")[_number(country, 3)]
+    return ("euro", "krone", "crown")[number_of(country, 3)]
 
 
 def word_length(word: str) -> int:
@@ -182,7 +182,7 @@ def synonym(word: str) -> str:
     Args:
         word: The word.
     """
-    return TRAIN_WORDS[_number(word, len(TRAIN_WORDS))]
+    return TRAIN_WORDS[number_of(word, len(TRAIN_WORDS))]
 
 
 def translate(word: str, language: Literal["French", "German", "Latin"]) -> str:
@@ -201,7 +201,7 @@ def stock(item: str) -> int:
     Args:
         item: The item.
     """
-    return _number(item, 60)
+    return number_of(item, 60)
 
 
 def order(item: str, count: int) -> str:
@@ -239,7 +239,7 @@ def birthday(person: str) -> str:
     Args:
         person: Who.
     """
-    return f"{MONTHS[_number(person, len(MONTHS))]} {1 + _number(person, 28)}"
+    return f"{MONTHS[number_of(person, len(MONTHS))]} {1 + number_of(person, 28)}"
 
 
 def days_in(month: str) -> int:
@@ -248,11 +248,7 @@ def days_in(month: str) -> int:
     Args:
         month: The month.
     """
-    return 28 + _number(month, 4)
-
-
-def _number(text: str, below: int) -> int:
-    return sum(map(ord, text)) % below
+    return 28 + number_of(month, 4)
 
 
 def _two(
