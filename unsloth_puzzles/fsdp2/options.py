@@ -85,10 +85,10 @@ def fsdp2_arguments(
 
 def _check_accelerate() -> None:
     found = supported.installed("accelerate")
-    if supported.release(found) < _ACCELERATE:
+    if found is None or supported.release(found) < _ACCELERATE:
         raise RuntimeError(
-            f"accelerate must be {'.'.join(map(str, _ACCELERATE))} or newer, got {found}: its checkpoints of FSDP2 "
-            "hold the adapters' shards of the first rank only"
+            f"accelerate must be {'.'.join(map(str, _ACCELERATE))} or newer, got {found}: checkpoints of FSDP2 "
+            "by an older one hold the adapters' shards of the first rank only"
         )
 
 
