@@ -15,6 +15,7 @@ import pandas
 
 from benchmarks.tool_calling import wordings
 from benchmarks.tool_calling.aliases import aliased, renamed
+from benchmarks.tool_calling.lookups import LOOKUPS, REFUSED
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from benchmarks.tool_calling.wordings import number_pair, words_apart
@@ -25,10 +26,11 @@ OFFERED = (3, 4)  # how many tools are on offer
 TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)  # and tested
 _MORE = {tool.function.__name__: tool for tool in TRAINING_TOOLS}
 _FUNCTIONS = aliased({tool.__name__: tool for tool in TOOLS} | {name: one.function for name, one in _MORE.items()})
-KINDS = {"one call": 0.5, "two calls": 0.12, "mended": 0.08, "needs none": 0.13, "none fits": 0.17}
+KINDS = {"one call": 0.48, "two calls": 0.12, "mended": 0.08, "needs none": 0.12, "none fits": 0.2}
 TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40, "none fits": 40}
 TEST_COUNTS |= {"held-out tool": 40, "untrained error": 20}
 MENDED = {"mended": "find_price", "untrained error": "travel_time"}  # which tool refuses the first call
+ELSEWHERE = 0.5  # of the calls of training that are mended: of lookups, not of the tool that the test has
 DRAWS = 1000  # of a question whose text another one has
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
 
@@ -158,9 +160,9 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
         wanted = wanted if rng.random() < 0.5 else list(_MORE)  # or the nine would be a quarter of what is trained
     names = [HELD_OUT] if kind == "held-out tool" else rng.sample(wanted, 2 if kind == "two calls" else 1)
     if kind in MENDED:
-        names = [MENDED[kind]]
+        names = [MENDED[kind] if test or rng.random() > ELSEWHERE else rng.choice([*LOOKUPS])]
     if kind == "mended":
-        asked = {"find_price": wordings.PLURAL_TEST if test else wordings.PLURAL_TRAIN}
+        asked = asked | {"find_price": wordings.PLURAL_TEST if test else wordings.PLURAL_TRAIN}
     others = [name for name in known if name not in names]
     offered = [*names, *rng.sample(others, rng.choice(OFFERED) - len(names))]
     rng.shuffle(offered)
@@ -169,21 +171,28 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
         return Question(kind, said, tuple(offered), parts=((said, {}),))
     if kind == "none fits":
         offered = rng.sample(others, len(offered))
-        if not test and rng.random() < 0.3:
+        if not test and rng.random() < 0.2:
             said = rng.choice(wordings.UNKNOWN)
             return Question(kind, said, tuple(offered), parts=((said, {}),))
     arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
     turns = [tuple(zip(names, arguments, strict=True))]
     if kind in MENDED:
         (right,) = arguments
-        wrong = {"item": right["item"] + "s"} if kind == "mended" else {"origin": right["origin"].lower()}
-        arguments = [right | wrong]
+        arguments = [right | _refused(rng, names[0], right)]
         turns.insert(0, ((names[0], arguments[0]),))
     parts = tuple((rng.choice(asked[name]), given) for name, given in zip(names, arguments, strict=True))
     text = " And: ".join(wording.format(**given) for wording, given in parts)
     if not test:
         text = rng.choice(wordings.BEFORE) + text + rng.choice(wordings.AFTER)
     return Question(kind, text, tuple(offered), () if kind == "none fits" else tuple(turns), parts)
+
+
+def _refused(rng: random.Random, name: str, right: dict) -> dict:
+    """The argument as the tool refuses it."""
+    if name in LOOKUPS:
+        argument = LOOKUPS[name].of
+        return {argument: f"{right[argument]} ({rng.choice(REFUSED[argument])})"}
+    return {"item": right["item"] + "s"} if name == "find_price" else {"origin": right["origin"].lower()}
 
 
 def conversation(question: Question) -> list[dict]:

@@ -31,34 +31,36 @@ def number_of(text: str, below: int) -> int:
     return sum(map(ord, text)) % below
 
 
-def _chosen(text: str, results: tuple[str, ...]) -> str:
+def _looked_up(argument: str, text: str, results: tuple[str, ...]) -> str:
+    if " (" in text:
+        raise ValueError(f"{argument} must have no brackets, got {text}; use {text.split(' (')[0]}")
     return results[number_of(text, len(results))]
 
 
 def _of_city(results: tuple[str, ...]) -> Callable:
     def tool(city: str) -> str:
-        return _chosen(city, results)
+        return _looked_up("city", city, results)
 
     return tool
 
 
 def _of_place(results: tuple[str, ...]) -> Callable:
     def tool(place: str) -> str:
-        return _chosen(place, results)
+        return _looked_up("place", place, results)
 
     return tool
 
 
 def _of_person(results: tuple[str, ...]) -> Callable:
     def tool(person: str) -> str:
-        return _chosen(person, results)
+        return _looked_up("person", person, results)
 
     return tool
 
 
 def _of_item(results: tuple[str, ...]) -> Callable:
     def tool(item: str) -> str:
-        return _chosen(item, results)
+        return _looked_up("item", item, results)
 
     return tool
 
@@ -66,6 +68,10 @@ def _of_item(results: tuple[str, ...]) -> Callable:
 MAKERS = {  # by argument: what makes the function, and what the argument is
     "city": (_of_city, "The city."), "place": (_of_place, "The city."),
     "person": (_of_person, "Who."), "item": (_of_item, "The item."),
+}  # fmt: skip
+REFUSED = {  # by argument: what stands in brackets after a value that the tool refuses
+    "city": ("by the sea", "the old town", "in the north"), "place": ("its centre", "in the south", "near the border"),
+    "person": ("my aunt", "from work", "the tall one"), "item": ("a new one", "the large one", "in red"),
 }  # fmt: skip
 
 

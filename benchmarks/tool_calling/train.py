@@ -3,6 +3,7 @@
 model, losses = fine_tune(model, tokenizer)
 """
 
+import math
 import tempfile
 
 import torch
@@ -12,6 +13,7 @@ from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 200, 16, 1e-3
+ROWS_AT_ONCE = 8  # the activations of 16 conversations do not fit a T4
 
 
 def fine_tune(
@@ -58,11 +60,13 @@ def fine_tune(
     )
     device = model.device.type
     dtype = next((module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")), model.dtype)
+    rows_at_once = math.gcd(batch_size, ROWS_AT_ONCE)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=batch_size // rows_at_once,
             learning_rate=learning_rate,
             warmup_steps=max(1, steps // 15),
             lr_scheduler_type="linear",

@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks.tool_calling import data, wordings
 from benchmarks.tool_calling.aliases import ALIASES
+from benchmarks.tool_calling.lookups import LOOKUPS, REFUSED
 from benchmarks.tool_calling.tools import HELD_OUT, PRICES
+from benchmarks.tool_calling.train import BATCH_SIZE, STEPS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import tokenize_conversation
@@ -43,6 +45,26 @@ def test_a_call_that_must_be_mended_fails_first_and_names_what_is_right(kind):
     assert first.failed and not second.failed
     (wanted,) = {*right.values()} - {*wrong.values()}
     assert first.content.endswith(f"; use {wanted}")
+
+
+def test_calls_that_training_mends_fail_first_and_are_of_several_tools():
+    mended = [question for question in TRAIN if question.kind == "mended"]
+    for question in mended:
+        ((name, wrong),), ((again, right),) = question.turns
+        first, second = (data.all_tools().call(name, given) for given in (wrong, right))
+        assert again == name and first.failed and not second.failed
+        (wanted,) = {*right.values()} - {*wrong.values()}
+        assert first.content.endswith(f"; use {wanted}")
+    of_the_test = sum(question.turns[0][0][0] in ("find_price", *ALIASES["find_price"]) for question in mended)
+    assert 0.3 < of_the_test / len(mended) < 0.7
+    assert len({question.turns[0][0][0] for question in mended}) > 15
+
+
+@pytest.mark.parametrize("argument", [*REFUSED])
+def test_a_lookup_refuses_brackets_and_names_what_to_use(argument):
+    name = next(name for name, lookup in LOOKUPS.items() if lookup.of == argument)
+    said = data.all_tools().call(name, {argument: "Anna (my aunt)"})
+    assert said.content == f"error: {name}: {argument} must have no brackets, got Anna (my aunt); use Anna"
 
 
 def test_needed_tools_are_on_offer_or_not_as_the_kind_says():
@@ -110,12 +132,13 @@ def test_words_apart():
 def test_half_of_the_trained_calls_are_of_tested_tools():
     """And a call is not rarer than none."""
     own = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-    called = [question.turns[0][0][0] for question in TRAIN if question.kind == "one call"]
+    train = data.training_questions(STEPS * BATCH_SIZE)
+    called = [question.turns[0][0][0] for question in train if question.kind == "one call"]
     names = [own.get(name, name) for name in called]
     assert 0.5 < sum(name in own for name in called) / len(called) < 0.8  # two of three names are aliases
     assert 0.4 < sum(name in data.TRAINED for name in names) / len(names) < 0.6
     assert {*names} == {*data.TRAINED, *(tool.function.__name__ for tool in TRAINING_TOOLS)}
-    assert 0.6 < sum(bool(question.turns) for question in TRAIN) / len(TRAIN) < 0.8
+    assert 0.6 < sum(bool(question.turns) for question in train) / len(train) < 0.8
 
 
 def test_tools_of_the_test_go_by_their_own_names_and_calls_by_one_on_offer():
@@ -184,6 +207,6 @@ def test_conversations_tokenise_and_end_with_the_result():
     for messages, offered in data.training_conversations(60, calls_per_turn=1):
         tokenize_conversation(tokenizer("llama3.2"), messages, data.all_tools().subset(offered), format="llama3.2")
     mended = [message["content"] for message in kinds["mended"] if message["role"] == "tool"]
-    assert re.match("error: (find_price|price_of|item_cost): ", mended[0]) and not mended[1].startswith("error: ")
+    assert re.match(r"error: \w+: .*; use ", mended[0]) and not mended[1].startswith("error: ")
     assert len(kinds["two calls"][2]["tool_calls"]) == 2
     assert len(kinds["needs none"]) == len(kinds["none fits"]) == 3
