@@ -51,10 +51,10 @@ def test_calls_that_training_mends_fail_first_and_are_of_several_tools():
     mended = [question for question in TRAIN if question.kind == "mended"]
     for question in mended:
         ((name, wrong),), ((again, right),) = question.turns
-        first, second = (data.all_tools().call(name, given) for given in (wrong, right))
-        assert again == name and first.failed and not second.failed
+        first, second = (said["content"] for said in data.conversation(question) if said["role"] == "tool")
         (wanted,) = {*right.values()} - {*wrong.values()}
-        assert first.content.endswith(f"; use {wanted}")
+        assert again == name and not second.startswith("error: ")
+        assert first.startswith(f"error: {name}: ") and first.endswith(f"; use {wanted}")
     of_the_test = sum(question.turns[0][0][0] in ("find_price", *ALIASES["find_price"]) for question in mended)
     assert 0.3 < of_the_test / len(mended) < 0.7
     assert len({question.turns[0][0][0] for question in mended}) > 15
