@@ -18,6 +18,7 @@ from typing import NamedTuple
 from unsloth_puzzles.bench import child
 
 TIMEOUT = 300.0
+MOST_THREADS = 8
 
 
 class Answer(NamedTuple):
@@ -101,7 +102,8 @@ def main(request: str, answer: str) -> None:
     settings.model.path = given["model"]
     settings.mmproj.path = given["mmproj"]
     settings.n_ctx, settings.n_parallel, settings.warmup = given["context"], 1, False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or min(MOST_THREADS, len(os.sched_getaffinity(0))))
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.n_gpu_layers = 0
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

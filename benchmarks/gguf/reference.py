@@ -1,19 +1,22 @@
 """What transformers answers, greedily and in float32, to the requests that an engine gets."""
 
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.gguf.engine import Answer
 
 
 @torch.no_grad()
-def answer(model: torch.nn.Module, processor, request: dict, tokens: int) -> Answer:
+def answer(model: torch.nn.Module, processor, request: dict, tokens: int | Sequence[int]) -> Answer:
     """Answer one request of `engine.ask` without a cache.
 
     Args:
         model: in float32, or in 4 bits that compute in float32.
         processor: its processor or tokenizer.
         request: has "prompt" or "text", and perhaps "image".
-        tokens: how many to generate.
+        tokens: how many to generate; or the tokens of another answer. Then one forward pass finds the most likely
+            token after each beginning of that answer. Both ways give the same up to the first token that differs.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     image = request.get("image")
@@ -31,16 +34,23 @@ def answer(model: torch.nn.Module, processor, request: dict, tokens: int) -> Ans
     batch.pop("token_type_ids", None)
     batch.pop("attention_mask")
     kinds = batch.pop("mm_token_type_ids", None)
-    prompt, log_probs = ids.shape[1], []
-    for _ in range(tokens):
+
+    def most_likely(ids: torch.Tensor, places: int) -> tuple[list[float], list[int]]:
+        """Log-probabilities and tokens at the last places of `ids` [1, length]."""
         more = {} if kinds is None else {"mm_token_type_ids": _padded(kinds, ids.shape[1])}
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **batch, **more).logits[
-            0, -1
-        ]
-        best = logits.argmax()
-        log_probs.append(logits.double().log_softmax(0)[best].item())
-        ids = torch.cat([ids, best.view(1, 1)], dim=1)
-    found = ids[0, prompt:].tolist()
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **batch, **more).logits
+        log_probs, best = logits[0, -places:].double().log_softmax(-1).max(-1)
+        return log_probs.tolist(), best.tolist()
+
+    prompt = ids.shape[1]
+    if not isinstance(tokens, int):
+        log_probs, found = most_likely(torch.cat([ids, ids.new_tensor([tokens[:-1]])], dim=1), len(tokens))
+        return Answer(prompt, found, log_probs, tokenizer.decode(found))
+    log_probs, found = [], []
+    for _ in range(tokens):
+        (log_prob,), (best,) = most_likely(torch.cat([ids, ids.new_tensor([found])], dim=1), 1)
+        log_probs.append(log_prob)
+        found.append(best)
     return Answer(prompt, found, log_probs, tokenizer.decode(found))
 
 

@@ -48,11 +48,11 @@ def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder
         OSError: SmolLM2 cannot be had.
     """
     hardware = hardware or probe(measure=False)
-    dtype = torch.float32 if hardware.device == "cpu" else torch.bfloat16 if hardware.bf16 else torch.float16
     found, questions = Measurements(path, hardware), test_questions()
     for run, given in RUNS.items():
         free_memory()
         start = time.perf_counter()
+        dtype = _dtype(hardware, given["four_bit"])
         model, tokenizer, source = load(folder, device=hardware.device, dtype=dtype, four_bit=given["four_bit"])
         print(f"{run}: {source}", flush=True)
         before, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
@@ -70,6 +70,13 @@ def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder
     again, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
     _keep(found, case, after, again, time.perf_counter() - start)
     return found
+
+
+def _dtype(hardware: Hardware, four_bit: bool) -> torch.dtype:
+    """In NF4 that of the notebook on every GPU."""
+    if hardware.device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if hardware.bf16 and not four_bit else torch.float16
 
 
 def _keep(

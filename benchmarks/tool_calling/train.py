@@ -3,17 +3,17 @@
 model, losses = fine_tune(model, tokenizer)
 """
 
-import math
+import contextlib
 import tempfile
 
 import torch
 
 from benchmarks.tool_calling.data import all_tools, training_conversations
+from unsloth_puzzles.nf4 import patch_linear4bit
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 200, 16, 1e-3
-ROWS_AT_ONCE = 8  # the activations of 16 conversations do not fit a T4
 
 
 def fine_tune(
@@ -29,6 +29,9 @@ def fine_tune(
 ):
     """Train LoRA adapters on all linear layers of `model` (in 4 bits or not) with transformers' Trainer.
 
+    Embedding and norms keep the dtype of `model`. PEFT's `prepare_model_for_kbit_training` would cast them to float32,
+    and with them all hidden states: a batch of 16 conversations then takes 13.6 GiB instead of 10.3.
+
     Args:
         model, tokenizer: As `load` gives them.
         steps: Of the optimizer, each on `batch_size` conversations that no other step sees.
@@ -41,7 +44,7 @@ def fine_tune(
     Returns:
         The PEFT model, and the losses as a list of (step, loss).
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from benchmarks.progress import Progress
@@ -53,20 +56,17 @@ def fine_tune(
         encoder.conversation(messages, all_tools().subset(offered))
         for messages, offered in training_conversations(steps * batch_size, seed, encoder.format.calls_per_turn)
     ]
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     device = model.device.type
     dtype = next((module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")), model.dtype)
-    rows_at_once = math.gcd(batch_size, ROWS_AT_ONCE)
+    faster = device == "cuda" and getattr(model, "is_loaded_in_4bit", False)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=rows_at_once,
-            gradient_accumulation_steps=batch_size // rows_at_once,
+            per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             warmup_steps=max(1, steps // 15),
             lr_scheduler_type="linear",
@@ -86,6 +86,9 @@ def fine_tune(
         progress = [Progress("training")]
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
-        with use_memory_efficient_loss(trainer):  # a batch's logits would take gigabytes on a T4
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(use_memory_efficient_loss(trainer))  # a batch's logits would take gigabytes on a T4
+            if faster:
+                patches.enter_context(patch_linear4bit(model))
             trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

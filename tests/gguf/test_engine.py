@@ -61,6 +61,19 @@ def test_errors_count_until_tokens_part():
     assert beside(ours, ours._replace(prompt_tokens=4)) == (False, 0.0)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_an_answer_is_compared_by_one_forward_pass(family):
+    model, processor = tiny(family)
+    for asked in requests(family):
+        alone = answer(model, processor, asked, 6)
+        assert distance(alone, answer(model, processor, asked, alone.tokens)) == (True, pytest.approx(0, abs=1e-6))
+        other = [*alone.tokens[:3], alone.tokens[3] ^ 1, *alone.tokens[4:]]
+        found = answer(model, processor, asked, other)
+        assert found.tokens[:4] == alone.tokens[:4] and found.prompt_tokens == alone.prompt_tokens
+        assert found.log_probs[:4] == pytest.approx(alone.log_probs[:4], abs=1e-6)
+        assert beside(alone._replace(tokens=other), found)[0] is False
+
+
 def test_class_token_of_clip_is_the_engines_deviation(tmp_path):
     """The file is right: without an image it answers alike, and with one as transformers with the token put last."""
     model, processor = tiny("llava_clip")

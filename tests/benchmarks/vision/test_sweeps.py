@@ -35,5 +35,5 @@ def test_work_of_the_tower(name):
     processor, model = FAMILIES[name]()
     if name == "mllama":
         patch_mllama(model)
-    work = work_by_share(processor, model, rows=2)
-    assert work == {"ours": [2, 1, 0], "blank images": [2, 2, 2], "floor": [2, 1, 0]}
+    work = work_by_share(processor, model, rows=4)
+    assert work == {"ours": [4, 2, 0], "blank images": [4, 4, 4], "floor": [4, 2, 0]}
