@@ -553,7 +553,7 @@ judge(issues, "classification, losses", found.checks)
 # package names and duplicates, and no file is on both sides of the split. SmolLM2-135M in NF4 with LoRA must beat the
 # majority class, naive Bayes, and logistic regression on TF-IDF (word counts, rare words count more). The measure is
 # *macro-F1*: the harmonic mean of precision and recall, averaged over the packages. Rare packages have larger weights
-# in training.
+# in training. The model reads the first 64 tokens of a text and then `Topic:`, because the head reads the last token.
 #
 # The cell also prints a bootstrap interval of the difference to the best baseline: 1000 draws of the test texts with
 # replacement. This is one seed. The interval covers the draw of the test texts only.
@@ -574,7 +574,7 @@ from benchmarks import smollm2
 from benchmarks.classification.baselines import baselines, difference_interval, predictions
 from benchmarks.classification.docstrings import docstrings
 from benchmarks.classification.figure import confusion_figure
-from benchmarks.classification.training import WAYS, losses_of
+from benchmarks.classification.training import BATCH_SIZE, WAYS, losses_of
 from benchmarks.classification.training import train as train_on_docstrings
 from benchmarks.swept import swept_table
 
@@ -593,7 +593,7 @@ else:
     except OSError as refusal:
         print(f"SKIPPED: SmolLM2 on docstrings: {smollm2.one_line(refusal)}")
 if name:
-    run = train_on_docstrings(name, data, epochs=3, weighted=True, way="patched", batch_size=16)
+    run = train_on_docstrings(name, data, epochs=3, weighted=True, way="patched")
     scores = {**others, "SmolLM2-135M, NF4 and LoRA": run.score}
     lines = [(who, f"{one.accuracy:.3f}", f"{one.macro_f1:.3f}") for who, one in scores.items()]
     display(Markdown(markdown.table(pandas.DataFrame(lines, columns=["classifier", "accuracy", "macro-F1"]))))
@@ -610,7 +610,7 @@ if name:
         "macro-F1 above the best baseline": run.score.macro_f1 > others[best].macro_f1,
         "identical logits after loading": bool(run.reloaded_equal),
     })  # fmt: skip
-    where = f"SmolLM2-135M, real weights, NF4, batch of 16, {HARDWARE}, {issues.date}"
+    where = f"SmolLM2-135M, real weights, NF4, batch of {BATCH_SIZE}, {HARDWARE}, {issues.date}"
     confusion_figure(run, data.labels, where, "resources/d_confusion.png")
     display(Image("resources/d_confusion.png"))
 

@@ -602,9 +602,9 @@ for what, check in (("a step", patch_checks.check_step), ("under trainers", patc
 # %% [markdown]
 # #### The curves
 #
-# Two trainings of 60 steps (T4: 40; QLoRA on a CPU: 3) begin with the same seed and differ in the loss only. The text
+# Two trainings of 60 steps (T4: 32; QLoRA on a CPU: 3) begin with the same seed and differ in the loss only. The text
 # is real. The output says whether the weights are real or random. The steps repeat the same 15 batches four times (T4:
-# 10), so learning shows as a fall from pass to pass. A step has two micro-batches of two sequences in full fine-tuning
+# 8), so learning shows as a fall from pass to pass. A step has two micro-batches of two sequences in full fine-tuning
 # and one of four under QLoRA. The micro-batches have different numbers of ignored labels, and a micro-batch has more
 # rows than a chunk.
 #
@@ -633,7 +633,7 @@ if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
 elif SLOW:  # float32 without tensor cores: the time is proportional to the tokens
     for given in curve_settings.values():
-        given |= {"length": 128, "chunk_size": 128, "steps": 40}
+        given |= {"length": 128, "chunk_size": 128, "steps": 32}
 curves = {}  # by (mode, run)
 ROOMY = GPU and not SLOW and hardware.memory_gib >= 60  # for the processes of both modes side by side
 LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding

@@ -32,8 +32,9 @@ from unsloth_puzzles.compiled.qlora import compile_qlora
 from unsloth_puzzles.nf4 import patch_linear4bit
 
 WAYS = ("transformers", "patched", "compiled")
-RANK, LEARNING_RATE = 16, 5e-4
+RANK, BATCH_SIZE, LEARNING_RATE = 16, 32, 1e-3
 MAX_LENGTH = 64
+ASKED = "\nTopic:"  # ends each text: the head reads the last token, which then predicts what the text is about
 
 
 @dataclasses.dataclass
@@ -58,7 +59,7 @@ def train(
     dtype: torch.dtype | None = None,
     steps: int = -1,
     epochs: float = 2,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     weighted: bool = False,
     learning_rate: float = LEARNING_RATE,
@@ -128,7 +129,7 @@ def train(
 
 
 def losses_of(
-    name: str | Path, data: Docstrings, way: str, *, steps: int, batch_size: int = 16, device: str | None = None
+    name: str | Path, data: Docstrings, way: str, *, steps: int, batch_size: int = BATCH_SIZE, device: str | None = None
 ) -> torch.Tensor:
     """Train some steps in NF4 and float32, always with the same seed.
 
@@ -150,9 +151,10 @@ def losses_of(
 
 
 def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
-    """Token ids and labels, not padded, each text at most `MAX_LENGTH` tokens."""
+    """Token ids and labels, not padded: at most `MAX_LENGTH` tokens of each text, and those of `ASKED`."""
     ids = tokenizer([one.text for one in examples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    return [{"input_ids": row, "labels": one.label} for row, one in zip(ids, examples, strict=True)]
+    end = tokenizer(ASKED, add_special_tokens=False)["input_ids"]
+    return [{"input_ids": row + end, "labels": one.label} for row, one in zip(ids, examples, strict=True)]
 
 
 def predict(model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> torch.Tensor:

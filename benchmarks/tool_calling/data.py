@@ -15,7 +15,7 @@ import pandas
 
 from benchmarks.tool_calling import wordings
 from benchmarks.tool_calling.aliases import aliased, renamed
-from benchmarks.tool_calling.lookups import LOOKUPS, REFUSED
+from benchmarks.tool_calling.lookups import ARGUMENTS, LOOKUPS
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from benchmarks.tool_calling.wordings import number_pair, words_apart
@@ -31,6 +31,8 @@ TEST_COUNTS = {"one call": 100, "two calls": 20, "mended": 20, "needs none": 40,
 TEST_COUNTS |= {"held-out tool": 40, "untrained error": 20}
 MENDED = {"mended": "find_price", "untrained error": "travel_time"}  # which tool refuses the first call
 ELSEWHERE = 0.5  # of the calls of training that are mended: of lookups, not of the tool that the test has
+TESTED = 0.5  # of the tools that training asks for: tools of the test, or these nine would be a quarter
+UNKNOWN = 0.2  # of the training's questions that no tool fits: about something that has no tool at all
 DRAWS = 1000  # of a question whose text another one has
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
 
@@ -157,7 +159,7 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
     if not test:
         asked = wordings.TRAIN | {name: tool.wordings for name, tool in _MORE.items()}
         known += _MORE
-        wanted = wanted if rng.random() < 0.5 else list(_MORE)  # or the nine would be a quarter of what is trained
+        wanted = wanted if rng.random() < TESTED else list(_MORE)
     names = [HELD_OUT] if kind == "held-out tool" else rng.sample(wanted, 2 if kind == "two calls" else 1)
     if kind in MENDED:
         names = [MENDED[kind] if test or rng.random() > ELSEWHERE else rng.choice([*LOOKUPS])]
@@ -171,7 +173,7 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
         return Question(kind, said, tuple(offered), parts=((said, {}),))
     if kind == "none fits":
         offered = rng.sample(others, len(offered))
-        if not test and rng.random() < 0.2:
+        if not test and rng.random() < UNKNOWN:
             said = rng.choice(wordings.UNKNOWN)
             return Question(kind, said, tuple(offered), parts=((said, {}),))
     arguments = [_ARGUMENTS[name](rng, test) if name in _ARGUMENTS else _MORE[name].arguments(rng) for name in names]
@@ -191,7 +193,7 @@ def _refused(rng: random.Random, name: str, right: dict) -> dict:
     """The argument as the tool refuses it."""
     if name in LOOKUPS:
         argument = LOOKUPS[name].of
-        return {argument: f"{right[argument]} ({rng.choice(REFUSED[argument])})"}
+        return {argument: f"{right[argument]} ({rng.choice(ARGUMENTS[argument].refused)})"}
     return {"item": right["item"] + "s"} if name == "find_price" else {"origin": right["origin"].lower()}
 
 

@@ -12,7 +12,7 @@ class Lookup(NamedTuple):
     """A tool of one argument.
 
     Attributes:
-        of: The argument: a key of `MAKERS`.
+        of: The argument: a key of `ARGUMENTS`.
         aliases: Other names.
         description: Its docstring without the arguments.
         results: One of them is the result.
@@ -65,23 +65,35 @@ def _of_item(results: tuple[str, ...]) -> Callable:
     return tool
 
 
-MAKERS = {  # by argument: what makes the function, and what the argument is
-    "city": (_of_city, "The city."), "place": (_of_place, "The city."),
-    "person": (_of_person, "Who."), "item": (_of_item, "The item."),
-}  # fmt: skip
-REFUSED = {  # by argument: what stands in brackets after a value that the tool refuses
-    "city": ("by the sea", "the old town", "in the north"), "place": ("its centre", "in the south", "near the border"),
-    "person": ("my aunt", "from work", "the tall one"), "item": ("a new one", "the large one", "in red"),
-}  # fmt: skip
+class Argument(NamedTuple):
+    """An argument of tools.
+
+    Attributes:
+        make: Makes a function with this argument from the results.
+        meaning: Its line in the docstring.
+        refused: What stands in brackets after a value that the tool refuses.
+    """
+
+    make: Callable
+    meaning: str
+    refused: tuple[str, ...]
+
+
+ARGUMENTS = {
+    "city": Argument(_of_city, "The city.", ("by the sea", "the old town", "in the north")),
+    "place": Argument(_of_place, "The city.", ("its centre", "in the south", "near the border")),
+    "person": Argument(_of_person, "Who.", ("my aunt", "from work", "the tall one")),
+    "item": Argument(_of_item, "The item.", ("a new one", "the large one", "in red")),
+}
 
 
 def function_of(name: str) -> Callable:
     """The tool with this key of `LOOKUPS`, with annotations and docstring."""
     lookup = LOOKUPS[name]
-    make, meaning = MAKERS[lookup.of]
-    function = make(lookup.results)
+    argument = ARGUMENTS[lookup.of]
+    function = argument.make(lookup.results)
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"{lookup.description}\n\nArgs:\n    {lookup.of}: {meaning}\n"
+    function.__doc__ = f"{lookup.description}\n\nArgs:\n    {lookup.of}: {argument.meaning}\n"
     return function
 
 

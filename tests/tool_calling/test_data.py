@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.tool_calling import data, wordings
 from benchmarks.tool_calling.aliases import ALIASES
-from benchmarks.tool_calling.lookups import LOOKUPS, REFUSED
+from benchmarks.tool_calling.lookups import ARGUMENTS, LOOKUPS
 from benchmarks.tool_calling.tools import HELD_OUT, PRICES
 from benchmarks.tool_calling.train import BATCH_SIZE, STEPS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
@@ -60,7 +60,7 @@ def test_calls_that_training_mends_fail_first_and_are_of_several_tools():
     assert len({question.turns[0][0][0] for question in mended}) > 15
 
 
-@pytest.mark.parametrize("argument", [*REFUSED])
+@pytest.mark.parametrize("argument", [*ARGUMENTS])
 def test_a_lookup_refuses_brackets_and_names_what_to_use(argument):
     name = next(name for name, lookup in LOOKUPS.items() if lookup.of == argument)
     said = data.all_tools().call(name, {argument: "Anna (my aunt)"})

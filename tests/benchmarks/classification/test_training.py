@@ -110,9 +110,12 @@ def test_predictions_are_in_the_order_of_the_examples(checkpoint):
         assert (alone - logits).norm() <= 1e-5 * alone.norm()
 
 
-def test_texts_are_cut():
-    rows = encode(byte_tokenizer(), [Example("x" * 100, 1, ""), Example("abc", 0, "")])
-    assert [len(row["input_ids"]) for row in rows] == [64, 3] and [row["labels"] for row in rows] == [1, 0]
+def test_texts_are_cut_and_end_with_what_is_asked():
+    tokenizer = byte_tokenizer()
+    rows = encode(tokenizer, [Example("x" * 100, 1, ""), Example("abc", 0, "")])
+    texts = ["".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) for row in rows]
+    assert texts == ["x" * 64 + "ĊTopic:", "abcĊTopic:"]  # Ċ: a line break
+    assert [row["labels"] for row in rows] == [1, 0]
 
 
 def test_bad_arguments_are_refused(checkpoint):
