@@ -162,6 +162,19 @@ def test_publish_refuses_measurements_of_other_code(places: tuple[Path, Path]) -
     assert publish(run, root) == [f"nothing was measured in {run}"]
 
 
+def test_publish_refuses_a_run_that_showed_other_sweeps(places: tuple[Path, Path]) -> None:
+    run, root = places
+    (run / MEASUREMENTS / "d_vision_sweeps.json").write_text("shown")
+    for kept in ("newer", None):
+        if kept:
+            (root / MEASUREMENTS / "d_vision_sweeps.json").write_text(kept)
+        else:
+            (root / MEASUREMENTS / "d_vision_sweeps.json").unlink()
+        assert publish(run, root) == ["d_vision_sweeps.json of the run is not the committed one"]
+    (root / MEASUREMENTS / "d_vision_sweeps.json").write_text("shown")
+    assert publish(run, root) == []
+
+
 def test_stamp_says_whether_the_tests_passed() -> None:
     assert "passed with its code: 7 tests, 2 skipped (2026-11-27, CPU)" in said_of_tests(TESTS)
     assert "was not run with its code" in said_of_tests("not run")

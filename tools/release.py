@@ -21,6 +21,7 @@ from tools.address import NOTEBOOK
 from tools.build_notebook import PACKAGE, ROOT, package_of, text
 from tools.measured_tables import points_table
 from tools.outputs import lines_with, problems
+from tools.run_notebook import SWEEPS
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.challenges import FILES
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
@@ -50,6 +51,7 @@ def publish(folder: Path, root: Path = ROOT, *, untested: bool = False) -> list[
     if not measured:
         return [f"nothing was measured in {folder}"]
     found = [f"{name} was measured with other code" for name, one in measured.items() if one["digest"] != digest]
+    found += [f"{name} of the run is not the committed one" for name in _other_sweeps(folder, root)]
     tests = UNTESTED if untested else passed_tests(digest, root)
     if tests is None:
         found.append("`make test-slow` must pass with the notebook's code first, or it is published with --untested")
@@ -154,6 +156,12 @@ def _measured(folder: Path) -> list[tuple[str, Path]]:
     """The measurement files of a run, without the sweeps that it was given."""
     paths = [(name, folder / MEASUREMENTS / name) for name in FILES.values()]
     return [(name, path) for name, path in paths if path.exists()]
+
+
+def _other_sweeps(folder: Path, root: Path) -> list[str]:
+    """The sweeps that a run showed and that `root` has otherwise or not at all."""
+    shown, kept = ({path.name: path.read_bytes() for path in (at / MEASUREMENTS).glob(SWEEPS)} for at in (folder, root))
+    return sorted(name for name, content in shown.items() if kept.get(name) != content)
 
 
 def _changed(root: Path, commit: str, folder: str) -> list[str]:
