@@ -1,5 +1,6 @@
 """The limits of a rehearsal, what it predicts, and what it reports as an error."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,11 +11,12 @@ import time
 import nbformat
 import psutil
 import pytest
+import torch
 
 from tools.build_notebook import build, written_files
 from tools.run_notebook import run
 from tools.t4 import __main__ as rehearsal
-from tools.t4 import limits, report, sections
+from tools.t4 import limits, report, sections, tracing
 from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, PRODUCTS32, kind, predict, scales
 
 GOOD = {
@@ -55,17 +57,42 @@ def test_prediction_scales_each_class_beyond_the_latency():
         {"window": "x = 1\ny", "kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]}, "hook_seconds": 1.0},
         {"window": "z", "kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]}, "hook_seconds": 0.5},
     ]
-    found = predict(windows, 10.0, {}, scale)
+    for window, notebook in zip(windows, (True, False), strict=True):
+        window["notebook"] = notebook
+    found = predict(windows, 10.0, {}, scale, tracing=0.1)
     there = (11 * LATENCY_US - 1 + 30 * 1000) / 1e6, (2 * LATENCY_US + 10 * 50) / 1e6
     assert found["gpu_seconds_t4"] == pytest.approx({PRODUCTS16: there[0], BYTES: there[1]})
-    host = 10 - 1.5 - sum(found["gpu_seconds_here"].values())
+    host = 10 - 1.5 - 10 * 0.1 - sum(found["gpu_seconds_here"].values())  # 10 launches of the notebook's own
+    assert found["tracing_seconds"] == pytest.approx(1.0)
     assert found["host_seconds_here"] == pytest.approx(host) and found["launches"] == 13
     assert found["predicted_t4_seconds"] == pytest.approx(2 * host + sum(there))
     assert found["gpu_seconds_t4_of_windows"] == pytest.approx({"x = 1": 0.0, "z": 0.0}, abs=0.04)
 
 
+@pytest.mark.parametrize(("traced", "expected"), [(3.0, 0.2), (0.5, 0.0)])
+def test_tracing_is_the_profilers_share_of_a_launch(traced, expected, monkeypatch):
+    """A clock that goes on by 1 s without the profiler and by `traced` under it, for ten launches."""
+    clock, step, zeros = [0.0], [1.0], torch.zeros
+
+    @contextlib.contextmanager
+    def profile(**options):
+        step[0] = traced
+        yield
+        step[0] = 1.0
+
+    def tick():
+        clock[0] += step[0]
+        return clock[0]
+
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.autograd.profiler, "profile", profile)
+    monkeypatch.setattr(tracing.time, "perf_counter", tick)
+    assert tracing.seconds_per_launch(launches=10) == pytest.approx(expected)
+
+
 def test_prediction_counts_no_host_time_when_the_gpu_was_busy():
-    window = {"window": "fill it", "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
+    window = {"window": "fill it", "notebook": True, "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
     found = predict([window], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
     assert found["host_seconds_here"] == 0 and found["gpu_seconds_t4_of_windows"] == {"fill it": 90.0}
     assert found["predicted_t4_seconds"] == pytest.approx(90, rel=1e-4)

@@ -53,18 +53,24 @@ def scales(copy_bandwidth: float, matmul_flops: Mapping[str, float]) -> dict[str
 
 
 def predict(
-    windows: Iterable[Mapping], wall_seconds: float, dots: Mapping[str, str], scale: Mapping[str, float]
+    windows: Iterable[Mapping],
+    wall_seconds: float,
+    dots: Mapping[str, str],
+    scale: Mapping[str, float],
+    tracing: float = 0.0,
 ) -> dict[str, object]:
     """Seconds of a section on a T4, and what they are made of.
 
     Args:
-        windows: {"window": its name, "kernels": {name: [count, microseconds]}, "hook_seconds"} of each window of the
-            profiler: a cell of the notebook, or a whole process.
+        windows: {"window": its name, "notebook": whether the notebook's process made it, "kernels": {name: [count,
+            microseconds]}, "hook_seconds"} of each window of the profiler: a cell of the notebook, or a whole process.
         wall_seconds: Of the section here.
         dots: As `kind` takes it.
         scale: What `scales` returned.
+        tracing: Seconds that the profiler adds to a launch. They are subtracted for the notebook's own launches only,
+            since other processes may run side by side.
     """
-    here, there, launches, hook = defaultdict(float), defaultdict(float), 0, 0.0
+    here, there, launches, traced, hook = defaultdict(float), defaultdict(float), 0, 0, 0.0
     of_windows = defaultdict(float)
     for window in windows:
         hook += window["hook_seconds"]
@@ -76,11 +82,13 @@ def predict(
             there[what] += seconds
             of_windows[window["window"].strip().partition("\n")[0]] += seconds
             launches += count
-    host = max(0.0, wall_seconds - sum(here.values()) - hook)
+            traced += count if window["notebook"] else 0
+    host = max(0.0, wall_seconds - sum(here.values()) - hook - traced * tracing)
     return {
         "predicted_t4_seconds": HOST * host + sum(there.values()),
         "host_seconds_here": host,
         "hook_seconds": hook,
+        "tracing_seconds": traced * tracing,
         "gpu_seconds_here": dict(here),
         "gpu_seconds_t4": dict(there),
         "gpu_seconds_t4_of_windows": {

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 from tools.address import NOTEBOOK
-from tools.build_notebook import package_of, text
+from tools.build_notebook import ROOT, package_of, text
 from tools.run_notebook import FAILURES, run
 from tools.t4 import limits, prediction, report, sections, versions
 from tools.t4.kernels import MOST_SHARED, Built, compile_recorded
@@ -38,7 +39,7 @@ def rehearse(section: str, out: Path, seconds: float, gpu: int) -> dict[str, obj
     found = _run(section, folder, record, out, seconds, gpu)
     write_json(out / f"{section}-ran.json", found)
     built = compile_recorded(record, processes=min(8, os.cpu_count() or 1))
-    found |= _kernels(built) | _predicted(section, found, folder, record, built)
+    found |= _kernels(built) | _predicted(section, found, folder, record, built, gpu)
     found["errors"] = report.errors(found)
     found["against_colab"] = versions.against_colab(versions.installed(sys.executable), versions.colab())
     found["hardware"], found["versions"] = sections.measured_with(folder)
@@ -92,7 +93,21 @@ def _kernels(built: list[Built]) -> dict[str, object]:
     }
 
 
-def _predicted(section: str, found: dict, folder: Path, record: Path, built: list[Built]) -> dict[str, object]:
+def _tracing(gpu: int) -> float:
+    """Seconds that the profiler adds to a launch here, measured on two cores; 0 if that fails."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    command = [sys.executable, "-m", "tools.t4.tracing"]
+    try:
+        with limits.two_cores():
+            said = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    except subprocess.SubprocessError:
+        return 0.0
+    return float(said.stdout)
+
+
+def _predicted(
+    section: str, found: dict, folder: Path, record: Path, built: list[Built], gpu: int
+) -> dict[str, object]:
     """Predict a T4's time for the section, from what the hook profiled; None with the reason where that is unknown."""
     rates = sections.measured_rates(folder)
     windows = [json.loads(line) for path in record.glob("profile-*.jsonl") for line in path.read_text().splitlines()]
@@ -103,5 +118,5 @@ def _predicted(section: str, found: dict, folder: Path, record: Path, built: lis
         return {"predicted_t4_seconds": None, "no_prediction": reason, "processes_unseen": unseen}
     dots = {one.name.lstrip("@"): one.dot for one in built if one.dot}
     scale = prediction.scales(*rates)
-    predicted = prediction.predict(windows, found["wall_seconds"], dots, scale)
+    predicted = prediction.predict(windows, found["wall_seconds"], dots, scale, _tracing(gpu))
     return {**predicted, "processes_unseen": unseen, "scales": scale, "budget_seconds": report.BUDGET[section]}

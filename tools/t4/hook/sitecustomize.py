@@ -84,7 +84,7 @@ class Windows:
                     total[1] += event.duration_ns() / 1e3
         except Exception as error:
             return self._fail(error)
-        line = {"window": self.name, "process": os.getpid(), "kernels": kernels}
+        line = {"window": self.name, "process": os.getpid(), "notebook": _is_notebook(), "kernels": kernels}
         line["hook_seconds"] = self.seconds + time.perf_counter() - began
         with open(os.path.join(RECORD, f"profile-{os.getpid()}.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
