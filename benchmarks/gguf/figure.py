@@ -11,11 +11,11 @@ def types_figure(found: Mapping[str, "Exported"], where: str):
     """Draw the error of each type over the size of its file.
 
     Args:
-        found: By type, "f32", "q8_0" and "q4_0" among them.
+        found: By type, "f32" and "q8_0" among them.
         where: Model, weights, hardware and date.
 
     Returns:
-        The figure, of matplotlib's pyplot. Its title has the errors of q8_0 and q4_0.
+        The figure, of matplotlib's pyplot. Its title has the errors of q8_0 and of the smallest type.
     """
     import matplotlib.pyplot as plt
 
@@ -30,7 +30,8 @@ def types_figure(found: Mapping[str, "Exported"], where: str):
     axes.set_ylabel("mean error of\nlog-probabilities (nats)")
     share, error = found["q8_0"].size / found["f32"].size, found["q8_0"].mean_error
     title = f"The error is {error:.2g} nats with q8_0, at {share:.0%} of f32's size"
-    axes.set_title(f"{title}, and {found['q4_0'].mean_error:.2g} nats with q4_0\n{where}", fontsize=10)
+    smallest = min(found, key=lambda name: found[name].size)
+    axes.set_title(f"{title}, and {found[smallest].mean_error:.2g} nats with {smallest}\n{where}", fontsize=10)
     axes.set_xticks([100, 200, 500], labels=["100", "200", "500"])
     axes.minorticks_off()
     axes.margins(0.12)

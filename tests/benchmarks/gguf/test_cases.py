@@ -115,3 +115,10 @@ def test_labels_of_neighbours_stand_on_different_sides_and_name_other_blocks():
         "q4_0": "left", "q4_k_m (576 columns: mostly blocks of 32)": "right", "q8_0": "left", "f32": "right",
     }  # fmt: skip
     plt.close("all")
+
+
+def test_the_title_has_the_smallest_type_of_those_at_hand():
+    found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.04), "q4_k_m": _exported(100, 0.2)}
+    (axes,) = types_figure(found, "Types").axes
+    assert axes.get_title() == "The error is 0.04 nats with q8_0, at 28% of f32's size, and 0.2 nats with q4_k_m\nTypes"
+    plt.close("all")
