@@ -7,7 +7,7 @@ from benchmarks.tool_calling.evaluate import HELD_OUT, METRICS, Share
 
 
 def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str, path: str | Path) -> None:
-    """Draw the shares of "before" and "after" with their intervals.
+    """Draw the shares of "before" and "after" with their intervals. The numbers of questions may differ.
 
     Args:
         report: From each of both names to what `evaluate` counts.
@@ -25,14 +25,16 @@ def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str,
         for place, share in zip(places, shares, strict=True):
             low, high = share.interval
             axes.vlines(place, low, high, color="black")
-    counts = [report["after"][name].count for name in shown]
+    counts = [[report[when][name].count for when in ("before", "after")] for name in shown]
     names = [*METRICS, "exact call,\nheld-out tool"]  # whose questions count in no other bar
-    axes.set_xticks(range(len(shown)), [f"{name}\nn = {n}" for name, n in zip(names, counts, strict=True)])
+    labels = [f"{name}\nn = {old}, {new}" for name, (old, new) in zip(names, counts, strict=True)]
+    axes.set_xticks(range(len(shown)), labels)
+    axes.set_xlabel("n: questions before, after")
     axes.set(ylim=(0, 1.2), ylabel="share of held-out questions\n(lines: Wilson's 95 % intervals)")
     before, after = (report[when]["exact call"] for when in ("before", "after"))
     change = "rise" if after.value > before.value else "change"
-    questions = f"{after.count} held-out questions on known tools"
-    title = f"Exact calls {change} from {before.value:.0%} to {after.value:.0%} of {questions}"
+    shares = f"from {before.value:.0%} (of {before.count}) to {after.value:.0%} (of {after.count})"
+    title = f"Exact calls {change} {shares} on held-out questions with known tools"
     axes.set_title(f"{title}\n{of_what}", fontsize=10)
     axes.legend(loc="upper left", ncol=2)
     figure.savefig(path, dpi=110)

@@ -173,7 +173,8 @@ def test_figure_draws_each_share_with_its_interval(tmp_path, monkeypatch):
     assert [bar.get_height() for bar in axes.patches] == [0.0] * len(names) + [0.75] * len(names)
     intervals = [tuple(lines.get_segments()[0][:, 1]) for lines in axes.collections]
     assert intervals == [pytest.approx(Share(*hits).interval) for hits in ((0, 9), (6, 8)) for _ in names]
-    assert axes.get_title().startswith("Exact calls rise from 0% to 75% of 8 held-out questions on known tools\n")
+    said = "Exact calls rise from 0% (of 9) to 75% (of 8) on held-out questions with known tools\n"
+    assert axes.get_title().startswith(said)
     assert "a model, a machine" in axes.get_title()
-    assert axes.get_xticklabels()[0].get_text() == f"{METRICS[0]}\nn = 8"
+    assert axes.get_xticklabels()[0].get_text() == f"{METRICS[0]}\nn = 9, 8"
     pyplot.close("all")
