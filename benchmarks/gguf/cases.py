@@ -1,6 +1,6 @@
 """The exports that challenge D compares with transformers: families, settings, and how large an error may be.
 
-for case in CASES: found = check_case(case, "cuda", tokens=32)
+for case in CASES: found = check_case(case, "cpu", tokens=32)
 """
 
 import tempfile
