@@ -186,19 +186,20 @@ free_memory()
 # show: unsloth_puzzles/compiled/layers.py
 
 # %% [markdown]
-# **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice, each step with another length, in
-# float32 (without TF32, which shortens the inputs of products). The first run is uncompiled: transformers' attention
-# and loss over bitsandbytes' layers. The second run is under `compile_qlora` with flex attention. The lengths go from
-# 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need further graphs, which this run does not
-# compile on a GPU. A CPU cannot compile flex attention into a layer. There the second run uses SDPA (PyTorch's
-# `scaled_dot_product_attention`), and packed rows and an evaluation follow.
+# **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice for 50 steps (T4: 30; CPU: 4), each
+# step with another length, in float32 (without TF32, which shortens the inputs of products). The first run is
+# uncompiled: transformers' attention and loss over bitsandbytes' layers. The second run is under `compile_qlora` with
+# flex attention. The lengths go from 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need
+# further graphs, which this run does not compile on a GPU. A CPU cannot compile flex attention into a layer. There the
+# second run uses SDPA (PyTorch's `scaled_dot_product_attention`), and packed rows and an evaluation follow.
 #
 # Dynamo reports graphs, graph breaks and the reasons of recompilations. Compilations are Inductor's, and forward and
 # backward count separately. The table shows where each part of the model was compiled, by the operators of the graphs
 # that Inductor received. A graph can hold several parts, so the column does not add up to the number of compilations.
 #
 # Outputs and gradients of the activation with its adapters are compared with float64. The error of each may be at most
-# 1.05 times the error of the plain formula in the same dtype. The checks of the MLP include the result.
+# 1.05 times the error of the plain formula in the same dtype, because sums in another order round differently. The
+# checks of the MLP include the result.
 
 # %%
 from benchmarks.compiled import trainer as qlora_trainer
@@ -263,7 +264,8 @@ if "compiled" in trainings:
 # Both runs use AdamW with a learning rate of 2e-5. AdamW amplifies rounding, so a higher rate would compare rounding
 # instead of the two implementations. The 16-bit runs below use 2e-4 and measure the rounding difference. AdamW also
 # hides a wrong gradient scale from the losses. The cell therefore compares the gradient norms, too, which are not
-# clipped.
+# clipped. The limits are 1e-4 nats for a loss and 1e-3, relative, for a norm. Gradients that are 1 % too large would
+# exceed the second limit ten times.
 
 # %%
 if len(trainings) == 2:
@@ -294,7 +296,8 @@ else:
 # The baseline is unmodified transformers, PEFT and bitsandbytes. Both have adapters of rank 16 under all linear layers
 # and fused AdamW. A timed step has 4 x 2048 tokens in bfloat16, on a T4 2 x 1024 in float16. The first four steps of
 # every run have four different lengths, so every count of compilations covers dynamic lengths. All later steps have
-# one length, and the second half of the steps is timed. A CPU makes the first four steps only. The table has two times:
+# one length, and the second half of the steps is timed. A run has 20 steps, and 12 if only its losses or max-autotune
+# are of interest (T4: 8). A CPU makes the first four steps only. The table has two times:
 #
 # - **step**: from the beginning to the end of a step on the GPU's clock, while the host continues with the next step. A
 #   slow host increases this time.
@@ -312,8 +315,8 @@ else:
 # for this mask. Checks 1 and 2 cover flex attention. Its speed is not measured here. The memory is the peak that
 # PyTorch allocates in a step.
 #
-# **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. The limit for a
-# compiled run is twice the largest difference among the uncompiled runs.
+# **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. Three such runs show
+# how much. The limit for a compiled run is twice the largest difference among them.
 
 # %%
 rows, longest, steps = (size, length, 8 if OLD else 20) if GPU else (2, 24, 4)
@@ -411,8 +414,8 @@ elif not GPU and len(runs) == 2:
 # tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a step. The
 # table shows the four largest gains of Triton.
 #
-# The last lines compare this run with the default compilation. The busy times show the GPU's work. The step times
-# include the host.
+# The last lines compare this run with the default compilation (not on a T4). The busy times show the GPU's work. The
+# step times include the host.
 
 # %%
 tuned = runs.get("compiled, max-autotune")
