@@ -126,7 +126,7 @@ if flex.counts.graphs:
 #
 # `register()` adds the interface to transformers under one name. Position ids mark packed documents. Three small models
 # with random weights in float32 run with this name and with transformers' eager attention. Their logits may differ by
-# 1e-5 of the norm.
+# 1e-5 of the norm, for float32 rounding.
 
 # %%
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig

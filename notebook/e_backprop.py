@@ -342,12 +342,13 @@ judge(results, "derivatives by autograd", checks)
 # #### Check 3: other functions
 #
 # Each function is compared with the same function of full logits in float64 (the references are in `plain_losses.py`).
-# DPO (direct preference optimisation) compares the log-probabilities of a chosen and of a rejected sequence.
+# Loss and gradients must agree to 1e-12 again. DPO (direct preference optimisation) compares the log-probabilities of a
+# chosen and of a rejected sequence.
 #
 # #### Check 4: any chunk size
 #
 # Rows, bytes and "auto" give the same result. A hook on the head checks that it never returns more rows of logits at
-# once than the chunk size.
+# once than the chunk size. Invalid sizes, such as 0 or fewer bytes than a row, must be refused.
 
 # %%
 teacher, states = new_head(frozen=True), drawn(3, ROWS // 3, HIDDEN)
