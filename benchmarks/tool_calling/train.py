@@ -30,7 +30,7 @@ def fine_tune(
     """Train LoRA adapters on all linear layers of `model` (in 4 bits or not) with transformers' Trainer.
 
     Embedding and norms keep the dtype of `model`. PEFT's `prepare_model_for_kbit_training` would cast them to float32,
-    and with them all hidden states: a batch of 16 conversations then takes 13.6 GiB instead of 10.3.
+    and with them all hidden states: at its peak a batch of 16 conversations then allocates 13.6 GiB instead of 10.3.
 
     Args:
         model, tokenizer: As `load` gives them.
