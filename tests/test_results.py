@@ -8,6 +8,7 @@ import pytest
 
 from tools.build_notebook import ROOT
 from tools.build_readme import release, results
+from tools.matrix_table import matrix_table
 from tools.measured_tables import RATIOS, amount, gpu_tests, metric_table, shown_unit
 from tools.readme_contents import CHECKS, FIGURES, SWEPT, TABLES, TURNED, WORST
 from unsloth_puzzles.bench.code_digest import code_digest, package_files
@@ -258,3 +259,22 @@ def _resources(folder: Path) -> Path:
     (resources / "measurements").mkdir(parents=True)
     (resources / "measurements" / "a_nf4.json").write_text(json.dumps(MEASURED))
     return resources
+
+
+def test_releases_of_libraries_show_tests_builds_and_what_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.json"
+    assert matrix_table(path) == "Not measured yet."
+    head = {
+        "date": "2026-11-30",
+        "digest": code_digest(package_files()),
+        "versions": {"torch": "2.15.0"},
+        "ended": True,
+    }
+    tests = head | {"passed": 7, "failed": 1, "error": 2, "skipped": 3}
+    kernels = head | {"builds": 9, "failed": [{"name": "a"}]}
+    stale = {"tests": tests | {"digest": "another", "ended": False}}
+    path.write_text(json.dumps({"newest": {"kernels": kernels, "tests": tests}, "oldest": stale}))
+    oldest, newest = matrix_table(path).splitlines()[2:]
+    where = "7 passed, 3 failed, 3 skipped, 2026-11-30"
+    assert oldest == f"| oldest | torch 2.15.0 | {where}, not to its end, other code | not run |"
+    assert newest == f"| newest | torch 2.15.0 | {where} | 8 of 9, 2026-11-30 |"

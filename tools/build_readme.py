@@ -17,6 +17,7 @@ import pandas
 from benchmarks.fsdp2.prediction import predicted_table
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
+from tools.matrix_table import matrix_table
 from tools.measured_tables import amount, file_tables, gpu_tests, machine, points_table, provenance
 from tools.readme_claims import NOT_MEASURED, claims_table, minutes_table
 from tools.readme_contents import FIGURES, PLACES, SWEPT, TABLES
@@ -115,7 +116,7 @@ def release(of: dict) -> str:
 
 
 def results(resources: Path) -> str:
-    """A heading, figures and tables for each challenge, then the GPU tests."""
+    """A heading, figures and tables for each challenge, then the GPU tests and the releases of the libraries."""
     parts = []
     for challenge, file in FILES.items():
         path = resources / "measurements" / file
@@ -128,7 +129,9 @@ def results(resources: Path) -> str:
             parts.append(provenance(measured))
             parts += file_tables(measured, TABLES.get(file, ()))
         parts += _swept(resources / "measurements", file)
-    return "\n\n".join([*parts, "### Tests on a GPU", gpu_tests(resources / "measurements" / "gpu_tests.json")])
+    measurements = resources / "measurements"
+    parts += ["### Tests on a GPU", gpu_tests(measurements / "gpu_tests.json")]
+    return "\n\n".join([*parts, "### Releases of the libraries", matrix_table(measurements / "matrix.json")])
 
 
 def _swept(measurements: Path, file: str) -> list[str]:
