@@ -43,7 +43,7 @@ TABLES = {
         ("gather_bytes_per_s", "Bandwidth of the all-gather"),
         ("gather_ms", "Time to gather a layer, beside the prediction"),
         ("gathers_hidden", "Share of the gathering that computation hides"),
-        ("norm_difference", "The script on two GPUs and on one: largest relative difference of the gradient norms"),
+        ("norm_difference", "The script on two GPUs and on one: mean relative difference of the gradient norms"),
         ("share", "The script on two GPUs: share of the 4-bit bytes and scales that a GPU holds"),
         ("peak_gib", "Peak memory of a GPU, beside one GPU alone"),
         ("checks_passed", "Named checks that passed"),
