@@ -15,7 +15,9 @@ from unsloth_puzzles.bench.markdown import table
 
 NOT_MEASURED = "not measured"
 ONE_CASE = {"all", "head only", "the script, two GPUs"}  # cases that the claim itself names
-_OF_CASE = ("steps_trained", r"(real|random) weights")  # whose case tells the weights of challenge B's script
+# The metric whose case tells what challenge B's script trained: the layers, unless all of them, and the weights.
+_OF_CASE = ("steps_trained", r"((?:\d+ layers, )?(?:real|random)) weights")
+_NAMES = SHORT | {"three bitsandbytes launches (Unsloth's sequence)": "an imitation of Unsloth's three launches"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Claim:
         metrics: Their values stand together. All must be measured, in the same case.
         case: The beginning of the case. The first case of the first metric that has it is shown.
         beside: Baselines to show where they were measured; none for a ratio.
-        weights: "real" or "random", where the benchmark takes no others; None where the case tells.
+        weights: "real" or "random", where the benchmark takes no others; None where the case tells, also of how many
+            layers.
     """
 
     text: str
@@ -41,7 +44,7 @@ class Claim:
 
 CLAIMS = (
     Claim(
-        "A. NF4 to fp16 and bf16 in one Triton kernel: the official harness",
+        "A. NF4 to fp16 and bf16 in one Triton kernel: speed-up, time of a round of the official harness",
         "a_nf4.json",
         ("official_harness_speedup", "official_harness_us"),
         "all",
@@ -113,7 +116,7 @@ def _row(claim: Claim, path: Path) -> dict[str, str]:
         return {"claim": claim.text, "ours": NOT_MEASURED, "baseline": "-", "hardware, date": "-", "weights": "-"}
     beside = {name: [one for one in found if name in one["baselines"]] for name in claim.beside}
     shown = [
-        f"{SHORT.get(name, name)} {', '.join(_amount(one, one['baselines'][name]) for one in having)}"
+        f"{_NAMES.get(name, name)} {', '.join(_amount(one, one['baselines'][name]) for one in having)}"
         for name, having in beside.items()
         if having
     ]

@@ -28,7 +28,7 @@ TABLES = {
     ),
     "b_fsdp2.json": (
         ("bytes_changed", "Bytes of 65,536 that gathering changes, beside plain float16 storage"),
-        ("bytes_changed_by_copy", "Bytes of a copy on a GPU that differ, by dtype of the storage"),
+        ("bytes_changed_by_copy", "Bytes of 1,048,576 that a copy on a GPU changes, by dtype of the storage"),
         ("loss_difference", "Two ranks and one process: largest difference of the loss at any step, nats"),
         ("local_share", "Share of the 4-bit bytes and scales that a rank holds"),
         ("dequantize_launches", "Launches of challenge A's kernel"),
@@ -218,7 +218,7 @@ FIGURES = {  # what a figure shows, for who cannot see it
 PLACES = {"d_issues": ("d_",), "e_backprop": ("q5/",)}  # figures with other beginnings, by their file
 SHORT = {  # as a column's head
     "three bitsandbytes launches (Unsloth's sequence)": "three launches",
-    "one GPU, regrouped": "one GPU, two micro-batches beside one",
+    "one GPU, regrouped": "one GPU, rows in another order",
 }
 TURNED = {  # a row a candidate, a column a case
     "extra_peak_gib", "forward_backward_ms", "grpo_peak_gib", "grpo_ms", "macro_f1", "vocabulary_peak_gib",
