@@ -83,6 +83,15 @@ def test_sweeps_of_a_challenge_without_a_run_are_shown(tmp_path: Path) -> None:
     assert "Not measured yet." in of_b and "over that of one** (compiled, 1 rows a GPU): 1.75x." in of_b
 
 
+def test_sweeps_of_other_code_than_the_release_say_so(tmp_path: Path) -> None:
+    resources = _resources(tmp_path)
+    (resources / "measurements" / "e_backprop_sweeps.json").write_text(json.dumps({**MEASURED, "digest": "d"}))
+    for digest, said in (("d", ""), ("another", ", with other code than the committed notebook's")):
+        assert f"Sweeps in `e_backprop_sweeps.json`, a run of their own{said}: NVIDIA Test" in results(
+            resources, digest
+        )
+
+
 def test_checks_that_passed_are_named_and_only_the_others_are_rows() -> None:
     records = [
         _record("checks_passed", "flex, static lengths", 1.0, "fraction"),

@@ -53,7 +53,7 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         "results_template.md",
         score=points_table(scorecard.score(measurements)),
         release=release(of),
-        results=results(resources),
+        results=results(resources, of["digest"]),
         predicted=predicted_table(),
         rehearsal=rehearsal(measurements / "rehearsal.json", of["digest"]),
     )
@@ -110,13 +110,18 @@ def release(of: dict) -> str:
         f"The committed notebook was executed on {of['date']} on an {of['hardware']}, at commit `{of['commit'][:10]}`.",
         *([said_of_tests(of[TESTS])] if TESTS in of else []),
         "`python -m tools.release` says how far the code has moved since.",
-        "Points are counted by today's criteria: what that run did not measure earns nothing.",
+        "Points follow today's rubric, and the records and checks of that run: what it did not measure earns nothing.",
     ]
     return "\n".join(lines)
 
 
-def results(resources: Path) -> str:
-    """A heading, figures and tables for each challenge, then the GPU tests and the releases of the libraries."""
+def results(resources: Path, release_digest: str | None = None) -> str:
+    """A heading, figures and tables for each challenge, then the GPU tests and the releases of the libraries.
+
+    Args:
+        resources: The folder.
+        release_digest: Of the committed notebook. Sweeps that ran with other code say so.
+    """
     parts = []
     for challenge, file in FILES.items():
         path = resources / "measurements" / file
@@ -128,13 +133,13 @@ def results(resources: Path) -> str:
             measured = json.loads(path.read_text(encoding="utf-8"))
             parts.append(provenance(measured))
             parts += file_tables(measured, TABLES.get(file, ()))
-        parts += _swept(resources / "measurements", file)
+        parts += _swept(resources / "measurements", file, release_digest)
     measurements = resources / "measurements"
     parts += ["### Tests on a GPU", gpu_tests(measurements / "gpu_tests.json")]
     return "\n\n".join([*parts, "### Releases of the libraries", matrix_table(measurements / "matrix.json")])
 
 
-def _swept(measurements: Path, file: str) -> list[str]:
+def _swept(measurements: Path, file: str, release_digest: str | None) -> list[str]:
     """Return the records that sweeps kept beside `file`, each with its own provenance."""
     parts = []
     for name, tables in SWEPT.get(file, {}).items():
@@ -143,7 +148,9 @@ def _swept(measurements: Path, file: str) -> list[str]:
             parts.append(f"Sweeps in `{name}`: not measured yet.")
             continue
         measured = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(f"Sweeps in `{name}`, a run of their own: {provenance(measured)}")
+        same = release_digest in (None, measured["digest"])
+        code = "" if same else ", with other code than the committed notebook's"
+        parts.append(f"Sweeps in `{name}`, a run of their own{code}: {provenance(measured)}")
         parts += file_tables(measured, tables)
     return parts
 
