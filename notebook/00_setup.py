@@ -9,9 +9,9 @@
 # <!-- scorecard -->
 #
 # **Run it.** *Runtime → Run all*, on Colab (T4), on Kaggle (T4 x 2), on any CUDA machine, or without a GPU. Without a
-# GPU the kernels run in Triton's interpreter on small shapes. The notebook writes all files that it needs. Each section
-# also runs alone after the set-up. An experiment that cannot run on this machine prints `SKIPPED: reason`. A skip never
-# counts as a pass.
+# GPU the kernels run in Triton's interpreter on small shapes. Section B earns points only where there are two GPUs. The
+# notebook writes all files that it needs. Each section also runs alone after the set-up. An experiment that cannot run
+# on this machine prints `SKIPPED: reason`. A skip never counts as a pass.
 #
 # **Read it.** Each section begins with the task and its criteria and ends with its score. The sections show the central
 # files of the package in full. Collapsed cells hold the other files and the helpers. `RESULTS.md` has every table.

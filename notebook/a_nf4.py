@@ -346,7 +346,8 @@ print(f"({t4.LABEL})")
 #
 # **The harness** of the puzzle is an MLP of three `Linear4bit` layers. It checks every candidate at the DEFAULT
 # tolerances of `torch.testing.assert_close`. Then it times 1000 rounds by the wall clock. A round de-quantises the
-# three matrices, with a synchronise after each. Each ratio compares two consecutive measurements.
+# three matrices, with a synchronise after each. The cell repeats this measurement eleven times (five times on a T4) and
+# shows medians. Each ratio compares two consecutive measurements.
 #
 # **The baseline** is Unsloth's sequence of three launches. Colab does not have Unsloth. `benchmarks/nf4/baselines.py`
 # imitates the sequence with the same two C functions of bitsandbytes and the same addition. To keep its host time

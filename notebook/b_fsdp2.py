@@ -16,6 +16,9 @@
 # | uses the kernel of section A, as one kernel, and is faster | 3 | check 4, and the comparison after it |
 # | runs on Kaggle's two T4s | 2 (else 0 for B) | the script on two GPUs (no Kaggle machine has run it) |
 #
+# **With one GPU or none** the section scores nothing, because its last criterion asks for two. Two processes then share
+# the GPU, or the CPU, and the checks that need neither two GPUs nor much time still run.
+#
 # ### The idea: one byte stream per weight
 #
 # Each process (*rank*) drives one GPU and stores one shard of each parameter as a `DTensor`. Before a layer runs, an
@@ -191,8 +194,9 @@ for changed in found.values():
 # | SFTTrainer | tiny Llama, 3 steps | layers of bitsandbytes | the script |
 # | 60 steps | layers of Llama 3.2 1B's shapes | layers of bitsandbytes | byte streams, uncompiled and compiled |
 #
-# All weights are random. All runs but the mixed-precision feature use float32. Without two GPUs the SFTTrainer runs use
-# the CPU. Accelerate ignores FSDP2 on a CPU, so these runs load a patch of accelerate.
+# All weights are random. All runs but the mixed-precision feature use float32. The ranks communicate through NCCL,
+# NVIDIA's library, which needs a GPU for each. Ranks that share a GPU or use the CPU communicate through gloo. Without
+# two GPUs the SFTTrainer runs use the CPU. Accelerate ignores FSDP2 on a CPU, so these runs load a patch of accelerate.
 #
 # ### Check 2: every feature of FSDP2
 #
@@ -204,13 +208,16 @@ for changed in found.values():
 # - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
 #   the number of collectives. The plain run must show no such evidence.
 #
-# Some rows combine FSDP2 with other features:
+# Some rows need an explanation:
 #
+# - *CPU offload* keeps shards, gradients and the optimizer's states in the memory of the CPU.
 # - *Chunked loss* (section E) shows the most rows of logits that one product makes.
 # - *Compiled* counts captured graphs. Hooks that compare bytes would break these graphs, so this run compares no bytes.
-# - *Accumulation* shows the reduce-scatters of the two micro-batches of a step.
-# - *GradScaler* multiplies a float16 loss by a scale and halves the scale after an overflow. The run puts an infinity
-#   into the gradients of one rank in the second of three steps. The table shows the scale of the other rank after each.
+# - *Accumulation* splits a step into two micro-batches, adds up their gradients and communicates after the second. The
+#   table shows the reduce-scatters of each.
+# - *GradScaler* multiplies the loss by a scale, as training in float16 needs it. It halves the scale after an overflow.
+#   The run puts an infinity into the gradients of one rank in the second of three steps. The table shows the scale of
+#   the other rank after each.
 # - *DoRA* trains adapters with a magnitude vector per linear layer. The gradients of the 14 vectors are compared with
 #   those of one process.
 
