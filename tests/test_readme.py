@@ -18,7 +18,7 @@ from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import by_case, pages, points_sentence, shown_figure
+from tools.build_readme import by_case, on_two_gpus, pages, points_sentence, shown_figure
 from tools.outputs import run_seconds
 from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table
 from unsloth_puzzles.bench.scorecard import NOT_ON, Row
@@ -227,6 +227,20 @@ def test_a_comparison_in_a_sentence_has_its_case_and_hardware(tmp_path: Path) ->
     assert by_case(path, metric) == NOT_MEASURED
     _measure(tmp_path, path.name, (metric, "all, against Unsloth 1", 1.25, "x", {}), ("another", "all", 2.0, "x", {}))
     assert by_case(path, metric) == "1.25x (against Unsloth 1), NVIDIA Test, 2026-11-22"
+
+
+def test_what_two_gpus_reached_stands_beside_the_prediction(tmp_path: Path) -> None:
+    path = tmp_path / "b_fsdp2_sweeps.json"
+    assert on_two_gpus(path) == f"On two GPUs: {NOT_MEASURED}."
+    bandwidth = ("gather_bytes_per_s", "all-gather of a layer's size", 165e9, "bytes/s", {})
+    _measure(tmp_path, path.name, bandwidth)
+    assert on_two_gpus(path) == f"On two GPUs: {NOT_MEASURED}."
+    others = [
+        ("scaling", f"{kind}, {rows} rows a GPU", 1.0, "x", {}) for kind, rows in (("uncompiled", 4), ("compiled", 8))
+    ]
+    _measure(tmp_path, path.name, bandwidth, *others, ("scaling", "compiled, 4 rows a GPU", 1.87, "x", {}))
+    shown = on_two_gpus(path)
+    assert "NVIDIA Test, 2026-11-22" in shown and "reached 1.87x and received 165 GB/s in an all-gather." in shown
 
 
 def test_points_are_those_of_the_scorecard_and_say_which_gpu_is_missing() -> None:

@@ -14,7 +14,7 @@ import jinja2
 import nbformat
 import pandas
 
-from benchmarks.fsdp2.prediction import predicted_table
+from benchmarks.fsdp2.prediction import LENGTH, ROWS, predicted_table
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.matrix_table import matrix_table
@@ -55,6 +55,7 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         release=release(of),
         results=results(resources, of["digest"]),
         predicted=predicted_table(),
+        on_two=on_two_gpus(measurements / "b_fsdp2_sweeps.json"),
         rehearsal=rehearsal(measurements / "rehearsal.json", of["digest"]),
     )
     return {"README.md": readme, "RESULTS.md": results_page}
@@ -102,6 +103,20 @@ def by_case(path: Path, metric: str) -> str:
     found = [one for one in head["records"] if one["metric"] == metric]
     shown = [f"{amount(one['value'], one['unit'])} ({one['case'].removeprefix('all, ')})" for one in found]
     return f"{', '.join(shown)}, {machine(head)}" if shown else NOT_MEASURED
+
+
+def on_two_gpus(path: Path) -> str:
+    """A sentence about what the sweeps of two GPUs measured of that which `predicted_table` predicts or assumes."""
+    swept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
+    values = {(one["metric"], one["case"]): one["value"] for one in swept["records"]}
+    bandwidth = values.get(("gather_bytes_per_s", "all-gather of a layer's size"))
+    scaling = values.get(("scaling", f"compiled, {ROWS} rows a GPU"))
+    if None in (bandwidth, scaling):
+        return f"On two GPUs: {NOT_MEASURED}."
+    return (
+        f"Two GPUs ({machine(swept)}, layer shapes of Llama 3.1 8B, {ROWS} x {LENGTH} tokens, compiled) reached "
+        f"{amount(scaling, 'x')} and received {amount(bandwidth / 1e9, 'GB/s')} in an all-gather."
+    )
 
 
 def release(of: dict) -> str:
