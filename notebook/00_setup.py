@@ -14,7 +14,8 @@
 # on this machine prints `SKIPPED: reason`. A skip never counts as a pass.
 #
 # **Read it.** Each section begins with the task and its criteria and ends with its score. The sections show the central
-# files of the package in full. Collapsed cells hold the other files and the helpers. `RESULTS.md` has every table.
+# files of the package in full. Collapsed cells hold the other files and the helpers. `RESULTS.md`, in the repository
+# behind the GitHub badge, has every table.
 #
 # **On a T4.** No T4 has run this notebook. Statements about a T4 are predictions and say so. A rehearsal on a larger
 # GPU imitates the memory, the CPU cores and the compute capability of a T4. `RESULTS.md` says which sections it covers.

@@ -202,9 +202,9 @@ for changed in found.values():
 #
 # The table answers two questions for each feature.
 #
-# - **Are losses and gradients correct?** The limits are 1e-5 for a loss and 1e-4, relative, for a gradient norm. Two
-#   half batches are summed in another order than the whole batch. Mixed precision has a measured limit: twice the
-#   difference between two summation orders in one process.
+# - **Are losses and gradients correct?** The limits are 1e-5 for a loss, in nats (natural logarithm), and 1e-4,
+#   relative, for a gradient norm. Two half batches are summed in another order than the whole batch. Mixed precision
+#   has a measured limit: twice the difference between two summation orders in one process.
 # - **Is the feature active?** The column "observed" shows evidence from the ranks, such as the device of the shards or
 #   the number of collectives. The plain run must show no such evidence.
 #
