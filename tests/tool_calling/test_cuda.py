@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.models import random_nf4_llama, tiny_llama_config
-from benchmarks.tool_calling.compact import COMPACT
 from benchmarks.tool_calling.data import test_questions
 from benchmarks.tool_calling.evaluate import evaluate
 from benchmarks.tool_calling.train import fine_tune
+from tests.tool_calling.compact import COMPACT
 from tests.tool_calling.functions import add, misbehave, tokenizer
 from unsloth_puzzles.tool_calling.toolbox import ToolBox
 

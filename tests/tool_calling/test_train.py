@@ -11,11 +11,11 @@ import torch
 
 from benchmarks import smollm2
 from benchmarks.models import random_llama, random_nf4_llama, tiny_llama_config
-from benchmarks.tool_calling.compact import COMPACT
 from benchmarks.tool_calling.data import all_tools, test_questions, training_conversations
 from benchmarks.tool_calling.evaluate import METRICS, evaluate
 from benchmarks.tool_calling.merged import merged
 from benchmarks.tool_calling.train import fine_tune
+from tests.tool_calling.compact import COMPACT
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import ChatEncoder, tokenize_conversation
 
