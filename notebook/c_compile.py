@@ -186,7 +186,7 @@ free_memory()
 # show: unsloth_puzzles/compiled/layers.py
 
 # %% [markdown]
-# **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice for 50 steps (T4: 30; CPU: 4), each
+# **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice for 50 steps (T4: 24; CPU: 4), each
 # step with another length, in float32 (without TF32, which shortens the inputs of products). The first run is
 # uncompiled: transformers' attention and loss over bitsandbytes' layers. The second run is under `compile_qlora` with
 # flex attention. The lengths go from 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need
@@ -208,7 +208,7 @@ from benchmarks.compiled.parts import find_parts, limits_in_words, parts_table
 from benchmarks.compiled.swiglu import check_activation
 from unsloth_puzzles.bench.compilations import Capture
 
-STEPS, LENGTHS = (30 if OLD else 50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
+STEPS, LENGTHS = (24 if OLD else 50, {"longest": 192 if OLD else 320, "shortest": 128}) if GPU else (4, {"longest": 48})
 trainings, model = {}, None
 held_bytes = torch.cuda.memory_allocated() if GPU else 0  # what other sections still hold
 try:
