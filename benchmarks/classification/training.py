@@ -145,8 +145,8 @@ def losses_of(
         [steps] float64, in nats: the loss of each step.
     """
     few = dataclasses.replace(data, test=data.test[:16])  # their scores are not looked at
-    same = {"dtype": torch.float32, "reload": False}
-    run = train(name, few, way=way, steps=steps, batch_size=batch_size, device=device, **same)
+    settings = {"steps": steps, "batch_size": batch_size, "dtype": torch.float32, "device": device, "reload": False}
+    run = train(name, few, way=way, **settings)
     return torch.tensor(run.losses, dtype=torch.float64)
 
 

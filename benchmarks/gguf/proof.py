@@ -121,13 +121,14 @@ def prove(
         with _adapter(model, side):
             paths = export_gguf(model, processor, Path(folder, side), quantization, projector, progress=False)
             theirs[side] = ask(*paths, asked, tokens=tokens)
-            ours[side] = [_beside(model, processor, one, their) for one, their in zip(asked, theirs[side], strict=True)]
+            pairs = zip(asked, theirs[side], strict=True)
+            ours[side] = [answer(model, processor, one, their.tokens) for one, their in pairs]
     applying = [deviations(family, "image" in one) for one in asked]
     emulate(model, family)
     for side in ("on", "off"):
         with _adapter(model, side):
             emulated[side] = [
-                _beside(model, processor, one, their) if known else plain
+                answer(model, processor, one, their.tokens) if known else plain
                 for one, their, known, plain in zip(asked, theirs[side], applying, ours[side], strict=True)
             ]
     answers = tuple(
@@ -137,11 +138,6 @@ def prove(
         for n, their in enumerate(theirs[side])
     )  # fmt: skip
     return Proof(answers, abs(theirs["on"][-1].log_probs[0] - theirs["off"][-1].log_probs[0]))
-
-
-def _beside(model: PeftModel, processor, request: dict, theirs: Answer) -> Answer:
-    """What transformers finds most likely after each beginning of the engine's answer."""
-    return answer(model, processor, request, theirs.tokens)
 
 
 def _adapter(model: PeftModel, side: str):

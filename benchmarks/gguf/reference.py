@@ -43,14 +43,14 @@ def answer(model: torch.nn.Module, processor, request: dict, tokens: int | Seque
         return log_probs.tolist(), best.tolist()
 
     prompt = ids.shape[1]
-    if not isinstance(tokens, int):
+    if isinstance(tokens, int):
+        log_probs, found = [], []
+        for _ in range(tokens):
+            (log_prob,), (best,) = most_likely(torch.cat([ids, ids.new_tensor([found])], dim=1), 1)
+            log_probs.append(log_prob)
+            found.append(best)
+    else:
         log_probs, found = most_likely(torch.cat([ids, ids.new_tensor([tokens[:-1]])], dim=1), len(tokens))
-        return Answer(prompt, found, log_probs, tokenizer.decode(found))
-    log_probs, found = [], []
-    for _ in range(tokens):
-        (log_prob,), (best,) = most_likely(torch.cat([ids, ids.new_tensor([found])], dim=1), 1)
-        log_probs.append(log_prob)
-        found.append(best)
     return Answer(prompt, found, log_probs, tokenizer.decode(found))
 
 

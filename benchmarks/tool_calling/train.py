@@ -61,7 +61,7 @@ def fine_tune(
     )
     device = model.device.type
     dtype = next((module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")), model.dtype)
-    faster = device == "cuda" and getattr(model, "is_loaded_in_4bit", False)
+    four_bit = device == "cuda" and getattr(model, "is_loaded_in_4bit", False)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -86,9 +86,7 @@ def fine_tune(
         progress = [Progress("training")]
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
-        with contextlib.ExitStack() as patches:
-            patches.enter_context(use_memory_efficient_loss(trainer))  # a batch's logits would take gigabytes on a T4
-            if faster:
-                patches.enter_context(patch_linear4bit(model))
+        faster = patch_linear4bit(model) if four_bit else contextlib.nullcontext()
+        with use_memory_efficient_loss(trainer), faster:  # a batch's logits would take gigabytes on a T4
             trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
