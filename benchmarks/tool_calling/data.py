@@ -144,9 +144,8 @@ def summary(questions: Sequence[Question]) -> str:
 
 @cache
 def all_tools() -> ToolBox:
-    return ToolBox(
-        list(_FUNCTIONS.values()), seconds=10.0
-    )  # the machine may be busy, and a result is no matter of luck
+    # Any arguments are harmless to these functions, and forks of a process of some GB would take longer than the model.
+    return ToolBox(list(_FUNCTIONS.values()), isolated=False)
 
 
 def answer(results: list[str]) -> str:

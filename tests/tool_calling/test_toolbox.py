@@ -158,6 +158,31 @@ def test_a_call_changes_nothing_here():
     assert ToolBox([note], seconds=20).call("note", {"text": "x"}).content == "['x']" and seen == []
 
 
+def test_calls_that_are_not_isolated_run_in_this_process(monkeypatch):
+    seen = []
+
+    def note(words: list[str]) -> str:
+        """Note.
+
+        Args:
+            words: What.
+        """
+        seen.append(words.pop())
+        return str(seen)
+
+    monkeypatch.setattr(sys, "platform", "win32")  # which cannot fork
+    box, given = ToolBox([note, add, describe, misbehave], isolated=False, max_characters=200), {"words": ["x", "y"]}
+    assert box.call("note", given) == Result("note", "['y']", False)
+    assert seen == ["y"] and given == {"words": ["x", "y"]}
+    assert box.subset(["note"]).call("note", given).content == "['y', 'y']"
+    assert box.call("describe", FULL) == BOX.call("describe", FULL)
+    assert box.call("misbehave", {"how": "surrogate"}) == BOX.call("misbehave", {"how": "surrogate"})
+    for how in ("raise", "exit", "long"):
+        assert box.call("misbehave", {"how": how}).failed, how
+    for how in ("raise", "exit"):
+        assert box.call("misbehave", {"how": how}) == BOX.call("misbehave", {"how": how})
+
+
 def test_a_toolbox_may_be_empty_or_a_part():
     empty = ToolBox([])
     assert empty.schemas == [] and repr(empty) == "ToolBox(no tools)"

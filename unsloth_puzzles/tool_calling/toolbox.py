@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
-from unsloth_puzzles.tool_calling.isolation import run_isolated
+from unsloth_puzzles.tool_calling.isolation import run_here, run_isolated
 from unsloth_puzzles.tool_calling.schemas import function_schema
 
 
@@ -39,11 +39,14 @@ class ToolBox:
     changes in memory is lost: functions that keep a state need another place for it. Files, network, processes and
     generated code are refused there, and so is importing a module for the first time. Functions should be plain
     Python: a library with threads of its own (torch, a BLAS) may hang in a fork, and is then stopped at the limit.
+    The fork of a process with gigabytes of memory takes a tenth of a second and more, see `isolated`.
 
     Args:
         functions: Each with a type hint and a line of its docstring's "Args:" for every parameter.
-        seconds: The longest time a call may take.
+        seconds: The longest time an isolated call may take.
         max_characters: The longest result.
+        isolated: False calls the functions in this process, on any system, without a limit of time or memory, and with
+            all that this process may do. That is for functions that are harmless with any arguments of their types.
 
     Attributes:
         schemas: A list of JSON schemas, for a chat template's `tools`.
@@ -52,11 +55,20 @@ class ToolBox:
     Raises:
         TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous.
         ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
-            positive and finite; the system is not Linux.
+            positive and finite; calls are to be isolated and the system is not Linux.
     """
 
-    def __init__(self, functions: Iterable[Callable], *, seconds: float = 2.0, max_characters: int = 1000):
-        if sys.platform != "linux":
+    def __init__(
+        self,
+        functions: Iterable[Callable],
+        *,
+        seconds: float = 2.0,
+        max_characters: int = 1000,
+        isolated: bool = True,
+    ):
+        if not isinstance(isolated, bool):
+            raise TypeError(f"isolated must be True or False, got {isolated!r}")
+        if isolated and sys.platform != "linux":
             raise ValueError(f"the system must be Linux, which can fork and bound a process, got {sys.platform}")
         for name, value in (("seconds", seconds), ("max_characters", max_characters)):
             if not 0 < value < math.inf:
@@ -66,7 +78,7 @@ class ToolBox:
             raise TypeError(f"functions must be a list, got a {type(functions).__name__}; write ToolBox([{name}])")
         if not isinstance(functions, Iterable):
             raise TypeError(f"functions must be a list, got {type(functions).__name__}; write ToolBox([...])")
-        self.seconds, self.max_characters = seconds, max_characters
+        self.seconds, self.max_characters, self.isolated = seconds, max_characters, isolated
         self._functions: dict[str, Callable] = {}
         self._schemas: dict[str, dict] = {}
         for function in functions:
@@ -101,7 +113,7 @@ class ToolBox:
         names = list(names)
         if unknown := [name for name in names if name not in self._functions]:
             raise ValueError(f"names must be among {', '.join(self.names) or 'none'}, got {unknown[0]}")
-        limits = {"seconds": self.seconds, "max_characters": self.max_characters}
+        limits = {"seconds": self.seconds, "max_characters": self.max_characters, "isolated": self.isolated}
         return ToolBox([self._functions[name] for name in names], **limits)
 
     def call(self, name: object, arguments: object) -> Result:
@@ -121,10 +133,15 @@ class ToolBox:
             checked = checked_arguments(name, parameters, arguments)
         except ValueError as refusal:
             return failure(name, str(refusal))
+        function = self._functions[name]
         try:
-            return Result(name, run_isolated(self._functions[name], checked, self.seconds, self.max_characters), False)
+            if self.isolated:
+                text = run_isolated(function, checked, self.seconds, self.max_characters)
+            else:
+                text = run_here(function, checked, self.max_characters)
         except ValueError as refusal:
             return failure(name, f"{name}: {refusal}")
+        return Result(name, text, False)
 
     def __repr__(self) -> str:
         return f"ToolBox({', '.join(self.names) or 'no tools'})"
