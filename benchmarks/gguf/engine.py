@@ -73,8 +73,7 @@ def ask(
         content = {"model": str(text_path), "mmproj": str(projector_path or ""), "context": context, "bodies": bodies}
         request.write_text(json.dumps(content))
         module = __name__ if __name__ != "__main__" else "benchmarks.gguf.engine"
-        # A process with a share of the GPU's memory imports PyTorch, which takes seconds. The engine needs neither.
-        child.run(module, str(request), str(answer), timeout=timeout, show=None, under=("env", "-u", child.GPU_SHARE))
+        child.run(module, str(request), str(answer), timeout=timeout, show=None, gpu_gib=0)
         return [Answer(*one, dict(likely)) for *one, likely in json.loads(answer.read_text())]
 
 

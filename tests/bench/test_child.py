@@ -127,6 +127,9 @@ def test_gpu_share_is_passed_on_and_applied(module, monkeypatch):
     (share,) = run(name, timeout=60, show=None)
     assert float(share) == pytest.approx(0.25 - (1 + t4.CONTEXT_GIB) / 16)
     assert run(name, timeout=60, show=None, gpu_gib=8) == ["0.5"]
+    bare = module("import os, sys; print('torch' in sys.modules, repr(os.environ['CUDA_VISIBLE_DEVICES']))")
+    monkeypatch.setenv(child.GPU_SHARE, "0.25")  # of this process
+    assert run(bare, timeout=60, show=None, gpu_gib=0) == ["False ''"]
     set_to = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
     monkeypatch.setenv(child.GPU_SHARE, "0.25")

@@ -61,6 +61,7 @@ def run(
         timeout: Seconds, after which it is killed with all that it has started.
         env: Its variables, by default `environment()`.
         gpu_gib: GPU memory that PyTorch may use there; by default what is left of this process's limit, if it has one.
+            With 0 the process sees no GPU.
         under: A program with its options that is to run the command, such as a sanitizer.
         show: Is given each line when it comes, and after each `quiet_seconds` of silence a line that the process is at
             work.
@@ -73,7 +74,7 @@ def run(
         ChildError: It returned another status than 0, or took longer than `timeout`.
     """
     command = [*under, sys.executable, "-u", "-m", __name__, module, *arguments]
-    env = {**(environment() if env is None else env), **_gpu_share(gpu_gib)}
+    env = {**(environment() if env is None else env), **_of_gpu(gpu_gib)}
     process = subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -165,8 +166,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _gpu_share(gib: float | None) -> dict[str, str]:
+def _of_gpu(gib: float | None) -> dict[str, str]:
     """The variable that caps the process: at `gib`, or where this process is capped at what it leaves of that."""
+    if gib == 0:
+        return {"CUDA_VISIBLE_DEVICES": "", GPU_SHARE: ""}  # nothing to cap, so PyTorch need not be imported for it
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}
