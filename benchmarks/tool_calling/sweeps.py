@@ -27,7 +27,6 @@ RUNS = {f"NF4, seed {seed}": {"four_bit": True, "seed": seed} for seed in range(
 RUNS |= {"16 bits, seed 0": {"four_bit": False, "seed": 0}}  # the last one, which GRPO goes on from
 SHOWN = (*METRICS, HELD_OUT, AFTER_AN_ERROR)
 FOLDER = "build/model"  # holds SmolLM2's file, or gets it
-BATCH_SIZE = 140  # of the evaluation
 GRPO_STEPS = 20
 COMPARED = 5  # first and last steps of GRPO
 
@@ -55,9 +54,9 @@ def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder
         dtype = _dtype(hardware, given["four_bit"])
         model, tokenizer, source = load(folder, device=hardware.device, dtype=dtype, four_bit=given["four_bit"])
         print(f"{run}: {source}", flush=True)
-        before, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
+        before, _ = evaluate(merged(model), tokenizer, questions, batch_size=len(questions))
         model, _ = fine_tune(model, tokenizer, seed=given["seed"])
-        after, done = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
+        after, done = evaluate(merged(model), tokenizer, questions, batch_size=len(questions))
         _keep(found, run, before, after, time.perf_counter() - start)
         print("\n".join(wrong(questions, done)), flush=True)
     start = time.perf_counter()
@@ -67,7 +66,7 @@ def measure(path: str | os.PathLike, hardware: Hardware | None = None, *, folder
     compared = {f"first {COMPARED} steps": first}
     case = f"{run}, then {GRPO_STEPS} steps of GRPO"
     found.add("tool_calling_reward", f"{case}, last {COMPARED}", last, "reward", baselines=compared)
-    again, _ = evaluate(merged(model), tokenizer, questions, batch_size=BATCH_SIZE)
+    again, _ = evaluate(merged(model), tokenizer, questions, batch_size=len(questions))
     _keep(found, case, after, again, time.perf_counter() - start)
     return found
 

@@ -9,6 +9,7 @@ import tempfile
 import torch
 
 from benchmarks.tool_calling.data import all_tools, training_conversations
+from unsloth_puzzles.compiled.lora import scale_low_rank
 from unsloth_puzzles.nf4 import patch_linear4bit
 from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
@@ -86,7 +87,10 @@ def fine_tune(
         progress = [Progress("training")]
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
-        faster = patch_linear4bit(model) if four_bit else contextlib.nullcontext()
-        with use_memory_efficient_loss(trainer), faster:  # a batch's logits would take gigabytes on a T4
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(use_memory_efficient_loss(trainer))  # the logits would take gigabytes on a T4
+            if four_bit:
+                patches.enter_context(patch_linear4bit(model))
+                patches.callback(scale_low_rank(model, eager_rounding=True))  # fewer passes over a layer's output
             trainer.train()
     return model, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -60,6 +60,8 @@ def test_merged_model_computes_what_the_adapted_one_does():
     )
     assert (adapted - before).abs().max() > 100 * (adapted - found).abs().max()
     torch.testing.assert_close(found, adapted, rtol=1e-5, atol=1e-5)
+    half = merged(model, torch.float16)
+    assert all(torch.equal(one, other.half()) for one, other in zip(half.parameters(), plain.parameters(), strict=True))
 
 
 @pytest.mark.slow
