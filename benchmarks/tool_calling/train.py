@@ -88,7 +88,8 @@ def fine_tune(
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
         with contextlib.ExitStack() as patches:
-            patches.enter_context(use_memory_efficient_loss(trainer))  # the logits would take gigabytes on a T4
+            # A batch's logits would take gigabytes on a T4, and five of six rows belong to prompts and have no label.
+            patches.enter_context(use_memory_efficient_loss(trainer, skip_ignored=True))
             if four_bit:
                 patches.enter_context(patch_linear4bit(model))
                 patches.callback(scale_low_rank(model, eager_rounding=True))  # fewer passes over a layer's output

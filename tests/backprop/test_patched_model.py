@@ -27,11 +27,12 @@ from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
 @pytest.mark.parametrize("num_items_in_batch", [None, 23, torch.tensor(23)], ids=["mean", "int", "tensor"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_the_models_own(num_items_in_batch, tied):
+@pytest.mark.parametrize("skip_ignored", [False, True], ids=["all rows", "labelled rows"])
+def test_loss_and_gradients_are_the_models_own(num_items_in_batch, tied, skip_ignored):
     model = llama(tie_word_embeddings=tied).train()
     inputs = {**batch(), "num_items_in_batch": num_items_in_batch}
     own, truth = gradients(model, **inputs), reference(model, **inputs)
-    with use_memory_efficient_loss(model, chunk_size=5) as patch:
+    with use_memory_efficient_loss(model, chunk_size=5, skip_ignored=skip_ignored) as patch:
         ours = gradients(model, **inputs)
         assert model(**inputs).logits is None and patch.calls == 2
     assert_close(ours, truth)
@@ -175,7 +176,7 @@ def test_ignore_index_of_the_call(ignore_index, num_items_in_batch):
     inputs["labels"][inputs["labels"] == -100] = ignore_index
     options = {"ignore_index": ignore_index, "num_items_in_batch": num_items_in_batch}
     own = gradients(model, **inputs, **options)
-    with use_memory_efficient_loss(model, chunk_size=7):
+    with use_memory_efficient_loss(model, chunk_size=7, skip_ignored=ignore_index == 0):
         assert_close(gradients(model, **inputs, **options), own, 1e-6)
         shifted = F.pad(inputs["labels"], (0, 1), value=ignore_index)[:, 1:]
         assert_close(gradients(model, **{**inputs, "labels": None}, shift_labels=shifted, **options), own, 1e-6)
@@ -184,6 +185,55 @@ def test_ignore_index_of_the_call(ignore_index, num_items_in_batch):
         with pytest.raises(TypeError, match="ignore_index must be an int, got None"):
             model(**batch(), ignore_index=None)
     assert_close(own, usual, 1e-6)
+
+
+def test_skipped_rows_are_not_projected_nor_looked_at(monkeypatch):
+    """Hidden states that no label belongs to may be NaN; predictions are those of all rows."""
+    model, inputs = llama().train(), batch()
+    truth, projected = reference(model, **inputs), []
+    shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+
+    def counted(hidden_states, *arguments, **options):
+        projected.append(hidden_states.shape[:-1].numel())
+        return memory_efficient_linear(hidden_states, *arguments, **options)
+
+    monkeypatch.setattr(hook, "memory_efficient_linear", counted)
+    with use_memory_efficient_loss(model, predictions=True, skip_ignored=True):
+        assert_close(gradients(model, **inputs), truth)
+        assert projected == [(shifted != -100).sum()] and projected[0] < 0.3 * shifted.numel()
+        expected = model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.argmax(
+            -1
+        )
+        ours = model(**inputs)
+        assert torch.equal(ours.predicted_ids, expected)
+        poison = torch.where(shifted == -100, torch.nan, 0.0)[..., None]
+        model.model.norm.register_forward_hook(lambda module, given, output: output + poison)
+        assert torch.equal(model.train()(**inputs).loss, ours.loss)
+    assert projected[1:3] == [projected[0], shifted.numel()]
+
+
+@pytest.mark.parametrize("normalizer", [None, torch.tensor(7)], ids=["mean", "tensor"])
+def test_a_batch_without_labels_trains_nothing(normalizer):
+    model, inputs = llama().train(), batch()
+    inputs["labels"][:] = -100
+    found = []
+    for skip_ignored in (False, True):
+        with use_memory_efficient_loss(model, skip_ignored=skip_ignored):
+            found.append(gradients(model, **inputs, num_items_in_batch=normalizer))
+    (loss, slopes), (other, others) = found
+    assert torch.equal(loss, other) or (loss.isnan() and other.isnan())
+    assert slopes.keys() == others.keys() and len(slopes) == len(list(model.parameters()))
+    assert all(torch.equal(one, others[name]) and not one.any() for name, one in slopes.items())
+
+
+def test_a_loss_that_counts_rows_without_a_label_is_not_skipped():
+    def entropy_too(logits, labels):
+        return cross_entropy(logits, labels) + 0.1 * logits.square().sum()
+
+    with pytest.raises(ValueError, match=r"skip_ignored must be False with this loss, which .* changes by \d"):
+        use_memory_efficient_loss(llama(), entropy_too, skip_ignored=True)
+    with pytest.raises(TypeError, match="skip_ignored must be True or False, got 'auto'"):
+        use_memory_efficient_loss(llama(), skip_ignored="auto")
 
 
 def test_another_loss_and_a_compiled_one():

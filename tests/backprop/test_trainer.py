@@ -100,8 +100,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_sft_trainer_loses_nothing(tmp_path, tokenizer, loss_type):
+@pytest.mark.parametrize(("loss_type", "skip_ignored"), [("nll", False), ("nll", True), ("dft", True)])
+def test_sft_trainer_loses_nothing(tmp_path, tokenizer, loss_type, skip_ignored):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -114,7 +114,7 @@ def test_sft_trainer_loses_nothing(tmp_path, tokenizer, loss_type):
         )
         theirs = vars(trainer.model)["forward"]
         if patched:
-            with use_memory_efficient_loss(trainer, chunk_size=5) as patch:
+            with use_memory_efficient_loss(trainer, chunk_size=5, skip_ignored=skip_ignored) as patch:
                 trainer.train()
             assert patch.calls == 6 and vars(trainer.model)["forward"] is theirs
         else:

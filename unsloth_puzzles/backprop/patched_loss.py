@@ -40,8 +40,8 @@ class _Active:
 class PatchedLoss:
     """The handle of `use_memory_efficient_loss`. Undone by `undo()` or at the end of a `with` block, once."""
 
-    def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, options):
-        self.calls, self.autocast, self._active = 0, autocast, _Active()
+    def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, skip_ignored, options):
+        self.calls, self.autocast, self._active, self._skip_ignored = 0, autocast, _Active(), skip_ignored
         self._settings = settings(causal_lm)
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
@@ -114,31 +114,37 @@ class PatchedLoss:
         inputs.setdefault("use_cache", False)
         head = causal_lm.get_output_embeddings()
         refuse_sharded_head(head)
+        # Asked before the backbone: the host waits here for what the device has still to do.
+        rows = (shift_labels != IGNORED).flatten().nonzero().squeeze(-1) if self._skip_ignored else None
         found = causal_lm.base_model(**inputs)
         device = next(head.parameters()).device  # with a `device_map` the backbone may end elsewhere
         normalizer = "labels" if num_items_in_batch is None else num_items_in_batch
         if isinstance(normalizer, torch.Tensor):
             normalizer = normalizer.to(device).reshape(())
-        call = functools.partial(
-            memory_efficient_linear,
-            found.last_hidden_state.to(device),
-            head,
-            shift_labels.to(device),
-            ignore_index=IGNORED,
-            **self._options,
-        )
+        hidden_states, targets = found.last_hidden_state.to(device), shift_labels.to(device)
+        options = {"ignore_index": IGNORED, **self._options}
+        of_all = functools.partial(memory_efficient_linear, hidden_states, head, targets, **options)
+        if rows is None or targets.shape != hidden_states.shape[:-1]:  # which the op refuses
+            rows, of_labelled = None, of_all
+        else:
+            rows = rows.to(device)
+            chosen = hidden_states.flatten(0, -2).index_select(0, rows), targets.flatten().index_select(0, rows)
+            of_labelled = functools.partial(memory_efficient_linear, chosen[0], head, chosen[1], **options)
         self.calls += 1
         if fused_lm_head:
-            return per_token_output(*call(self._rows, reduction="none"), shift_labels != IGNORED, normalizer)
+            found = of_labelled(self._rows, reduction="none")
+            if rows is not None:
+                found = (_spread(values, rows, targets.shape) for values in found)
+            return per_token_output(*found, shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
-            loss=_sum(call, self._loss, normalizer),
+            loss=_sum(of_labelled, self._loss, normalizer),
             **{CACHE: found.get(CACHE)},
             hidden_states=found.get("hidden_states"),
             attentions=found.get("attentions"),
         )
         if self._predictions and not causal_lm.training:
             with torch.no_grad():
-                output.predicted_ids, output.token_log_probs = call(self._rows, reduction="none")
+                output.predicted_ids, output.token_log_probs = of_all(self._rows, reduction="none")
         return output.to_tuple() if return_dict is False else output
 
 
@@ -172,6 +178,11 @@ def _sum(call: Callable, loss: Callable, normalizer: object) -> torch.Tensor:
         if not str(refusal).startswith("forward_function must "):
             raise
         raise type(refusal)(str(refusal).replace("forward_function", "loss", 1)) from None
+
+
+def _spread(values: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`values` [len(rows)] at their `rows` of a tensor of `shape`, 0 elsewhere."""
+    return values.new_zeros(shape.numel()).index_copy(0, rows, values).reshape(shape)
 
 
 def _with_usual_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_parallel
-from unsloth_puzzles.backprop.losses import cross_entropy
+from unsloth_puzzles.backprop.losses import IGNORED, cross_entropy
 from unsloth_puzzles.backprop.patched_loss import PatchedLoss
 from unsloth_puzzles.backprop.probe import logit_transform, own_autocast
 from unsloth_puzzles.backprop.trainer_checks import check_trainer
@@ -33,6 +33,7 @@ def use_memory_efficient_loss(
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype | None = None,
     compile: bool = False,
+    skip_ignored: bool = False,
 ) -> PatchedLoss:
     """Let `model(..., labels=labels)` compute its loss by `memory_efficient_linear`, in training and in evaluation.
 
@@ -55,13 +56,17 @@ def use_memory_efficient_loss(
         chunk_size: See `memory_efficient_linear`, as for the next two.
         accumulate_dtype: In which the weight's gradient is summed.
         compile: Let Inductor fuse the loss and its gradient.
+        skip_ignored: Project only the rows that have a label, and of which `loss` must be a sum: where the prompts of
+            conversations have no labels, the head then has a fraction of the work. Each call asks the device once how
+            many rows there are, before the backbone runs, and the host waits for the answer.
 
     Returns:
         A handle: `.calls`, the losses computed so far, `.undo()`; as a context manager it undoes at the end.
 
     Raises:
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
-        ValueError: What its loss is made of is not known here: an encoder-decoder, another `loss_function`, a router's
+        ValueError: Rows are to be skipped, and `loss` is not 0 for rows without a label; what the model's loss is made
+            of is not known here: an encoder-decoder, another `loss_function`, a router's
             auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by two
             forwards of the model's own, of padded rows: see `probe.logit_transform`); a trainer that needs the logits
             (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and
@@ -73,5 +78,25 @@ def use_memory_efficient_loss(
     per_token = trainer is not None and check_trainer(trainer, loss, predictions)
     causal_lm = find_causal_lm(model, per_token)
     between = logit_transform(causal_lm)
+    if not isinstance(skip_ignored, bool):
+        raise TypeError(f"skip_ignored must be True or False, got {skip_ignored!r}")
+    if skip_ignored:
+        _check_ignored(loss, causal_lm)
     options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
-    return PatchedLoss(causal_lm, loss, between, own_autocast(causal_lm), predictions, per_token, options)
+    autocast = own_autocast(causal_lm)
+    return PatchedLoss(causal_lm, loss, between, autocast, predictions, per_token, skip_ignored, options)
+
+
+def _check_ignored(loss: Callable, causal_lm: PreTrainedModel) -> None:
+    """Refuse to skip rows without a label if `loss` counts them, by a row of any logits that has none."""
+    head = causal_lm.get_output_embeddings()
+    device = next(head.parameters()).device
+    vocab_size = causal_lm.config.get_text_config().vocab_size
+    logits = torch.linspace(-1, 1, vocab_size, device=device)[None].requires_grad_()
+    with torch.enable_grad():
+        value = loss(logits, torch.full((1,), IGNORED, device=device))
+        (slope,) = torch.autograd.grad(value, logits, allow_unused=True) if value.requires_grad else (None,)
+    if value.item() or (slope is not None and slope.any()):
+        raise ValueError(
+            f"skip_ignored must be False with this loss, which a row without a label changes by {value.item():.3g}"
+        )
