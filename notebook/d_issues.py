@@ -579,6 +579,7 @@ judge(issues, "classification, losses", found.checks)
 # hardware and date. The score does not use them.
 
 # %%
+# QLoRA on docstrings
 import time
 
 from IPython.display import Image
@@ -825,6 +826,7 @@ trained = None  # not yet
 # intervals (Wilson, 95 %) account for the random choice of questions, not for the choice of wordings.
 
 # %%
+# QLoRA on conversations with tools
 import time
 
 from benchmarks import smollm2

@@ -48,7 +48,7 @@ def ask(
         projector_path: that of the vision tower, or None.
         requests: each has "prompt" (raw text) or "text" (a user's message, put into the file's chat template), and
             perhaps "image" (of PIL) with a text. "likely" with a prompt is the number of tokens that `Answer.likely`
-            lists; such prompts reuse what the engine has computed of a common beginning.
+            lists; such prompts reuse what the engine has computed of a common beginning, and get one token.
         tokens: how many to generate.
         context: how many the engine makes room for.
         timeout: seconds.
@@ -81,7 +81,7 @@ def _body(request: dict, tokens: int, stop: bool) -> dict:
     """A request of OpenAI's protocol."""
     common = {"max_tokens": tokens, "temperature": 0, "ignore_eos": not stop, "n_probs": 1, "cache_prompt": False}
     if likely := request.get("likely"):
-        common |= {"n_probs": likely, "cache_prompt": True}
+        common |= {"n_probs": likely, "cache_prompt": True, "max_tokens": 1, "ignore_eos": True}
     if "prompt" in request:
         return {**common, "prompt": request["prompt"], "logprobs": common["n_probs"]}
     content = [{"type": "text", "text": request["text"]}]

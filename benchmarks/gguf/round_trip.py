@@ -78,12 +78,13 @@ def round_trip(
     asked, probe, end = {"text": QUESTION}, {"text": PROBE}, tokenizer.eos_token_id
     losses = fit(model, tokenizer, steps)
     expected, places = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer)
+    requests = [asked, probe, *({"prompt": one.prompt, "likely": LIKELY} for one in places)]
     found, answers = {"losses": losses}, {}
     for quantization in quantizations:
         path, said = _export(model, tokenizer, folder, quantization)
-        answers[quantization], other = ask(path, None, [asked, probe], tokens=tokens, stop=True)
+        answers[quantization], other, *nexts = ask(path, None, requests, tokens=tokens, stop=True)
         found[quantization] = Exported(
-            path.stat().st_size, *_compared(other, expected, end), _mean_error(path, places),
+            path.stat().st_size, *_compared(other, expected, end), _mean_error(nexts, places),
             answers[quantization].text, answers[quantization].tokens[-1] == end, said,
         )  # fmt: skip
     with model.disable_adapter():
@@ -117,13 +118,12 @@ def next_tokens(model: torch.nn.Module, tokenizer) -> list[Next]:
     return found
 
 
-def _mean_error(path: Path, places: list[Next]) -> float:
-    """The engine's mean difference from the log-probabilities of `places`.
+def _mean_error(answers: list[Answer], places: list[Next]) -> float:
+    """The mean difference of the engine's answers from the log-probabilities of `places`.
 
     Raises:
         RuntimeError: The engine splits a prompt into other tokens, or finds an expected token unlikely.
     """
-    answers = ask(path, None, [{"prompt": one.prompt, "likely": LIKELY} for one in places], tokens=1)
     for one, theirs in zip(places, answers, strict=True):
         if theirs.prompt_tokens != one.length or one.token not in theirs.likely:
             raise RuntimeError(f"the engine must read {one.prompt!r} as {one.length} tokens and list token {one.token}")

@@ -12,21 +12,15 @@ from benchmarks.gguf.round_trip import PLACES, Next, next_tokens
 PLACE = [Next("one", 1, 5, -1.0), Next("one two", 2, 7, -2.0)]
 
 
-def _answers(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> None:
-    monkeypatch.setattr(round_trip, "ask", lambda path, projector, requests, tokens: list(answers))
-
-
-def test_the_mean_is_over_the_tokens_that_transformers_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_is_over_the_tokens_that_transformers_expects() -> None:
     first, second = Answer(1, [4], [-0.5], "", {4: -0.5, 5: -1.25}), Answer(2, [7], [-1.5], "", {7: -1.5})
-    _answers(monkeypatch, first, second)
-    assert round_trip._mean_error(Path("file"), PLACE) == (0.25 + 0.5) / 2
+    assert round_trip._mean_error([first, second], PLACE) == (0.25 + 0.5) / 2
 
 
 @pytest.mark.parametrize("wrong", [Answer(3, [7], [-1.5], "", {7: -1.5}), Answer(2, [6], [-1.5], "", {6: -1.5})])
-def test_other_tokens_and_unlikely_tokens_are_errors(monkeypatch: pytest.MonkeyPatch, wrong: Answer) -> None:
-    _answers(monkeypatch, Answer(1, [5], [-1.0], "", {5: -1.0}), wrong)
+def test_other_tokens_and_unlikely_tokens_are_errors(wrong: Answer) -> None:
     with pytest.raises(RuntimeError, match="the engine must read 'one two' as 2 tokens and list token 7"):
-        round_trip._mean_error(Path("file"), PLACE)
+        round_trip._mean_error([Answer(1, [5], [-1.0], "", {5: -1.0}), wrong], PLACE)
 
 
 OURS = Answer(2, [4, 5, 0, 8], [-1.0, -2.0, -3.0, -4.0], "")  # transformers goes on behind the end, token 0
@@ -52,20 +46,21 @@ def test_answers_without_an_end_are_compared_as_a_whole() -> None:
 
 def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypatch, tmp_path: Path) -> None:
     model, tokenizer = tiny("llama")
-    end, asked = tokenizer.eos_token_id, []
+    end, asked, judged = tokenizer.eos_token_id, [], []
 
     def ask(path, projector, requests, tokens, stop=False):
-        asked.append(stop)
+        asked.append((len(requests), stop))
         return [Answer(2, [5, end] if path.stem == "model-f32" else [5, 6], [-1.0, -1.0], "text") for _ in requests]
 
     monkeypatch.setattr(round_trip, "ask", ask)
     monkeypatch.setattr(round_trip, "fit", lambda model, tokenizer, steps: [1.0])
-    monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer: [])
-    monkeypatch.setattr(round_trip, "_mean_error", lambda path, places: 0.25)
+    monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer: PLACE)
+    monkeypatch.setattr(round_trip, "_mean_error", lambda answers, places: judged.append(len(answers)) or 0.25)
     found = round_trip.round_trip(
         round_trip.add_adapters(model), tokenizer, tmp_path, steps=1, quantizations=("f32", "q4_k_m"), tokens=2
     )
-    assert asked == [True] * 3 and found["base"] == "text"
+    assert asked == [(2 + len(PLACE), True)] * 2 + [(1, True)] and judged == [len(PLACE)] * 2
+    assert found["base"] == "text"
     assert found["f32"].ended and not found["q4_k_m"].ended and found["f32"].mean_error == 0.25
     assert found["f32"].warnings == ()
     assert "export_gguf: tensors that q4_k_m does not fit" in found["q4_k_m"].warnings[0]
