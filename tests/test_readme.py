@@ -171,9 +171,9 @@ def test_rehearsal_of_a_claim_says_so(tmp_path: Path) -> None:
 def test_minutes_are_predicted_for_a_t4_and_measured_for_the_gpu_of_the_run(tmp_path: Path) -> None:
     digest = STAMP["digest"]
     section = {"predicted_t4_seconds": 300, "digest": digest}
-    _rehearse(tmp_path, A=section, C=section)
+    _rehearse(tmp_path, A=section, C={**section, "predicted_t4_seconds_at_least": 200})
     t4, cpu, large = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2:]
-    assert t4 == "| a T4 | 10 (predicted) | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C |"
+    assert t4 == "| a T4 | 8 to 10 (predicted) | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C |"
     assert cpu == "| a CPU | not measured | - |"
     assert large == "| a large GPU | 6 | the published run on NVIDIA Test, 2026-11-22; sections A, E |"
 

@@ -22,6 +22,7 @@ from tools.measured_tables import amount, file_tables, gpu_tests, machine, point
 from tools.readme_claims import NOT_MEASURED, claims_table, minutes_table
 from tools.readme_contents import FIGURES, PLACES, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
+from tools.t4.report import predicted, total_prediction
 from unsloth_puzzles.bench import scorecard
 from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.markdown import table
@@ -185,7 +186,7 @@ def rehearsal(path: Path, release_digest: str) -> str:
         {
             "section": name,
             "wall time here": f"{section['wall_seconds']:.0f} s",
-            "predicted for a T4, aim": _beside_aim(section.get("predicted_t4_seconds"), kept["budget_seconds"][name]),
+            "predicted for a T4, aim": _beside_aim(section, kept["budget_seconds"][name]),
             "points": f"{section['points']} of {section['possible']}",
             "Triton kernels seen, failed, too large": (
                 f"{section['kernels_seen']}, {section['kernels_failed']}, {section['kernels_over_shared_memory']}"
@@ -196,13 +197,13 @@ def rehearsal(path: Path, release_digest: str) -> str:
         for name, section in sections.items()
     ]
     others = [name for name, section in sections.items() if section.get("digest") != release_digest]
-    predicted = sum(section.get("predicted_t4_seconds") or 0 for section in sections.values())
+    together = predicted(total_prediction(sections.values()))
     against = [section.get("against_colab", {}) for section in sections.values()]
     differ = sorted({name for versions in against for name, one in versions.items() if not one["same"]})
     curves = sections.get("E", {}).get("figures", {})
     said = [
         f"A T4 was rehearsed on an {kept['hardware']['name']}, {kept['date']}: predictions, no measurements of a T4.",
-        f"Together {predicted:.0f} s, without installation and downloads.",
+        f"Together {together or 'not known'}, without installation and downloads.",
         f"Not run with the code of the committed notebook: {', '.join(others) or 'none'}.",
         f"Packages in other versions than Colab's: {', '.join(differ) or 'none'}.",
     ]
@@ -222,10 +223,10 @@ def _curve(name: str, value: float) -> dict[str, str]:
     }
 
 
-def _beside_aim(predicted: float | None, aim: float) -> str:
-    if predicted is None:
+def _beside_aim(section: dict, aim: float) -> str:
+    if not (shown := predicted(section)):
         return "not known"
-    return f"{predicted:.0f} s, {aim} s" + (" (not reached)" if predicted > aim else "")
+    return f"{shown}, {aim} s" + (" (not reached)" if section["predicted_t4_seconds"] > aim else "")
 
 
 def _figures(stem: str, resources: Path) -> list[Path]:

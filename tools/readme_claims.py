@@ -11,6 +11,7 @@ from nbformat import NotebookNode
 from tools.measured_tables import amount, machine, shown_unit
 from tools.outputs import run_seconds
 from tools.readme_contents import SHORT
+from tools.t4.report import total_prediction
 from unsloth_puzzles.bench.markdown import table
 
 NOT_MEASURED = "not measured"
@@ -165,12 +166,14 @@ def minutes_table(measurements: Path, released: NotebookNode, stamp: dict) -> st
 def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}}
     sections = kept["sections"]
-    seconds = [section.get("predicted_t4_seconds") for section in sections.values()]
-    if not seconds or None in seconds:
+    total = total_prediction(sections.values())
+    if not total:
         return NOT_MEASURED, "-"
+    least, most = (_minutes(total[f"predicted_t4_seconds{end}"]) for end in ("_at_least", ""))
+    minutes = most if least == most else f"{least} to {most}"
     where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}"
     same = all(section.get("digest") == digest for section in sections.values())
-    return _of_this_code(same, f"{_minutes(sum(seconds))} (predicted)", where)
+    return _of_this_code(same, f"{minutes} (predicted)", where)
 
 
 def _on_a_cpu(path: Path, digest: str) -> tuple[str, str]:

@@ -54,8 +54,18 @@ def test_prediction_scales_each_class_beyond_the_latency():
     scale = scales(2.7e12, {"float16": 750e12, "float32": 60e12})
     assert scale == {COPIES: 2, PRODUCTS16: 30, PRODUCTS32: 10, DOTS16: pytest.approx(100 / 6), BYTES: 10}
     windows = [
-        {"window": "x = 1\ny", "kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]}, "hook_seconds": 1.0},
-        {"window": "z", "kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]}, "hook_seconds": 0.5},
+        {
+            "window": "x = 1\ny",
+            "kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]},
+            "hook_seconds": 1.0,
+            "wall_seconds": 2.0,
+        },
+        {
+            "window": "z",
+            "kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]},
+            "hook_seconds": 0.5,
+            "wall_seconds": 3.0,
+        },
     ]
     for window, notebook in zip(windows, (True, False), strict=True):
         window["notebook"] = notebook
@@ -66,6 +76,8 @@ def test_prediction_scales_each_class_beyond_the_latency():
     assert found["tracing_seconds"] == pytest.approx(1.0)
     assert found["host_seconds_here"] == pytest.approx(host) and found["launches"] == 13
     assert found["predicted_t4_seconds"] == pytest.approx(2 * host + sum(there))
+    hidden = (10 * LATENCY_US + 30 * 1000) / 1e6  # the notebook's kernels, beside 1 s of its host
+    assert found["predicted_t4_seconds_at_least"] == pytest.approx(2 * host + sum(there) - hidden)
     assert found["gpu_seconds_t4_of_windows"] == pytest.approx({"x = 1": 0.0, "z": 0.0}, abs=0.04)
 
 
@@ -93,9 +105,20 @@ def test_tracing_is_the_profilers_share_of_a_launch(traced, expected, monkeypatc
 
 def test_prediction_counts_no_host_time_when_the_gpu_was_busy():
     window = {"window": "fill it", "notebook": True, "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
+    window["wall_seconds"] = 5.0
     found = predict([window], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
     assert found["host_seconds_here"] == 0 and found["gpu_seconds_t4_of_windows"] == {"fill it": 90.0}
     assert found["predicted_t4_seconds"] == pytest.approx(90, rel=1e-4)
+    assert found["predicted_t4_seconds_at_least"] == found["predicted_t4_seconds"]
+
+
+def test_prediction_lets_the_host_hide_behind_the_gpu_within_a_cell_only():
+    wall = {"hook_seconds": 0.0, "wall_seconds": 4.0}
+    busy = {"window": "busy", "notebook": True, "kernels": {"fill": [0, 1e6]}, **wall}  # host 3 s, GPU 1 s
+    other = {"window": "-m child", "notebook": False, "kernels": {"fill": [0, 1e6]}, **wall}
+    found = predict([busy, other], 10.0, {}, dict.fromkeys((BYTES,), 20.0))
+    assert found["predicted_t4_seconds"] == 2 * 8 + 2 * 20
+    assert found["predicted_t4_seconds_at_least"] == 2 * 8 + 2 * 20 - 2 * 3  # the host of the cell
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 A kernel's time beyond a fixed two microseconds, its own latency, is scaled by the ratio of rates: of matrix products in
 16 bits what the GPU here does over 25 TFLOP/s; in float32, which Triton's products in 16 bits become there, over 6
 TFLOP/s; of everything else the copy bandwidth here over 270 GB/s. The host takes twice as long.
+
+A host that launches kernels need not wait for them, so the prediction has two ends. In the longer time host and GPU
+take turns. In the shorter one they work at once within each cell of the notebook.
 """
 
 from collections import defaultdict
@@ -63,29 +66,38 @@ def predict(
 
     Args:
         windows: {"window": its name, "notebook": whether the notebook's process made it, "kernels": {name: [count,
-            microseconds]}, "hook_seconds"} of each window of the profiler: a cell of the notebook, or a whole process.
+            microseconds]}, "hook_seconds", "wall_seconds" without them} of each window of the profiler: a cell of the
+            notebook, or a whole process.
         wall_seconds: Of the section here.
         dots: As `kind` takes it.
         scale: What `scales` returned.
         tracing: Seconds that the profiler adds to a launch. They are subtracted for the notebook's own launches only,
             since other processes may run side by side.
     """
-    here, there, launches, traced, hook = defaultdict(float), defaultdict(float), 0, 0, 0.0
+    here, there, launches, traced, hook, at_once = defaultdict(float), defaultdict(float), 0, 0, 0.0, 0.0
     of_windows = defaultdict(float)
     for window in windows:
         hook += window["hook_seconds"]
+        own = sum(microseconds for _, microseconds in window["kernels"].values()) / 1e6
+        scaled = 0.0
         for name, (count, microseconds) in window["kernels"].items():
             what = kind(name, dots)
             latency = min(microseconds, count * LATENCY_US)
             here[what] += microseconds / 1e6
             seconds = (latency + (microseconds - latency) * scale[what]) / 1e6
             there[what] += seconds
-            of_windows[window["window"].strip().partition("\n")[0]] += seconds
-            launches += count
-            traced += count if window["notebook"] else 0
+            scaled += seconds
+        of_windows[window["window"].strip().partition("\n")[0]] += scaled
+        count = sum(count for count, _ in window["kernels"].values())
+        launches += count
+        if window["notebook"]:
+            traced += count
+            at_once += min(HOST * max(0.0, window["wall_seconds"] - own - count * tracing), scaled)
     host = max(0.0, wall_seconds - sum(here.values()) - hook - traced * tracing)
+    longest = HOST * host + sum(there.values())
     return {
-        "predicted_t4_seconds": HOST * host + sum(there.values()),
+        "predicted_t4_seconds": longest,
+        "predicted_t4_seconds_at_least": max(longest - at_once, HOST * host, sum(there.values())),
         "host_seconds_here": host,
         "hook_seconds": hook,
         "tracing_seconds": traced * tracing,

@@ -1,6 +1,7 @@
 """What a rehearsal came to: what counts as an error, a few lines a section, and the summary that is kept."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from tools.t4 import limits
@@ -11,6 +12,7 @@ NOTES = (
     "A rehearsal is evidence, not proof: no T4 was there.",
     "Inductor writes its kernels for the GPU that is there, so kernels that build for sm_75 need not be those of a T4.",
     "Times on a T4 are predicted from this GPU's, by class of kernel; the host is taken to be half as fast.",
+    "The longer time lets host and GPU take turns, the shorter one lets them work at once within a cell.",
     "Triton's products in 16 bits are assumed to reach 100 TFLOP/s here, in the tiles made for a T4.",
     "Of A's kernels up to 32 were compiled to be read, not launched.",
     "Each section has the digest of the code that it ran with; sections may have been run at different commits.",
@@ -64,12 +66,29 @@ def errors(found: dict) -> list[str]:
     return lines
 
 
+def predicted(found: dict) -> str:
+    """The predicted seconds as text, from the shorter to the longer; empty if there are none."""
+    most = found.get("predicted_t4_seconds")
+    least = found.get("predicted_t4_seconds_at_least", most)
+    if most is None:
+        return ""
+    return f"{most:.0f} s" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f} s"
+
+
+def total_prediction(sections: Collection[dict]) -> dict[str, float]:
+    """The sums of both predicted times over sections; nothing if one of them has none."""
+    most = [found.get("predicted_t4_seconds") for found in sections]
+    if not most or None in most:
+        return {}
+    least = [found.get("predicted_t4_seconds_at_least", found["predicted_t4_seconds"]) for found in sections]
+    return {"predicted_t4_seconds": sum(most), "predicted_t4_seconds_at_least": sum(least)}
+
+
 def describe(section: str, found: dict) -> str:
     """A few lines about one section."""
-    predicted = found.get("predicted_t4_seconds")
     lines = [
         f"== {section}: {found['points']} of {found['possible']} points, {found['wall_seconds']:.0f} s here, "
-        f"predicted for a T4 {'nothing' if predicted is None else f'{predicted:.0f} s'} (budget {BUDGET[section]} s)",
+        f"predicted for a T4 {predicted(found) or 'nothing'} (budget {BUDGET[section]} s)",
         f"   kernels: {found['kernels_seen']} seen, {found['kernels_failed']} do not build for sm_75, "
         f"{found['kernels_over_shared_memory']} take over 64 KiB (largest {found['largest_shared_bytes']} bytes)",
         f"   GPU {found['gpu_peak_gib']:.1f} GiB, RAM {found['ram_peak_gb']:.1f} GB, silent for at most "

@@ -53,7 +53,7 @@ class Windows:
     """Windows of PyTorch's profiler, one open at most, each summed up by kernel and appended to a file at its end."""
 
     def __init__(self):
-        self.current, self.name, self.seconds, self.suspended = None, "", 0.0, 0
+        self.current, self.name, self.seconds, self.opened = None, "", 0.0, 0.0
         self.broken = False
 
     def open(self, name: str) -> None:
@@ -68,7 +68,8 @@ class Windows:
             self.current._start_trace()
         except Exception as error:
             self._fail(error)
-        self.name, self.seconds = name, time.perf_counter() - began
+        self.opened = time.perf_counter()
+        self.name, self.seconds = name, self.opened - began
 
     def close(self) -> None:
         if self.current is None:
@@ -85,6 +86,7 @@ class Windows:
         except Exception as error:
             return self._fail(error)
         line = {"window": self.name, "process": os.getpid(), "notebook": _is_notebook(), "kernels": kernels}
+        line["wall_seconds"] = began - self.opened
         line["hook_seconds"] = self.seconds + time.perf_counter() - began
         with open(os.path.join(RECORD, f"profile-{os.getpid()}.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
