@@ -89,8 +89,9 @@ for backend in ("auto", *BACKENDS):
 # range over the requests.
 
 # %%
+LENGTHS = (77,) if not GPU else (77, 1000) if OLD else (77, 256, 1000)
 lines = []
-for backend, one in check_backends(DEVICE, DTYPE, (77, 256, 1000) if GPU else (77,)).items():
+for backend, one in check_backends(DEVICE, DTYPE, LENGTHS).items():
     if one.missing:
         print(f"{'REFUSED' if one.checks else 'SKIPPED'}: {backend}: {one.missing}")
     if one.checks:
@@ -881,10 +882,10 @@ if model is not None:
 # #### The trained model in llama.cpp
 #
 # `export_gguf` writes the trained model in float16, and llama.cpp loads the file. It renders this chat template itself
-# and reads the calls with its own parser. The cell asks it eight of the held-out questions that need a call, spread
-# evenly. Its prompts must have as many tokens as ours. The `tool_calls` of its first turn must equal the calls of the
-# same model in transformers, in names, arguments and types. Questions whose first call failed there are left
-# out, because the engine's grammar makes it impossible to write a call that no schema allows.
+# and reads the calls with its own parser. The cell asks it eight of the held-out questions that need a call (on a T4
+# four), spread evenly. Its prompts must have as many tokens as ours. The `tool_calls` of its first turn must equal the
+# calls of the same model in transformers, in names, arguments and types. Questions whose first call failed there are
+# left out, because the engine's grammar makes it impossible to write a call that no schema allows.
 
 # %%
 if trained is None:
@@ -897,9 +898,10 @@ else:
 
     with tempfile.TemporaryDirectory() as folder:
         path, _ = export_gguf(trained, tokenizer, folder, "f16", progress=False)
-        turns = first_turns.first_turns(path, tokenizer, questions, conversations)
+        count = 4 if OLD else first_turns.COUNT
+        turns = first_turns.first_turns(path, tokenizer, questions, conversations, count)
     display(Markdown(first_turns.table(turns)))
-    judge(issues, "tool calling in llama.cpp", first_turns.checks(turns))
+    judge(issues, "tool calling in llama.cpp", first_turns.checks(turns, count))
 
 # %% [markdown]
 # **What the tool-calling part does not do.** The wordings are simple and hand-written. The results are for one model of
