@@ -97,28 +97,35 @@ def _exported(size: float, error: float, *warnings: str) -> Exported:
 
 def test_a_figure_has_a_point_a_type():
     found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.2), "q4_0": _exported(75, 0.7)}
-    (axes,) = types_figure(found, "Types").axes
+    figure = types_figure(found, "Types")
+    (axes,) = figure.axes
     assert {one.get_text(): one.xy for one in axes.texts} == {
         "f32": (500, 1e-5), "q8_0": (140, 0.2), "q4_0": (75, 0.7),
     }  # fmt: skip
     assert axes.lines[0].get_xydata().tolist() == [[500, 1e-5], [140, 0.2], [75, 0.7]]
     said = "The error is 0.2 nats with q8_0, at 28% of f32's size, and 0.7 nats with q4_0\nTypes"
-    assert axes.get_title() == said
+    assert figure.get_suptitle() == said
     plt.close("all")
 
 
 def test_labels_of_neighbours_stand_on_different_sides_and_name_other_blocks():
     found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.04), "q4_0": _exported(75, 0.7)}
     found["q4_k_m"] = _exported(100, 0.2, "240 tensors with rows of 576")
-    (axes,) = types_figure(found, "Types").axes
-    assert {one.get_text(): one.get_ha() for one in axes.texts} == {
-        "q4_0": "left", "q4_k_m (576 columns: mostly blocks of 32)": "right", "q8_0": "left", "f32": "right",
+    figure = types_figure(found, "Types")
+    (axes,) = figure.axes
+    assert {one.get_text(): one.get_va() for one in axes.texts} == {
+        "q4_0": "bottom", "q4_k_m (576 columns: mostly blocks of 32)": "top", "q8_0": "bottom", "f32": "top",
     }  # fmt: skip
+    figure.canvas.draw()
+    inside = axes.get_window_extent()
+    for one in axes.texts:
+        box = one.get_window_extent()
+        assert inside.x0 < box.x0 and box.x1 < inside.x1, one.get_text()
     plt.close("all")
 
 
 def test_the_title_has_the_smallest_type_of_those_at_hand():
     found = {"f32": _exported(500, 1e-5), "q8_0": _exported(140, 0.04), "q4_k_m": _exported(100, 0.2)}
-    (axes,) = types_figure(found, "Types").axes
-    assert axes.get_title() == "The error is 0.04 nats with q8_0, at 28% of f32's size, and 0.2 nats with q4_k_m\nTypes"
+    said = types_figure(found, "Types").get_suptitle()
+    assert said == "The error is 0.04 nats with q8_0, at 28% of f32's size, and 0.2 nats with q4_k_m\nTypes"
     plt.close("all")
