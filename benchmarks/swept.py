@@ -9,7 +9,7 @@ from unsloth_puzzles.bench.record import Measurements
 
 
 def swept_table(path: str | Path, metric: str, title: str, ours: str, digits: int) -> str:
-    """Markdown: a row a case, with our value and those of the baselines.
+    """Markdown: a row a case, with our value, its range where the sweep has one, and those of the baselines.
 
     Args:
         path: The file of the sweep.
@@ -26,7 +26,17 @@ def swept_table(path: str | Path, metric: str, title: str, ours: str, digits: in
         return f"SKIPPED: {path.name} is not here"
     sweeps = Measurements.load(path)
     found = sweeps.find(metric)
-    values = [{"case": one["case"], ours: one["value"], **one["baselines"]} for one in found]
-    rows = [{name: f"{v:.{digits}f}" if name != "case" else v for name, v in row.items()} for row in values]
+    rows = [
+        {"case": one["case"], ours: _with_range(one, digits)}
+        | {name: f"{value:.{digits}f}" for name, value in one["baselines"].items()}
+        for one in found
+    ]
     table = markdown.table(pandas.DataFrame(rows).fillna("-"))
     return f"{title}, {sweeps.hardware['name']}, {sweeps.date}:\n\n{table}"
+
+
+def _with_range(record: dict, digits: int) -> str:
+    shown = f"{record['value']:.{digits}f}"
+    if record["low"] is None:
+        return shown
+    return f"{shown} ({record['low']:.{digits}f} to {record['high']:.{digits}f})"

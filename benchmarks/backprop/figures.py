@@ -134,8 +134,8 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
         _plain_log(axes.xaxis, (1, 2, 5))
         _plain_log(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 7, 8))
     compared = {head: time_at_equal_memory(points) for head, points in by_head.items()}
-    said = (f"{_faster(ratio)} ({head})" for head, ratio in compared.items() if ratio is not None)
-    figure.suptitle(f"At equal memory (Liger's): {', '.join(said) or 'not compared'}\n{where}", fontsize=10)
+    said = (f"{head}, {_faster(ratio)}" for head, ratio in compared.items() if ratio is not None)
+    figure.suptitle(f"At equal memory (Liger's): {'; '.join(said) or 'not compared'}\n{where}", fontsize=10)
     return figure
 
 

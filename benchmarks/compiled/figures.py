@@ -55,7 +55,8 @@ def recovery(run: dict, other: dict) -> str:
     """
     spent, saved = sum(run["step_ms"][:2]) - sum(other["step_ms"][:2]), busy_ms(other) - busy_ms(run)
     after = f"it is recovered after {math.ceil(spent / saved)} steps" if saved > 0 else "it is not recovered"
-    return f"compiling costs {spent / 1e3:.0f} s once and saves {saved:.1f} ms of GPU time a step: {after}"
+    cost = f"the first two steps, which compile, take {spent / 1e3:.0f} s more than eager's"
+    return f"{cost}; a later step saves {saved:.1f} ms of GPU time: {after}"
 
 
 def products_table(products: list[dict], largest: int = 4) -> str:

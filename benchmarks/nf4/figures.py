@@ -67,7 +67,7 @@ def speedup(results: Measurements, where: str) -> plt.Figure:
     axes.axhline(1.15, color="black", linestyle="--", linewidth=1)
     axes.text(1.01, 1.15, "full marks:\n1.15x", transform=axes.get_yaxis_transform(), va="center")
     axes.set(ylabel="time of three launches / ours", ylim=(0, 1.2 * max(one["high"] for one in bars.values())))
-    said = f"Speed-up over the three launches: {min(heights):.2f}x to {max(heights):.2f}x"
+    said = f"Speed-up over an imitation of Unsloth's three launches: {min(heights):.2f}x to {max(heights):.2f}x"
     axes.set_title(f"{said}\nGPU time of one call, and the puzzle's harness; random weights, {where}", fontsize=11)
     return _saved(figure, "a_nf4_speedup")
 
@@ -146,7 +146,9 @@ def linear(sweeps: Measurements, where: str) -> plt.Figure:
     axes.minorticks_off()
     first = next((found["value"] for found in sweeps.find("linear_crossover_rows") if "block" in found["case"]), None)
     said = "bitsandbytes is never slower" if first is None else f"From {first:.0f} rows on ours is not slower"
-    axes.set_title(f"{said}: linear layers of a Llama 3.2 1B block\nno gradients, random weights, {where}", fontsize=11)
+    dtype = block[0]["case"].split(", ")[0].split()[-1]
+    conditions = f"{dtype}, no gradients, random weights, {where}"
+    axes.set_title(f"{said}: linear layers of a Llama 3.2 1B block\n{conditions}", fontsize=11)
     return _saved(figure, "a_nf4_linear")
 
 

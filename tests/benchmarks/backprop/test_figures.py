@@ -42,7 +42,7 @@ def test_time_at_equal_memory_lies_between_our_nearest_chunk_sizes(liger, ratio)
 def test_frontier_says_who_is_faster_at_equal_memory():
     by_head = {"head trained": points((2.0, 40.0)), "head frozen": points((4.0, 50.0))}
     title = frontier_figure(by_head, "GPU, date").get_suptitle()
-    assert "Liger is faster by 25% (head trained), ours is faster by 100% (head frozen)" in title
+    assert "head trained, Liger is faster by 25%; head frozen, ours is faster by 100%" in title
     assert "not compared" in frontier_figure({"head": points((0.1, 9.0))}, "GPU").get_suptitle()
 
 

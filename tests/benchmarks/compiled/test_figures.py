@@ -39,9 +39,11 @@ def test_gpu_time_leaves_copies_out_and_is_unknown_without_profile():
 def test_recovery_counts_gpu_time():
     eager, compiled = step_run("eager", 20.0, 4.0, 12.0), step_run("compiled", 10.0, 1.0, 8.0)
     compiled["step_ms"][:2] = [2000.0, 1000.0]
-    said = "compiling costs 2 s once and saves 4.0 ms of GPU time a step: it is recovered after 520 steps"
-    assert recovery(compiled, eager) == said
-    assert recovery(eager, compiled).endswith("saves -4.0 ms of GPU time a step: it is not recovered")
+    cost = "the first two steps, which compile, take 2 s more than eager's"
+    assert (
+        recovery(compiled, eager) == f"{cost}; a later step saves 4.0 ms of GPU time: it is recovered after 520 steps"
+    )
+    assert recovery(eager, compiled).endswith("saves -4.0 ms of GPU time: it is not recovered")
 
 
 def test_products_table_has_the_largest_gains_of_triton():

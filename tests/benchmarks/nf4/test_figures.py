@@ -42,7 +42,7 @@ def test_speedup_has_a_bar_for_each_matrix_and_the_harness(results):
     results.add("official_harness_speedup", "all", 2.0, "x", 1.9, 2.1)
     (axes,) = figures.speedup(results, WHERE).axes
     assert [bar.get_height() for bar in axes.patches] == [0.5, 2.0]
-    assert "0.50x to 2.00x" in axes.get_title()
+    assert "an imitation of Unsloth's three launches: 0.50x to 2.00x" in axes.get_title()
 
 
 def test_contraction_says_how_much_and_where(results):
@@ -70,9 +70,16 @@ def test_ablation_names_no_winner_that_is_not_exact(results, other, said):
 def test_linear_says_from_which_rows_on_ours_is_not_slower(results):
     for rows, us in ((1, 9.0), (4, 9.0), (64, 9.0)):
         results.add(
-            "linear_us", f"one block of a model, {rows} rows", us, "us", None, None, {"bitsandbytes": 5.0 * rows}
+            "linear_us",
+            f"one block of a model float16, {rows} rows",
+            us,
+            "us",
+            None,
+            None,
+            {"bitsandbytes": 5.0 * rows},
         )
-    results.add("linear_crossover_rows", "one block of a model", 4, "rows")
+    results.add("linear_crossover_rows", "one block of a model float16", 4, "rows")
     (axes,) = figures.linear(results, WHERE).axes
     assert axes.get_title().startswith("From 4 rows on ours is not slower")
+    assert axes.get_title().splitlines()[1].startswith("float16, no gradients")
     assert list(axes.lines[0].get_xdata()) == [1, 4, 64]
