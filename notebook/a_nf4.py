@@ -87,7 +87,7 @@ compiling = {
     for name in ("contraction_jobs", "t4_jobs")
 }
 counting = background.submit(count_launches) if GPU else None
-print("started:", ", ".join(compiling), *(["the count of launches"] if GPU else []))
+print("started:", ", ".join([*compiling, *(["the count of launches"] if GPU else [])]))
 
 # %% [markdown]
 # ### The bound, and a plain reference
@@ -247,7 +247,7 @@ if GPU:
     counted = counting.result()
     for name, found in counted.items():
         names = ", ".join(kernel.split("<")[0].removeprefix("void ") for kernel in found["kernels"])
-        print(f"{name}: {names}; {found['allocations']} allocations")
+        print(f"{name}: {names}; allocations: {found['allocations']}")
     ours, theirs = (len(found["kernels"]) for found in counted.values())
     results.add("kernel_launches", "one call", ours, "kernels", baselines={THREE_LAUNCHES: theirs})
     requests, requests_theirs = (found["allocations"] for found in counted.values())
@@ -344,7 +344,7 @@ print(f"({t4.LABEL})")
 # %% [markdown]
 # ### Timings: the harness of the puzzle, GPU time, host time
 #
-# **The harness** of the puzzle is an MLP of three `Linear4bit` layers. It checks every candidate at the DEFAULT
+# **The harness** of the puzzle is an MLP of three `Linear4bit` layers. It checks every candidate twice at the DEFAULT
 # tolerances of `torch.testing.assert_close`. Then it times 1000 rounds by the wall clock. A round de-quantises the
 # three matrices, with a synchronise after each. The cell repeats this measurement eleven times (five times on a T4) and
 # shows medians. Each ratio compares two consecutive measurements.
@@ -483,9 +483,9 @@ else:
 #
 # - No T4 has run the kernel, and Triton does not officially support sm_75. The times on a T4 above are predictions from
 #   bytes and instructions.
-# - The speed-up on a T4 is neither measured nor predicted. By bytes alone it is at most 1.10x. 1.15x in GPU time needs
-#   three kernels of bitsandbytes and PyTorch that reach at most 96 % of our bandwidth. In wall time fewer launches add
-#   to the speed-up.
+# - The speed-up on a T4 is neither measured nor predicted. By bytes alone it is at most 1.10x. 1.15x in GPU time
+#   requires that the three kernels reach at most 96 % of our bandwidth there (1.10 / 1.15). In wall time fewer launches
+#   add to the speed-up.
 # - The speed-up of the score is over an imitation of Unsloth's three launches. A newer Unsloth has a fused kernel of
 #   its own.
 # - The harness calls the same three weights repeatedly, so `cache.py` skips the validation after the first call.

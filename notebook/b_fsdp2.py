@@ -353,10 +353,11 @@ if parity:
     losses = {"one process": one["losses"]} | {f"two ranks, {name}": mine["losses"] for name, mine in parity.items()}
     gaps = {f"two ranks, {name}": gap for name, gap in apart.items()}
     TEXT = (
-        f"{PARITY['layers']} layers of {PARITY['shapes']}'s shapes, random weights, {RANKS} x {PARITY['length']} tokens"
+        f"{PARITY['layers']} layers of {PARITY['shapes']}'s shapes, random weights, {PARITY['dtype']}, "
+        f"{RANKS} x {PARITY['length']} tokens"
     )
     worst = max(max(gap) for gap in apart.values())
-    title = f"Two ranks and one process: losses differ by at most {worst:.1e}\n{TEXT}; {WHERE}, {results.date}"
+    title = f"Two ranks and one process: losses differ by at most {worst:.1e}\n{TEXT}\n{WHERE}, {results.date}"
     loss_figure(losses, gaps, features.LARGEST_DIFFERENCE, title).savefig("resources/b_fsdp2_loss.png", dpi=110)
     plt.show()
 
@@ -369,9 +370,10 @@ if parity:
 # The packed layers are not sharded here, so the comparison leaves communication out. The order of the three changes, so
 # clock drift affects all. The first step after an exchange of layers is not timed.
 #
-# The wall time includes the host. The GPU time is the sum of all kernels of a step under PyTorch's profiler. For both
-# kinds of our layers the check requires a median wall-time ratio above 1, and less GPU time in nine of ten rounds (on
-# one small GPU in all of five).
+# The wall time includes the host, which makes it scatter: in single rounds bitsandbytes can be the faster one. The GPU
+# time is the sum of all kernels of a step under PyTorch's profiler, and scatters little. For both kinds of our layers
+# the check requires a median wall-time ratio above 1, and less GPU time in nine of ten rounds (on one small GPU in all
+# of five).
 
 # %%
 timed = {}
@@ -426,8 +428,9 @@ if timed := timed.get("kernels"):
 # bitsandbytes' layers is check 4.
 #
 # **Speed and memory.** The run is not made for speed. Two GPUs share the two rows of a step, so each has 512 tokens. A
-# large GPU then waits for its host and for communication, and two can be slower than one. The next experiment gives
-# each GPU as many rows as the one GPU has. If only four layers run, they hold few 4-bit bytes beside the replicated
+# large GPU then waits for its host and for communication, and two can be slower than one. The two runs on one GPU go at
+# the same time, each on a GPU of its own, so in every run the host serves two processes. The next experiment gives each
+# GPU as many rows as the one GPU has. If only four layers run, they hold few 4-bit bytes beside the replicated
 # embedding and head, so sharding saves little memory. `RESULTS.md` has the measured memory of all 32 layers.
 
 # %%

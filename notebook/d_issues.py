@@ -249,7 +249,8 @@ for group, checks in groups.items():
 #
 # The figure counts the tower's FLOPs for a batch of eight rows, of which 0, 2, 4, 6 or 8 are text. The dotted line is
 # each image in a batch of its own. If `make sweeps` has measured step times, the cell shows them with hardware and
-# date. The score does not use them.
+# date. A range in parentheses goes from the 10th to the 90th percentile. With no text row both columns do the same
+# work, so their difference in that row is the scatter of the measurement. The score does not use these times.
 #
 # #### Under TRL's SFTTrainer
 #
@@ -884,8 +885,9 @@ if model is not None:
 # `export_gguf` writes the trained model in float16, and llama.cpp loads the file. It renders this chat template itself
 # and reads the calls with its own parser. The cell asks it eight of the held-out questions that need a call (on a T4
 # four), spread evenly. Its prompts must have as many tokens as ours. The `tool_calls` of its first turn must equal the
-# calls of the same model in transformers, in names, arguments and types. Questions whose first call failed there are
-# left out, because the engine's grammar makes it impossible to write a call that no schema allows.
+# calls of the same model in transformers, in names, arguments and types. The check compares the two engines. A call
+# that is wrong in both is equal, too, as the table may show. Questions whose first call failed in transformers are left
+# out, because the engine's grammar makes it impossible to write a call that no schema allows.
 
 # %%
 if trained is None:

@@ -47,11 +47,11 @@
 # **The bound.** With R rows, hidden size H and vocabulary V each product has 2 R H V FLOPs. At the puzzle's shape (R =
 # 4 x 4096, H = 4096, V = 128256, 16 bits):
 #
-# | | memory that must exist |
+# | | memory |
 # |---|---|
-# | gradients | dX 0.125 GiB; dW 0.98 GiB if the head is trained |
-# | a chunk of c rows | 2 c V bytes: 0.245 GiB for 1024 rows |
-# | all logits in PyTorch | 16-bit logits, float32 copy, log-softmax, 16-bit gradient: 12 bytes per logit, 23.5 GiB |
+# | gradients, which every method needs | dX 0.125 GiB; dW 0.98 GiB if the head is trained |
+# | a chunk of c rows, here | 2 c V bytes: 0.245 GiB for 1024 rows |
+# | all logits, in PyTorch | 16-bit logits, float32 copy, log-softmax, 16-bit gradient: 12 bytes per logit, 23.5 GiB |
 #
 # A small chunk saves memory and costs time: each chunk reads W twice, and reads and writes dW. The collapsed cell has
 # the imports, and prints the least time on this GPU: the FLOPs over the measured rate of its matrix products.
@@ -418,9 +418,14 @@ judge(results, "chunk sizes", checks)
 #   size, for a comparison at equal memory (left to GPUs from sm_80 on).
 # - **eager** and **torch.compile** are the plain loss on all logits.
 # - **Liger FLCE** (fused linear cross entropy) also works in chunks. **Apple CCE** (cut cross entropy) never writes
-#   logits to memory.
-# - **bare matrix products** are the products of the same chunks, a lower bound of the time.
+#   logits to memory. It skips blocks of the gradient that vanish, so its time depends on the data: labels and logits
+#   are drawn to be as peaked as a trained model's.
+# - **bare matrix products** are the products of the same chunks alone, an estimate of the least time. Where ours is
+#   close to it, the ranges overlap, and ours can have the smaller median.
 # - **float32 dW** means that dW is summed in float32.
+#
+# Ours and Liger's use different chunks by default, so their rows differ in memory, too. The row "ours, Liger's chunk
+# size" is the one to compare with Liger's.
 
 # %%
 ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
@@ -518,17 +523,17 @@ if not GPU:
 # #### The error of the gradients
 #
 # The error is relative to a reference in float64 (float32 on GPUs without float64 tensor cores) from the same 16-bit
-# inputs. Labels and logits are drawn to be as peaked as a trained model's. dW is a sum over chunks. In 16 bits each
-# addition rounds. `accumulate_dtype=torch.float32` adds the chunks in float32 and needs twice dW's memory. The limits
-# are eager mode's error plus 1 % for dX and for a dW in float32, and twice eager mode's error for a dW in 16 bits.
+# inputs. dW is a sum over chunks. In 16 bits each addition rounds. `accumulate_dtype=torch.float32` adds the chunks in
+# float32 and needs twice dW's memory. The limits are eager mode's error plus 1 % for dX and for a dW in float32, and
+# twice eager mode's error for a dW in 16 bits.
 #
 # #### The frontier
 #
 # A script (`make sweeps`) measures five chunk sizes and three vocabularies. It runs apart, because each size is
 # compiled anew. If its file is present, the figure and the table show it with the file's hardware and date. They are
 # not part of the score. Each blue point is one chunk size of ours. The file may be older than the code of this
-# notebook. The output above compares ours with Liger at Liger's chunk size in this run. Where the two disagree, the
-# output above holds.
+# notebook, so the figure's comparison with Liger can differ from the one above by a few per cent. The one above is of
+# this run and counts.
 
 
 # %%
@@ -903,7 +908,8 @@ if not GPU:
 #   full logits does the same for GRPO. The tables and figures above show their times, and Liger's at equal memory.
 # - **The exact dW by default.** Chunks are added in 16 bits, so the error of dW is larger than eager mode's (see the
 #   table of errors). `accumulate_dtype=torch.float32` makes it smaller than eager mode's and needs twice dW's memory.
-# - **Small vocabularies.** Logits of a small vocabulary need no chunks (see the table of the sweep).
+# - **Small vocabularies.** Their logits are small. `torch.compile` of the plain loss then takes less time and little
+#   more memory (see the first row of the sweep's table).
 # - **A loss that mixes rows**, such as a contrastive loss over the batch, is not a sum over rows. The first call
 #   compares a chunk with its halves and refuses such a loss.
 # - **Double backward and `torch.func`** raise an error, because the forward computes the gradients once.

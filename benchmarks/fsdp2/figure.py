@@ -61,7 +61,7 @@ def loss_figure(
         losses: Of each run; the first is the one that the others are compared with.
         differences: Of other runs' losses from that one's, at most two.
         limit: What is allowed of a difference.
-        title: Two lines: the message; what runs, and where.
+        title: The message, what runs, and where, in lines.
 
     Returns:
         The figure, of matplotlib's pyplot.
