@@ -89,7 +89,7 @@ CLAIMS = (
         "e_backprop.json",
         ("extra_peak_gib", "forward_backward_ms"),
         "head trained",
-        ("eager", "torch.compile", "Liger FLCE"),
+        ("eager", "torch.compile", "Liger FLCE", "Apple CCE"),
         "random",
     ),
     Claim(
@@ -97,7 +97,7 @@ CLAIMS = (
         "e_backprop.json",
         ("grpo_peak_gib", "grpo_ms"),
         "head only",
-        ("full logits", "TRL"),
+        ("full logits", "full logits, TRL's kernel", "TRL", "Liger"),
         "random",
     ),
 )
