@@ -21,4 +21,4 @@ class Progress(TrainerCallback):
         if "loss" in (logs or {}) and time.monotonic() - self._spoken > SILENCE:
             self._spoken = time.monotonic()
             step = f"step {state.global_step} of {state.max_steps}"
-            print(f"... {self._name}: {step}, {float(logs['loss']):.3f}", flush=True)
+            print(f"... {self._name}: {step}, loss {float(logs['loss']):.3f}", flush=True)

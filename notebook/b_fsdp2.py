@@ -160,8 +160,9 @@ print(
 # Two ranks shard and gather 65,536 random bytes, which contain NaN patterns. The table counts the bytes that arrive
 # changed. The first row is the baseline, plain float16 storage. bitsandbytes documents storage as 16-bit floats for
 # FSDP (`bnb_4bit_quant_storage`). Its issue
-# [#1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945) reports this fault for bfloat16. The copy
-# operator causes it. On a GPU the cell also runs this operator alone.
+# [#1945](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945) reports this fault for bfloat16. A copy
+# operator of PyTorch causes it ([#159333](https://github.com/pytorch/pytorch/issues/159333)). On a GPU the cell also
+# runs this operator alone.
 
 # %%
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.uint8) if GPU else ():

@@ -13,6 +13,6 @@ def test_a_line_every_so_often(monkeypatch, capsys):
         callback.on_log(None, types.SimpleNamespace(global_step=step, max_steps=200), None, logs={"loss": 1 / step})
     callback.on_log(None, None, None, logs={"train_runtime": 3.0})
     assert capsys.readouterr().out.splitlines() == [
-        "... training: step 20 of 200, 0.050",
-        "... training: step 40 of 200, 0.025",
+        "... training: step 20 of 200, loss 0.050",
+        "... training: step 40 of 200, loss 0.025",
     ]
