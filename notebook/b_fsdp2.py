@@ -315,8 +315,8 @@ if GPU and not TWO_GPUS:
 #
 # A plain loop trains two decoder layers for 60 steps over six batches of random tokens in float32. One process takes
 # both rows of a batch. Each of two ranks takes one row. The one process is not compiled and uses bitsandbytes' own
-# layers instead of section A's kernel. Near a loss of 10, neighbouring float32 numbers are 1e-6 apart. The limit of a
-# difference is 1e-5.
+# layers instead of section A's kernel. Near a loss of 10, neighbouring float32 numbers are 1e-6 apart. The limits are
+# those of check 2: 1e-5 for a loss, and 1e-4, relative, for a gradient norm.
 #
 # The loop counts the launches of section A's kernel in one profiled step of the two ranks. Forward, recomputation and
 # backward each de-quantise every weight once. The table divides the launches by weights and passes, so 1 is expected.
@@ -334,7 +334,9 @@ for name, mine in parity.items():
     lines.append((name, f"{max(apart[name]):.1e}", f"{max(norms):.1e}", f"{launches:g}", compilations, breaks))
     checks = {
         "losses within 1e-5": max(apart[name]) <= features.LARGEST_DIFFERENCE,
-        "gradient norms within 1e-3, none 0": max(norms) <= 1e-3 and min(mine["norms"]) > 0,
+        "gradient norms within 1e-4, none 0": (
+            max(norms) <= features.LARGEST_NORM_DIFFERENCE and min(mine["norms"]) > 0
+        ),
         "the one process has bitsandbytes' own layers": one["plain_layers"] == one["weights"],
         "the loss falls": mine["losses"][-1] < mine["losses"][0],
         "one launch of A's kernel per weight and pass": launches == 1,

@@ -456,7 +456,8 @@ else:
 # ### Sixty steps in 16 bits
 #
 # A script (`make sweeps`) trains for 60 steps of 60 lengths and saves the results. If its file is present, the figure
-# below is drawn from it, with the hardware and the date of the file. It is not part of the score.
+# below is drawn from it, with the hardware and the date of the file. The file may be older than the code of this
+# notebook. It is not part of the score.
 #
 # The three uncompiled runs differ in SDPA's kernel only. The compiled run uses `attention="flash"`, because cuDNN's
 # attention makes a plan for each new length. A second compiled run has `eager_rounding=False` and rounds once where
