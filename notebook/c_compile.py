@@ -413,10 +413,10 @@ elif not GPU and len(runs) == 2:
 # %% [markdown]
 # ### Max-autotune
 #
-# `max_autotune=True` benchmarks every product in the layers at the lengths of the first batch: Triton kernels with
-# several tile sizes against NVIDIA's library cuBLAS, which keeps each product on which Triton is not faster. Triton
-# competes on GPUs with few multiprocessors, too, where Inductor excludes it by default. Below sm_80 Triton has no
-# tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a step. The
+# `max_autotune=True` benchmarks every product in the layers at the lengths of the first batch. Triton kernels with
+# several tile sizes compete with NVIDIA's library cuBLAS. cuBLAS keeps each product on which Triton is not faster. By
+# default Inductor excludes Triton on GPUs with few multiprocessors. Here it competes there, too. Below sm_80 Triton has
+# no tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a step. The
 # table shows the four largest gains of Triton.
 #
 # The last lines compare this run with the default compilation (not on a T4). A product that is faster alone need not

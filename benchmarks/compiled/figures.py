@@ -96,7 +96,7 @@ def memory_figure(runs: Mapping[str, dict], where: str):
         left = x > 0.6 * most  # then the label stands on the left
         place = {"textcoords": "offset points", "ha": "right" if left else "left"}
         place["va"] = "bottom" if run["checkpointing"] else "top"
-        text = f"{name}\n{x:.1f} GiB, {y:.0f} ms"
+        text = f"{name}\n{x:.3g} GiB, {y:.0f} ms"
         axes.annotate(text, (x, y), (-9 if left else 9, 0), fontsize=9, color=color, **place)
     axes.set(xlabel="peak memory of a step, GiB", ylabel="time of a step, ms\n(hollow: GPU busy)")
     axes.set_xlim(0, 1.05 * most)

@@ -62,6 +62,7 @@ def test_memory_figure_says_the_ratios(closed):
         "Compiled, a: 25% of the memory, 50% of the step time, 80% of the GPU time of eager"
     )
     assert axes.get_title().endswith("GPU, date")
+    assert [text.get_text() for text in axes.texts] == ["eager, a\n4 GiB, 20 ms", "compiled, a\n1 GiB, 10 ms"]
 
 
 def test_parity_figure_says_the_differences(closed):
