@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
 from tools.address import NOTEBOOK
 from tools.build_notebook import build, text
@@ -30,6 +31,7 @@ SABOTAGED = {  # what measures, by module: each of these raises an error
 }
 
 
+@pytest.mark.slow
 def test_it_reaches_the_scorecard_whatever_fails(tmp_path: Path) -> None:
     notebook = build()
     (watch,) = (n for n, cell in enumerate(notebook.cells) if "experiments.watch()" in cell.source)
