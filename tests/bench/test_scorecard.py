@@ -7,7 +7,7 @@ from unsloth_puzzles.bench.challenges import FILES, TITLES
 from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 from unsloth_puzzles.bench.rubric import FULL, QLORA, RUBRIC
-from unsloth_puzzles.bench.scorecard import score, table, totals
+from unsloth_puzzles.bench.scorecard import _amount, score, table, totals
 
 MACHINE = Hardware("NVIDIA Test", "cuda", 90, 1, 8.0, 2, 1, True, False)
 CPU = Hardware("CPU", "cpu", None, 0, 8.0, None, None, False, True)
@@ -184,7 +184,7 @@ def test_a_known_failure_counts_although_its_companion_is_not_measured(judge):
     rows = judge("A", {("mismatched_weights", "asm fp16"): 7})
     (row,) = (row for row in rows if "asm" in row.criterion)
     assert row.verdict == "not met"
-    assert row.measured == "mismatched_weights (asm fp16): 7 units; mismatched_weights (asm bf16): not measured"
+    assert row.measured == "mismatched weights (asm fp16): 7; mismatched weights (asm bf16): not measured"
 
 
 def test_b_without_compile_and_without_the_kaggle_example(judge):
@@ -218,7 +218,7 @@ def test_the_script_on_two_gpus_says_where_it_was_met(judge, name, case, verdict
     rows = judge("B", values | {("steps_trained", case): 60}, replace(MACHINE, name=name))
     assert [row.points for row in rows] == [5, 3, 2] and [row.verdict for row in rows] == ["met", "met", verdict]
     assert rows[-1].criterion.startswith("the script on two GPUs (asked for: Kaggle's 2 x T4")
-    assert f"steps_trained ({case}): 60 units" in rows[-1].measured
+    assert rows[-1].measured == f"steps trained ({case}): 60; all checks passed of: the script on two GPUs"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_gate_leaves_the_other_challenges_alone(tmp_path, judge):
 
 def test_table_shows_measured_values_and_sums(judge):
     text = table(judge("A", {**PERFECT_A, ("official_harness_speedup", "all"): 2.03456}))
-    measured = "official_harness_speedup (all): 2.0346 units"
+    measured = "official harness speedup (all): 2.035"
     speed = f"| A | speed-up of 1.15 or more over the three launches | 2 of 2 | {measured} | {ELSEWHERE} |"
     assert speed in text
     said = "5 of them not shown on the GPU that the puzzle names"
@@ -326,3 +326,14 @@ def test_a_file_of_another_form_is_an_error_and_not_a_zero(tmp_path):
     (tmp_path / FILES["A"]).write_text(json.dumps({"records": []}))
     with pytest.raises(ValueError, match="must have exactly the keys"):
         score(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (1, "kernels", "1"), (30714, "bytes", "30714"), (2.00784, "x", "2.008x"), (1.9073e-06, "loss", "1.91e-06 nats"),
+        (0.94365, "fraction", "94.4 %"), (0.6176, "reward", "0.6176"),
+    ],
+)  # fmt: skip
+def test_amounts_have_the_digits_that_a_reader_needs(value, unit, shown):
+    assert _amount(value, unit) == shown

@@ -115,9 +115,8 @@ def _judge(criterion: Criterion, measurements: Measurements | None) -> Row:
         verdict = MET if points == possible else PARTLY_MET if points > 0 else NOT_MET
     elif None not in outcomes or _penalised_unmeasured(criterion, measurements):
         verdict, points = NOT_MET, criterion.otherwise
-    texts = dict.fromkeys(_measured(condition, measurements) for condition in conditions)
     known = verdict != NOT_MEASURED or any(_holds(condition, measurements) is not None for condition in conditions)
-    measured = "; ".join(texts) if known else ""
+    measured = _measured(conditions, measurements) if known else ""
     hardware = ""
     if measurements and verdict != NOT_MEASURED:
         held = measurements.hardware.get("rehearsal")
@@ -143,13 +142,32 @@ def _holds(condition: Condition, measurements: Measurements | None) -> bool | No
     return all(_COMPARISONS[condition.comparison](one["value"], condition.bound) for one in found) if found else None
 
 
-def _measured(condition: Condition, measurements: Measurements | None) -> str:
-    found = _found(condition, measurements)
-    if not found:
-        return f"{condition.metric} ({condition.case or 'any case'}): not measured"
-    if condition.metric == "checks_passed":
-        return "; ".join(f"{one['case']}: {one['value']:.0%} of checks passed" for one in found)
-    return "; ".join(f"{condition.metric} ({one['case']}): {one['value']:.5g} {one['unit']}" for one in found)
+def _measured(conditions: Iterable[Condition], measurements: Measurements | None) -> str:
+    """The values that decide, in words: each once, and groups of checks that passed as a whole by name."""
+    texts, passed = {}, {}
+    for condition in conditions:
+        name = condition.metric.replace("_", " ")
+        found = _found(condition, measurements)
+        if not found:
+            texts[f"{name} ({condition.case or 'any case'}): not measured"] = None
+        for one in found:
+            if condition.metric != "checks_passed":
+                texts[f"{name} ({one['case']}): {_amount(one['value'], one['unit'])}"] = None
+            elif one["value"] == 1:
+                passed[one["case"]] = None
+            else:
+                texts[f"{one['case']}: {one['value']:.0%} of checks passed"] = None
+    return "; ".join([*texts, *([f"all checks passed of: {'; '.join(passed)}"] if passed else [])])
+
+
+def _amount(value: float, unit: str) -> str:
+    """A value as the scorecard shows it; the metric's name says what a count counts."""
+    if unit == "fraction":
+        return f"{100 * value:.3g} %"
+    if unit == "loss":
+        return f"{value:.3g} nats"
+    number = f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return number + ("x" if unit == "x" else "")
 
 
 def _found(condition: Condition, measurements: Measurements | None) -> list[dict]:
