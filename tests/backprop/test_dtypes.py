@@ -17,6 +17,7 @@ from tests.backprop.reference import (
     transformation,
 )
 from unsloth_puzzles.backprop import memory_efficient_linear
+from unsloth_puzzles.backprop.losses import cross_entropy, entropy, focal, token_log_probs, z_loss
 from unsloth_puzzles.backprop.sums import Sum
 
 FORMS = {
@@ -244,3 +245,22 @@ def test_float16_gradients_that_fit_are_not_rescaled():
     total.add_product(gradient[:256], x[:256])
     total.add_product(gradient[256:], x[256:])
     assert torch.equal(total.result(head.weight, scaled=True)[0], plain) and total.scale == 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("dtype", "vocab"), [(torch.uint8, 200), (torch.uint8, 256), (torch.int16, 40000)])
+def test_labels_of_a_narrow_dtype_do_not_wrap_around(name, dtype, vocab):
+    """-100 is 156 in uint8, 256 is 0 there, and 40000 is negative in int16."""
+    function, form = FORMS[name]
+    x, head = draw(5, 8, dtype=torch.float32), make_linear(8, vocab, dtype=torch.float32)
+    labels = torch.tensor([156, 3, 156, 199, 0])
+    ours, wide = (
+        memory_efficient_linear(x, head, one, function, chunk_size=2, **form) for one in (labels.to(dtype), labels)
+    )
+    assert torch.equal(ours, wide)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, focal, z_loss, token_log_probs, entropy])
+def test_losses_count_class_156_in_uint8(loss):
+    logits, labels = draw(3, 200, dtype=torch.float32), torch.tensor([156, 3, 156])
+    assert torch.equal(loss(logits, labels.to(torch.uint8)), loss(logits, labels))

@@ -39,7 +39,7 @@ def memory_efficient_linear(
         hidden_states: [..., hidden], a floating dtype.
         linear: Any module that maps [rows, hidden] to [rows, vocab]: `nn.Linear` with or without bias, tied, frozen,
             LoRA, 4-bit.
-        labels: [...], not shifted here; or None.
+        labels: [...], not shifted here; or None. Integers of any dtype reach the function in int64.
         forward_function: `forward_function(logits, labels, *row_args, *shared_args)` sees the logits [rows, vocab] of
             a chunk, in the dtype in which they were projected; the upcast to float32 is its own. Its derivative comes
             from autograd.
@@ -118,6 +118,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
         tensors = (*trained.values(), *row_args, *shared_args)
         differentiate = torch.is_grad_enabled()
         wanted = tuple(differentiate and getattr(tensor, "requires_grad", False) for tensor in (X, *tensors))
+        if labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool:
+            labels = labels.long()  # -100, or a large vocabulary, would wrap around in a narrower dtype
         call = prepare(X, linear, labels, forward_function, options, operands, tensors, wanted)
         check_all_labels(call)
         try_function(call)

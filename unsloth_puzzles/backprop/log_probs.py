@@ -6,7 +6,7 @@ What is said in `losses` of dtypes, ignored rows, wrong labels and options goes 
 import torch
 import torch.nn.functional as F
 
-from unsloth_puzzles.backprop.softmax import cooled, log_sum_exp, softmax_statistics, target_logits
+from unsloth_puzzles.backprop.softmax import cooled, is_counted, log_sum_exp, softmax_statistics, target_logits
 
 
 def token_log_probs(
@@ -29,7 +29,7 @@ def token_log_probs(
         ValueError: `temperature` is not above 0.
     """
     z = cooled(logits, temperature)
-    return torch.where(labels != ignore_index, target_logits(z, labels) - log_sum_exp(z), 0)
+    return torch.where(is_counted(labels, ignore_index), target_logits(z, labels) - log_sum_exp(z), 0)
 
 
 def entropy(
@@ -50,7 +50,7 @@ def entropy(
         ValueError: `temperature` is not above 0.
     """
     lse, mean = softmax_statistics(cooled(logits, temperature))
-    return torch.where(labels != ignore_index, lse - mean, 0)
+    return torch.where(is_counted(labels, ignore_index), lse - mean, 0)
 
 
 def token_log_probs_and_entropy(
@@ -70,7 +70,7 @@ def token_log_probs_and_entropy(
     Raises:
         ValueError: `temperature` is not above 0.
     """
-    z, valid = cooled(logits, temperature), labels != ignore_index
+    z, valid = cooled(logits, temperature), is_counted(labels, ignore_index)
     lse, mean = softmax_statistics(z)
     return torch.where(valid, target_logits(z, labels) - lse, 0), torch.where(valid, lse - mean, 0)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from unsloth_puzzles.backprop.log_probs import dpo_loss, entropy, token_log_probs, token_log_probs_and_entropy
 from unsloth_puzzles.backprop.softmax import (
     check_temperature,
+    is_counted,
     log_softmax,
     log_sum_exp,
     mean_under,
@@ -65,7 +66,7 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be a number from 0 to 1, got {label_smoothing}")
-    z, valid = upcast(logits), labels != ignore_index
+    z, valid = upcast(logits), is_counted(labels, ignore_index)
     lse = log_sum_exp(z)
     loss = lse - target_logits(z, labels)
     if class_weight is not None:
@@ -100,7 +101,7 @@ def z_loss(
     z = upcast(logits)
     lse = log_sum_exp(z)
     loss = lse - target_logits(z, labels) + coefficient * lse.square()
-    return torch.where(labels != ignore_index, loss, 0).sum()
+    return torch.where(is_counted(labels, ignore_index), loss, 0).sum()
 
 
 def focal(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float = 2.0, ignore_index: int = -100) -> torch.Tensor:
@@ -126,7 +127,7 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float = 2.0, ign
     loss = log_sum_exp(z) - target_logits(z, labels)
     # At p = 1 rounding can leave less than 0, which has no power, or 0, whose power has an infinite slope at gamma < 1.
     loss = loss.clamp(min=torch.finfo(loss.dtype).tiny)
-    return torch.where(labels != ignore_index, (-torch.expm1(-loss)) ** gamma * loss, 0).sum()
+    return torch.where(is_counted(labels, ignore_index), (-torch.expm1(-loss)) ** gamma * loss, 0).sum()
 
 
 def kl_distillation(
@@ -164,7 +165,7 @@ def _kl_to_teacher(teacher_head, temperature, ignore_index, logits, labels, teac
         )
     teacher, student = (log_softmax(x, temperature) for x in (teacher_logits, logits))
     divergence = temperature**2 * mean_under(teacher.exp(), teacher - student)
-    return torch.where(labels != ignore_index, divergence, 0).sum()
+    return torch.where(is_counted(labels, ignore_index), divergence, 0).sum()
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -120,3 +120,18 @@ def target_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     classes = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
     return torch.where(classes == labels[..., None].int(), logits, 0).sum(-1)
+
+
+def is_counted(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Which labels are not `ignore_index`.
+
+    In int64: PyTorch would convert -100 to the labels' dtype, where it is 156 in uint8.
+
+    Args:
+        labels: [...] integers.
+        ignore_index: The label of rows that do not count.
+
+    Returns:
+        [...] bool.
+    """
+    return labels.long() != ignore_index
