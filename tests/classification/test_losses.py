@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,20 @@ def test_class_weights_do_not_depend_on_the_default_dtype(dtype):
 def test_class_weights_of_bad_labels_are_refused(labels, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         class_weights(labels, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8, np.int64, bool])
+def test_class_weights_of_arrays_of_any_integers(dtype):
+    number = 2 if dtype is bool else 100 if dtype is np.int8 else 200  # -100 is 156 in uint8
+    labels = np.arange(number).astype(dtype)
+    assert class_weights(labels, number).tolist() == [1.0] * number
+    assert class_weights(torch.from_numpy(labels), number).tolist() == [1.0] * number
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], [0, 1, None], [[0, 1], [1]], object()])
+def test_class_weights_of_what_is_no_number_are_refused(labels):
+    with pytest.raises(TypeError, match=r"^labels must be numbers of classes, "):
+        class_weights(labels, 2)
 
 
 def test_weights_go_into_the_loss_and_out_again(checkpoint):

@@ -8,6 +8,7 @@ same weight in every micro-batch.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -102,16 +103,18 @@ def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
         so the scale of the loss does not change. For several labels, the number of 0s over the number of 1s.
 
     Raises:
+        TypeError: `labels` are no numbers, such as names of classes.
         ValueError: `labels` has another shape or other values; a class has no example, and its weight would be
             infinite.
     """
-    labels = torch.as_tensor(labels)
+    labels = _as_numbers(labels)
     if labels.dim() == 2 and labels.shape[1] == num_labels:
         if not ((labels == 0) | (labels == 1) | (labels == IGNORED)).all():
             raise ValueError("labels must be 0, 1 or -100 for several labels at once, got others")
         counts = (labels == 1).sum(0)  # [num_labels]
         of_all, share = (labels == 0).sum(0), 1
     elif labels.dim() == 1 and not labels.is_floating_point():
+        labels = labels.long()  # in uint8 -100 would be class 156
         labels = labels[labels != IGNORED]
         if len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
             raise ValueError(f"labels must be from 0 to {num_labels - 1}, got {labels.min()} to {labels.max()}")
@@ -126,6 +129,16 @@ def class_weights(labels: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
         empty = counts.eq(0).nonzero().flatten().tolist()
         raise ValueError(f"labels must have an example of each class, got none of {empty}; leave these classes out")
     return (of_all.double() / (share * counts)).float()  # of integers PyTorch would divide in the default dtype
+
+
+def _as_numbers(labels: object) -> torch.Tensor:
+    """A tensor of labels that may be a list, an array, or a column of a table."""
+    try:
+        return torch.as_tensor(labels if isinstance(labels, list | torch.Tensor) else np.array(labels))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"labels must be numbers of classes, [examples] or [examples, num_labels], got: {error}"
+        ) from None
 
 
 def weigh_classes(model: torch.nn.Module, class_weight: torch.Tensor | None) -> None:
