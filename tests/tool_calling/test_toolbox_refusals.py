@@ -97,6 +97,39 @@ def test_limits_must_be_positive_and_finite(limits):
         ToolBox([add], **limits)
 
 
+@pytest.mark.parametrize("limits", [{"seconds": "2"}, {"seconds": None}, {"max_characters": "9"}])
+def test_limits_must_be_numbers(limits):
+    ((name, value),) = limits.items()
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got {value!r}$"):
+        ToolBox([add], **limits)
+
+
+def test_seconds_are_at_most_what_the_system_can_wait():
+    assert ToolBox([add], seconds=86400).call("add", {"a": 3, "b": 4}).content == "7"
+    with pytest.raises(ValueError, match=r"^seconds must be at most 86400, a day, got 3000000$"):
+        ToolBox([add], seconds=3_000_000)
+
+
+def _in_itself():
+    made = []
+    made.append(made)
+    return made
+
+
+def _deep(levels):
+    made = []
+    for _ in range(levels):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("value", [{(1,): 2}, _in_itself(), _deep(100_000)], ids=["tuple key", "cycle", "deep"])
+@pytest.mark.parametrize("arguments", [lambda value: value, lambda value: {"a": value, "b": 4}], ids=["whole", "one"])
+def test_arguments_that_json_cannot_write_are_a_failure(arguments, value):
+    result = ToolBox([add]).call("add", arguments(value))
+    assert result.failed and len(result.content) < 200
+
+
 def test_a_method_must_be_bound():
     class Shop:
         def price(self, item: str) -> int:

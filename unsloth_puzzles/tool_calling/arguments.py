@@ -6,6 +6,7 @@ general validator would refuse every null.
 
 import json
 import math
+import reprlib
 
 MAX_DIGITS = 30  # of an integer: a longer one is no count or price, and arithmetic on it may never end
 MAX_CHARACTERS = 2000  # of all arguments of a call, as JSON
@@ -126,5 +127,8 @@ def _choices(schema: dict) -> str:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that are tuples, a list in itself, too many levels
+        text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

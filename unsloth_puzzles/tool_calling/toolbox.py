@@ -17,11 +17,14 @@ toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must cont
 import math
 import sys
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import NamedTuple
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
 from unsloth_puzzles.tool_calling.isolation import run_here, run_isolated
 from unsloth_puzzles.tool_calling.schemas import function_schema
+
+MAX_SECONDS = 86400  # the system's calls that wait take no more than some weeks
 
 
 class Result(NamedTuple):
@@ -43,7 +46,7 @@ class ToolBox:
 
     Args:
         functions: Each with a type hint and a line of its docstring's "Args:" for every parameter.
-        seconds: The longest time an isolated call may take.
+        seconds: The longest time an isolated call may take, at most a day.
         max_characters: The longest result.
         isolated: False calls the functions in this process, on any system, without a limit of time or memory, and with
             all that this process may do. That is for functions that are harmless with any arguments of their types.
@@ -53,9 +56,9 @@ class ToolBox:
         names: Of the functions, in the same order.
 
     Raises:
-        TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous.
+        TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous; a limit is no number.
         ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
-            positive and finite; calls are to be isolated and the system is not Linux.
+            positive and finite, or too long; calls are to be isolated and the system is not Linux.
     """
 
     def __init__(
@@ -71,8 +74,12 @@ class ToolBox:
         if isolated and sys.platform != "linux":
             raise ValueError(f"the system must be Linux, which can fork and bound a process, got {sys.platform}")
         for name, value in (("seconds", seconds), ("max_characters", max_characters)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if seconds > MAX_SECONDS:
+            raise ValueError(f"seconds must be at most {MAX_SECONDS}, a day, got {seconds}")
         if callable(functions):
             name = getattr(functions, "__name__", "...")
             raise TypeError(f"functions must be a list, got a {type(functions).__name__}; write ToolBox([{name}])")
