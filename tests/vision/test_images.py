@@ -4,15 +4,17 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List
 from PIL import ImageOps
+from PIL.Image import fromarray as from_array
 from PIL.Image import open as open_image
 
 from benchmarks.vision.chat import picture
 from benchmarks.vision.checks import ONE, TEXT
-from tests.vision.models import EVERY, family
+from tests.vision.models import EVERY, family, fresh
 from unsloth_puzzles.vision.collator import VisionCollator
 from unsloth_puzzles.vision.images import decode
 from unsloth_puzzles.vision.sampler import has_images
@@ -107,3 +109,63 @@ def test_a_broken_file_is_named_by_its_row(form, tmp_path):
 
 def test_rows_are_not_decoded_to_know_whether_they_have_images():
     assert has_images({**ONE, "images": [{"bytes": b"no image", "path": None}]})
+
+
+ARRAY = np.asarray(PICTURE)  # [56, 84, 3] uint8
+GREY = PICTURE.convert("L")
+
+
+@pytest.mark.parametrize(
+    "given, picture",
+    [
+        (ARRAY, PICTURE),
+        (ARRAY.transpose(2, 0, 1), PICTURE),
+        (torch.tensor(ARRAY).permute(2, 0, 1), PICTURE),
+        (ARRAY.tolist(), PICTURE),
+        (ARRAY.astype(np.uint16), PICTURE),
+        (ARRAY.astype(np.int64), PICTURE),
+        (ARRAY.astype(np.float32), PICTURE),
+        (torch.tensor(ARRAY).half(), PICTURE),
+        (np.asarray(GREY), GREY),
+        (np.asarray(GREY)[None], GREY),
+        (torch.tensor(np.asarray(GREY))[..., None], GREY),
+        (np.asarray(PICTURE.convert("LA")), GREY),
+        (np.asarray(PICTURE.convert("RGBA")), PICTURE),
+        (torch.tensor(np.asarray(PICTURE.convert("RGBA"))).permute(2, 0, 1), PICTURE),
+    ],
+)
+def test_arrays_give_what_the_picture_gives(given, picture):
+    collate = VisionCollator(family("qwen2_vl")[0])
+    assert _same(collate([{**ONE, "images": [given]}]), collate([{**ONE, "images": [picture.convert("RGB")]}]))
+
+
+@pytest.mark.parametrize(
+    "given, got",
+    [
+        (ARRAY / np.float32(255), r"whole numbers from 0 to 255, got float32 from 0 to 0\.996078; scale them"),
+        (torch.tensor(ARRAY) / 255, r"whole numbers from 0 to 255, got float32 from 0 to 0\.996078; scale them"),
+        (ARRAY > 128, r"whole numbers from 0 to 255, got bool; convert them to uint8"),
+        (ARRAY.astype(np.uint16) * 256, r"whole numbers from 0 to 255, got uint16 from 0 to 65024; scale them"),
+        (ARRAY.astype(np.int16) - 9, r"whole numbers from 0 to 255, got int16 from -9 to 245; scale them"),
+        (np.full((4, 4, 3), np.nan), r"whole numbers from 0 to 255, got float64 from nan to nan; scale them"),
+        (torch.tensor(ARRAY).bfloat16(), r"whole numbers from 0 to 255, got torch\.bfloat16; convert them to uint8"),
+        ([[1, 2], [3]], r"whole numbers from 0 to 255, got list; convert them to uint8"),
+        (ARRAY[None], r"a shape of .* with 1 to 4 channels, got \[1, 56, 84, 3\]"),
+        (ARRAY[:0], r"a shape of .* with 1 to 4 channels, got \[0, 84, 3\]"),
+        (np.zeros((8, 8, 5), np.uint8), r"a shape of .* with 1 to 4 channels, got \[8, 8, 5\]"),
+        (from_array(np.asarray(GREY).astype(np.uint16) * 256), r"values from 0 to 255, got mode 'I;16' from .*; scale"),
+        (from_array(np.asarray(GREY).astype(np.float32) * 2), r"values from 0 to 255, got mode 'F' from .*; scale"),
+    ],
+)
+def test_images_whose_values_would_be_lost_are_refused(given, got):
+    with pytest.raises(ValueError, match=rf"^images of row 1 must have {got}"):
+        VisionCollator(family("qwen2_vl")[0])([TEXT, {**ONE, "images": [given]}])
+
+
+def test_arrays_of_a_processor_that_does_not_rescale_are_left_as_they_are():
+    processor, _ = fresh("qwen2_vl")
+    collate = VisionCollator(processor)
+    expected = collate([{**ONE, "images": [ARRAY]}])["pixel_values"]
+    processor.image_processor.do_rescale = False
+    found = collate([{**ONE, "images": [torch.tensor(ARRAY).permute(2, 0, 1) / 255]}])["pixel_values"]
+    assert found.shape == expected.shape and (found - expected).abs().max() < 0.1  # resized in other dtypes

@@ -33,7 +33,8 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
             drops text or does not say where the assistant speaks, in any of its turns; an image cannot be decoded.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
-    images = [decode(image, where) for image in _images(row, messages, where)]
+    rescales = getattr(processor.image_processor, "do_rescale", True)
+    images = [decode(image, where, rescales=rescales) for image in _images(row, messages, where)]
     tools = row.get("tools") or None
     template = template_of(processor)
     text, marked = render(processor, template, messages, tools)
