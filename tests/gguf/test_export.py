@@ -455,3 +455,9 @@ def test_model_is_left_as_it_is(tmp_path):
     before = copy.deepcopy(model.state_dict())
     export_gguf(model, tokenizer, tmp_path, "q4_0", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_names_of_types_in_upper_case(tmp_path):
+    model, tokenizer = tiny("llama")
+    path, _ = export_gguf(model, tokenizer, tmp_path, "BF16", "F16", progress=False)
+    assert path == tmp_path / "model-bf16.gguf"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from unsloth_puzzles.gguf.quantization import QUANTIZATIONS, Type, check_quantization, encode, fitting, text_type
+from unsloth_puzzles.gguf.quantization import QUANTIZATIONS, Type, checked_quantization, encode, fitting, text_type
 
 # Largest error, in units of the largest value: half a step of the type, and for blocks with a minimum a little more.
 ERRORS = {
@@ -66,9 +66,9 @@ def test_values_beyond_the_type_are_refused():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"quantization must be one of f32, .* got 'q3_k'"):
-        check_quantization("q3_k")
+        checked_quantization("q3_k")
     with pytest.raises(ValueError, match=r"projector must be one of f32, f16, got 'q4_0'"):
-        check_quantization("q4_0", ("f32", "f16"), "projector")
+        checked_quantization("q4_0", ("f32", "f16"), "projector")
 
 
 def test_k_quants_without_their_package_are_refused_by_name(monkeypatch):
@@ -83,7 +83,12 @@ def test_k_quants_without_their_package_are_refused_by_name(monkeypatch):
     for name, (kind, _, _) in QUANTIZATIONS.items():
         if "_k" in name:
             with pytest.raises(ImportError, match=rf"without the package libgguf, got '{name}'"):
-                check_quantization(name)
+                checked_quantization(name)
         else:
-            check_quantization(name)
+            checked_quantization(name)
             assert kind in ERRORS
+
+
+@pytest.mark.parametrize("name", ["q8_0", "Q8_0", "BF16", "F32"])
+def test_names_are_taken_in_any_case(name):
+    assert checked_quantization(name) == name.lower()

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from unsloth_puzzles.gguf.merge import merged_state_dict
-from unsloth_puzzles.gguf.quantization import PROJECTORS, QUANTIZATIONS, check_quantization
+from unsloth_puzzles.gguf.quantization import PROJECTORS, QUANTIZATIONS, checked_quantization
 from unsloth_puzzles.gguf.text import stop_ids, text_config, text_file
 from unsloth_puzzles.gguf.tokenizer import ENDS, end_ids
 from unsloth_puzzles.gguf.vision import KINDS, vision_file
@@ -45,7 +45,8 @@ def export_gguf(
         processor: its processor, or its tokenizer if it has no vision tower; a byte-level BPE.
         folder: gets `model-QUANTIZATION.gguf`, `mmproj-PROJECTOR.gguf` of a vision model, and an Ollama `Modelfile`.
             It is made if it is missing.
-        quantization: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or with the package `libgguf` q6_k, q5_k_m, q4_k_m.
+        quantization: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or with the package `libgguf` q6_k, q5_k_m, q4_k_m;
+            in upper case, too.
         projector: the type of the vision tower and the projector: f32, f16, bf16 or q8_0.
         progress: whether a bar shows the bytes written.
 
@@ -61,8 +62,8 @@ def export_gguf(
     """
     from tqdm import tqdm
 
-    check_quantization(quantization)
-    check_quantization(projector, PROJECTORS, "projector")
+    quantization = checked_quantization(quantization)
+    projector = checked_quantization(projector, PROJECTORS, "projector")
     weights = merged_state_dict(model)
     base = getattr(model, "get_base_model", lambda: model)()
     kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)

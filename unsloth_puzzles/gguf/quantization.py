@@ -27,16 +27,17 @@ FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 K_TYPES = tuple(FALLBACK)
 
 
-def check_quantization(quantization: str, allowed=tuple(QUANTIZATIONS), argument: str = "quantization") -> None:
-    """Check the name of a quantisation, and that `libgguf` is there if it is needed.
+def checked_quantization(quantization: str, allowed=tuple(QUANTIZATIONS), argument: str = "quantization") -> str:
+    """The name of a quantisation in lower case: llama.cpp writes Q4_K_M. `libgguf` is there if it is needed.
 
     Raises:
         ValueError: the name is unknown.
         ImportError: a K-quant without `libgguf`.
     """
-    if quantization not in allowed:
+    name = quantization.lower() if isinstance(quantization, str) else None
+    if name not in allowed:
         raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {quantization!r}")
-    if QUANTIZATIONS[quantization][0] in K_TYPES:
+    if QUANTIZATIONS[name][0] in K_TYPES:
         try:
             import libgguf  # noqa: F401
         except ImportError:
@@ -44,6 +45,7 @@ def check_quantization(quantization: str, allowed=tuple(QUANTIZATIONS), argument
                 f"quantization must be one of gguf's own without the package libgguf, got {quantization!r}; "
                 "pip install libgguf==0.2.2, or take q8_0 or q4_0"
             ) from None
+    return name
 
 
 def text_type(quantization: str, name: str, columns: int, layers: int, tied: bool) -> Type:
