@@ -23,6 +23,7 @@ IDS = torch.arange(40).view(2, 20)
 ADAPTERS = (
     {}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["embed_tokens", "v_proj"]},
     {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": "all-linear"},
+    {"trainable_token_indices": [3, 63, 5]},
 )  # fmt: skip
 
 
@@ -351,6 +352,27 @@ def test_tied_weights_are_told_from_trained_copies():
         ({}, True),
         ({"modules_to_save": ["lm_head"]}, False),
         ({"target_modules": ["lm_head"]}, False),
+        ({"trainable_token_indices": [3, 5]}, True),
     ):
         merged = merged_state_dict(wide(**options))
         assert merged.shared("lm_head.weight", "model.embed_tokens.weight") == shared
+
+
+def test_trained_tokens_are_merged_once_and_for_the_active_adapter():
+    model = wide(trainable_token_indices=[3, 5])
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[7]))
+    embedding = model.get_base_model().model.embed_tokens.token_adapter
+    base = embedding.base_layer.weight.clone()
+    for number, adapter in enumerate(("default", "other"), start=1):
+        embedding.trainable_tokens_delta[adapter].data += number
+    for adapter, changed in (("default", {3: 1, 5: 1}), ("other", {7: 2})):
+        model.set_adapter(adapter)
+        found = merged_state_dict(model)["model.embed_tokens.weight"] - base
+        assert {
+            row: round(found[row].mean().item(), 3) for row in found.abs().sum(1).nonzero().flatten().tolist()
+        } == changed
+    before = merged_state_dict(model)["lm_head.weight"]
+    model.merge_adapter()
+    assert torch.equal(merged_state_dict(model)["lm_head.weight"], before)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"switched off, got model\.embed_tokens, which"):
+        merged_state_dict(model)

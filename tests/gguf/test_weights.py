@@ -7,7 +7,7 @@ from packaging.version import Version
 from torch._C import DisableTorchFunctionSubclass
 
 from tests.gguf.models import nf4_layer
-from unsloth_puzzles.gguf.weights import NF4, LowRank, Plain
+from unsloth_puzzles.gguf.weights import NF4, LowRank, Plain, WithRows
 from unsloth_puzzles.nf4.dequantize import dequantize
 
 KINDS = (
@@ -62,3 +62,13 @@ def test_dora_in_chunks_has_the_norms_of_whole_rows():
 def test_adapters_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"model must have adapters of shape \(6, 4\) like their layer, got \(6, 5\)"):
         LowRank(Plain(torch.zeros(6, 4)), [(torch.zeros(6, 2), torch.zeros(2, 5), 1.0)])
+
+
+def test_rows_that_are_replaced_do_not_depend_on_the_chunks():
+    base, rows = torch.randn(10, 4), torch.randn(3, 4)
+    weight = WithRows(Plain(base), [7, 0, 9], rows)
+    expected = base.clone()
+    expected[[7, 0, 9]] = rows
+    assert torch.equal(weight.tensor(), expected)
+    assert torch.equal(torch.cat(list(weight.chunks(limit=12))), expected)
+    assert not torch.equal(base, expected)

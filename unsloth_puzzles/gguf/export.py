@@ -41,7 +41,7 @@ def export_gguf(
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, LLaVA (CLIP or SigLIP tower), Qwen2-VL, Qwen2.5-VL or Qwen3-VL in 4 (NF4)
-            or 16 bits or float32, with LoRA, rsLoRA or DoRA of PEFT or without.
+            or 16 bits or float32, with LoRA, rsLoRA or DoRA of PEFT; trained copies and tokens, too.
         processor: its processor, or its tokenizer if it has no vision tower; a byte-level BPE.
         folder: gets `model-QUANTIZATION.gguf`, `mmproj-PROJECTOR.gguf` of a vision model, and an Ollama `Modelfile`.
             It is made if it is missing.

@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from unsloth_puzzles.gguf.lora import with_adapters
-from unsloth_puzzles.gguf.weights import NF4, Plain, Weight
+from unsloth_puzzles.gguf.weights import NF4, Plain, Weight, WithRows
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,8 +26,9 @@ def merged_state_dict(model: nn.Module) -> "MergedStateDict":
     """Give the weights that `model` computes with, its active adapters merged.
 
     W + scale * B A for LoRA (rsLoRA by its scale), magnitude * that / its row norms for DoRA, the trained copies of
-    `modules_to_save`. Adapters that are switched off (`disable_adapter`) are left out. The model computes with the
-    unmerged weights then, so adapters that are merged and switched off are refused.
+    `modules_to_save`, the trained rows of `trainable_token_indices`. Adapters that are switched off (`disable_adapter`)
+    are left out. The model computes with the unmerged weights then, so adapters that are merged and switched off are
+    refused.
 
     Args:
         model: a model of transformers, or a `PeftModel` around one. Weights are NF4 or floating.
@@ -68,8 +69,10 @@ class MergedStateDict(Mapping[str, torch.Tensor]):
         return self._weights[name]
 
     def shared(self, name: str, other: str) -> bool:
-        """Whether both names stand for one parameter, and no adapter changes either."""
+        """Whether both names stand for one parameter, and no adapter changes one of them alone."""
         one, two = self._weights[name], self._weights[other]
+        while isinstance(one, WithRows) and isinstance(two, WithRows) and one.replacement is two.replacement:
+            one, two = one.base, two.base  # the tokens that PEFT trains in tied embeddings and head
         return isinstance(one, Plain) and isinstance(two, Plain) and one.source.data_ptr() == two.source.data_ptr()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -101,6 +104,9 @@ def _weights(module: nn.Module, name: str, original: nn.Module | None = None) ->
             raise ValueError(f"model must have one active copy of {name}, got {active}; activate one adapter")
         used = module.modules_to_save[active[0]] if active else module.original_module
         yield from _weights(used, name, module.original_module)
+        return
+    if kind == "tokens":
+        yield from _tokens(module.token_adapter, name)
         return
     if kind is not None:
         raise ValueError(f"model must have LoRA or DoRA adapters only, got {kind} in {name}; merge it yourself first")
@@ -138,15 +144,17 @@ def _refuse_wrapper(module: nn.Module, name: str) -> None:
 
 
 def _peft_kind(module: nn.Module) -> str | None:
-    """ "lora", "saved", the class name of another adapter layer, or None."""
+    """ "lora", "saved", "tokens", the class name of another adapter layer, or None."""
     if "peft" not in sys.modules:
         return None
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         return "saved"
+    if isinstance(module, TrainableTokensWrapper):
+        return "tokens"
     if isinstance(module, LoraLayer):
         return "lora"
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -195,9 +203,31 @@ def _lora(layer, name: str) -> Iterator[tuple[str, Weight]]:
         if isinstance(weights[own], NF4):
             raise ValueError(f"model must have unmerged adapters on its 4-bit layers, got {name}, which PEFT merged "
                              "and quantised again; load the model and its adapter anew")  # fmt: skip
-        if layer.disable_adapters:  # its next forward unmerges it
-            raise ValueError(f"model must have unmerged adapters where they are switched off, got {name}, which is "
-                             "merged and switched off; call model.unmerge_adapter() first")  # fmt: skip
+        _refuse_merged_and_off(layer, name)
     elif not layer.disable_adapters:
         weights[own] = with_adapters(layer, weights[own], name)
     yield from weights.items()
+
+
+def _tokens(layer, name: str) -> Iterator[tuple[str, Weight]]:
+    """The weights of an embedding or a head of which PEFT trains the rows of some tokens."""
+    base = layer.get_base_layer()
+    if layer.base_layer is not base:
+        raise ValueError(f"model must have one adapter layer around each layer, got {type(layer.base_layer).__name__} "
+                         f"inside another in {name}; merge one of them first")  # fmt: skip
+    weights, own = dict(_weights(base, name)), _joined(name, "weight")
+    if layer.merged:
+        _refuse_merged_and_off(layer, name)
+    elif not layer.disable_adapters:
+        for adapter in layer.active_adapters:
+            if adapter in layer.trainable_tokens_delta:
+                weights[own] = WithRows(
+                    weights[own], layer.token_indices[adapter], layer.trainable_tokens_delta[adapter]
+                )
+    yield from weights.items()
+
+
+def _refuse_merged_and_off(layer, name: str) -> None:
+    if layer.disable_adapters:  # its next forward unmerges it
+        raise ValueError(f"model must have unmerged adapters where they are switched off, got {name}, which is "
+                         "merged and switched off; call model.unmerge_adapter() first")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Weights that are read as float32 rows, a chunk at a time: plain tensors, NF4 tensors, and those with LoRA or DoRA."""
+"""Weights that are read as float32 rows, a chunk at a time: plain tensors, NF4, and those that adapters change."""
 
 import math
 from collections.abc import Iterator
@@ -153,6 +153,28 @@ class LowRank(Weight):
             norm = weight.norm(dim=1, keepdim=True)  # of a row alone, so chunks do not change it
             weight = weight * (self.magnitude.detach()[begin:end].float().to(weight.device)[:, None] / norm)
         return weight
+
+    def close(self) -> None:
+        self.base.close()
+
+
+@dataclass
+class WithRows(Weight):
+    """base with some of its rows replaced, as by `trainable_token_indices` of PEFT."""
+
+    base: Weight
+    index: list[int]  # of the replaced rows
+    replacement: torch.Tensor  # [rows of `index`, columns]
+
+    def __post_init__(self):
+        self.shape = self.base.shape
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        weight = self.base.rows(begin, end)
+        index = torch.tensor(self.index, device=weight.device)
+        inside = (index >= begin) & (index < end)
+        rows = self.replacement.detach().to(weight)[inside]
+        return weight.index_copy(0, index[inside] - begin, rows)
 
     def close(self) -> None:
         self.base.close()
