@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -11,6 +12,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from benchmarks.fsdp2.ranks import start_ranks
 from benchmarks.models import random_nf4_llama, tiny_llama_config
 from tests.fsdp2.save_on_two import CASES, base, logits_of
+from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.save import save_adapters
 from unsloth_puzzles.nf4 import patch_linear4bit
 
@@ -118,3 +120,33 @@ def test_trained_parameters_that_are_not_saved_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^model must train only what PEFT saves, got .*norm.weight, and 2 more"):
         save_adapters(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+FROZEN = {
+    "some tokens": {"trainable_token_indices": [1, 5]},
+    "biases": {"bias": "all"},
+    "head": {"modules_to_save": ["lm_head"]},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_adapters_that_are_not_active_or_frozen_are_saved(name, tmp_path):
+    """As PEFT saves them for a model that is not packed."""
+    config = tiny_llama_config(64, 1)
+    config.attention_bias = True
+    model = random_nf4_llama(config, "cpu", torch.float32)
+    lora = {"target_modules": ["q_proj"], "r": 4, **FROZEN[name]}
+    model = get_peft_model(model, LoraConfig(**lora), "one")
+    model.add_adapter("two", LoraConfig(**{**lora, **({"bias": "none"} if "bias" in lora else {})}))
+    with torch.no_grad():
+        for one in model.parameters():
+            if one.is_floating_point():
+                one.add_(torch.randn_like(one))
+    model.requires_grad_(False).set_adapter("two")
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    pack_nf4(model)
+    save_adapters(model, tmp_path / "packed")
+    for adapter in ("one", "two"):
+        own, peft = (load_file(tmp_path / kind / adapter / "adapter_model.safetensors") for kind in ("packed", "whole"))
+        assert own.keys() == peft.keys() and all(torch.equal(own[key], peft[key]) for key in own)

@@ -35,7 +35,7 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
     _refuse_lost(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
-    kept = (model.base_model.prefix, ".modules_to_save.")  # an adapter that is not active is frozen
+    kept = _kept(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):  # PEFT looks for both of two that are tied
         if parameter.requires_grad or any(sign in name for sign in kept):
             whole = _whole(parameter.detach())
@@ -45,6 +45,12 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _kept(model: PeftModel) -> tuple[str, ...]:
+    """Parts of the names of what PEFT saves. It need not be trained: an adapter that is not active is frozen."""
+    biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
+    return (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_delta.", *(["bias"] if biases else ()))
 
 
 def _refuse_lost(model: PeftModel) -> None:
