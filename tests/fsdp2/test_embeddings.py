@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.models import random_nf4_llama, tiny_llama_config
-from unsloth_puzzles.fsdp2.shard import base_of, frozen_embeddings
+from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.shard import base_of, frozen_embeddings, shard_qlora
 
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
 TIED = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
@@ -29,3 +30,36 @@ def test_frozen_weights_alone_are_kept_whole(config, tied, whole):
     model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], **config}))
     found = {name for name, module in model.named_modules() if module in frozen_embeddings(base_of(model))}
     assert found == whole
+
+
+ADAPTED = {
+    "head, copied": {"modules_to_save": ["lm_head"]},
+    "both, copied": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tied, copied": TIED,
+    "both by LoRA": {"target_modules": ["embed_tokens", "lm_head"]},
+    "some tokens": {"trainable_token_indices": [1, 5]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_of_embeddings_can_be_activated_after_sharding(name, mesh):
+    """While another one is active, what it trains of embedding and head is frozen."""
+    settings = tiny_llama_config(64, 1)
+    settings.tie_word_embeddings = name == "tied, copied"
+    lora = LoraConfig(**{"target_modules": ["q_proj"], "r": 2, "task_type": "CAUSAL_LM", **ADAPTED[name]})
+    ids, found = torch.arange(8).view(1, 8), []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(random_nf4_llama(settings, "cpu", torch.float32), lora, "first")
+        model.add_adapter("second", lora)
+        pack_nf4(model)
+        if sharded:
+            shard_qlora(model, mesh)
+        model.set_adapter("second")
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        found.append({name: one.full_tensor() if sharded else one for name, one in grads.items()})
+    expected, gradients = found
+    assert gradients.keys() == expected.keys() and all("second" in name for name in gradients)
+    for name, one in gradients.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-5, atol=1e-7)

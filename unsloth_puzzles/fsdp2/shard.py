@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -172,16 +174,23 @@ def _check_trained(groups: list, model: nn.Module, _: tuple, output: object) -> 
 def frozen_embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that hold the frozen weights of input embedding and head; one of two that share a weight.
 
-    What is trained there is not among them (adapters, `modules_to_save`): its gradients must be reduced.
+    What PEFT trains there is not among them (adapters, `modules_to_save`): its gradients must be reduced. That of an
+    adapter that is not active is frozen, and trained once it is.
     """
     chosen, seen = [], set()
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for module in () if embedding is None else embedding.modules():
+        for module in () if embedding is None else _without_adapters(embedding).modules():
             own = list(module.parameters())
             if own and not any(one.requires_grad or id(one) in seen for one in own):
                 chosen.append(module)
                 seen |= {id(one) for one in own}
     return chosen
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
