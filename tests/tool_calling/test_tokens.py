@@ -1,5 +1,7 @@
 """Labels lie on what the assistant writes, and nothing that a user or a tool writes becomes a control token."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +150,17 @@ def test_tokens_are_coloured_by_their_labels():
     assert shown.count("#3c8d40") == 2 and "<b>" not in shown and "&amp;" in shown
     with pytest.raises(ValueError, match=r"labels must be as many as the \d+ input_ids, got 0"):
         tokens_html(tokenizer(), {**example, "labels": []})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_added_tokens_that_are_words_are_those_of_the_template_itself(format):
+    chosen, extended = chat_format(format), copy.deepcopy(tokenizer(format))
+    extended.add_tokens(["Zürich", "  ", "<city>"])
+    messages = [{"role": "user", "content": "In Zürich  now?"}, {"role": "assistant", "content": "Zürich, yes."}]
+    ids = extended.apply_chat_template(messages, chat_template=chosen.template, return_dict=False, **chosen.variables)
+    example = tokenize_conversation(extended, messages, format=format)
+    word, spaces, city = extended.convert_tokens_to_ids(["Zürich", "  ", "<city>"])
+    assert example["input_ids"] == ids and ids.count(word) == 2 and spaces in ids
+    assert example["labels"].count(word) == 1
+    messages[0]["content"] = "What is <city>?"
+    assert city not in tokenize_conversation(extended, messages, format=format)["input_ids"]

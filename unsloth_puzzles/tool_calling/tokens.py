@@ -4,8 +4,10 @@
     example["labels"]       # the ids of the assistant's turns, each with its stop token; -100 elsewhere
 
 Control tokens come from the template alone: a user or a tool that writes `<|im_start|>` gets the characters, not the
-token. An assistant's turn is tokenised apart from what is before it, so training sees exactly the prompt that
-generation begins with.
+token. They are the special tokens and the added ones in brackets, as `<tool_call>`; other added tokens are words.
+
+An assistant's turn is tokenised apart from what is before it, so training sees exactly the prompt that generation
+begins with.
 """
 
 import json
@@ -66,7 +68,7 @@ class ChatEncoder:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"tokenizer must be a fast one of transformers, got {type(tokenizer).__name__}")
         self.tokenizer = tokenizer
-        self._controls = dict(sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0])))
+        self._controls = dict(sorted(_controls(tokenizer).items(), key=lambda item: -len(item[0])))
         needed = {self.format.stop, *re.findall(r"<\|\w+\|>", self.format.header)}
         if missing := sorted(needed - set(self._controls)):
             raise ValueError(
@@ -182,3 +184,9 @@ class ChatEncoder:
         whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.conversation(example)["input_ids"] != whole:
             raise ValueError(f"tokenizer must tokenise {text!r} in parts as it does the whole, got other ids")
+
+
+def _controls(tokenizer) -> dict[str, int]:
+    """The control tokens of a tokenizer and their ids: added tokens but for those that are words of texts."""
+    added = ((number, str(token), token.special) for number, token in tokenizer.added_tokens_decoder.items())
+    return {text: number for number, text, special in added if special or re.fullmatch(r"<.+>|\[.+\]", text)}
