@@ -50,6 +50,7 @@ def test_files_give_what_the_image_gives(name, tmp_path):
         path,
         str(path),
         base64.b64encode(FILE).decode(),
+        f"data:image/png;base64,{base64.b64encode(FILE).decode()}",
     ):
         assert _same(collate([{**ONE, "images": [given]}, TEXT]), expected), given
         inline = [{"type": "image", "image": given}, *ONE["messages"][0]["content"][1:]]
@@ -91,6 +92,8 @@ def test_files_of_a_data_set_are_decoded_as_the_data_set_does(mode):
             r"paths or files' bytes, got \{'bytes': None, 'path': None\}; load them by PIL",
         ),
         ({"file": "a.png"}, r"paths or files' bytes, got \{'file': 'a.png'\}; load them by PIL"),
+        ("http://127.0.0.1:1/a.png", r"that Pillow can decode, got 'http://127\.0\.0\.1:1/a\.png'; check the file"),
+        ("data:image/png;base64,AAAA", "that Pillow can decode, got 'data:image/png;base64,AAAA'; check the file"),
         (3, r"paths or files' bytes, got int; load them by PIL\.Image\.open"),
     ],
 )
@@ -169,3 +172,13 @@ def test_arrays_of_a_processor_that_does_not_rescale_are_left_as_they_are():
     processor.image_processor.do_rescale = False
     found = collate([{**ONE, "images": [torch.tensor(ARRAY).permute(2, 0, 1) / 255]}])["pixel_values"]
     assert found.shape == expected.shape and (found - expected).abs().max() < 0.1  # resized in other dtypes
+
+
+def test_files_of_16_bits_are_refused_in_every_form(tmp_path):
+    """Pillow's conversion to RGB makes them white."""
+    file = _file(from_array(np.asarray(GREY).astype(np.uint16) * 256))
+    path = Path(tmp_path, "deep.png")
+    path.write_bytes(file)
+    for given in (file, path, str(path), {"bytes": None, "path": str(path)}, base64.b64encode(file).decode()):
+        with pytest.raises(ValueError, match=r"^images of row 0 must have values from 0 to 255, got mode 'I;16'"):
+            decode(given, "row 0")

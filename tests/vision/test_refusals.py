@@ -64,6 +64,16 @@ TWICE = {**ONE, "image": ONE["images"][0]}
         ([TWICE], "row 0 must have its images in one place"),
         ([{**ONE, "images": ONE["images"][0]}], "images of row 0 must be a list, got Image; use 'image' for one"),
         ([{**ONE, "images": [None]}], "images of row 0 must be images, got None among them"),
+        ([row(user("Hello")), {"messages": [user("Hi"), "Hello"]}], "messages of row 1 must be dicts .*, got 'Hello'"),
+        (
+            [{"messages": [{"role": "user", "content": {"type": "text", "text": "Hi"}}]}],
+            "content of row 0 must be text or a list of blocks .*, got {'type'",
+        ),
+        ([{"messages": [{"role": "user", "content": ["Hi"]}]}], "content of row 0 must be text or a list of blocks .*"),
+        (
+            [{"messages": [{"role": "user", "content": 3}]}],
+            "content of row 0 must be text or a list of blocks .*, got 3",
+        ),
         ([{"text": "Hello"}], r"row 0 must have a list of 'messages', got \['text'\]"),
         ([{"messages": []}], r"row 0 must have a list of 'messages', got \['messages'\]"),
         ([row(user("Hello"))], "rows must have a token to learn, got none in the whole batch"),

@@ -73,9 +73,16 @@ def _messages(row: Mapping, where: str) -> Sequence[Mapping]:
 
 def _clean(message: Mapping, where: str) -> dict:
     """Copy a message without the None values that Arrow adds for the keys of other blocks."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"messages of {where} must be dicts with 'role' and 'content', got {message!r:.60}")
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if not isinstance(content, str):
+        if not isinstance(content, (list, tuple)) or not all(isinstance(block, Mapping) for block in content):
+            raise ValueError(
+                f"content of {where} must be text or a list of blocks such as {{'type': 'text', 'text': ...}}, "
+                f"got {content!r:.60}"
+            )
         blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
         kinds = {block.get("type") for block in blocks}
         if unknown := kinds - {"text", "image"}:

@@ -1,13 +1,13 @@
 """Decode images in the forms that `datasets` and transformers use."""
 
+import base64
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
-
-_URLS = ("http://", "https://", "data:image/")
 
 
 def decode(image: object, where: str, *, rescales: bool = True) -> object:
@@ -20,32 +20,27 @@ def decode(image: object, where: str, *, rescales: bool = True) -> object:
         rescales: Whether the processor divides values by 255. If not, arrays and tensors are returned unchanged.
 
     Returns:
-        A Pillow image, for bytes and files with its EXIF orientation applied, as in `datasets`. A URL, which processors
-        load, is returned unchanged.
+        A Pillow image, for bytes and files with its EXIF orientation applied, as in `datasets`.
 
     Raises:
         ValueError: The image cannot be decoded, has another type, or has values outside of 0 to 255.
     """
     from PIL import Image, ImageOps
-    from transformers.image_utils import is_valid_image, load_image
+    from transformers.image_utils import is_valid_image
 
     given = image
     if isinstance(image, Mapping) and {"bytes", "path"} & {*image}:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
-    if isinstance(image, str) and image.startswith(_URLS):
-        return image
     try:
+        if isinstance(image, str):
+            image = _read(image)
         if isinstance(image, (bytes, bytearray, memoryview)):
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))  # also decodes it
-        elif isinstance(image, str) and isinstance(given, Mapping) and os.path.isfile(image):
-            image = ImageOps.exif_transpose(Image.open(image))
-        elif isinstance(image, str):
-            image = load_image(image)  # a path, or base64 text
         elif isinstance(image, Image.Image):
             image.load()  # Pillow reads a file as late as here
-    except Exception as error:  # Pillow raises many, by format
+    except Exception as error:  # Pillow raises many, by format, and the network its own
         raise ValueError(
             f"images of {where} must be images that Pillow can decode, got {_described(given)}; check the file, or "
             "leave the row out"
@@ -58,6 +53,17 @@ def decode(image: object, where: str, *, rescales: bool = True) -> object:
     raise ValueError(
         f"images of {where} must be images, paths or files' bytes, got {_described(given)}; load them by PIL.Image.open"
     )
+
+
+def _read(text: str) -> object:
+    """The bytes of a path or of base64 text; of a URL a Pillow image."""
+    if text.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image
+
+        return load_image(text)
+    if os.path.isfile(text):
+        return Path(text).read_bytes()
+    return base64.decodebytes((text.split(",")[-1] if text.startswith("data:image/") else text).encode())
 
 
 def picture_of_array(array: object, where: str) -> object:
