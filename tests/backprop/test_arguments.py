@@ -1,5 +1,6 @@
 """Arguments beside the labels: cut into the same rows or shared, with gradients of their own."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from tests.backprop.reference import (
     gradients_of,
     make_linear,
     relative,
+    sum_loss,
 )
 from unsloth_puzzles.backprop import memory_efficient_linear
 
@@ -158,3 +160,10 @@ def test_a_constant_for_some_chunks(reduction, takes):
     found = (gradients_of(each, [x, head.weight]) for each in (actual, expected))
     for ours, theirs in zip(*found, strict=True):
         assert relative(ours, theirs) <= EXACT
+
+
+@pytest.mark.parametrize("count", [5, 5.0, np.int64(5), np.float32(5), torch.tensor(5)])
+def test_a_normalizer_is_any_number(count):
+    x, head, labels = draw(5, 8), make_linear(8, 11), draw_labels(5, vocabulary=11, ignored=(0,))
+    loss = memory_efficient_linear(x, head, labels, sum_loss, reduction="sum", normalizer=count)
+    assert loss.item() == pytest.approx(sum_loss(head(x), labels).item() / 5, rel=1e-6)

@@ -1,6 +1,7 @@
 """The options of a call of `memory_efficient_linear`, checked."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -29,7 +30,7 @@ class Options:
             raise ValueError(f"normalizer must be None with reduction={self.reduction!r}, got {self.normalizer!r}")
         if isinstance(self.normalizer, str) and self.normalizer != "labels":
             raise ValueError(f"normalizer must be a number, a 0-dim tensor or 'labels', got {self.normalizer!r}")
-        if not isinstance(self.normalizer, int | float | str | torch.Tensor | None):
+        if not isinstance(self.normalizer, Real | str | torch.Tensor | None):
             kind = type(self.normalizer).__name__
             raise TypeError(f"normalizer must be a number, a 0-dim tensor or 'labels', got {kind}")
         if isinstance(self.normalizer, torch.Tensor) and (
