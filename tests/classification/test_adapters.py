@@ -174,3 +174,10 @@ def test_other_models_are_refused(checkpoint, tmp_path):
         save_classifier(adapted, tokenizer, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^folder must be one that save_classifier wrote"):
         load_trained(tmp_path)
+
+
+def test_modules_that_peft_chooses_are_adapted_beside_the_head(checkpoint):
+    model, _ = classifier(checkpoint, adapters=False)
+    adapted = add_adapters(model, target_modules=None)
+    kinds = {name.split(".")[-1] for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    assert kinds == {"q_proj", "v_proj"}

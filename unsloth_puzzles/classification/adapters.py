@@ -22,7 +22,7 @@ def add_adapters(
     *,
     r: int = 16,
     lora_alpha: float = 16,
-    target_modules: str | list[str] = "all-linear",
+    target_modules: str | list[str] | None = "all-linear",
     gradient_checkpointing: bool = False,
     **options: object,
 ) -> PeftModel:
@@ -32,7 +32,8 @@ def add_adapters(
         model: From `load_classifier`.
         r: Rank of the adapters.
         lora_alpha: The adapters are scaled by lora_alpha / r.
-        target_modules: As in `LoraConfig`. "all-linear" selects every linear layer except the head.
+        target_modules: As in `LoraConfig`: "all-linear" selects every linear layer except the head, None those that
+            PEFT chooses for the architecture.
         gradient_checkpointing: Whether to compute the layers again in the backward pass, non-reentrant.
         **options: Other options of `LoraConfig`.
 
@@ -47,7 +48,8 @@ def add_adapters(
         raise TypeError(f"model must be what load_classifier returns, got a {type(model).__name__}")
     if options.pop("task_type", "SEQ_CLS") != "SEQ_CLS":
         raise ValueError("task_type must be 'SEQ_CLS' or left out, got another: the head would stay frozen and unsaved")
-    if not isinstance(target_modules, str) and any(one.split(".")[-1] == HEAD for one in target_modules):
+    named = [] if target_modules is None or isinstance(target_modules, str) else target_modules
+    if any(one.split(".")[-1] == HEAD for one in named):
         raise ValueError(f"target_modules must be without {HEAD!r}, which is trained as a whole, got {target_modules}")
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **given))
