@@ -97,10 +97,13 @@ def test_limits_must_be_positive_and_finite(limits):
         ToolBox([add], **limits)
 
 
-@pytest.mark.parametrize("limits", [{"seconds": "2"}, {"seconds": None}, {"max_characters": "9"}])
+@pytest.mark.parametrize(
+    "limits", [{"seconds": "2"}, {"seconds": None}, {"max_characters": "9"}, {"max_characters": 9.5}]
+)
 def test_limits_must_be_numbers(limits):
     ((name, value),) = limits.items()
-    with pytest.raises(TypeError, match=rf"^{name} must be a number, got {value!r}$"):
+    need = "a number" if name == "seconds" else "an integer"
+    with pytest.raises(TypeError, match=rf"^{name} must be {need}, got {value!r}$"):
         ToolBox([add], **limits)
 
 

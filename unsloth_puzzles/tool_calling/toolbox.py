@@ -17,7 +17,7 @@ toolbox.call("add", {"a": "3"}).content     # 'error: arguments of add must cont
 import math
 import sys
 from collections.abc import Callable, Iterable
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from unsloth_puzzles.tool_calling.arguments import checked_arguments
@@ -56,7 +56,8 @@ class ToolBox:
         names: Of the functions, in the same order.
 
     Raises:
-        TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous; a limit is no number.
+        TypeError: `functions` is not a list; what is in it is no function, or it is asynchronous; `seconds` is no
+            number, or `max_characters` no integer.
         ValueError: Two functions have one name; a function has no schema, see `function_schema`; a limit is not
             positive and finite, or too long; calls are to be isolated and the system is not Linux.
     """
@@ -73,9 +74,10 @@ class ToolBox:
             raise TypeError(f"isolated must be True or False, got {isolated!r}")
         if isolated and sys.platform != "linux":
             raise ValueError(f"the system must be Linux, which can fork and bound a process, got {sys.platform}")
-        for name, value in (("seconds", seconds), ("max_characters", max_characters)):
-            if not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+        limits = (("seconds", seconds, Real, "a number"), ("max_characters", max_characters, Integral, "an integer"))
+        for name, value, kind, described in limits:
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be {described}, got {value!r}")
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if seconds > MAX_SECONDS:
