@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from transformers import LlamaForCausalLM
 
 from benchmarks.fsdp2.ranks import start_ranks
 from benchmarks.models import random_nf4_llama, tiny_llama_config
@@ -150,3 +151,10 @@ def test_adapters_that_are_not_active_or_frozen_are_saved(name, tmp_path):
     for adapter in ("one", "two"):
         own, peft = (load_file(tmp_path / kind / adapter / "adapter_model.safetensors") for kind in ("packed", "whole"))
         assert own.keys() == peft.keys() and all(torch.equal(own[key], peft[key]) for key in own)
+
+
+@pytest.mark.parametrize("config", [VeraConfig(target_modules=["q_proj"]), RandLoraConfig(target_modules=["q_proj"])])
+def test_adapters_with_random_projections_are_refused(config, tmp_path):
+    model = get_peft_model(LlamaForCausalLM(tiny_llama_config(64)), config)
+    with pytest.raises(ValueError, match=rf"weights are all parameters, got {config.peft_type.value} \('default'\)"):
+        save_adapters(model, tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -28,10 +28,12 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
 
     Raises:
         TypeError: `model` has no adapters of PEFT.
-        ValueError: A parameter is trained that PEFT does not save, such as the weight of a norm.
+        ValueError: A parameter is trained that PEFT does not save, such as the weight of a norm; an adapter is VeRA or
+            RandLora.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    _refuse_projections(model)
     _refuse_lost(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
@@ -51,6 +53,14 @@ def _kept(model: PeftModel) -> tuple[str, ...]:
     """Parts of the names of what PEFT saves. It need not be trained: an adapter that is not active is frozen."""
     biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
     return (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_delta.", *(["bias"] if biases else ()))
+
+
+def _refuse_projections(model: PeftModel) -> None:
+    """Refuse adapters that also have random projections, which are buffers and would be left out."""
+    for name, config in model.peft_config.items():
+        if config.peft_type in (PeftType.VERA, PeftType.RANDLORA):
+            raise ValueError(f"model must have adapters whose weights are all parameters, got {config.peft_type.value} "
+                             f"({name!r})")  # fmt: skip
 
 
 def _refuse_lost(model: PeftModel) -> None:
