@@ -17,13 +17,14 @@ from benchmarks.backprop.baselines import FLOOR, FLOOR_FLOAT32, LIGER_FLOAT32, b
 from benchmarks.backprop.workload import Case, Loss, Shape, make_case, many_shapes, release
 from unsloth_puzzles.backprop.chunks import chunk_rows, even_rows
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.losses import cross_entropy
+from unsloth_puzzles.backprop.losses import IGNORED, cross_entropy
 from unsloth_puzzles.bench.memory import peak_memory
 from unsloth_puzzles.bench.timing import Timing, event_time, wall_time
 
 OURS = "ours"
 OURS_FLOAT32 = "ours, float32 dW"
 OURS_AS_LIGER = "ours, Liger's chunk size"
+OURS_ALL_ROWS = "ours, all rows"
 CHUNK_SIZES = (256, 512, 920, 2048, 4096)
 VOCABULARIES = (8192, 32768, 262144)  # each is compiled anew, which takes longer than measuring it
 
@@ -47,6 +48,16 @@ def ours(chunk_size: int | str = "auto", *, accumulate_dtype: torch.dtype | None
         )
 
     return loss
+
+
+def of_labelled_rows(loss: Loss) -> Loss:
+    """`loss` of the rows that have a label, as `use_memory_efficient_loss(skip_ignored=True)` calls it."""
+
+    def of_rows(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = (labels != IGNORED).nonzero().squeeze(-1)
+        return loss(hidden_states.index_select(0, rows), weight, labels.index_select(0, rows))
+
+    return of_rows
 
 
 def losses(case: Case, *, compile: bool = True, without: Iterable[str] = ()) -> tuple[dict[str, Loss], dict[str, str]]:

@@ -8,6 +8,7 @@ The file says on what hardware and when.
 import argparse
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,18 +17,22 @@ from benchmarks.backprop.baselines import FLOOR_FLOAT32, LIGER, LIGER_FLOAT32
 from benchmarks.backprop.linear_losses import (
     CHUNK_SIZES,
     OURS,
+    OURS_ALL_ROWS,
     OURS_FLOAT32,
     VOCABULARIES,
     Results,
     frontier,
     losses,
+    of_labelled_rows,
     vocabulary_sweep,
 )
-from benchmarks.backprop.workload import REFERENCE, TINY, Shape, make_case, release
+from benchmarks.backprop.linear_losses import measure as measure_calls
+from benchmarks.backprop.workload import REFERENCE, TINY, Case, Shape, make_case, release
 from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 
 HEADS = {"head trained": True, "head frozen": False}
+WITHOUT_LABEL = 0.8  # share of the rows, as where only answers of conversations are learnt
 ONE_DTYPE = (OURS_FLOAT32, LIGER_FLOAT32, FLOOR_FLOAT32)  # left out: the sweeps are about dW in the weight's dtype
 
 
@@ -46,29 +51,39 @@ def measure(
     """Run both sweeps at `shape` and save them; ours is the value of each record, everything else its baselines.
 
     Metrics: "frontier_ms", "frontier_peak_gib", "frontier_time_over_liger" (case "head trained, 920 rows"), and
-    "vocabulary_ms", "vocabulary_peak_gib" (case "vocabulary 8192"); "rows" (the case says hidden size and dtype) and
-    "frontier_vocabulary".
+    "vocabulary_ms", "vocabulary_peak_gib" (case "vocabulary 8192"); "ignored_ms", "ignored_peak_gib" (ours projects
+    only the rows that have a label); "rows" (the case says hidden size and dtype) and "frontier_vocabulary".
     """
     found = Measurements(path, hardware)
     dtype = str(shape.dtype).removeprefix("torch.")
     found.add("rows", f"hidden size {shape.hidden}, {dtype}", shape.rows, "rows")
     found.add("frontier_vocabulary", "frontier", shape.vocabulary, "tokens")
+    options = {"compile": compile, "without": (*ONE_DTYPE, *without)}
     for head, train_head in HEADS.items():
         case = make_case(shape, device, train_head=train_head)
-        named, _ = losses(case, compile=compile, without=(*ONE_DTYPE, *without))
+        named, _ = losses(case, **options)
         beside = {name: loss for name, loss in named.items() if name != OURS}
         for size, at in frontier(case, sizes, beside=beside, compile=compile, rounds=rounds).items():
             _add(found, "frontier", f"{head}, {size} rows", at)
             print(f"{head}, {size} rows: done", flush=True)
         del case, named, beside
         release()
-    sweep = vocabulary_sweep(
-        shape, device, vocabularies, compile=compile, without=(*ONE_DTYPE, *without), rounds=rounds
-    )
+        _add_ignored(
+            found, head, make_case(shape, device, train_head=train_head, ignored=WITHOUT_LABEL), options, rounds
+        )
+        release()
+    sweep = vocabulary_sweep(shape, device, vocabularies, rounds=rounds, **options)
     for size, at in sweep.items():
         _add(found, "vocabulary", f"vocabulary {size}", at)
     found.save()
     return found
+
+
+def _add_ignored(found: Measurements, head: str, case: Case, options: dict, rounds: int) -> None:
+    named, _ = losses(case, **options)
+    named |= {OURS: of_labelled_rows(named[OURS]), OURS_ALL_ROWS: named[OURS]}
+    at = measure_calls({name: partial(case.forward_backward, loss) for name, loss in named.items()}, rounds=rounds)
+    _add(found, "ignored", f"{head}, {WITHOUT_LABEL:.0%} of the rows without a label", at)
 
 
 def _add(found: Measurements, metric: str, case: str, at: Results) -> None:

@@ -15,6 +15,7 @@ from benchmarks.backprop.linear_losses import (
     frontier,
     losses,
     measure,
+    of_labelled_rows,
     ours,
     vocabulary_sweep,
 )
@@ -153,3 +154,12 @@ def test_everything_runs_compiled_on_a_gpu():
         calls, left_out = candidates(make_case(shape, "cuda", train_head=train_head))
         found = measure(calls, rounds=1)
         assert set(found.measured) == set(calls) and not found.failed, left_out
+
+
+def test_loss_of_labelled_rows_has_the_gradients_of_all_rows():
+    case = make_case(TINY, "cpu", ignored=0.8)
+    loss = ours(compile=False)
+    every, chosen = case.forward_backward(loss), case.forward_backward(of_labelled_rows(loss))
+    for one, other in zip(every, chosen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert not chosen[1][case.labels == -100].any() and chosen[1].any()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.backprop.baselines import COMPILED, EAGER, FLOOR
+from benchmarks.backprop.linear_losses import OURS_ALL_ROWS
 from benchmarks.backprop.sweeps import HEADS, measure
 from benchmarks.backprop.workload import TINY
 from unsloth_puzzles.bench.record import Measurements
@@ -23,6 +24,10 @@ def test_every_candidate_at_every_size_is_in_the_file(tmp_path):
             found = measured.find(f"{metric}_{unit}")
             assert [one["case"] for one in found] == cases
             assert all(set(one["baselines"]) == {EAGER, FLOOR} for one in found)
+    for unit in ("ms", "peak_gib"):
+        found = measured.find(f"ignored_{unit}")
+        assert [one["case"] for one in found] == [f"{head}, 80% of the rows without a label" for head in HEADS]
+        assert all(set(one["baselines"]) == {EAGER, OURS_ALL_ROWS} for one in found)
     small, large = (one["value"] for one in measured.find("vocabulary_peak_gib"))
     assert small < large
     assert [(one["value"], one["case"]) for one in measured.find("rows")] == [(1000, "hidden size 64, float32")]
