@@ -32,6 +32,15 @@ def test_frozen_weights_alone_are_kept_whole(config, tied, whole):
     assert found == whole
 
 
+def test_an_embedding_that_is_trained_itself_is_not_kept_whole():
+    settings = tiny_llama_config(64)
+    settings.tie_word_embeddings = False
+    model = random_nf4_llama(settings, "cpu", torch.float32)
+    base = base_of(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+    base.get_input_embeddings().requires_grad_()
+    assert frozen_embeddings(base) == [base.get_output_embeddings()]
+
+
 ADAPTED = {
     "head, copied": {"modules_to_save": ["lm_head"]},
     "both, copied": {"modules_to_save": ["embed_tokens", "lm_head"]},
