@@ -46,6 +46,8 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
         two orders), "gather_bytes_per_s", and over many lengths "compilations" and "graph_breaks".
     """
     found = Measurements(path)
+    _memory(found, ranks, tiny, timeout)
+    found.save()
     curve, (whole, regrouped, split) = _curve_cases(tiny), _parity_cases(ranks, tiny)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     alone = {  # on one GPU each, side by side: nothing of the second is timed
@@ -56,8 +58,6 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
     _add_curve(found, curve, one["curve"][0], *run_cases(curve, ranks, timeout))
     found.save()
     _add_parity(found, split, one["losses"][0], run_cases(split, ranks, timeout)[0])
-    found.save()
-    _memory(found, ranks, tiny, timeout)
     found.save()
     _lengths(found, ranks, tiny, timeout)
     found.save()
