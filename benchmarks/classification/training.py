@@ -17,13 +17,13 @@ import torch
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from benchmarks.classification.baselines import Score, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
+from benchmarks.lean_trainer import LeanTrainer
 from benchmarks.progress import SILENCE, Progress
 from unsloth_puzzles.classification.adapters import add_adapters, load_trained, save_classifier
 from unsloth_puzzles.classification.load import load_classifier
@@ -104,7 +104,7 @@ def train(
     }
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = LeanTrainer(
             model,
             _arguments(folder, model, **settings),
             train_dataset=encode(tokenizer, data.train),

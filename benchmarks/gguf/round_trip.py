@@ -59,7 +59,14 @@ def fit(model: PeftModel, tokenizer, steps: int) -> list[float]:
 
 
 def round_trip(
-    model: PeftModel, tokenizer, folder: Path, *, steps: int, quantizations: tuple[str, ...], tokens: int = 32
+    model: PeftModel,
+    tokenizer,
+    folder: Path,
+    *,
+    steps: int,
+    quantizations: tuple[str, ...],
+    tokens: int = 32,
+    places: range = PLACES,
 ) -> dict:
     """Fine-tune, export in each type, and let the engine answer until it stops.
 
@@ -70,6 +77,7 @@ def round_trip(
         steps: Of training.
         quantizations: The types; the first one is also exported without the adapter.
         tokens: The most tokens of an answer.
+        places: Tokens of real text before a compared one.
 
     Returns:
         "losses" of the training, "base" (the engine's text without the adapter), "moved" (how far the adapter moves
@@ -77,14 +85,14 @@ def round_trip(
     """
     asked, probe, end = {"text": QUESTION}, {"text": PROBE}, tokenizer.eos_token_id
     losses = fit(model, tokenizer, steps)
-    expected, places = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer)
-    requests = [asked, probe, *({"prompt": one.prompt, "likely": LIKELY} for one in places)]
+    expected, compared = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer, places)
+    requests = [asked, probe, *({"prompt": one.prompt, "likely": LIKELY} for one in compared)]
     found, answers = {"losses": losses}, {}
     for quantization in quantizations:
         path, said = _export(model, tokenizer, folder, quantization)
         answers[quantization], other, *nexts = ask(path, None, requests, tokens=tokens, stop=True)
         found[quantization] = Exported(
-            path.stat().st_size, *_compared(other, expected, end), _mean_error(nexts, places),
+            path.stat().st_size, *_compared(other, expected, end), _mean_error(nexts, compared),
             answers[quantization].text, answers[quantization].tokens[-1] == end, said,
         )  # fmt: skip
     with model.disable_adapter():
@@ -105,12 +113,12 @@ class Next(NamedTuple):
 
 
 @torch.no_grad()
-def next_tokens(model: torch.nn.Module, tokenizer) -> list[Next]:
-    """Return what `model` expects after the first `PLACES` tokens of a paragraph of Python's language reference."""
+def next_tokens(model: torch.nn.Module, tokenizer, places: range = PLACES) -> list[Next]:
+    """Return what `model` expects after the first `places` tokens of a paragraph of Python's language reference."""
     ids = next(ids for text in paragraphs() if len(ids := tokenizer(text)["input_ids"]) >= PLACES.stop)
     log_probs = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().log_softmax(-1)
     found = []
-    for length in PLACES:
+    for length in places:
         prompt = tokenizer.decode(ids[:length])
         if tokenizer(prompt)["input_ids"] == ids[:length]:  # the engine gets text
             log_prob, token = log_probs[length - 1].max(0)

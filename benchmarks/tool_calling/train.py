@@ -28,7 +28,7 @@ def fine_tune(
     format: str | ChatFormat = "qwen2.5",
     rank: int = 16,
 ):
-    """Train LoRA adapters on all linear layers of `model` (in 4 bits or not) with transformers' Trainer.
+    """Train LoRA adapters on all linear layers of `model` (in 4 bits or not).
 
     Embedding and norms keep the dtype of `model`. PEFT's `prepare_model_for_kbit_training` would cast them to float32,
     and with them all hidden states: at its peak a batch of 16 conversations then allocates 13.6 GiB instead of 10.3.
@@ -46,8 +46,9 @@ def fine_tune(
         The PEFT model, and the losses as a list of (step, loss).
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArguments, set_seed
 
+    from benchmarks.lean_trainer import LeanTrainer
     from benchmarks.progress import Progress
     from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
@@ -75,6 +76,7 @@ def fine_tune(
             fp16=device == "cuda" and dtype == torch.float16,
             bf16=device == "cuda" and dtype == torch.bfloat16,
             logging_steps=max(1, steps // 20),
+            logging_nan_inf_filter=False,  # it would wait for the GPU at each step
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -85,7 +87,7 @@ def fine_tune(
         )
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         progress = [Progress("training")]
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
+        trainer = LeanTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
         with contextlib.ExitStack() as patches:
             # A batch's logits would take gigabytes on a T4. Of its rows, 94 % are prompts or padding without a label.

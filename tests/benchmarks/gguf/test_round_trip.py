@@ -54,7 +54,7 @@ def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypa
 
     monkeypatch.setattr(round_trip, "ask", ask)
     monkeypatch.setattr(round_trip, "fit", lambda model, tokenizer, steps: [1.0])
-    monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer: PLACE)
+    monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer, places: PLACE)
     monkeypatch.setattr(round_trip, "_mean_error", lambda answers, places: judged.append(len(answers)) or 0.25)
     found = round_trip.round_trip(
         round_trip.add_adapters(model), tokenizer, tmp_path, steps=1, quantizations=("f32", "q4_k_m"), tokens=2
