@@ -78,17 +78,15 @@ def predict(
     of_windows = defaultdict(float)
     for window in windows:
         hook += window["hook_seconds"]
-        own = sum(microseconds for _, microseconds in window["kernels"].values()) / 1e6
-        scaled = 0.0
-        for name, (count, microseconds) in window["kernels"].items():
+        count, own, scaled = 0, 0.0, 0.0  # of the window: launches, seconds here and there
+        for name, (launched, microseconds) in window["kernels"].items():
             what = kind(name, dots)
-            latency = min(microseconds, count * LATENCY_US)
-            here[what] += microseconds / 1e6
+            latency = min(microseconds, launched * LATENCY_US)
             seconds = (latency + (microseconds - latency) * scale[what]) / 1e6
+            here[what] += microseconds / 1e6
             there[what] += seconds
-            scaled += seconds
+            count, own, scaled = count + launched, own + microseconds / 1e6, scaled + seconds
         of_windows[window["window"].strip().partition("\n")[0]] += scaled
-        count = sum(count for count, _ in window["kernels"].values())
         launches += count
         if window["notebook"]:
             traced += count
