@@ -11,10 +11,13 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 RECORD = os.environ.get("T4_RECORD")
+WINDOW_SECONDS = 15  # a longer one would hold gigabytes of events, and be silent for a minute at its end
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "default_dot_input_precision")
 
 
@@ -54,13 +57,13 @@ class Windows:
 
     def __init__(self):
         self.current, self.name, self.seconds, self.opened = None, "", 0.0, 0.0
-        self.broken = False
+        self.broken = self.busy = False
 
     def open(self, name: str) -> None:
         torch = sys.modules.get("torch")
         if self.current is not None or self.broken or torch is None or not torch.cuda.is_initialized():
             return
-        began = time.perf_counter()
+        began, self.busy = time.perf_counter(), True
         try:
             self.current = torch.autograd.profiler.profile(use_cpu=False, use_device="cuda", use_kineto=True)
             self.current.of_the_rehearsal = True
@@ -69,12 +72,12 @@ class Windows:
         except Exception as error:
             self._fail(error)
         self.opened = time.perf_counter()
-        self.name, self.seconds = name, self.opened - began
+        self.name, self.seconds, self.busy = name, self.opened - began, False
 
     def close(self) -> None:
         if self.current is None:
             return
-        began, window, self.current = time.perf_counter(), self.current, None
+        began, self.busy, window, self.current = time.perf_counter(), True, self.current, None
         try:
             window.__exit__(None, None, None)
             kernels: dict[str, list[float]] = {}
@@ -90,9 +93,22 @@ class Windows:
         line["hook_seconds"] = self.seconds + time.perf_counter() - began
         with open(os.path.join(RECORD, f"profile-{os.getpid()}.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.busy = False
+
+    def renew(self, *signal_and_frame) -> None:
+        """Close a window that has been open for long, and open the next of this name: the handler of a signal.
+
+        It does nothing while a window is opened or closed, and during the capture of a CUDA graph, which the profiler
+        would end.
+        """
+        long = time.perf_counter() - self.opened > WINDOW_SECONDS
+        if self.current is None or self.busy or not long or sys.modules["torch"].cuda.is_current_stream_capturing():
+            return
+        self.close()
+        self.open(self.name)
 
     def _fail(self, error: Exception) -> None:
-        self.broken, self.current = True, None
+        self.broken, self.busy, self.current = True, False, None
         with open(os.path.join(RECORD, f"broken-{os.getpid()}.txt"), "w", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}: {error}\n")
 
@@ -101,12 +117,22 @@ windows = Windows()
 
 
 def watch_cells() -> None:
-    """Give each later cell of this IPython kernel a window of its own."""
+    """Give each later cell of this IPython kernel a window of its own, a long one several."""
     from IPython import get_ipython
 
     events = get_ipython().events
     events.register("pre_run_cell", lambda info: windows.open((info.raw_cell or "").strip()[:60]))
     events.register("post_run_cell", lambda result: windows.close())
+    signal.signal(signal.SIGUSR1, windows.renew)  # it runs in the main thread, which the profiler belongs to
+    signal.siginterrupt(signal.SIGUSR1, False)  # system calls of libraries go on
+    threading.Thread(target=_ask_to_renew, args=(threading.main_thread().ident,), daemon=True).start()
+
+
+def _ask_to_renew(main: int) -> None:
+    while True:
+        time.sleep(1)
+        if windows.current is not None and time.perf_counter() - windows.opened > WINDOW_SECONDS:
+            signal.pthread_kill(main, signal.SIGUSR1)
 
 
 def _set_listener(knobs) -> None:
