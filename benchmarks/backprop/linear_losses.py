@@ -16,8 +16,9 @@ from torch import nn
 from benchmarks.backprop.baselines import FLOOR, FLOOR_FLOAT32, LIGER_FLOAT32, baselines, gemm_floor
 from benchmarks.backprop.workload import Case, Loss, Shape, make_case, many_shapes, release
 from unsloth_puzzles.backprop.chunks import chunk_rows, even_rows
+from unsloth_puzzles.backprop.labelled_rows import LabelledRows
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
-from unsloth_puzzles.backprop.losses import IGNORED, cross_entropy
+from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.bench.memory import peak_memory
 from unsloth_puzzles.bench.timing import Timing, event_time, wall_time
 
@@ -54,8 +55,8 @@ def of_labelled_rows(loss: Loss) -> Loss:
     """`loss` of the rows that have a label, as `use_memory_efficient_loss(skip_ignored=True)` calls it."""
 
     def of_rows(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        rows = (labels != IGNORED).nonzero().squeeze(-1)
-        return loss(hidden_states.index_select(0, rows), weight, labels.index_select(0, rows))
+        rows = LabelledRows.of(labels)
+        return loss(rows.choose(hidden_states), weight, rows.choose(labels))
 
     return of_rows
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from unsloth_puzzles.backprop.causal_lm import refuse_sharded_head, routes
+from unsloth_puzzles.backprop.labelled_rows import LabelledRows
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
 from unsloth_puzzles.backprop.loss_settings import check_settings, settings
 from unsloth_puzzles.backprop.losses import IGNORED
@@ -115,32 +116,32 @@ class PatchedLoss:
         head = causal_lm.get_output_embeddings()
         refuse_sharded_head(head)
         # Asked before the backbone: the host waits here for what the device has still to do.
-        rows = (shift_labels != IGNORED).flatten().nonzero().squeeze(-1) if self._skip_ignored else None
-        found = causal_lm.base_model(**inputs)
+        rows = LabelledRows.of(shift_labels) if self._skip_ignored else None
+        states = causal_lm.base_model(**inputs)
         device = next(head.parameters()).device  # with a `device_map` the backbone may end elsewhere
         normalizer = "labels" if num_items_in_batch is None else num_items_in_batch
         if isinstance(normalizer, torch.Tensor):
             normalizer = normalizer.to(device).reshape(())
-        hidden_states, targets = found.last_hidden_state.to(device), shift_labels.to(device)
+        hidden_states, targets = states.last_hidden_state.to(device), shift_labels.to(device)
         options = {"ignore_index": IGNORED, **self._options}
         of_all = functools.partial(memory_efficient_linear, hidden_states, head, targets, **options)
         if rows is None or targets.shape != hidden_states.shape[:-1]:  # which the op refuses
             rows, of_labelled = None, of_all
         else:
             rows = rows.to(device)
-            chosen = hidden_states.flatten(0, -2).index_select(0, rows), targets.flatten().index_select(0, rows)
-            of_labelled = functools.partial(memory_efficient_linear, chosen[0], head, chosen[1], **options)
+            chosen = rows.choose(hidden_states), head, rows.choose(targets)
+            of_labelled = functools.partial(memory_efficient_linear, *chosen, **options)
         self.calls += 1
         if fused_lm_head:
-            found = of_labelled(self._rows, reduction="none")
+            statistics = of_labelled(self._rows, reduction="none")
             if rows is not None:
-                found = (_spread(values, rows, targets.shape) for values in found)
-            return per_token_output(*found, shift_labels != IGNORED, normalizer)
+                statistics = map(rows.spread, statistics)
+            return per_token_output(*statistics, shift_labels != IGNORED, normalizer)
         output = EvaluatedCausalLMOutput(
             loss=_sum(of_labelled, self._loss, normalizer),
-            **{CACHE: found.get(CACHE)},
-            hidden_states=found.get("hidden_states"),
-            attentions=found.get("attentions"),
+            **{CACHE: states.get(CACHE)},
+            hidden_states=states.get("hidden_states"),
+            attentions=states.get("attentions"),
         )
         if self._predictions and not causal_lm.training:
             with torch.no_grad():
@@ -178,11 +179,6 @@ def _sum(call: Callable, loss: Callable, normalizer: object) -> torch.Tensor:
         if not str(refusal).startswith("forward_function must "):
             raise
         raise type(refusal)(str(refusal).replace("forward_function", "loss", 1)) from None
-
-
-def _spread(values: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`values` [len(rows)] at their `rows` of a tensor of `shape`, 0 elsewhere."""
-    return values.new_zeros(shape.numel()).index_copy(0, rows, values).reshape(shape)
 
 
 def _with_usual_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

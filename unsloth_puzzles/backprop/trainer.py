@@ -66,12 +66,12 @@ def use_memory_efficient_loss(
     Raises:
         TypeError: `model` is no causal LM of transformers, or wrapped in `nn.DataParallel`.
         ValueError: Rows are to be skipped, and `loss` is not 0 for rows without a label; what the model's loss is made
-            of is not known here: an encoder-decoder, another `loss_function`, a router's
-            auxiliary loss, anything between backbone, head and loss beyond soft cap and scale (found out by two
-            forwards of the model's own, of padded rows: see `probe.logit_transform`); a trainer that needs the logits
-            (`label_smoothing_factor`, `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and
-            `compute_metrics` without `predictions`), makes its model anew (`model_init`) or sees several GPUs in one
-            process; a model that is patched already.
+            of is not known here: an encoder-decoder, another `loss_function`, a router's auxiliary loss, anything
+            between backbone, head and loss beyond soft cap and scale (found out by two forwards of the model's own, of
+            padded rows: see `probe.logit_transform`); a trainer that needs the logits (`label_smoothing_factor`,
+            `compute_loss_func`: pass `loss` instead; `preprocess_logits_for_metrics`, and `compute_metrics` without
+            `predictions`), makes its model anew (`model_init`) or sees several GPUs in one process; a model that is
+            patched already.
     """
     trainer, model = (model, model.model) if isinstance(model, Trainer) else (None, model)
     refuse_data_parallel(model, trainer.args.n_gpu if trainer else 1)
