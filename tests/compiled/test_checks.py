@@ -204,6 +204,10 @@ def test_position_ids_reach_layers_that_use_them():
 def test_draws_detects_every_kind_of_dropout():
     for kind in (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout):
         assert [draws([nn.Sequential(nn.Linear(2, 2), kind(p))]) for p in (0.0, 0.1)] == [False, True]
+    for p in (0.0, 0.1):  # Seed-OSS, StarCoder 2 and Doge call the function
+        layer = nn.Linear(2, 2)
+        layer.residual_dropout = p
+        assert draws([nn.Sequential(layer)]) == (p > 0)
 
 
 def test_uses_detects_arguments_by_name_and_by_key():

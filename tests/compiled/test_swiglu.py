@@ -140,6 +140,25 @@ def test_other_formulas_are_unchanged(forward):
     assert torch.equal(step(model), expected)
 
 
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_dropout_is_found_in_eval_mode(kind):
+    """In which transformers loads a model, before a Trainer switches it to training."""
+
+    def forward(mlp, x):
+        y = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return torch.nn.functional.dropout(y, mlp.residual_p, mlp.training) if kind == "function" else mlp.dropout(y)
+
+    for p, fused in ((0.5, False), (0.0, True)):
+        model = make_model().eval()
+        mlp = model.get_base_model().model.layers[0].mlp
+        mlp.residual_p, mlp.dropout = p, torch.nn.Dropout(p).eval()
+        mlp.__class__ = type("DroppingMLP", (type(mlp),), {"forward": forward})
+        drawn = torch.get_rng_state()
+        fuse_swiglu(model, False)
+        assert type(mlp).__name__ == ("FusedDroppingMLP" if fused else "DroppingMLP")
+        assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_adapters_by_row_are_left_to_peft():
     model = make_model()
     model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

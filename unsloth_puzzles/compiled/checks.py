@@ -1,6 +1,7 @@
 """Check what `compile_qlora` assumes of a trainer, a model, its adapters and layers, before it changes anything."""
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from peft import PeftType
@@ -116,9 +117,15 @@ def uses(layer: torch.nn.Module, name: str) -> bool:
     return any(name in (*code.co_varnames, *code.co_consts) for code in codes if code is not None)
 
 
-def draws(layers: list[torch.nn.Module]) -> bool:
-    """Whether there is dropout in `layers`."""
-    return any(isinstance(one, _DropoutNd) and one.p > 0 for layer in layers for one in layer.modules())
+def draws(layers: Iterable[torch.nn.Module]) -> bool:
+    """Whether there is dropout in `layers`: a module, or a probability for the function, such as `residual_dropout`."""
+    return any(_drops(one) for layer in layers for one in layer.modules())
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return any("dropout" in name and isinstance(p, int | float) and p > 0 for name, p in vars(module).items())
 
 
 def _refuse_compiled(model: torch.nn.Module) -> None:

@@ -70,10 +70,10 @@ def _call(layer: LoraLayer, low_rank: torch.Tensor, shared: torch.Tensor, x: tor
 
 
 class StandIn:
-    """A module but for some of its layers: what a forward is given as `self`."""
+    """A module but for some of its attributes: what a forward is given as `self`."""
 
-    def __init__(self, module: torch.nn.Module, layers: dict[str, Callable]):
-        self._module, self._layers = module, layers
+    def __init__(self, module: torch.nn.Module, others: dict[str, object]):
+        self._module, self._others = module, others
 
     def __getattr__(self, name: str):
-        return self._layers[name] if name in self._layers else getattr(self._module, name)
+        return self._others[name] if name in self._others else getattr(self._module, name)

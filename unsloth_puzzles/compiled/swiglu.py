@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.functional import silu
 
+from unsloth_puzzles.compiled.checks import draws
 from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import add_adapter, plain_adapter, takes_low_rank
 from unsloth_puzzles.compiled.shared_input import StandIn, low_rank_products
@@ -28,9 +29,9 @@ from unsloth_puzzles.exchange import exchange_classes, subclass
 def fuse_swiglu(model: torch.nn.Module, eager_rounding: bool) -> Callable[[], None]:
     """Let the MLPs of `model` compute as above.
 
-    These are the MLPs whose forward is `down_proj(silu(gate_proj(x)) * up_proj(x))`, with an adapter on each of the
-    three NF4 layers. Others stay as they are, and so do calls whose adapters are not plain LoRA or for which hooks
-    wait.
+    These are the MLPs whose forward is `down_proj(silu(gate_proj(x)) * up_proj(x))`, also in training mode, with an
+    adapter on each of the three NF4 layers. Others stay as they are, and so do calls whose adapters are not plain LoRA
+    or for which hooks wait.
 
     Args:
         model: a PEFT model, changed in place.
@@ -123,10 +124,15 @@ def _is_swiglu(module: torch.nn.Module) -> bool:
 def _is_formula(module: torch.nn.Module) -> bool:
     """Whether the forward of `module`, with functions of one number for its three layers, is what is fused here."""
     gate, up, down = (lambda x: 2 * x - 1), (lambda x: x.square() + 3), (lambda x: 5 * x + 2)
+    layers = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    # A model that was just loaded is in eval mode, in which dropout would not show.
+    if draws(one for name, one in module.named_children() if name not in layers):
+        return False
     x = torch.linspace(-3, 3, 7, dtype=torch.float64, device="cpu")
     expected = down(silu(gate(x)) * up(x))
     try:
-        found = type(module).forward(StandIn(module, {"gate_proj": gate, "up_proj": up, "down_proj": down}), x)
+        with torch.random.fork_rng(devices=()):
+            found = type(module).forward(StandIn(module, {**layers, "training": True}), x)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return isinstance(found, torch.Tensor) and found.shape == x.shape and bool((found - expected).abs().max() < 1e-12)
