@@ -77,6 +77,19 @@ def test_scaling_causality_and_window_of_a_layer_are_honoured(backend):
         found = call(None, SimpleNamespace(is_causal=module), is_causal=causal)
         assert near(found, expected(*data, Pattern() if (module if causal is None else causal) else everything))
     assert near(call(None), expected(*data))  # a module that does not say is causal, as with transformers' SDPA
+    assert near(call(None, sliding_window=3), expected(*data, Pattern(window=3)))
+    with pytest.raises(ValueError, match=r"^sliding_window must be left out where queries see later keys, got 3$"):
+        call(None, is_causal=False, sliding_window=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_of_one_query_without_a_mask(backend):
+    data = draw(LENGTH, 1)
+    assert near(attention_forward(None, *data, None, backend=backend)[0], expected(*data))
+    found = attention_forward(None, *data, None, backend=backend, sliding_window=3)[0]
+    assert near(found, expected(*data, Pattern(window=3)))
+    assert not near(found, expected(*data))
 
 
 @torch.no_grad()
@@ -132,6 +145,10 @@ def test_unsupported_arguments_of_a_layer_are_refused(kind, backend):
     starts = torch.tensor([0, 4, LENGTH])
     with pytest.raises(ValueError, match=r"^cu_seq_lens_q must come with position_ids"):
         attention_forward(None, *data, mask, backend=backend, cu_seq_lens_q=starts)
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must be of bool or of a floating dtype in 4-D, got torch\.in"
+    ):
+        attention_forward(None, *data, torch.ones(1, 1, LENGTH, LENGTH).long(), backend=backend)
     for wrong in (torch.ones(2, LENGTH), "causal"):
         with pytest.raises(ValueError, match=r"^attention_mask must be 2-D for the model, 4-D for its layers.*, got "):
             attention_forward(None, *data, wrong, backend=backend)

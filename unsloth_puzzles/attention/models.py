@@ -133,10 +133,11 @@ def attention_forward(
         value: [batch, key heads, kv_length, value's head size].
         attention_mask: what `make_mask` gave for the batch; or a model's own, which is added to the scores, or False
             where a query does not see a key, [batch, 1 or heads, q_length, kv_length]; or None, as in vision towers
-            and cross attention: then `is_causal`, else the module's attribute, says whether queries see later keys.
+            and cross attention: then `is_causal`, else the module's attribute, says whether queries see later keys, and
+            `sliding_window` how many earlier ones.
         scaling: what query @ key is multiplied with, None for 1 / sqrt(head size).
         dropout: must be 0.
-        softcap, is_causal, sliding_window: must be those of the mask.
+        softcap, is_causal, sliding_window: must be those of the mask, if there is one.
         backend: as in `attention`.
         others: refused by name if they would change the result (`REFUSED`).
 
@@ -160,7 +161,7 @@ def attention_forward(
         raise ValueError(_PACKED_BY_LENGTHS)
     elif attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask = _without_mask(backend, bool(causal), softcap, query, key, value)
+        mask = _without_mask(backend, bool(causal), softcap, sliding_window, query, key, value)
     else:
         mask = _with_tensor(backend, softcap, attention_mask)
     return mask.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
@@ -189,17 +190,24 @@ def _check_pattern(pattern: Pattern, q_length: int, softcap, is_causal, sliding_
         raise ValueError(f"sliding_window must be the mask's {pattern.window}, got {sliding_window}")
 
 
-def _without_mask(backend: str, causal: bool, softcap: float | None, query, key, value) -> Mask:
+def _without_mask(
+    backend: str, causal: bool, softcap: float | None, sliding_window: int | None, query, key, value
+) -> Mask:
     q_length, kv_length = query.shape[2], key.shape[2]
     if causal and q_length not in (1, kv_length):
         raise ValueError(f"attention_mask must be given for {q_length} causal queries and {kv_length} keys, got None")
+    if sliding_window is not None and not causal:
+        raise ValueError(f"sliding_window must be left out where queries see later keys, got {sliding_window}")
     batch = Batch.of(query, key, value, gradients=torch.is_grad_enabled())
-    return prepare(Pattern(causal and q_length > 1, soft_cap=softcap), batch, backend)
+    later = q_length > 1 or sliding_window is not None  # else one query sees all keys, as every backend can do
+    return prepare(Pattern(causal and later, sliding_window, softcap), batch, backend)
 
 
 def _with_tensor(backend: str, softcap: float | None, mask: torch.Tensor) -> Mask:
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         raise ValueError(f"attention_mask must be 2-D for the model, 4-D for its layers, or None, got {_brief(mask)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():  # ones and zeros would be added to the scores
+        raise ValueError(f"attention_mask must be of bool or of a floating dtype in 4-D, got {mask.dtype}")
     if backend == "auto":
         backend = "sdpa" if softcap is None else "dense"
     if backend not in _DENSE:
