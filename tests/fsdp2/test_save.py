@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
@@ -153,8 +163,51 @@ def test_adapters_that_are_not_active_or_frozen_are_saved(name, tmp_path):
         assert own.keys() == peft.keys() and all(torch.equal(own[key], peft[key]) for key in own)
 
 
-@pytest.mark.parametrize("config", [VeraConfig(target_modules=["q_proj"]), RandLoraConfig(target_modules=["q_proj"])])
-def test_adapters_with_random_projections_are_refused(config, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_saved(tied, targets, tmp_path):
+    """Its new rows are random; without them the loaded model would have others."""
+    config = tiny_llama_config(64, 1)
+    config.tie_word_embeddings = tied
+    config.save_pretrained(tmp_path / "base")
+
+    def resized(seed):
+        model = random_nf4_llama(config.__class__.from_dict(config.to_dict()), "cpu", torch.float32)
+        model.name_or_path = str(tmp_path / "base")
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        return model
+
+    model = get_peft_model(resized(1), LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+    pack_nf4(model, 1)
+    ids = torch.arange(58, 70)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        save_adapters(model, tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(resized(2), tmp_path / "saved")
+        with patch_linear4bit(loaded):
+            assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+
+
+OUTSIDE = {
+    "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "ADAPTION_PROMPT": AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_adapters_outside_of_the_layers_are_refused(kind, tmp_path):
+    model = get_peft_model(LlamaForCausalLM(tiny_llama_config(64, 1)), OUTSIDE[kind])
+    with pytest.raises(
+        ValueError, match=rf"^model must have adapters in its linear layers, .* got {kind} \('default'\)$"
+    ):
+        save_adapters(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, RandLoraConfig, PveraConfig])
+def test_adapters_with_random_projections_are_refused(kind, tmp_path):
+    config = kind(target_modules=["q_proj"])
     model = get_peft_model(LlamaForCausalLM(tiny_llama_config(64)), config)
     with pytest.raises(ValueError, match=rf"weights are all parameters, got {config.peft_type.value} \('default'\)"):
         save_adapters(model, tmp_path)

@@ -15,12 +15,19 @@ from peft import PeftModel, PeftType, get_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
+from unsloth_puzzles.fsdp2.shard import base_of
+
+_PROJECTED = (PeftType.VERA, PeftType.RANDLORA, PeftType.PVERA)
+
 
 def save_adapters(model: PeftModel, folder: str | Path) -> None:
     """Write the adapters and what else is trained, as `PeftModel.save_pretrained` does for a model that is not sharded.
 
-    Parameters are gathered one by one; the frozen weights never are. A sharded model cannot become an ordinary one
-    again: to merge adapters or to generate text fast, load them over the base model in one process.
+    Parameters are gathered one by one. Frozen weights are not, but for embedding and head: PEFT also saves these if an
+    adapter is on them, or if the vocabulary is not that of the base model's folder or repository. A sharded model
+    cannot become an ordinary one again: to merge adapters or to generate text fast, load them over the base model in
+    one process.
 
     Args:
         model: With adapters of PEFT, sharded or not. Every rank must call it.
@@ -28,23 +35,23 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
 
     Raises:
         TypeError: `model` has no adapters of PEFT.
-        ValueError: A parameter is trained that PEFT does not save, such as the weight of a norm; an adapter is VeRA or
-            RandLora.
+        ValueError: A parameter is trained that PEFT does not save, such as the weight of a norm; an adapter is VeRA,
+            PVeRA or RandLora, a prompt, or an adaption prompt.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
-    _refuse_projections(model)
+    _refuse_kinds(model)
     _refuse_lost(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
-    kept = _kept(model)
+    kept, embeddings = _kept(model), _embeddings(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):  # PEFT looks for both of two that are tied
-        if parameter.requires_grad or any(sign in name for sign in kept):
+        if parameter.requires_grad or id(parameter) in embeddings or any(sign in name for sign in kept):
             whole = _whole(parameter.detach())
             if first:
                 state[name] = whole.cpu()
     if first:
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=state)
     if dist.is_initialized():
         dist.barrier()
 
@@ -55,11 +62,23 @@ def _kept(model: PeftModel) -> tuple[str, ...]:
     return (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_delta.", *(["bias"] if biases else ()))
 
 
-def _refuse_projections(model: PeftModel) -> None:
-    """Refuse adapters that also have random projections, which are buffers and would be left out."""
+def _embeddings(model: PeftModel) -> set[int]:
+    """The ids of the parameters of embedding and head; of a packed head only those of its adapters."""
+    found = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
+    modules = (module for embedding in found if embedding is not None for module in embedding.modules())
+    whole = (module for module in modules if not isinstance(module, StreamLinear4bit))
+    return {id(parameter) for module in whole for parameter in module.parameters(recurse=False)}
+
+
+def _refuse_kinds(model: PeftModel) -> None:
+    """Refuse adapters that also have random projections, which are buffers and would be left out, and those outside of
+    the layers, which PEFT does not take from a state dict."""
     for name, config in model.peft_config.items():
-        if config.peft_type in (PeftType.VERA, PeftType.RANDLORA):
-            raise ValueError(f"model must have adapters whose weights are all parameters, got {config.peft_type.value} "
+        kind = config.peft_type
+        if kind in _PROJECTED:
+            raise ValueError(f"model must have adapters whose weights are all parameters, got {kind.value} ({name!r})")
+        if config.is_prompt_learning or kind == PeftType.ADAPTION_PROMPT:
+            raise ValueError(f"model must have adapters in its linear layers, norms or embeddings, got {kind.value} "
                              f"({name!r})")  # fmt: skip
 
 
