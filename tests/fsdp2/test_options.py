@@ -5,12 +5,15 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
+from tests.compiled.models import nf4_model
 from tests.fsdp2.models import qlora
 from unsloth_puzzles.fsdp2 import options
 from unsloth_puzzles.fsdp2.options import fsdp2_arguments, prepare_trainer
 from unsloth_puzzles.fsdp2.pack import pack_nf4
+from unsloth_puzzles.fsdp2.shard import shard_qlora
 
 REFUSED = (
     "trainer must use FSDP2, got {}; make its arguments with **fsdp2_arguments(model) and start it with torchrun; "
@@ -51,3 +54,14 @@ def test_an_accelerate_whose_checkpoints_lack_shards_is_refused(monkeypatch, ver
 def test_a_newer_accelerate_is_taken(monkeypatch, version):
     monkeypatch.setattr(options.supported, "installed", lambda package: version)
     options._check_accelerate()
+
+
+def test_a_backbone_without_layers_is_refused(mesh):
+    """Those of OPT are in a decoder inside of it."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64}
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=4, **sizes)
+    model = get_peft_model(nf4_model(OPTForCausalLM, config), LoraConfig(target_modules=["q_proj"]))
+    pack_nf4(model, 1)
+    for call in (lambda: fsdp2_arguments(model), lambda: shard_qlora(model, mesh)):
+        with pytest.raises(ValueError, match=r"^model must have decoder `layers` in its backbone, got OPTForCausalLM"):
+            call()

@@ -25,6 +25,7 @@ from unsloth_puzzles.fsdp2.shard import (
     check_packed,
     check_uniform,
     compute_in,
+    decoder_layers,
     float32_adapters,
     follow_requires_grad,
     frozen_embeddings,
@@ -61,13 +62,14 @@ def fsdp2_arguments(
         {"fsdp": True, "fsdp_config": {...}} with the class of the decoder layers.
 
     Raises:
-        ValueError: `model` is not packed, or an unknown `state_dict_type`.
+        ValueError: `model` is not packed or has no decoder `layers` in its backbone, or an unknown `state_dict_type`.
         RuntimeError: The installed accelerate is older than 1.15.
     """
     if state_dict_type not in _STATE_DICTS:
         raise ValueError(f"state_dict_type must be one of {', '.join(_STATE_DICTS)}, got {state_dict_type!r}")
     _check_accelerate()
     check_packed(model)
+    layers = decoder_layers(model)
     _until_prepared(model)
     os.environ.pop("FSDP_OFFLOAD_PARAMS", None)  # of an earlier call
     if offload:
@@ -77,7 +79,7 @@ def fsdp2_arguments(
         "cpu_offload": offload,
         "reshard_after_forward": reshard_after_forward,
         "state_dict_type": state_dict_type,
-        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in base_of(model).base_model.layers}),
+        "transformer_layer_cls_to_wrap": sorted({type(layer).__name__ for layer in layers}),
         "cpu_ram_efficient_loading": False,  # looks for Params4bit, which a packed model no longer has
     }
     return {"fsdp": True, "fsdp_config": config}

@@ -57,10 +57,12 @@ def shard_qlora(
         `forward` and its `generate` together.
 
     Raises:
-        ValueError: `model` has no packed layers, or trains parameters of several dtypes, which FSDP2 cannot group; on
-            all ranks, if trained parameters or frozen weights of one differ from the first rank's.
+        ValueError: `model` has no packed layers, no decoder `layers` in its backbone, or trains parameters of several
+            dtypes, which FSDP2 cannot group; on all ranks, if trained parameters or frozen weights of one differ from
+            the first rank's.
     """
     check_packed(model, dist.get_world_size() if mesh is None else mesh.size())
+    layers = decoder_layers(model)
     compare_trained(model)
     compare_frozen(model)
     check_uniform(model)
@@ -78,7 +80,7 @@ def shard_qlora(
         compute_in(model, param_dtype, () if shard_embeddings else frozen_embeddings(base))
     follow_requires_grad(model)
     prefetch_layers(model)
-    for layer in base.base_model.layers:
+    for layer in layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     if hasattr(model, "generate"):
@@ -101,7 +103,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype, whole: Iterable[nn.Module])
         for parameter in module.parameters():
             if parameter.is_floating_point() and not isinstance(parameter, ByteStream):
                 parameter.data = parameter.data.to(dtype)
-    for layer in base_of(model).base_model.layers:
+    for layer in decoder_layers(model):
         layer.register_forward_pre_hook(_finite_mask, with_kwargs=True)  # it runs after FSDP2's
 
 
@@ -123,7 +125,7 @@ def prefetch_layers(model: nn.Module) -> None:
     """
 
     def once(model: nn.Module, _: tuple) -> None:
-        layers = [layer for layer in base_of(model).base_model.layers if isinstance(layer, FSDPModule)]
+        layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
         for layer, following in pairwise(layers):
             layer.set_modules_to_forward_prefetch([following])
         if layers:  # it is sharded
@@ -196,6 +198,15 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of the causal LM; ValueError if its backbone has no `layers`."""
+    base = base_of(model)
+    layers = getattr(getattr(base, "base_model", None), "layers", None)
+    if layers is None:
+        raise ValueError(f"model must have decoder `layers` in its backbone, got {type(base).__name__} without")
+    return layers
 
 
 def check_packed(model: nn.Module, ranks: int | None = None) -> None:
