@@ -85,6 +85,8 @@ def test_bad_fields_are_refused(measurements):
         measurements.add("a", "2", 2, "")
     with pytest.raises(ValueError, match=r"low must be at most high, 1\.0, got 3\.0"):
         measurements.add("a", "2", 2, "x", low=3.0, high=1.0)
+    with pytest.raises(TypeError, match=r"baselines must be a mapping of names to numbers, got \[1\]"):
+        measurements.add("a", "2", 2, "x", baselines=[1])
     assert len(measurements.records) == 1
 
 
@@ -108,6 +110,29 @@ def test_load_refuses_other_keys_and_bad_records(measurements, change):
         record["value"] = float("nan")
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"must (have exactly|be a new pair|be a finite)"):
+        Measurements.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("hardware", {}, r"^hardware in .* must have a name and a device, got \{\}$"),
+        ("hardware", None, r"^hardware in .* must have a name and a device, got None$"),
+        ("date", 2026, r"^date and records in .* must be a text and a list, got 2026 and \[\]$"),
+        ("records", {}, r"^date and records in .* must be a text and a list, got '.*' and \{\}$"),
+    ],
+)
+def test_load_refuses_values_of_other_kinds(measurements, key, value, error):
+    path = measurements.save()
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=error):
+        Measurements.load(path)
+
+
+def test_load_names_a_file_that_is_no_json(measurements):
+    path = measurements.save()
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"\.json must be JSON, got Expecting"):
         Measurements.load(path)
 
 

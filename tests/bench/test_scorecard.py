@@ -210,6 +210,7 @@ ELSEWHERE = "met, but not on a T4"
         ("Tesla T4", TWO_T4S, "met"),
         ("Tesla T4", "2 x Tesla T4, NCCL, 4 layers, random weights", "met, with random weights"),
         ("NVIDIA Test", "2 x NVIDIA Test, NCCL, Llama 3.1 8B", ELSEWHERE),
+        ("NVIDIA T400 4GB", "2 x NVIDIA T400 4GB, NCCL, Llama 3.1 8B", ELSEWHERE),
         ("NVIDIA Test", "2 x NVIDIA Test, NCCL, 4 layers, random weights", f"{ELSEWHERE}, with random weights"),
     ],
 )

@@ -94,7 +94,7 @@ class Measurements:
             baselines: What others reach in the same run, by name.
 
         Raises:
-            TypeError: A text is no text or empty, or a number is no number.
+            TypeError: A text is no text or empty, a number is no number, or `baselines` is no mapping.
             ValueError: A number is NaN or infinite, `low` is above `high`, or the pair was added before.
         """
         for name, text in (("metric", metric), ("case", case), ("unit", unit)):
@@ -102,6 +102,8 @@ class Measurements:
                 raise TypeError(f"{name} must be a text that is not empty, got {text!r}")
         if self.find(metric, case):
             raise ValueError(f"metric and case must be a new pair, got {(metric, case)} a second time")
+        if not isinstance(baselines, Mapping | None):
+            raise TypeError(f"baselines must be a mapping of names to numbers, got {baselines!r}")
         low = None if low is None else _number("low", low)
         high = None if high is None else _number("high", high)
         if low is not None and high is not None and low > high:
@@ -123,15 +125,24 @@ class Measurements:
         """Read a file and check it as `add` does.
 
         Raises:
-            ValueError: A key is missing or unknown, or `add` would refuse a record.
+            TypeError, ValueError: It is no JSON, a key is missing or unknown, the hardware has no name or device, the
+                date or the records are none, or `add` would refuse a record.
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} must be JSON, got {error}") from None
         _need_keys(str(path), content, FILE_KEYS)
+        hardware, date, records = content["hardware"], content["date"], content["records"]
+        if not isinstance(hardware, dict) or not all(isinstance(hardware.get(key), str) for key in ("name", "device")):
+            raise ValueError(f"hardware in {path} must have a name and a device, got {hardware!r}")
+        if not isinstance(date, str) or not isinstance(records, list):
+            raise ValueError(f"date and records in {path} must be a text and a list, got {date!r} and {records!r}")
         loaded = cls.__new__(cls)
         loaded.path, loaded.records = Path(path), []
         loaded.hardware, loaded.versions, loaded.digest = (content[key] for key in ("hardware", "versions", "digest"))
-        loaded.date = datetime.date.fromisoformat(content["date"]).isoformat()
-        for number, found in enumerate(content["records"]):
+        loaded.date = datetime.date.fromisoformat(date).isoformat()
+        for number, found in enumerate(records):
             _need_keys(f"record {number} of {path}", found, RECORD_KEYS)
             loaded.add(**found)
         return loaded

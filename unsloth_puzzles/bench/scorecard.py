@@ -68,7 +68,7 @@ def _placed(row: Row, criterion: Criterion, measurements: Measurements | None) -
     if not criterion.asked_gpu or row.verdict != MET:
         return row
     said = [MET]
-    if criterion.asked_gpu not in measurements.hardware["name"]:
+    if criterion.asked_gpu not in measurements.hardware["name"].split():  # a T400 is no T4
         said.append(f"{NOT_ON} {criterion.asked_gpu}")
     conditions = (condition for _, level in criterion.levels for condition in level)
     if any("random weights" in found["case"] for condition in conditions for found in _found(condition, measurements)):
