@@ -198,6 +198,8 @@ def test_minutes_of_a_run_on_a_t4_are_not_those_of_a_large_gpu(tmp_path: Path) -
     t4, _, large = minutes_table(tmp_path, _executed(), {**STAMP, "hardware": "Tesla T4"}).splitlines()[2:]
     assert t4 == "| a T4 | 6 | the published run on Tesla T4, 2026-11-22; sections A, E |"
     assert large == "| a large GPU | not measured | - |"
+    t4 = minutes_table(tmp_path, _executed(), {**STAMP, "hardware": "NVIDIA T400 4GB"}).splitlines()[2]
+    assert "the published run" not in t4
 
 
 def test_minutes_that_nobody_knows_are_not_measured(tmp_path: Path) -> None:

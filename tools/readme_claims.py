@@ -154,7 +154,7 @@ def minutes_table(measurements: Path, released: NotebookNode, stamp: dict) -> st
         _minutes(took) if took else NOT_MEASURED,
         f"the published run on {stamp['hardware']}, {stamp['date']}; sections {sections}" if took else "-",
     )
-    on_t4 = "T4" in stamp["hardware"]
+    on_t4 = "T4" in stamp["hardware"].split()
     rows = [
         ("a T4", *(of_run if on_t4 else _rehearsed(measurements / "rehearsal.json", stamp["digest"]))),
         ("a CPU", *_on_a_cpu(measurements / "cpu_run.json", stamp["digest"])),
