@@ -127,8 +127,9 @@ def test_unsupported_adapters_are_unchanged(options):
         lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x) * mlp.multiplier) * mlp.up_proj(x)),
         lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)),
         lambda mlp, x: mlp.down_proj(torch.nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)),
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) * (1 + 1 / x.shape[2]),
     ],
-    ids=["scaled", "scaled inside", "gate and up exchanged", "another activation"],
+    ids=["scaled", "scaled inside", "gate and up exchanged", "another activation", "three dimensions"],
 )
 def test_other_formulas_are_unchanged(forward):
     model = make_model()

@@ -133,6 +133,6 @@ def _is_formula(module: torch.nn.Module) -> bool:
     try:
         with torch.random.fork_rng(devices=()):
             found = type(module).forward(StandIn(module, {**layers, "training": True}), x)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except Exception:  # of whatever kind: it needs more of its layers or its input than the formula does
         return False
     return isinstance(found, torch.Tensor) and found.shape == x.shape and bool((found - expected).abs().max() < 1e-12)
