@@ -189,6 +189,16 @@ def test_a_resized_vocabulary_is_saved(tied, targets, tmp_path):
             assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
 
 
+def test_a_model_that_is_not_of_transformers_is_saved(tmp_path):
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
+    save_adapters(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for kind in ("lora_A", "lora_B"):
+        weight = getattr(model.base_model.model[0], kind)["default"].weight
+        assert torch.equal(saved[f"base_model.model.0.{kind}.weight"], weight)
+
+
 OUTSIDE = {
     "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from unsloth_puzzles.fsdp2.linear import StreamLinear4bit
 from unsloth_puzzles.fsdp2.shard import base_of
@@ -64,7 +65,8 @@ def _kept(model: PeftModel) -> tuple[str, ...]:
 
 def _embeddings(model: PeftModel) -> set[int]:
     """The ids of the parameters of embedding and head; of a packed head only those of its adapters."""
-    found = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
+    base = base_of(model)
+    found = (base.get_input_embeddings(), base.get_output_embeddings()) if isinstance(base, PreTrainedModel) else ()
     modules = (module for embedding in found if embedding is not None for module in embedding.modules())
     whole = (module for module in modules if not isinstance(module, StreamLinear4bit))
     return {id(parameter) for module in whole for parameter in module.parameters(recurse=False)}
