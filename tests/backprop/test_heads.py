@@ -1,5 +1,7 @@
 """Every kind of head: which gradients it gets, what is computed for them, and in which dtype they are summed."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,3 +242,34 @@ def test_bitsandbytes_4_bit_head(reduction, adapted):
     actual = memory_efficient_linear(x, head, labels, FUNCTIONS[reduction], reduction=reduction, chunk_size=4)
     expected = eager(x, head, labels, FUNCTIONS[reduction], reduction=reduction)
     assert_same(actual, expected, inputs, bound=2e-6)
+
+
+def test_calls_in_two_threads_leave_the_parameters_of_the_head():
+    """The second call begins within the first and ends after it: each puts back what it has found."""
+    head, x, labels = make_linear(), draw(4, HIDDEN), draw_labels(4, ignored=())
+    weight, gradients = head.weight, {}
+    first_is_in, second_is_in, first_is_done = (threading.Event() for _ in range(3))
+
+    def first(batch, linear, labels):
+        first_is_in.set()
+        second_is_in.wait(0.2)
+        return mean_loss(linear(batch), labels)
+
+    def second(batch, linear, labels):
+        second_is_in.set()
+        first_is_done.wait(5)
+        return mean_loss(linear(batch), labels)
+
+    def run(function):
+        loss = memory_efficient_linear(x, head, labels, function, function_takes="linear", check_additive=False)
+        first_is_done.set()
+        (gradients[function.__name__],) = torch.autograd.grad(loss, [weight])
+
+    threads = [threading.Thread(target=run, args=[function]) for function in (first, second)]
+    threads[0].start()
+    assert first_is_in.wait(5)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert head.weight is weight
+    torch.testing.assert_close(gradients["first"], gradients["second"])

@@ -1,5 +1,7 @@
 """The output projection, chunk by chunk: any module, its weight gradients accumulated in one buffer each."""
 
+import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,6 +14,16 @@ from unsloth_puzzles.backprop.sums import Sum
 
 # What made the logits must not need them again: only then may their gradient overwrite them.
 _FORGETS_ITS_OUTPUT = ("_LinearBackward", "AddmmBackward0", "MmBackward0", "AddBackward0", "MatMul4BitBackward")
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+
+
+def lock_of(linear: nn.Module) -> threading.RLock:
+    """The lock of a head, to be held by whoever calls the head or reads its parameters.
+
+    `functional_call` exchanges the parameters of the module itself. A second thread would take the leaves of the first
+    for them, and leave these behind as the module's parameters.
+    """
+    return _locks.setdefault(linear, threading.RLock())
 
 
 class Head:
@@ -34,6 +46,7 @@ class Head:
         ]
         self._mode = _LeanLinear({id(leaf): total for leaf, total in zip(self.leaves.values(), self.sums, strict=True)})
         self._module = _Call(linear)
+        self._lock = lock_of(linear)
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
     def call(self, function: Callable | None, x: torch.Tensor, *arguments: object, record: bool = False) -> object:
@@ -48,7 +61,7 @@ class Head:
         Returns:
             What `linear` or the function returns.
         """
-        with torch.set_grad_enabled(record), self._mode:
+        with self._lock, torch.set_grad_enabled(record), self._mode:
             return torch.func.functional_call(self._module, self._replaced, (function, x, *arguments))
 
     def project(self, x: torch.Tensor, vocab_size: int, record: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 from unsloth_puzzles.backprop.additive import additive_loss
 from unsloth_puzzles.backprop.call import Operands, check_all_labels, prepare
 from unsloth_puzzles.backprop.checks import check_inputs
+from unsloth_puzzles.backprop.heads import lock_of
 from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.rowwise import row_by_row
 from unsloth_puzzles.backprop.saved_tensors import no_saved_tensor_hooks
@@ -113,7 +114,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
             raise ValueError(
                 "labels must be a tensor, got None: they are counted (reduction='sum' with a number needs none)"
             )
-        trained = {name: value for name, value in linear.named_parameters() if value.requires_grad}
+        with lock_of(linear):
+            trained = {name: value for name, value in linear.named_parameters() if value.requires_grad}
         operands = Operands(tuple(trained), len(row_args))
         tensors = (*trained.values(), *row_args, *shared_args)
         differentiate = torch.is_grad_enabled()
