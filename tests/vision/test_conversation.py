@@ -1,6 +1,7 @@
 """Templates of many styles: the assistant is found, and what a template would drop or print raw is refused."""
 
 import pytest
+from datasets import Dataset
 
 from benchmarks.vision.checks import ONE, TEXT, TURNS, assistant, row, user
 from tests.vision.models import EVERY, family, fresh
@@ -267,6 +268,27 @@ def test_keys_that_arrow_fills_with_none_are_left_out():
     said = {"type": "text", "text": "Hello", "image": None}
     given = {"messages": [{"role": "user", "content": [said], "tool_calls": None}, assistant("Good day.")]}
     assert read(given, "row 0", processor, True).text == "USER: Hello ASSISTANT: Good day. "
+
+
+def test_keys_that_arrow_fills_with_none_in_calls_and_tools_are_left_out():
+    """Arrow gives all structs of a column the keys of each: the model would learn arguments that nobody wrote."""
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<s>{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+        "{% endfor %}{{ m.content }}</s>{% endfor %}"
+    )
+
+    def a_row(name: str, argument: str) -> dict:
+        call = {"type": "function", "function": {"name": name, "arguments": {argument: 1}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {argument: {"type": "x"}}}}}
+        messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": messages, "tools": [tool]}
+
+    rows = [a_row("f", "x"), a_row("g", "y")]
+    stored = Dataset.from_list(rows)
+    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "y": None}
+    for given, back in zip(rows, stored, strict=True):
+        texts = [read(one, "row 0", _with(template), False).text for one in (given, back)]
+        assert texts[0] == texts[1] and "null" not in texts[0]
 
 
 def test_results_of_tools_may_be_rendered_as_json():

@@ -23,7 +23,9 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
 
     Args:
         row: "messages", and optionally "images" (a list), "image" (one) and "tools". Images may also stand in the
-            messages, as in {"type": "image", "image": ...}. See `images.decode` for their types.
+            messages, as in {"type": "image", "image": ...}. See `images.decode` for their types. Keys whose value is
+            None are left out, for Arrow adds them where other rows have such a key. Arguments of a call that are null
+            must be given as JSON text.
         where: Name of the row in error messages.
         processor: The processor of a vision-language model; its chat template renders the messages.
         assistant_only: Whether `spans` holds only the assistant's turns.
@@ -35,7 +37,7 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
     messages = [_clean(message, where) for message in _messages(row, where)]
     rescales = getattr(processor.image_processor, "do_rescale", True)
     images = [decode(image, where, rescales=rescales) for image in _images(row, messages, where)]
-    tools = row.get("tools") or None
+    tools = _without_none(row.get("tools")) or None
     template = template_of(processor)
     text, marked = render(processor, template, messages, tools)
     endings = render_endings(processor, template, messages, tools)
@@ -72,10 +74,12 @@ def _messages(row: Mapping, where: str) -> Sequence[Mapping]:
 
 
 def _clean(message: Mapping, where: str) -> dict:
-    """Copy a message without the None values that Arrow adds for the keys of other blocks."""
+    """Copy a message without the None values that Arrow adds for the keys of other blocks, calls and arguments."""
     if not isinstance(message, Mapping):
         raise ValueError(f"messages of {where} must be dicts with 'role' and 'content', got {message!r:.60}")
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {
+        key: value if key == "content" else _without_none(value) for key, value in message.items() if value is not None
+    }
     content = message.get("content", "")
     if not isinstance(content, str):
         if not isinstance(content, (list, tuple)) or not all(isinstance(block, Mapping) for block in content):
@@ -91,6 +95,13 @@ def _clean(message: Mapping, where: str) -> dict:
             )
         message["content"] = blocks
     return message
+
+
+def _without_none(value: object) -> object:
+    """Copy JSON without the keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _images(row: Mapping, messages: list[dict], where: str) -> list:
