@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from benchmarks.vision.checks import ONE, TEXT
 from unsloth_puzzles.vision.sampler import KindSampler, has_images
@@ -55,6 +56,12 @@ def test_rows_that_have_images():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         KindSampler(*arguments)
+
+
+@pytest.mark.parametrize("kinds", [torch.tensor(KINDS), [torch.tensor(kind) for kind in KINDS]], ids=["whole", "each"])
+def test_tensors_are_refused_of_which_none_equals_another(kinds):
+    with pytest.raises(TypeError, match=r"^kinds must be plain values such as bools, got tensors; use \.tolist\(\)$"):
+        KindSampler(kinds, 2)
 
 
 def test_groups_larger_than_all_kinds_are_refused():

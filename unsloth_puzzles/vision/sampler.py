@@ -31,6 +31,7 @@ class KindSampler(torch.utils.data.Sampler[int]):
         drop_last: Whether to leave out incomplete groups.
 
     Raises:
+        TypeError: `kinds` holds tensors, each of which would be a kind of its own.
         ValueError: `kinds` is empty, `group` is not a positive integer, or no group is left.
     """
 
@@ -50,6 +51,8 @@ class KindSampler(torch.utils.data.Sampler[int]):
         self.group, self.shuffle, self.seed, self.drop_last, self.epoch = group, shuffle, seed, drop_last, 0
         self._rows: dict[Hashable, list[int]] = {}
         for index, kind in enumerate(kinds):
+            if isinstance(kind, torch.Tensor):  # hashed by identity
+                raise TypeError("kinds must be plain values such as bools, got tensors; use .tolist()")
             self._rows.setdefault(kind, []).append(index)
         if not len(self):
             raise ValueError(f"group must be at most the rows of some kind, got {group}; use drop_last=False")
