@@ -1,6 +1,7 @@
 """Type hints as schemas: what a schema says is what a call takes, unions and choices included."""
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -96,6 +97,8 @@ def test_choices_of_a_description_fit_the_hint():
         (int, "One (choices: 3)", "choices of f must be a list in JSON, as .*, got: 'int' object is not iterable"),
         (dict[int, str], "One.", r"type hints of f must be of JSON's types .*, got dict\[int, str\] for a; write "),
         (list[dict[Any, int]] | None, "One.", r"type hints of f must be .*, got dict\[.*Any, int\] for a"),
+        (list[Sequence[int]], "One.", r"type hints of f must be .*, got .*Sequence\[int\] for a"),
+        (Callable[[int], int], "One.", r"type hints of f must be .*, got .*Callable\[\[int\], int\] for a"),
     ],
 )  # fmt: skip
 def test_hints_and_choices_that_no_call_could_fit_are_refused(hint, description, message):

@@ -80,7 +80,7 @@ def _unknown(hint: object) -> set:
         return set()
     if not parts:  # a list without the type of its items, too
         return set() if hint in _PLAIN else {hint}
-    if origin is dict and parts[0] is not str:
+    if origin not in (list, tuple, dict, Union, types.UnionType) or (origin is dict and parts[0] is not str):
         return {hint}
     return set().union(*map(_unknown, parts))
 
