@@ -6,7 +6,7 @@ from benchmarks.models import tiny_llama_config
 from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 
 
-class Scripted:
+class Scripted(torch.nn.Module):
     """Stands in for a causal LM in `run_conversation`.
 
     Args:
@@ -20,16 +20,11 @@ class Scripted:
     """
 
     def __init__(self, *replies: str, format: str = "qwen2.5", positions: int = 4096):
+        super().__init__()
         self.replies, self.prompts, self.training, self.device = list(replies), [], False, "cpu"
         self.tokenizer = byte_tokenizer(format)
         self.config = tiny_llama_config(len(self.tokenizer))
         self.config.max_position_embeddings = positions
-
-    def eval(self) -> None:
-        self.training = False
-
-    def train(self) -> None:
-        self.training = True
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: object) -> torch.Tensor:
         """The prompts with the next replies, one for each row."""

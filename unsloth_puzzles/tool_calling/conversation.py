@@ -186,13 +186,13 @@ def _generate(model, encoder: ChatEncoder, prompts: list[list[int]], max_new_tok
         "eos_token_id": encoder.stops,
         "pad_token_id": pad,
     }
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         generated = model.generate(input_ids=ids, attention_mask=mask, **settings)
     finally:
-        if was_training:
-            model.train()
+        for module, mode in modes.items():  # some may have been in evaluation mode inside of a model in training
+            module.training = mode
     return [row[width:].tolist() for row in generated]
 
 
