@@ -43,6 +43,22 @@ def test_no_token_that_ends_texts_for_the_model_is_taken():
     assert set_pad_token(tokenizer, Model(eos=[1, 2])) == "<|other_pad|>"
 
 
+def test_other_tokens_without_a_row_are_refused_where_embeddings_grow():
+    tokenizer = byte_tokenizer(("<s>", "</s>"))
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["[CTX]"])
+    with pytest.raises(ValueError, match=rf"^tokenizer must have no tokens beyond the {rows} rows of .*\['\[CTX\]'\]"):
+        set_pad_token(tokenizer, Model(rows))
+
+
+def test_other_tokens_without_a_row_may_be_where_padding_has_one():
+    """Gemma 3 of 1B has a token of images, which no text has, behind the rows of its embeddings."""
+    tokenizer = byte_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    assert set_pad_token(tokenizer, Model(rows)) == "<pad>"
+
+
 def test_embeddings_grow_where_they_have_no_row_to_spare(tmp_path):
     checkpoint = save_checkpoint(tmp_path, byte_tokenizer(("<s>", "</s>")))
     model, tokenizer = classifier(checkpoint, adapters=False)

@@ -63,7 +63,7 @@ def load_classifier(
 
     Raises:
         ValueError: `labels` or `problem_type` is invalid; the checkpoint is quantised in another way, or is a
-            classifier with other labels.
+            classifier with other labels; `tokenizer` has tokens beside padding that the embeddings have no row for.
         TypeError: `labels` is not a list of names; the architecture has another kind of head.
     """
     labels = _checked_labels(labels, problem_type)

@@ -20,6 +20,9 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
     Returns:
         The padding token.
+
+    Raises:
+        ValueError: The embeddings must grow for padding, and the tokenizer has other tokens that they have no row for.
     """
     config = model.config.get_text_config()
     taken = _ids(tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, config.eos_token_id)
@@ -29,11 +32,23 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
             tokenizer.add_special_tokens({"pad_token": ADDED})
         else:
             tokenizer.pad_token = spare
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:
+        _refuse_tokens_without_row(tokenizer, rows)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for one in {id(config): config, id(model.config): model.config}.values():
         one.pad_token_id = tokenizer.pad_token_id
     return tokenizer.pad_token
+
+
+def _refuse_tokens_without_row(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse tokens whose rows would be drawn at random here, never saved, and drawn anew for the loaded adapters."""
+    without = [one for one, index in tokenizer.get_vocab().items() if index >= rows and one != tokenizer.pad_token]
+    if without:
+        raise ValueError(
+            f"tokenizer must have no tokens beyond the {rows} rows of the model's embeddings, got {without[:3]}; "
+            "resize the causal LM by resize_token_embeddings, save it with the tokenizer, and load that"
+        )
 
 
 def _ids(*given: int | list[int] | None) -> set[int]:
