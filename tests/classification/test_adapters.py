@@ -157,6 +157,13 @@ def test_options_that_leave_the_head_untrained_are_refused(checkpoint, options, 
         add_adapters(model, **options)
 
 
+@pytest.mark.parametrize("initial", ["pissa_niter_4", "corda", "lora_ga"])
+def test_initialisations_that_loading_cannot_repeat_are_refused(checkpoint, initial):
+    model, _ = classifier(checkpoint, adapters=False, four_bit=False)
+    with pytest.raises(ValueError, match=f"^init_lora_weights must leave the base model .*, got '{initial}'"):
+        add_adapters(model, init_lora_weights=initial)
+
+
 def test_other_models_are_refused(checkpoint, tmp_path):
     model, tokenizer = classifier(checkpoint, adapters=False)
     with pytest.raises(TypeError, match=r"^model must be what add_adapters returns, got a LlamaForSequence"):

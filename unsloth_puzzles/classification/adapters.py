@@ -14,6 +14,7 @@ from unsloth_puzzles.classification.load import HEAD, load_classifier
 from unsloth_puzzles.classification.losses import check_problem_type
 from unsloth_puzzles.classification.pooling import is_pooled
 
+_UNREPEATABLE = ("pissa_niter_", "corda", "lora_ga")  # by random numbers, data or gradients they change the base model
 FILE = "classifier.json"  # beside PEFT's files: what the adapter's config does not say of its base model
 
 
@@ -42,7 +43,8 @@ def add_adapters(
 
     Raises:
         TypeError: `model` is not from `load_classifier`.
-        ValueError: With these options the head would not be trained and saved.
+        ValueError: With these options the head would not be trained and saved, or `init_lora_weights` changes the base
+            model in a way that `load_trained` cannot repeat.
     """
     if isinstance(model, PeftModel) or not is_pooled(model):
         raise TypeError(f"model must be what load_classifier returns, got a {type(model).__name__}")
@@ -51,6 +53,8 @@ def add_adapters(
     named = [] if target_modules is None or isinstance(target_modules, str) else target_modules
     if any(one.split(".")[-1] == HEAD for one in named):
         raise ValueError(f"target_modules must be without {HEAD!r}, which is trained as a whole, got {target_modules}")
+    if str(initial := options.get("init_lora_weights")).startswith(_UNREPEATABLE):
+        raise ValueError(f"init_lora_weights must leave the base model as load_trained loads it, got {initial!r}")
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **given))
     _prepare_head(adapted, trained=True)
