@@ -19,7 +19,7 @@ from tests.backprop.reference import (
     token_losses,
     transformation,
 )
-from unsloth_puzzles.backprop import MemoryEfficientLinear, memory_efficient_linear
+from unsloth_puzzles.backprop import MemoryEfficientLinear, losses, memory_efficient_linear
 
 pytestmark = pytest.mark.usefixtures("untried")
 
@@ -30,6 +30,7 @@ def call(function=mean_loss, **changed):
 
 
 ROWS = {"reduction": "none"}
+ignoring_0 = functools.partial(losses.cross_entropy, ignore_index=0)
 SUM = {"reduction": "sum"}
 labels_with = lambda value: draw_labels(2, 32).index_fill(1, torch.tensor([31]), value)  # noqa: E731
 
@@ -42,6 +43,19 @@ REFUSED = {
     "linear a weight": ("linear", TypeError, {"linear": draw(VOCABULARY, HIDDEN)}),
     "linear that drops rows": ("linear", ValueError, {"linear": nn.Sequential(make_linear(), nn.Flatten(0))}),
     "function no function": ("forward_function", TypeError, {"function": 3}),
+    "function that ignores another label": ("forward_function", ValueError, {"function": ignoring_0, **SUM}),
+    "function that ignores another label, capped": (
+        "forward_function", ValueError, {"function": losses.soft_capped(ignoring_0, 3.0), **SUM},
+    ),
+    "function that ignores another label, distilled": (
+        "forward_function", ValueError, {"function": losses.kl_distillation(make_linear(), ignore_index=0), **SUM},
+    ),
+    "module that ignores another label": (
+        "forward_function", ValueError, {"function": nn.CrossEntropyLoss(ignore_index=0)},
+    ),
+    "function that ignores the usual label": (
+        "forward_function", ValueError, {"function": losses.cross_entropy, "ignore_index": -1, **SUM},
+    ),
     "labels a list": ("labels", TypeError, {"labels": [1]}),
     "labels too short": ("labels", ValueError, {"labels": draw_labels(2, 31)}),
     "labels flat": ("labels", ValueError, {"labels": draw_labels(64)}),
@@ -262,6 +276,26 @@ def test_a_constant_beside_the_sum_is_not_additive(dtype, constant):
     with pytest.raises(ValueError, match=r"^forward_function must be additive"):
         call(lambda logits, labels: sum_loss(logits.to(wide), labels) + constant, **SUM, **given)
     call(lambda logits, labels: sum_loss(logits.to(wide), labels), **SUM, **given)
+
+
+def test_a_module_that_is_trained_later_is_looked_at_again():
+    """A function holds it in a closure, or is its method, or the module itself."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64), requires_grad=False)
+
+        def forward(self, logits, labels):
+            return sum_loss(logits * self.scale, labels)
+
+    module = Scaled()
+    for function in (lambda logits, labels: module(logits, labels), module.forward, module):
+        module.requires_grad_(False)
+        call(function, **SUM)
+        module.requires_grad_()
+        with pytest.raises(ValueError, match=r"^forward_function must get what it differentiates as arguments"):
+            call(function, **SUM)
 
 
 def test_functions_of_one_code_are_told_apart_by_what_they_hold():

@@ -1,5 +1,9 @@
 """What the public functions refuse of their inputs."""
 
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -72,3 +76,31 @@ def check_labels(labels: torch.Tensor | None, vocab_size: int, ignore_index: int
     elif not fit:
         outside = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
         raise ValueError(f"labels must be {need}, got {outside.flatten()[0].item()}")
+
+
+def check_ignore_index(function: Callable, ignore_index: int) -> None:
+    """Raise ValueError if a function ignores another label than the one that is not counted.
+
+    Its value and the number of labels by which it is divided would be of different rows.
+    """
+    for own in _ignored_by(function):
+        if isinstance(own, int) and own != ignore_index:
+            raise ValueError(
+                f"forward_function must ignore the label that does not count, ignore_index = {ignore_index}, got one "
+                f"that ignores {own}"
+            )
+
+
+def _ignored_by(function: Callable) -> Iterator[object]:
+    """The values of `ignore_index` of a function, of what `functools.partial` binds to it, and of a module."""
+    yield getattr(function, "ignore_index", None)
+    bound = (function.func, function.args, function.keywords) if isinstance(function, partial) else (function, (), {})
+    try:
+        given = inspect.signature(bound[0]).bind_partial(*bound[1], **bound[2])
+    except (TypeError, ValueError):  # a builtin
+        return
+    given.apply_defaults()
+    yield given.arguments.get("ignore_index")
+    for one in bound[1]:
+        if callable(one):
+            yield from _ignored_by(one)

@@ -7,7 +7,7 @@ from torch import nn
 
 from unsloth_puzzles.backprop.additive import additive_loss
 from unsloth_puzzles.backprop.call import Operands, check_all_labels, prepare
-from unsloth_puzzles.backprop.checks import check_inputs
+from unsloth_puzzles.backprop.checks import check_ignore_index, check_inputs
 from unsloth_puzzles.backprop.heads import lock_of
 from unsloth_puzzles.backprop.options import Options
 from unsloth_puzzles.backprop.rowwise import row_by_row
@@ -54,7 +54,7 @@ def memory_efficient_linear(
         shared_args: Passed whole. Floating tensors among them get gradients if they require them.
         normalizer: With "sum" a number, a 0-dim tensor (say `num_items_in_batch`), or "labels", the number of labels
             that are not `ignore_index`.
-        ignore_index: The label that does not count.
+        ignore_index: The label that does not count. That of `forward_function`, if it has one, must be the same.
         chunk_size: Rows, bytes of logits ("256MiB") or "auto" (see `chunk_rows`).
         accumulate_dtype: In which the weight's gradient is summed over the chunks; None is the weight's own.
         compile: Let Inductor fuse the function and its gradient into one or two passes over the logits. Pass the same
@@ -114,6 +114,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
             raise ValueError(
                 "labels must be a tensor, got None: they are counted (reduction='sum' with a number needs none)"
             )
+        if labels is not None and options.ignore_index is not None:
+            check_ignore_index(forward_function, options.ignore_index)
         with lock_of(linear):
             trained = {name: value for name, value in linear.named_parameters() if value.requires_grad}
         operands = Operands(tuple(trained), len(row_args))
