@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 _EMPTY = types.CellType()
 _tried: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
@@ -42,7 +43,13 @@ def _held(function: Callable, depth: int = 4) -> tuple:
     if not hasattr(function, "__code__"):
         named += getattr(function, "__dict__", {}).values()
     held = (*cells, *(getattr(function, "__defaults__", None) or ()), *named)
-    return (id(getattr(function, "__self__", None)), *(_identity(value, depth) for value in held))
+    owner = getattr(function, "__self__", None)
+    return (id(owner), _trained(owner), _trained(function), *(_identity(value, depth) for value in held))
+
+
+def _trained(value: object) -> tuple[bool, ...]:
+    """Which parameters of a module want gradients, which may change between two steps."""
+    return tuple(one.requires_grad for one in value.parameters()) if isinstance(value, nn.Module) else ()
 
 
 def _identity(value: object, depth: int) -> object:
