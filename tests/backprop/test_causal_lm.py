@@ -159,6 +159,13 @@ def test_images_reach_the_backbone():
         assert torch.allclose(model(**inputs, pixel_values=images).loss, own, rtol=1e-6)
 
 
+def test_the_probe_does_not_depend_on_the_default_device():
+    model = LlamaForCausalLM(tiny_llama_config(VOCABULARY))
+    with torch.device("meta"):
+        transform = logit_transform(model)
+    assert transform == logit_transform(model)
+
+
 def test_the_probe_leaves_no_trace():
     model = llama_that().eval()
     state, buffers = torch.get_rng_state(), {name: value.clone() for name, value in model.named_buffers()}

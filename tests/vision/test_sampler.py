@@ -64,6 +64,13 @@ def test_tensors_are_refused_of_which_none_equals_another(kinds):
         KindSampler(kinds, 2)
 
 
+def test_order_does_not_depend_on_the_default_device():
+    sampler = KindSampler(KINDS, 4)
+    with torch.device("meta"):
+        order = list(sampler)
+    assert order == list(sampler)
+
+
 def test_groups_larger_than_all_kinds_are_refused():
     with pytest.raises(ValueError, match="group must be at most the rows of some kind, got 40; use drop_last=False"):
         KindSampler(KINDS, 40, drop_last=True)

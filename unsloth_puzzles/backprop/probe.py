@@ -189,7 +189,7 @@ def _given_logits(causal_lm: PreTrainedModel, size: float) -> Iterator[tuple[lis
 
     def exchange(head, arguments, logits):
         generator = torch.Generator().manual_seed(0)
-        seen.append((arguments[0], (size * torch.randn(logits.shape, generator=generator)).to(logits)))
+        seen.append((arguments[0], (size * torch.randn(logits.shape, generator=generator, device="cpu")).to(logits)))
         return seen[-1][1]
 
     hooks = [

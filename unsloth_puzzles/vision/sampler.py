@@ -80,4 +80,4 @@ class KindSampler(torch.utils.data.Sampler[int]):
             yield from groups[place]
 
     def _order(self, count: int, generator: torch.Generator) -> list[int]:
-        return torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
+        return torch.randperm(count, generator=generator, device="cpu").tolist() if self.shuffle else list(range(count))
