@@ -244,6 +244,15 @@ def test_bitsandbytes_4_bit_head(reduction, adapted):
     assert_same(actual, expected, inputs, bound=2e-6)
 
 
+@pytest.mark.parametrize("made", [torch.compile, lambda head: torch.jit.trace(head, draw(3, HIDDEN))])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_and_traced_heads(made, reduction):
+    head, x, labels = make_linear(), draw(12, HIDDEN).requires_grad_(), draw_labels(12)
+    function, inputs = FUNCTIONS[reduction], [x, *head.parameters()]
+    actual = memory_efficient_linear(x, made(head), labels, function, reduction=reduction, chunk_size=4)
+    assert_same(actual, eager(x, head, labels, function, reduction=reduction), inputs)
+
+
 def test_calls_in_two_threads_leave_the_parameters_of_the_head():
     """The second call begins within the first and ends after it: each puts back what it has found."""
     head, x, labels = make_linear(), draw(4, HIDDEN), draw_labels(4, ignored=())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from unsloth_puzzles.backprop.additive import additive_loss
 from unsloth_puzzles.backprop.call import Operands, check_all_labels, prepare
@@ -109,6 +110,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("hidden_states must be plain, got a tensor of torch.func (grad, vmap, jvp)")
         options = options or Options()
+        if isinstance(linear, OptimizedModule):  # Dynamo cannot trace through what collects the weight's gradients
+            linear = linear._orig_mod
         check_inputs(X, linear, labels, forward_function, row_args, shared_args)
         if labels is None and options.counts_labels:
             raise ValueError(

@@ -19,7 +19,7 @@ def switches(modules: Iterable[nn.Module]) -> list[tuple[object, ...]]:
         if "scaling" in own or "merged_adapters" in own or "_active_adapter" in own or "_disable_adapters" in own:
             found.append(tuple(_setting(module, name) for name in _NAMES))
         else:  # most modules; a layer's backward waits for this
-            found.append((own["training"], _plain(own.get("p"))))
+            found.append((module.training, _plain(own.get("p"))))
     return found
 
 
