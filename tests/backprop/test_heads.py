@@ -244,6 +244,32 @@ def test_bitsandbytes_4_bit_head(reduction, adapted):
     assert_same(actual, expected, inputs, bound=2e-6)
 
 
+@pytest.mark.parametrize("takes", ["logits", "linear"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_weight_that_is_no_parameter_of_the_head_is_refused(reduction, takes):
+    """As a tie that hides the embeddings from `named_parameters`: autograd gives them the gradient of both uses."""
+
+    class Tied(nn.Module):
+        def __init__(self, embeddings):
+            super().__init__()
+            self.hidden = [embeddings]
+
+        def forward(self, x):
+            return F.linear(x, self.hidden[0].weight)
+
+    embeddings, x, labels = nn.Embedding(VOCABULARY, HIDDEN).double(), draw(12, HIDDEN), draw_labels(12)
+    of_logits = FUNCTIONS[reduction]
+    function = of_logits if takes == "logits" else lambda batch, linear, labels: of_logits(linear(batch), labels)
+    options = {"reduction": reduction, "function_takes": takes}
+    memory_efficient_linear(x.requires_grad_(), make_linear(), labels, function, **options).sum().backward()
+    with pytest.raises(
+        ValueError, match=rf"^linear must have .* as parameters, got a tensor \({VOCABULARY}, {HIDDEN}\)"
+    ):
+        memory_efficient_linear(x, Tied(embeddings), labels, function, **options).sum().backward()
+    value = memory_efficient_linear(x, Tied(embeddings.requires_grad_(False)), labels, function, **options)
+    assert value.requires_grad
+
+
 @pytest.mark.parametrize("made", [torch.compile, lambda head: torch.jit.trace(head, draw(3, HIDDEN))])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compiled_and_traced_heads(made, reduction):

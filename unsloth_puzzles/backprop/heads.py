@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
+from unsloth_puzzles.backprop.results import check_head
 from unsloth_puzzles.backprop.sums import Sum
 
 # What made the logits must not need them again: only then may their gradient overwrite them.
@@ -47,6 +48,7 @@ class Head:
         self._mode = _LeanLinear({id(leaf): total for leaf, total in zip(self.leaves.values(), self.sums, strict=True)})
         self._module = _Call(linear)
         self._lock = lock_of(linear)
+        self._checked = False
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
     def call(self, function: Callable | None, x: torch.Tensor, *arguments: object, record: bool = False) -> object:
@@ -98,6 +100,9 @@ class Head:
             The gradients of x (None if it requires none) and of `others`.
         """
         inputs = [x] * x.requires_grad + [*others, *self.leaves.values()]
+        if not self._checked:
+            check_head(outputs, inputs)
+            self._checked = True
         self._mode.live, self._mode.into = live, into
         try:
             found = list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))

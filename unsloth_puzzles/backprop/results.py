@@ -1,6 +1,6 @@
 """What the user's function may return, and what its results may depend on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,9 +45,29 @@ def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[to
     of `known`: a parameter that the function closes over. Its gradient would be lost, for no argument brings it."""
     if not is_new(function, "leaves"):
         return
-    waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
-    if not waiting:  # nothing was recorded, so nothing can be said of the function
+    if all(output.grad_fn is None for output in outputs):  # nothing was recorded, so nothing can be said of it
         return
+    if (leaf := _unknown_leaf(outputs, known)) is not None:
+        raise ValueError(
+            f"forward_function must get what it differentiates as arguments, got a tensor {tuple(leaf.shape)} that "
+            "requires grad and is none of them; detach it, or pass it in shared_args or row_args of "
+            "memory_efficient_linear"
+        )
+    trust(function, "leaves")
+
+
+def check_head(outputs: torch.Tensor | Sequence[torch.Tensor], known: list[torch.Tensor]) -> None:
+    """Raise ValueError if what a head made depends on a tensor that wants a gradient but is none of `known`."""
+    if (leaf := _unknown_leaf([outputs] if isinstance(outputs, torch.Tensor) else outputs, known)) is not None:
+        raise ValueError(
+            f"linear must have what it differentiates as parameters, got a tensor {tuple(leaf.shape)} that requires "
+            "grad and is none of them; make it an attribute of the module, as a nn.Parameter or in a submodule"
+        )
+
+
+def _unknown_leaf(outputs: Sequence[torch.Tensor], known: list[torch.Tensor]) -> torch.Tensor | None:
+    """A leaf of the graph of `outputs` that is none of `known`."""
+    waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
     while waiting:
         node = waiting.pop()
         if node in seen:
@@ -56,12 +76,8 @@ def check_leaves(function: Callable, outputs: list[torch.Tensor], known: list[to
         waiting += [following for following, _ in node.next_functions if following is not None]
         leaf = getattr(node, "variable", None)
         if leaf is not None and not any(leaf is one for one in known):
-            raise ValueError(
-                f"forward_function must get what it differentiates as arguments, got a tensor {tuple(leaf.shape)} that "
-                "requires grad and is none of them; detach it, or pass it in shared_args or row_args of "
-                "memory_efficient_linear"
-            )
-    trust(function, "leaves")
+            return leaf
+    return None
 
 
 def check_compiled(gradient: torch.Tensor, eager: torch.Tensor) -> bool:
