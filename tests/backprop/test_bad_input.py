@@ -71,6 +71,9 @@ REFUSED = {
     "row_args of numbers": (r"row_args\[1\]", TypeError, {"row_args": (draw(2, 32), 3)}),
     "row_args too short": (r"row_args\[0\]", ValueError, {"row_args": (draw(2, 31),)}),
     "shared_args a tensor": ("shared_args", TypeError, {"shared_args": draw(2)}),
+    "shared_args with a gradient in a dict": (
+        r"shared_args\[1\]", ValueError, {"shared_args": (2, {"scale": [draw(1).requires_grad_()]})},
+    ),
     "reduction unknown": ("reduction", ValueError, {"reduction": "avg"}),
     "function_takes unknown": ("function_takes", ValueError, {"function_takes": "weights"}),
     "normalizer of a mean": ("normalizer", ValueError, {"normalizer": 3}),

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 
 def check_inputs(hidden_states, linear, labels, forward_function, row_args, shared_args) -> None:
@@ -22,6 +23,13 @@ def check_inputs(hidden_states, linear, labels, forward_function, row_args, shar
     for name, values in (("row_args", row_args), ("shared_args", shared_args)):
         if not isinstance(values, tuple | list):
             raise TypeError(f"{name} must be a tuple, got {type(values).__name__}")
+    for i, value in enumerate(shared_args):
+        inside = [] if isinstance(value, torch.Tensor) else tree_leaves(value)
+        if any(isinstance(one, torch.Tensor) and one.requires_grad for one in inside):
+            raise ValueError(
+                f"shared_args[{i}] must be a tensor to get a gradient, got a {type(value).__name__} with one that "
+                "requires grad; pass that tensor itself, or detach it"
+            )
     leading = hidden_states.shape[:-1]
     for name, value in (("labels", labels), *((f"row_args[{i}]", value) for i, value in enumerate(row_args))):
         if name == "labels" and value is None:
