@@ -61,6 +61,7 @@ TWICE = {**ONE, "image": ONE["images"][0]}
         ([LITERAL], r"images of row 0 must be as many as the placeholders .*\(1\), got 0"),
         ([TEXT, FILM], r"row 1 must have no video, got its placeholder '<\|video_pad\|>' in the rendered messages"),
         ([VIDEO], "row 0 must have blocks of type 'text' and 'image' only, got .*video"),
+        ([{**TEXT, "chat_template_kwargs": {"a": 1}}], r"row 0 must have no chat_template_kwargs, .*, got {'a': 1}"),
         ([TWICE], "row 0 must have its images in one place"),
         ([{**ONE, "images": ONE["images"][0]}], "images of row 0 must be a list, got Image; use 'image' for one"),
         ([{**ONE, "images": [None]}], "images of row 0 must be images, got None among them"),

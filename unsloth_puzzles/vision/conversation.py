@@ -31,13 +31,16 @@ def read(row: Mapping, where: str, processor, assistant_only: bool) -> Conversat
         assistant_only: Whether `spans` holds only the assistant's turns.
 
     Raises:
-        ValueError: The row lacks messages or has a video, its placeholders and images differ in number, or the template
-            drops text or does not say where the assistant speaks, in any of its turns; an image cannot be decoded.
+        ValueError: The row lacks messages, has a video or options of the template, or its placeholders and images
+            differ in number; the template drops text or does not say where the assistant speaks, in any of its turns;
+            an image cannot be decoded.
     """
     messages = [_clean(message, where) for message in _messages(row, where)]
     rescales = getattr(processor.image_processor, "do_rescale", True)
     images = [decode(image, where, rescales=rescales) for image in _images(row, messages, where)]
     tools = _without_none(row.get("tools")) or None
+    if given := _without_none(row.get("chat_template_kwargs")):
+        raise ValueError(f"{where} must have no chat_template_kwargs, which are not rendered, got {given!r:.80}")
     template = template_of(processor)
     text, marked = render(processor, template, messages, tools)
     endings = render_endings(processor, template, messages, tools)
