@@ -82,3 +82,13 @@ def test_adapters_that_keep_the_models_own_forward_are_refused():
     adapted = peft.get_peft_model(model, adapter)
     with pytest.raises(ValueError, match="must be patched before it is wrapped, got an adapter AdaptionPromptModel"):
         use_memory_efficient_loss(adapted)
+
+
+def test_activated_lora_on_the_head_is_refused():
+    options = {"target_modules": ["lm_head", "q_proj"], "alora_invocation_tokens": [5]}
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(LlamaForCausalLM(tiny_llama_config(VOCABULARY)), adapter)
+    with pytest.raises(
+        ValueError, match=r"^model must have no activated LoRA .* on its output embeddings, got adapter 'd"
+    ):
+        use_memory_efficient_loss(adapted)

@@ -35,6 +35,7 @@ def logit_transform(causal_lm: PreTrainedModel, of_loss: bool = True) -> tuple[f
             f"model must keep its output embeddings on a device, got {type(causal_lm).__name__} with offloaded ones, "
             "which would be loaded for each chunk; keep them (and tied input embeddings) on a device in device_map"
         )
+    _refuse_head_of_sequences(causal_lm.get_output_embeddings())
     inputs, labels = _probe_inputs(causal_lm)
     cap = soft_cap_of(causal_lm)
     with _as_in_training(causal_lm) as run, _given_logits(causal_lm, cap or 4.0) as (seen, states):
@@ -88,6 +89,17 @@ def transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Te
     """cap * tanh(scale * logits / cap), in the dtype of `logits`; without a cap scale * logits."""
     logits = logits if scale == 1 else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _refuse_head_of_sequences(head: torch.nn.Module) -> None:
+    """Refuse PEFT's activated LoRA on the head: it asks where in its sequence a row is, which a chunk does not know."""
+    for module in head.modules():
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if type(variant).__name__.startswith("ALora"):
+                raise ValueError(
+                    "model must have no activated LoRA (alora_invocation_tokens) on its output embeddings, got "
+                    f"adapter {adapter!r}; leave them out of target_modules"
+                )
 
 
 def _between(
