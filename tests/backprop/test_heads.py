@@ -270,6 +270,18 @@ def test_a_weight_that_is_no_parameter_of_the_head_is_refused(reduction, takes):
     assert value.requires_grad
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_head_that_changes_its_buffers_is_refused(reduction):
+    """Spectral norm goes on with its power iteration in each forward of training, so each chunk has another weight."""
+    head, x, labels = nn.utils.parametrizations.spectral_norm(make_linear()), draw(12, HIDDEN), draw_labels(12)
+    given = {"reduction": reduction, "chunk_size": 4}
+    with pytest.raises(ValueError, match=r"^linear must not change its buffers in a forward, which runs once a chunk"):
+        memory_efficient_linear(x.requires_grad_(), head, labels, FUNCTIONS[reduction], **given).sum().backward()
+    head.eval()
+    actual = memory_efficient_linear(x, head, labels, FUNCTIONS[reduction], **given)
+    assert_same(actual, eager(x, head, labels, FUNCTIONS[reduction], reduction=reduction), [x, *head.parameters()])
+
+
 @pytest.mark.parametrize("made", [torch.compile, lambda head: torch.jit.trace(head, draw(3, HIDDEN))])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compiled_and_traced_heads(made, reduction):

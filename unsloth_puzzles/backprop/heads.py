@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
-from unsloth_puzzles.backprop.results import check_head
+from unsloth_puzzles.backprop.results import check_buffers, check_head
 from unsloth_puzzles.backprop.sums import Sum
 
 # What made the logits must not need them again: only then may their gradient overwrite them.
@@ -49,6 +49,7 @@ class Head:
         self._module = _Call(linear)
         self._lock = lock_of(linear)
         self._checked = False
+        self._buffers = [(buffer, buffer._version) for buffer in linear.buffers() if not buffer.is_inference()]
         self._replaced = {f"linear.{name}": leaf for name, leaf in self.leaves.items()}
 
     def call(self, function: Callable | None, x: torch.Tensor, *arguments: object, record: bool = False) -> object:
@@ -102,6 +103,7 @@ class Head:
         inputs = [x] * x.requires_grad + [*others, *self.leaves.values()]
         if not self._checked:
             check_head(outputs, inputs)
+            check_buffers(self.linear, self._buffers)
             self._checked = True
         self._mode.live, self._mode.into = live, into
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from unsloth_puzzles.backprop.trust import is_new, trust
 
@@ -62,6 +63,15 @@ def check_head(outputs: torch.Tensor | Sequence[torch.Tensor], known: list[torch
         raise ValueError(
             f"linear must have what it differentiates as parameters, got a tensor {tuple(leaf.shape)} that requires "
             "grad and is none of them; make it an attribute of the module, as a nn.Parameter or in a submodule"
+        )
+
+
+def check_buffers(head: nn.Module, versions: list[tuple[torch.Tensor, int]]) -> None:
+    """Raise ValueError if the buffers of `head` are not of their `versions`: each chunk would change them once more."""
+    if any(buffer._version != version for buffer, version in versions):
+        raise ValueError(
+            f"linear must not change its buffers in a forward, which runs once a chunk, got a {type(head).__name__} "
+            "that does; call its eval(), or remove the parametrization, such as spectral_norm"
         )
 
 
