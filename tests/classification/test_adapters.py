@@ -18,7 +18,7 @@ from tests.classification.models import (
     with_adapters,
 )
 from unsloth_puzzles.classification.adapters import add_adapters, load_trained, save_classifier
-from unsloth_puzzles.classification.losses import MULTI
+from unsloth_puzzles.classification.losses import MULTI, weigh_classes
 
 
 def _trained(model):
@@ -110,6 +110,7 @@ def test_layers_that_compute_in_another_dtype_are_not_saved(checkpoint, tmp_path
 
 def test_loaded_to_go_on_training(checkpoint, tmp_path):
     model, tokenizer = classifier(checkpoint, ["a", "b"], MULTI, dtype=torch.bfloat16)
+    weigh_classes(model, torch.tensor([0.3, 2.0]))
     save_classifier(model, tokenizer, tmp_path)
     again, _ = load_trained(tmp_path, trainable=True, device="cpu")
     assert again.training and list(_trained(again)) == list(_trained(model))

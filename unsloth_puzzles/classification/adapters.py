@@ -1,5 +1,6 @@
 """PEFT adapters on a classifier: train them with its head, save both, and load both."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from itertools import chain
@@ -11,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_puzzles.classification.load import HEAD, load_classifier
-from unsloth_puzzles.classification.losses import check_problem_type
+from unsloth_puzzles.classification.losses import check_problem_type, weigh_classes
 from unsloth_puzzles.classification.pooling import is_pooled
 
 _UNREPEATABLE = ("pissa_niter_", "corda", "lora_ga")  # by random numbers, data or gradients they change the base model
@@ -65,7 +66,7 @@ def add_adapters(
 
 
 def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save adapters, head, tokenizer and labels. Of the base model, only its name and its dtypes are saved.
+    """Save adapters, head, tokenizer, labels and class weights. Of the base model, only its name and dtypes are saved.
 
     Args:
         model: From `add_adapters`. Weights may have been cast since they were loaded, as by
@@ -97,9 +98,11 @@ def save_classifier(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder
     # PEFT would save the embeddings, too, if they have a row for the padding token, which no result depends on.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
+    weights = getattr(inspect.unwrap(classifier.loss_function), "class_weight", None)
     own = {
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "problem_type": config.problem_type,
+        "class_weight": None if weights is None else weights.tolist(),
         "four_bit": getattr(classifier, "is_loaded_in_4bit", False),
         "dtype": _name(loaded),
         "cast": {name: _name(one.dtype) for name, one, dtype in _floats(model, loaded) if one.dtype != dtype},
@@ -133,10 +136,13 @@ def load_trained(
         raise FileNotFoundError(f"folder must be one that save_classifier wrote, got {folder} without {FILE}")
     saved = json.loads(path.read_text(encoding="utf-8"))
     saved["dtype"], cast = getattr(torch, saved["dtype"]), saved.pop("cast", {})
+    weights = saved.pop("class_weight", None)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     base = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     given = {**saved, "tokenizer": tokenizer, **options}
     model, tokenizer = load_classifier(base, given.pop("labels"), **given)
+    if weights is not None:
+        weigh_classes(model, torch.tensor(weights, dtype=torch.float32))
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     _prepare_head(adapted, trained=trainable)
     if given["dtype"] == saved["dtype"]:
