@@ -211,6 +211,18 @@ def test_labels_that_cannot_hold_the_ignored_index_are_refused(dtype):
         model(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 4, dtype=torch.int32))
 
 
+def test_a_copy_of_a_patched_model_with_hooks_computes_with_its_own_weights():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, given = llama(), {"input_ids": torch.arange(4)[None]}
+    add_hook_to_module(model, ModelHook())
+    patch = use_memory_efficient_loss(model)
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.data.zero_()
+    assert not copied(**given).logits.any() and model(**given).logits.any()
+    patch.undo()
+
+
 def test_a_copy_of_a_patched_model_can_be_patched_after_undo():
     model, given = llama(), {"input_ids": torch.arange(4)[None], "labels": torch.arange(4)[None]}
     expected = model(**given).loss

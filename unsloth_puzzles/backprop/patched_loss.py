@@ -151,12 +151,15 @@ class PatchedLoss:
 
 def _make_forward(patch: PatchedLoss, of_class: Callable, previous: Callable | None) -> Callable:
     names = [name for name in inspect.signature(of_class).parameters if name != "self"]
+    own = of_class if previous is None else None
+    if getattr(previous, "__self__", None) is patch._causal_lm:  # of a copy of the model it is the copy's
+        own = previous.__func__
 
     @functools.wraps(of_class)  # generation and Trainer read the signature
     def forward(self, *args, **inputs):
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
         if not patch.active or (inputs.get("labels") is None and inputs.get("shift_labels") is None):
-            return of_class(self, **inputs) if previous is None else previous(**inputs)
+            return previous(**inputs) if own is None else own(self, **inputs)
         given = {
             name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
         }
