@@ -122,6 +122,16 @@ def test_a_wrong_compiled_gradient_is_refused(dtype):
         check_compiled(torch.full_like(exact, torch.nan), exact)
 
 
+def test_a_gradient_that_no_argument_could_bring_is_refused_though_nothing_is_compared():
+    scale = torch.tensor(2.0, requires_grad=True)
+    x, labels, *_ = problem(20)
+    head, form = make_linear(HIDDEN, VOCABULARY, dtype=torch.float32), {"reduction": "sum", "check_additive": False}
+    with pytest.raises(
+        ValueError, match=r"^forward_function must get what it differentiates as arguments, got .* \(\) "
+    ):
+        memory_efficient_linear(x, head, labels, lambda z, y: (z * scale).square().sum(), compile=True, **form)
+
+
 def test_a_first_gradient_that_overflows_says_nothing_of_the_function():
     """Eager mode gives NaN as well; the function is looked at again when there are numbers."""
     function, head = functools.partial(losses.cross_entropy), make_linear(HIDDEN, VOCABULARY, dtype=torch.float32)
