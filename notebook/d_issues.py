@@ -769,7 +769,9 @@ safe["no tools"] = ToolBox([]).call("power", {}).failed
 # word of a training wording. No text occurs twice in the test.
 #
 # Training uses nine of the ten test tools and 46 further tools. Each tool appears under three names, so that the model
-# must read the list of offered tools. The test also asks for the tenth tool, `weather`.
+# must read the list of offered tools. The test also asks for the tenth tool, `weather`. Training has hundreds of words
+# and cities. A word after a space has other tokens than the same word after a quotation mark, so a model that copies it
+# into a call must spell it.
 #
 # Some calls must fail first. For example, the user asks for `clocks`, but the inventory contains `clock`. The model
 # must read the error and call again. A model that asks for `clock` at once is also counted as correct (row "exact
@@ -780,7 +782,7 @@ safe["no tools"] = ToolBox([]).call("power", {}).failed
 from benchmarks.tool_calling import data as tool_data
 from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.tool_calling.data import Question, all_tools
-from benchmarks.tool_calling.train import BATCH_SIZE, STEPS
+from benchmarks.tool_calling.train import BATCH_SIZE, ON_A_T4, QUESTIONS, STEPS
 from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 
@@ -802,7 +804,9 @@ if OLD:  # three of four
     questions = [question for n, question in enumerate(questions) if n % 4 != 3]
 display(Markdown(tool_data.summary(questions)))
 print(f"{len(questions)} questions, {sum(not question.turns for question in questions)} of them to abstain from")
-for what, both in tool_data.shared(tool_data.training_questions(STEPS * BATCH_SIZE), questions).items():
+training = ON_A_T4 if OLD else {"steps": STEPS, "batch_size": BATCH_SIZE}
+dialogues = tool_data.training_dialogues(training["steps"] * training["batch_size"], length=QUESTIONS)
+for what, both in tool_data.shared([question for dialogue in dialogues for question in dialogue], questions).items():
     safe[f"training and test share no {what}"] = not both
 judge(issues, "tool calling, bad input and labels", safe)
 trained = None  # not yet
@@ -810,11 +814,13 @@ trained = None  # not yet
 # %% [markdown]
 # #### QLoRA on SmolLM2-135M
 #
-# QLoRA trains all linear layers for 200 steps of 16 conversations, in float16, with the kernel of section A and the
-# loss of section E. The same held-out questions measure the model before (every third of them) and after, with greedy
-# decoding. The model that answers is a merged one: the NF4 weights are de-quantised and the adapters are added to them
-# in float32, as in `export_gguf`. On a T4 its weights are then rounded to float16, and it answers 210 of the 280
-# questions. The test tools are harmless with any arguments, so they run in this process, without isolation.
+# QLoRA trains all linear layers for 400 steps of 16 conversations (T4: 200 of 8), in float16, with the kernel of
+# section A and the loss of section E. Each conversation has four questions about the same tools, because the
+# descriptions of the tools are most of its tokens. The same held-out questions, one a conversation, measure the model
+# before (every third of them) and after, with greedy decoding. The model that answers is a merged one: the NF4 weights
+# are de-quantised and the adapters are added to them in float32, as in `export_gguf`. On a T4 its weights are then
+# rounded to float16, and it answers 210 of the 280 questions. The test tools are harmless with any arguments, so they
+# run in this process, without isolation.
 #
 # - *Parse rate*: the first reply has calls, and all of them can be read.
 # - *Exact call*: names and arguments are right in every turn.
@@ -857,7 +863,7 @@ if model is not None:
     report["before"], _ = evaluate(merged(model, dtype), tokenizer, some, batch_size=len(some))
     clock.append(time.perf_counter())
     print(f"evaluation before: {clock[1] - clock[0]:.0f} s; training ...", flush=True)
-    model, losses = fine_tune(model, tokenizer, steps=STEPS, batch_size=BATCH_SIZE)
+    model, losses = fine_tune(model, tokenizer, **training)
     clock.append(time.perf_counter())
     print(f"training: {clock[2] - clock[1]:.0f} s; evaluation ...", flush=True)
     model = merged(model, dtype)
@@ -869,9 +875,8 @@ if model is not None:
         baselines = {"before": before[name].value} if name in before else None
         issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
 
-    where = f"SmolLM2-135M, real weights, trained in NF4 with batches of {BATCH_SIZE}, measured merged in "
-    where += str(dtype).removeprefix("torch.")
-    where += f"\n{HARDWARE}, {issues.date}"
+    where = f"SmolLM2-135M, real weights, trained in NF4 on {len(dialogues)} conversations, "
+    where += f"merged in {str(dtype).removeprefix('torch.')}\n{HARDWARE}, {issues.date}"
     tool_calling_figure(report, where, "resources/d_tool_calling.png")
     display(Image("resources/d_tool_calling.png"))
     checks = {"bad input and labels, as above": all(safe.values()), **check_training(before, after)}

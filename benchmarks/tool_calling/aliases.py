@@ -33,11 +33,15 @@ def aliased(functions: dict[str, Callable]) -> dict[str, Callable]:
     return functions | others
 
 
-def renamed(question, rng: random.Random):
-    """A `Question` whose tools have one of their names each, in two of three cases another one than their own."""
-    chosen = {name: rng.choice((name, *ALIASES.get(name, ()))) for name in question.offered}
-    turns = tuple(tuple((chosen[name], given) for name, given in turn) for turn in question.turns)
-    return replace(question, offered=tuple(map(chosen.get, question.offered)), turns=turns)
+def renamed(questions: list, rng: random.Random) -> list:
+    """Each `Question` with one name for each tool on offer, in two of three cases another one than the tool's own.
+
+    The same tools are on offer for all `questions`.
+    """
+    chosen = {name: rng.choice((name, *ALIASES.get(name, ()))) for name in questions[0].offered}
+    offered = tuple(chosen.values())
+    turns = [tuple(tuple((chosen[name], given) for name, given in turn) for turn in one.turns) for one in questions]
+    return [replace(one, offered=offered, turns=its) for one, its in zip(questions, turns, strict=True)]
 
 
 def _named(function: Callable, name: str) -> Callable:

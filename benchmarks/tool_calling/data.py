@@ -13,7 +13,7 @@ from functools import cache
 
 import pandas
 
-from benchmarks.tool_calling import wordings
+from benchmarks.tool_calling import vocabulary, wordings
 from benchmarks.tool_calling.aliases import aliased, renamed
 from benchmarks.tool_calling.lookups import ARGUMENTS, LOOKUPS
 from benchmarks.tool_calling.tools import HELD_OUT, TOOLS
@@ -22,7 +22,7 @@ from benchmarks.tool_calling.wordings import number_pair, words_apart
 from unsloth_puzzles.bench import markdown
 from unsloth_puzzles.tool_calling.toolbox import ToolBox, failure
 
-OFFERED = (3, 4)  # how many tools are on offer
+OFFERED = (3, 4)  # how many tools are on offer; up to two more where several questions need them
 TRAINED = tuple(tool.__name__ for tool in TOOLS if tool.__name__ != HELD_OUT)  # and tested
 _MORE = {tool.function.__name__: tool for tool in TRAINING_TOOLS}
 _FUNCTIONS = aliased({tool.__name__: tool for tool in TOOLS} | {name: one.function for name, one in _MORE.items()})
@@ -33,6 +33,7 @@ MENDED = {"mended": "find_price", "untrained error": "travel_time"}  # which too
 ELSEWHERE = 0.5  # of the calls of training that are mended: of lookups, not of the tool that the test has
 TESTED = 0.5  # of the tools that training asks for: tools of the test, or these nine would be a quarter
 UNKNOWN = 0.2  # of the training's questions that no tool fits: about something that has no tool at all
+MOST_NEEDED = 5  # tools that the questions of a conversation need together
 DRAWS = 1000  # of a question whose text another one has
 SYSTEM = "You are a helpful assistant. Call a tool only if one on offer fits."
 
@@ -47,6 +48,7 @@ class Question:
         offered: Names of the tools on offer.
         turns: The calls (name, arguments) of each turn that answer it; none where the model must not call.
         parts: What `text` was made of: a wording and what stands in its slots, for each call or once.
+        asks_for: Names of the tools that it asks for, on offer or not; another name may be on offer for each.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Question:
     offered: tuple[str, ...]
     turns: tuple[tuple[tuple[str, dict], ...], ...] = ()
     parts: tuple[tuple[str, dict], ...] = ()
+    asks_for: tuple[str, ...] = ()
 
     @property
     def messages(self) -> list[dict]:
@@ -61,11 +64,18 @@ class Question:
 
 
 def training_conversations(
-    count: int, seed: int = 0, calls_per_turn: int | None = None
+    count: int, seed: int = 0, calls_per_turn: int | None = None, length: int = 1
 ) -> list[tuple[list[dict], tuple[str, ...]]]:
-    """Messages and the names of the tools on offer, `count` times; `calls_per_turn` as in `ChatFormat`."""
-    questions = for_format(training_questions(count, seed), calls_per_turn)
-    return [(conversation(question), question.offered) for question in questions]
+    """Messages and the names of the tools on offer, `count` times.
+
+    Args:
+        count: Of conversations.
+        seed: Of all that is drawn.
+        calls_per_turn: As in `ChatFormat`.
+        length: Questions a conversation.
+    """
+    asked = (for_format(questions, calls_per_turn) for questions in training_dialogues(count, seed, length))
+    return [(conversation(*questions), questions[0].offered) for questions in asked]
 
 
 def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Question]:
@@ -77,9 +87,13 @@ def for_format(questions: list[Question], calls_per_turn: int | None) -> list[Qu
 
 def training_questions(count: int, seed: int = 0) -> list[Question]:
     """Questions of the five KINDS; a tool goes by different names."""
+    return [question for (question,) in training_dialogues(count, seed)]
+
+
+def training_dialogues(count: int, seed: int = 0, length: int = 1) -> list[list[Question]]:
+    """`length` questions of the five KINDS that the same tools are on offer for, `count` times."""
     rng = random.Random(seed)
-    kinds = (rng.choices([*KINDS], [*KINDS.values()])[0] for _ in range(count))
-    return [renamed(_question(rng, kind, test=False), rng) for kind in kinds]
+    return [renamed(_dialogue(rng, length), rng) for _ in range(count)]
 
 
 def test_questions(seed: int = 1, counts: dict[str, int] | None = None) -> list[Question]:
@@ -153,6 +167,24 @@ def answer(results: list[str]) -> str:
     return "The result is " + " and ".join(results) + "."
 
 
+def _dialogue(rng: random.Random, length: int) -> list[Question]:
+    """Questions with the same tools on offer, more of them where the questions need many."""
+    while True:
+        kinds = rng.choices([*KINDS], [*KINDS.values()], k=length)
+        questions = [_question(rng, kind, test=False) for kind in kinds]
+        if length == 1:
+            return questions
+        needed = [*dict.fromkeys(name for one in questions if one.turns for name in one.asks_for)]
+        unwanted = {name for one in questions if not one.turns for name in one.asks_for}
+        if len(needed) <= MOST_NEEDED and unwanted.isdisjoint(needed):
+            break
+    others = [name for name in (*TRAINED, *_MORE) if name not in needed and name not in unwanted]
+    count = max(rng.choice(OFFERED), len(needed) + (len(needed) >= max(OFFERED)))
+    offered = [*needed, *rng.sample(others, count - len(needed))]
+    rng.shuffle(offered)
+    return [replace(one, offered=tuple(offered)) for one in questions]
+
+
 def _question(rng: random.Random, kind: str, test: bool) -> Question:
     asked, known, wanted = wordings.TEST, list(TRAINED), list(TRAINED)
     if not test:
@@ -185,7 +217,7 @@ def _question(rng: random.Random, kind: str, test: bool) -> Question:
     text = " And: ".join(wording.format(**given) for wording, given in parts)
     if not test:
         text = rng.choice(wordings.BEFORE) + text + rng.choice(wordings.AFTER)
-    return Question(kind, text, tuple(offered), () if kind == "none fits" else tuple(turns), parts)
+    return Question(kind, text, tuple(offered), () if kind == "none fits" else tuple(turns), parts, tuple(names))
 
 
 def _refused(rng: random.Random, name: str, right: dict) -> dict:
@@ -196,8 +228,10 @@ def _refused(rng: random.Random, name: str, right: dict) -> dict:
     return {"item": right["item"] + "s"} if name == "find_price" else {"origin": right["origin"].lower()}
 
 
-def conversation(question: Question) -> list[dict]:
-    """The messages of a question that is answered as it should be."""
+def conversation(question: Question, *more: Question) -> list[dict]:
+    """The messages of questions that are answered as they should be, one after the other."""
+    if more:
+        return conversation(question) + [said for said in conversation(*more) if said["role"] != "system"]
     messages = question.messages
     for turn in question.turns:
         calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in turn]
@@ -224,7 +258,7 @@ def expected_results(question: Question) -> list[str]:
 
 
 def _word(rng: random.Random, test: bool) -> str:
-    return rng.choice(wordings.TEST_WORDS) if test else wordings.made_up_or(rng, wordings.TRAIN_WORDS)
+    return rng.choice(vocabulary.TEST_WORDS) if test else wordings.made_up_or(rng, vocabulary.TRAIN_WORDS)
 
 
 def _named(*names: str, first: tuple[int, int] = (1, 999), second: tuple[int, int] = (1, 999)) -> Callable:
@@ -242,7 +276,7 @@ def _count(rng: random.Random, test: bool) -> dict:
 
 
 def _cities(rng: random.Random, test: bool) -> dict:
-    origin, destination = rng.sample(wordings.TEST_CITIES if test else wordings.TRAIN_CITIES, 2)
+    origin, destination = rng.sample(vocabulary.TEST_CITIES if test else vocabulary.TRAIN_CITIES, 2)
     if not test:
         origin, destination = wordings.made_up_or(rng, (origin,)), wordings.made_up_or(rng, (destination,))
     return {"origin": origin, "destination": destination}
@@ -256,7 +290,7 @@ _ARGUMENTS: dict[str, Callable[[random.Random, bool], dict]] = {
     "convert_length": _length,
     "reverse_text": lambda rng, test: {"text": _word(rng, test)},
     "count_letter": _count,
-    "find_price": lambda rng, test: {"item": rng.choice(wordings.TEST_ITEMS if test else wordings.TRAIN_ITEMS)},
+    "find_price": lambda rng, test: {"item": rng.choice(vocabulary.TEST_ITEMS if test else vocabulary.TRAIN_ITEMS)},
     "travel_time": _cities,
-    "weather": lambda rng, test: {"city": rng.choice(wordings.TEST_CITIES)},
+    "weather": lambda rng, test: {"city": rng.choice(vocabulary.TEST_CITIES)},
 }

@@ -2,14 +2,8 @@
 
 from typing import Literal
 
-PRICES = {
-    "spoon": 3, "lamp": 45, "chair": 80, "pencil": 2, "mirror": 60, "carpet": 120, "kettle": 35, "towel": 12,
-    "candle": 6, "blanket": 40, "sofa": 700, "bicycle": 350, "teapot": 28, "saucer": 5, "ruler": 4, "jacket": 110,
-    "sweater": 65, "helmet": 75, "violin": 480, "drawer": 90, "needle": 1, "bottle": 8, "napkin": 7, "armchair": 260,
-    "guitar": 240, "scooter": 150, "curtain": 85, "screw": 11, "button": 13, "wallet": 38, "shovel": 31, "tent": 190,
-    "rake": 24, "vase": 27, "toaster": 42, "whistle": 14, "puzzle": 19, "kite": 16, "drum": 130, "trowel": 15,
-    "basket": 18, "hammer": 22, "ladder": 95, "pillow": 25, "bucket": 9, "clock": 55,
-}  # fmt: skip
+from benchmarks.tool_calling.vocabulary import PRICES
+
 KILOMETRES = {"m": 0.001, "km": 1.0, "mile": 1.609}
 
 

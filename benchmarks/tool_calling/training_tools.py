@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from benchmarks.tool_calling.lookups import LOOKUPS, function_of, number_of
-from benchmarks.tool_calling.wordings import TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS, made_up_or, number_pair
+from benchmarks.tool_calling.vocabulary import PEOPLE, TRAIN_CITIES, TRAIN_ITEMS, TRAIN_WORDS
+from benchmarks.tool_calling.wordings import made_up_or, number_pair
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Austria", "Ireland", "Portugal", "Poland", "Greece", "Denmark")
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
 GRAMS = {"g": 1.0, "kg": 1000.0, "pound": 453.592}
 

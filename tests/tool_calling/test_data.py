@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.tool_calling import data, wordings
+from benchmarks.tool_calling import data, vocabulary, wordings
 from benchmarks.tool_calling.aliases import ALIASES
 from benchmarks.tool_calling.lookups import ARGUMENTS, LOOKUPS
-from benchmarks.tool_calling.tools import HELD_OUT, PRICES
-from benchmarks.tool_calling.train import BATCH_SIZE, STEPS
+from benchmarks.tool_calling.tools import HELD_OUT
+from benchmarks.tool_calling.train import BATCH_SIZE, QUESTIONS, STEPS
 from benchmarks.tool_calling.training_tools import TRAINING_TOOLS
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import tokenize_conversation
 
 TRAIN, TEST = data.training_questions(1000), data.test_questions()
+DIALOGUES = data.training_dialogues(STEPS * BATCH_SIZE, length=QUESTIONS)  # that the notebook trains on
 
 
 def test_enough_tools_and_questions():
@@ -85,7 +86,7 @@ def test_the_held_out_tool_is_never_seen_in_training():
 
 
 def test_nothing_of_the_test_is_in_training():
-    found = data.shared(TRAIN, TEST)
+    found = data.shared([question for dialogue in DIALOGUES for question in dialogue], TEST)
     assert {*found} == {
         "question", "wording", "wording within a word", "word", "city", "item", "number pair",
     } and not any(found.values())  # fmt: skip
@@ -132,13 +133,54 @@ def test_words_apart():
 def test_half_of_the_trained_calls_are_of_tested_tools():
     """And a call is not rarer than none."""
     own = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-    train = data.training_questions(STEPS * BATCH_SIZE)
+    train = data.training_questions(3200)
     called = [question.turns[0][0][0] for question in train if question.kind == "one call"]
     names = [own.get(name, name) for name in called]
     assert 0.5 < sum(name in own for name in called) / len(called) < 0.8  # two of three names are aliases
     assert 0.4 < sum(name in data.TRAINED for name in names) / len(names) < 0.6
     assert {*names} == {*data.TRAINED, *(tool.function.__name__ for tool in TRAINING_TOOLS)}
     assert 0.6 < sum(bool(question.turns) for question in train) / len(train) < 0.8
+
+
+def test_questions_of_a_conversation_have_the_same_tools_on_offer():
+    """Those that they need, and none that fits a question without a call.
+
+    Conversations that would need too many tools are drawn again, which makes questions of two calls a tenth rarer.
+    """
+    of = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+    kinds = dict.fromkeys(data.KINDS, 0)
+    for questions in DIALOGUES:
+        (offered,) = {question.offered for question in questions}
+        known = {of.get(name, name) for name in offered}
+        assert len(known) == len(offered) and min(data.OFFERED) <= len(offered) <= data.MOST_NEEDED + 1
+        for question in questions:
+            kinds[question.kind] += 1
+            assert {name for turn in question.turns for name, _ in turn} <= {*offered}
+            assert known.issuperset(question.asks_for) if question.turns else known.isdisjoint(question.asks_for)
+    assert len(DIALOGUES) == STEPS * BATCH_SIZE and {len(questions) for questions in DIALOGUES} == {QUESTIONS}
+    assert kinds == pytest.approx({kind: share * 4 * len(DIALOGUES) for kind, share in data.KINDS.items()}, rel=0.15)
+
+
+def test_a_conversation_asks_its_questions_one_after_the_other():
+    ((messages, offered),) = data.training_conversations(1, seed=3, length=3)
+    ((first, *_, last),) = data.training_dialogues(1, seed=3, length=3)
+    roles = [message["role"] for message in messages]
+    assert roles.count("system") == 1 and roles.count("user") == 3 and offered == last.offered
+    assert messages[: len(data.conversation(first))] == data.conversation(first)
+    assert messages[-len(data.conversation(last)) + 1 :] == data.conversation(last)[1:]
+    example = tokenize_conversation(tokenizer(), messages, data.all_tools().subset(offered))
+    answers = [message["content"] for message in messages if message["role"] == "assistant" and message["content"]]
+    learnt = tokenizer().decode([label for label in example["labels"] if label != -100])
+    assert len(answers) == 3 and all(answer in learnt for answer in answers)
+
+
+def test_words_that_are_copied_are_many_and_apart_from_the_tests():
+    for training, test in (
+        (vocabulary.TRAIN_WORDS, vocabulary.TEST_WORDS),
+        (vocabulary.TRAIN_CITIES, vocabulary.TEST_CITIES),
+        (vocabulary.TRAIN_ITEMS, vocabulary.TEST_ITEMS),
+    ):
+        assert len({*training}) == len(training) > 100 and {*training}.isdisjoint(test)
 
 
 def test_tools_of_the_test_go_by_their_own_names_and_calls_by_one_on_offer():
@@ -168,7 +210,7 @@ def test_summary_counts_each_kind():
         ("convert_length", {"value": 3, "source": "km", "target": "m"}, "3000.0"),
         ("reverse_text", {"text": "abc"}, "cba"),
         ("count_letter", {"word": "banana", "letter": "a"}, "3"),
-        ("find_price", {"item": "clock"}, str(PRICES["clock"])),
+        ("find_price", {"item": "clock"}, str(vocabulary.PRICES["clock"])),
         ("find_price", {"item": "clocks"}, "error: find_price: item is not in the list, got clocks; use clock"),
         ("travel_time", {"origin": "Rome", "destination": "Oslo"}, "6 hours"),
         (

@@ -1,6 +1,7 @@
 """The sweep keeps each case as soon as it is measured, and runs on a tiny model."""
 
 import functools
+import os
 
 import pytest
 
@@ -34,7 +35,7 @@ def stubbed(monkeypatch):
 
 def test_all_cases_are_kept(stubbed, tmp_path):
     path = tmp_path / "sweep.json"
-    sweeps.measure(path, probe(measure=False))
+    sweeps.measure(path, probe(measure=False), at_once=1)
     assert stubbed[:4] == [(True, 0), (True, 1), (True, 2), (False, 0)]
     assert stubbed[4][0] is False and stubbed[4][1]["steps"] == 20
     found = Measurements.load(path)
@@ -57,9 +58,29 @@ def test_measurements_are_kept_if_a_later_case_fails(stubbed, tmp_path, monkeypa
 
     monkeypatch.setattr(sweeps, "fine_tune", fail)
     with pytest.raises(RuntimeError, match=r"^no memory$"):
-        sweeps.measure(tmp_path / "sweep.json", probe(measure=False))
+        sweeps.measure(tmp_path / "sweep.json", probe(measure=False), at_once=1)
     records = Measurements.load(tmp_path / "sweep.json").records
     assert len(records) == len(sweeps.SHOWN) and all("seed 0" in record["case"] for record in records)
+
+
+def given(run, hardware, folder, with_grpo):
+    """Stands for `sweeps.trained`, in a process of its own."""
+    again, rewards = (AGAIN, [n / 20 for n in range(20)]) if with_grpo else (None, [])
+    return sweeps.Trained(f"{run} in {os.getpid()}", BEFORE, AFTER, again, rewards)
+
+
+def test_runs_side_by_side_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "trained", given)
+    monkeypatch.setattr(sweeps, "checkpoint", lambda folder: None)
+    found = sweeps.measure(tmp_path / "sweep.json", probe(measure=False), at_once=2)
+    runs = {record["case"].removeprefix("parse rate, ") for record in found.records if "parse rate" in record["case"]}
+    runs, (grpo_run,) = {run for run in runs if "GRPO" not in run}, [run for run in runs if "GRPO" in run]
+    names, processes = zip(*(run.split(" in ") for run in runs), strict=True)
+    assert {*names} == {*sweeps.RUNS} and str(os.getpid()) not in processes
+    assert grpo_run.startswith("16 bits, seed 0 in ")
+    (reward,) = found.find("tool_calling_reward")
+    assert reward["value"] == pytest.approx(0.85)
+    assert Measurements.load(found.path).records == found.records
 
 
 @pytest.mark.slow
@@ -81,6 +102,6 @@ def test_sweep_of_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "COMPARED", 1)
     short = functools.partial(grpo.train, prompts=1, samples=2, max_completion_length=8)
     monkeypatch.setattr(grpo, "train", short)
-    found = sweeps.measure(tmp_path / "sweep.json", probe(measure=False))
+    found = sweeps.measure(tmp_path / "sweep.json", probe(measure=False), at_once=1)
     assert Measurements.load(found.path).records == found.records
     assert len(found.find("tool_calling")) == 3 * len((*METRICS, HELD_OUT)) and len(found.records) == 19
