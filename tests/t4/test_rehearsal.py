@@ -21,8 +21,9 @@ from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, P
 
 GOOD = {
     "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
-    "section": "D", "points": 8, "kernels_seen": 1, "kernels_not_decidable": 0, "predicted_t4_seconds": 1.0,
-    "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0, "processes_unseen": [],
+    "ram_peak_cell": "x = 1", "section": "D", "points": 8, "kernels_seen": 1, "kernels_not_decidable": 0,
+    "predicted_t4_seconds": 1.0, "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0,
+    "processes_unseen": [],
 }  # fmt: skip
 
 
@@ -203,7 +204,8 @@ def test_watcher_kills_the_process_tree_when_time_is_up():
 
 def test_watcher_adds_up_the_memory_of_all_children():
     code = "x = bytearray(200_000_000); import time; time.sleep(60)"
-    with limits.Watcher(seconds=120, interval=0.2) as watcher:
+    cells = iter(["first", *["later"] * 10_000])
+    with limits.Watcher(seconds=120, interval=0.2, where=lambda: next(cells)) as watcher:
         processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
         end = time.monotonic() + 30
         while watcher.ram_gb <= 0.4 and time.monotonic() < end:
@@ -211,7 +213,22 @@ def test_watcher_adds_up_the_memory_of_all_children():
         for process in processes:
             process.kill()
             process.wait()
-    assert 0.4 < watcher.ram_gb < 0.8 and not watcher.killed
+    assert 0.4 < watcher.ram_gb < 0.8 and watcher.ram_where == "later" and not watcher.killed
+
+
+def test_ram_that_can_be_given_back_does_not_count(tmp_path):
+    """Pages of a file, read by a mapping, against as many of the process's own."""
+    (tmp_path / "file").write_bytes(bytes(64 * 2**20))
+    code = (
+        "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); "
+        "read = sum(m[::4096]); own = bytearray(32 * 2**20); print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "file"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    ours, of_all = limits.ram_bytes(psutil.Process(process.pid)), psutil.Process(process.pid).memory_info().rss
+    process.kill()
+    process.wait()
+    assert 32 * 2**20 < ours < 64 * 2**20 and of_all - ours > 60 * 2**20
 
 
 def test_two_cores_limits_child_processes_and_is_undone():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,15 +26,20 @@ class Watcher:
         seconds: Their time.
         gpu: Which GPU, as nvidia-smi numbers them.
         interval: Seconds between samples.
+        where: Names what is going on.
 
     Attributes:
         gpu_gib: Peak of the GPU's memory beyond what was in use before, GiB.
-        ram_gb: Peak of the RAM of all children, GB.
+        ram_gb: Peak of the RAM of all children that cannot be given back, GB.
+        ram_where: What was going on at that peak.
         killed: Whether the time was up.
     """
 
-    def __init__(self, seconds: float = SECONDS, gpu: int = 0, interval: float = 1.0):
+    def __init__(
+        self, seconds: float = SECONDS, gpu: int = 0, interval: float = 1.0, where: Callable[[], str] = lambda: ""
+    ):
         self.gpu_gib = self.ram_gb = 0.0
+        self.ram_where, self._where = "", where
         self.killed, self._seconds, self._interval = False, seconds, interval
         self._gpu, self._before, self._done = gpu, gpu_gib_in_use(gpu) or 0.0, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -50,7 +56,8 @@ class Watcher:
         began = time.monotonic()
         while not self._done.wait(self._interval):
             children = psutil.Process().children(recursive=True)
-            self.ram_gb = max(self.ram_gb, sum(map(ram_bytes, children)) / 1e9)
+            if (ram_gb := sum(map(ram_bytes, children)) / 1e9) > self.ram_gb:
+                self.ram_gb, self.ram_where = ram_gb, self._where()
             if (used := gpu_gib_in_use(self._gpu)) is not None:
                 self.gpu_gib = max(self.gpu_gib, used - self._before)
             if time.monotonic() - began > self._seconds:
@@ -104,12 +111,14 @@ def two_cores():
 
 
 def ram_bytes(process: psutil.Process) -> int:
-    """A process's share of the RAM: pages that it shares with others are divided among them where Linux tells."""
+    """A process's share of the RAM that cannot be given back: without pages of files, such as those of libraries.
+
+    Pages that it shares with others are divided among them. Where Linux does not tell, all its pages are counted.
+    """
     try:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-        return process.memory_info().rss
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        kept = [line.split()[1] for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+        return sum(map(int, kept)) * 1024 if kept else process.memory_info().rss
     except (OSError, psutil.Error):
         return 0
 

@@ -58,7 +58,8 @@ def _run(section: str, folder: Path, record: Path, out: Path, seconds: float, gp
     heard = sections.Heard()
     client_class = functools.partial(sections.Client, heard=heard)
     before, began = versions.installed(sys.executable), time.monotonic()
-    with limits.Watcher(seconds, gpu) as watcher, limits.environment(record, caches, gpu), limits.two_cores():
+    watched = limits.Watcher(seconds, gpu, where=lambda: heard.cell)
+    with watched as watcher, limits.environment(record, caches, gpu), limits.two_cores():
         try:
             run(source, folder, timeout=int(seconds) + 60, client_class=client_class)
         except FAILURES as error:
@@ -75,6 +76,7 @@ def _run(section: str, folder: Path, record: Path, out: Path, seconds: float, gp
         "section_digest": sections.digest(node),
         "gpu_peak_gib": watcher.gpu_gib,
         "ram_peak_gb": watcher.ram_gb,
+        "ram_peak_cell": watcher.ram_where,
         "longest_silence_seconds": heard.silence,
         "silent_cell": heard.silent_cell,
     }

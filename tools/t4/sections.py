@@ -37,19 +37,20 @@ def digest(node: NotebookNode) -> str:
 
 @dataclass
 class Heard:
-    """The notes of a client: seconds by cell id, and the longest time in which a cell said nothing, and which one."""
+    """The notes of a client: seconds by cell id, the longest time in which a cell said nothing, and which one."""
 
     cell_seconds: dict[str, float] = field(default_factory=dict)
     silence: float = 0.0
     silent_cell: str = ""
     last: float = 0.0  # when a cell began or said something
+    cell: str = ""  # the one that runs
 
     def hear(self, cell: NotebookNode) -> None:
         """A cell has just said something, or ended."""
         now = time.monotonic()
         if now - self.last > self.silence:
             self.silence = now - self.last
-            self.silent_cell = next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
+            self.silent_cell = _first_words(cell)
         self.last = now
 
 
@@ -62,6 +63,7 @@ class Client(NotebookClient):
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
         began = self.heard.last = time.monotonic()
+        self.heard.cell = _first_words(cell)
         try:
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
         finally:
@@ -122,5 +124,8 @@ def _figures(path: Path) -> dict[str, float]:
 
 
 def _first_line(node: NotebookNode, cell_id: str) -> str:
-    source = next((cell.source for cell in node.cells if cell.id == cell_id), cell_id)
-    return next((line for line in source.splitlines() if line.strip()), cell_id)[:60]
+    return next((_first_words(cell) for cell in node.cells if cell.id == cell_id), cell_id)
+
+
+def _first_words(cell: NotebookNode) -> str:
+    return next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
