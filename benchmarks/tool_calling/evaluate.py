@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas
 
+from benchmarks.progress import at_work
 from benchmarks.tool_calling.data import MENDED, Question, all_tools, expected_results, for_format
 from unsloth_puzzles.bench import markdown
 from unsloth_puzzles.tool_calling.conversation import Conversation, run_conversations
@@ -69,16 +70,17 @@ def evaluate(
     format = chat_format(format) if isinstance(format, str) else format
     questions = for_format(questions, format.calls_per_turn)
     boxes = {offered: all_tools().subset(offered) for offered in {question.offered for question in questions}}
-    done = run_conversations(
-        model,
-        tokenizer,
-        [question.messages for question in questions],
-        [boxes[question.offered] for question in questions],
-        MAX_TURNS,
-        format=format,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=batch_size,
-    )
+    with at_work("answers"):
+        done = run_conversations(
+            model,
+            tokenizer,
+            [question.messages for question in questions],
+            [boxes[question.offered] for question in questions],
+            MAX_TURNS,
+            format=format,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=batch_size,
+        )
     return count(questions, done), done
 
 

@@ -53,17 +53,14 @@ def fine_tune(
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArguments, set_seed
 
     from benchmarks.lean_trainer import LeanTrainer
-    from benchmarks.progress import Progress
+    from benchmarks.progress import Progress, at_work
     from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 
     set_seed(seed)
     encoder = ChatEncoder(tokenizer, format)
-    rows = [
-        encoder.conversation(messages, all_tools().subset(offered))
-        for messages, offered in training_conversations(
-            steps * batch_size, seed, encoder.format.calls_per_turn, questions
-        )
-    ]
+    with at_work("tokens of the conversations"):
+        drawn = training_conversations(steps * batch_size, seed, encoder.format.calls_per_turn, questions)
+        rows = [encoder.conversation(messages, all_tools().subset(offered)) for messages, offered in drawn]
     model = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
