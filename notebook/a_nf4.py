@@ -351,9 +351,9 @@ print(f"({t4.LABEL})")
 # shows medians. Each ratio compares two consecutive measurements.
 #
 # **The baseline** is Unsloth's sequence of three launches. Colab does not have Unsloth. `benchmarks/nf4/baselines.py`
-# imitates the sequence with the same two C functions of bitsandbytes and the same addition. To keep its host time
-# short, the imitation looks up the functions once and enters no device context. The table at the end of this section
-# compares ours with the real Unsloth where it was installed.
+# imitates the sequence with the same two C functions of bitsandbytes and the same addition. The imitation looks up the
+# functions once and enters no device context. Its host time is still longer than that of the real sequence. The table
+# at the end of this section compares ours with the real Unsloth where it was installed.
 #
 # **GPU time and host time.** A CUDA graph replays launches without the host and so gives the GPU time of one matrix.
 # Successive calls use different buffers, together four times as large as the L2 cache, so that no call finds its data

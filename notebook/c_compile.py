@@ -189,7 +189,7 @@ free_memory()
 # **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice for 50 steps (T4: 24; CPU: 4), each
 # step with another length, in float32 (without TF32, which shortens the inputs of products). The first run is
 # uncompiled: transformers' attention and loss over bitsandbytes' layers. The second run is under `compile_qlora` with
-# flex attention. The lengths go from 128 to 320 (T4: 192). Shorter sequences, packed rows and an evaluation need
+# flex attention. The lengths lie between 128 and 320 (T4: 192). Shorter sequences, packed rows and an evaluation need
 # further graphs, which this run does not compile on a GPU. A CPU cannot compile flex attention into a layer. There the
 # second run uses SDPA (PyTorch's `scaled_dot_product_attention`), and packed rows and an evaluation follow.
 #
@@ -420,7 +420,8 @@ elif not GPU and len(runs) == 2:
 # table shows the four largest gains of Triton.
 #
 # The last lines compare this run with the default compilation (not on a T4). A product that is faster alone need not
-# make the step faster. The last line says by how much it does. The criterion asks for Triton's products without
+# make the step faster. The last line is the ratio of the step times: below 1 max-autotune is slower. Where the GPU busy
+# times agree, the difference is GPU idle time. The criterion asks for Triton's products without
 # excessive recompilation, and not for a faster step.
 
 # %%
@@ -494,6 +495,7 @@ else:
 # - **Each new kind of mask compiles once** (a flag for SDPA, blocks for flex, documents for flash), and once more for
 #   the first layer if the embeddings need no gradient. A forward of few rows without gradients recompiles once, because
 #   bitsandbytes' fused kernel is faster there.
+# - **Max-autotune need not pay.** On H200s the GPU busy time of a step hardly changed, and the step took longer.
 # - **Gradient checkpointing uses pinned host memory** for the inputs of all layers but the last (see the table).
 # - **A loop that reads each loss waits for the GPU once a step.** `Trainer` does so unless
 #   `logging_nan_inf_filter=False`.

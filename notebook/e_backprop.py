@@ -6,7 +6,8 @@
 # derivative from autograd and honour the upstream gradient.
 #
 # **Solution.** `memory_efficient_linear`, and the puzzle's `MemoryEfficientLinear`, hold one chunk of logits for any
-# function. `use_memory_efficient_loss` and `MemoryEfficientGRPOTrainer` put it into trainers.
+# function, unless `keep_logits` allows more. `use_memory_efficient_loss` and `MemoryEfficientGRPOTrainer` put it into
+# trainers.
 #
 # | criterion | points (10) | shown by |
 # |---|---|---|
@@ -39,6 +40,8 @@
 #   chunk would be wrong, because chunks hold different numbers of ignored labels.
 # - **A function with a value per row** (log-probabilities for GRPO and DPO) has an upstream gradient per row, which the
 #   forward does not know. For such a function the backward computes the logits again: four products instead of three.
+#   `keep_logits` bytes of them can be kept for it instead. The GRPO trainer keeps three times the memory of the head,
+#   for Llama 1B the 16-bit logits of 6144 tokens, so all logits of a small batch. `keep_logits=0` keeps none.
 # - **G comes from `torch.autograd`** through the user's function, in eager mode or compiled by Inductor. The operator
 #   has no code for a particular loss, and no loss has a `backward`. Three `backward` methods are written by hand: the
 #   operator's two (scalar loss, values per row), and that of the product Z = X W^T in `heads.py`, because PyTorch's own
@@ -54,7 +57,8 @@
 # | all logits, in PyTorch | 16-bit logits, float32 copy, log-softmax, 16-bit gradient: 12 bytes per logit, 23.5 GiB |
 #
 # A small chunk saves memory and costs time: each chunk reads W twice, and reads and writes dW. The collapsed cell has
-# the imports, and prints the least time on this GPU: the FLOPs over the measured rate of its matrix products.
+# the imports, and prints the least time on this GPU for the rows that fit it: the FLOPs over the measured rate of its
+# matrix products.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["hide-input"]
 # @title The section's imports and names, and the least time on this GPU
@@ -86,11 +90,12 @@ SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "float32"
 results = Measurements("resources/measurements/e_backprop.json", hardware)
 WHERE = f"{HARDWARE}, {results.date}"
 
+ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 if hardware.matmul_flops:
     rate = hardware.matmul_flops["bfloat16" if hardware.bf16 else "float16"]
     for what, products in (("head trained", 3), ("head frozen", 2)):
-        flops = products * 2 * 4 * 4096 * 4096 * 128256
-        print(f"{what}: {flops / 1e12:.1f} TFLOP, at least {1e3 * flops / rate:.1f} ms here", end=" ")
+        flops = products * 2 * ROWS_THAT_FIT * REFERENCE.hidden * REFERENCE.vocabulary
+        print(f"{what}, {ROWS_THAT_FIT} rows: {flops / 1e12:.1f} TFLOP, at least {1e3 * flops / rate:.1f} ms", end=" ")
         print(f"({rate / 1e12:.0f} TFLOP/s)")
 else:
     print("SKIPPED: the time of the matrix products follows from their measured rate on a GPU")
@@ -235,7 +240,7 @@ judge(results, "cross entropy", checks)
 #
 # The derivative comes from autograd. No formula could anticipate these three functions: one invented here, one that
 # stops a gradient, and one with a deliberately wrong derivative. `gradcheck` compares with finite differences. The last
-# check counts the `backward` methods in the package's source.
+# check counts the `backward` methods of autograd functions in `unsloth_puzzles/backprop/`.
 
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -397,7 +402,7 @@ for size, most in ((1, 1), (7, 7), (16, 16), (64, 64), (ROWS, ROWS), (10**6, ROW
     options = {**of_mean, "chunk_size": size}
     loss = memory_efficient_linear(x, head, labels, losses.cross_entropy, **options, check_additive=False)
     agrees = relative_difference(differentiated(loss, *parameters), truth) <= EXACT
-    checks[f"chunk_size={size!r}, at most {most} rows at once"] = agrees and max(largest) == most
+    checks[f"at most {most} rows at once with chunk_size={size!r}"] = agrees and max(largest) == most
 hook.remove()
 for wrong in (0, -1, 1.5, "much", "1 B"):
     try:
@@ -428,7 +433,6 @@ judge(results, "chunk sizes", checks)
 # size" is the one to compare with Liger's.
 
 # %%
-ROWS_THAT_FIT = 16384 if hardware.memory_gib >= 40 else 8192 if hardware.memory_gib >= 22 else 4096
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
 ROUNDS = 6 if GPU and not SLOW else 3
 HEADS = {"head trained": True, "head frozen": False}
@@ -730,17 +734,18 @@ if compared:
 # trainer = MemoryEfficientGRPOTrainer(model=model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=rows)
 # # in each step, instead of full logits:
 # log_probs, entropies = memory_efficient_linear(
-#     hidden_states, head, tokens, token_log_probs_and_entropy, reduction="none")
+#     hidden_states, head, tokens, token_log_probs_and_entropy, reduction="none", keep_logits=...)
 # ```
 #
 # #### Check 6: every loss type
 #
-# The grid has eight loss types, two importance levels, and two settings of delta, beta and gradient accumulation. Loss,
-# every gradient and every metric are compared on the same inputs: in float64 with a plain full-logits trainer (limit
-# 1e-10), in float32 with TRL's fused head (limit 1e-5). The grid and the run below use `compile=False`. The compiled
-# head is the default on a GPU. From sm_80 on it is compared once for each loss type, in float64 and without Inductor's
-# search for block sizes. The last cell of GRPO times the compiled head with that search, and compares its gradients in
-# 16 bits with those of full logits. Their errors may be at most 5 % larger.
+# The grid has eight loss types, two importance levels, and two settings of delta, beta and gradient accumulation.
+# Loss, every gradient and every metric are compared on the same inputs: in float64 with a plain full-logits trainer
+# (limit 1e-10), in float32 with TRL's fused head (limit 1e-5). Our trainer keeps the logits of some chunks for the
+# backward and computes those of the others again. The grid and the run below use `compile=False`. The compiled head
+# is the default on a GPU. From sm_80 on it is compared once for each loss type, in float64 and without Inductor's
+# search for block sizes. The last cell of GRPO times the compiled head with that search, and compares its gradients
+# in 16 bits with those of full logits. Their errors may be at most 5 % larger.
 
 # %%
 from benchmarks.backprop import grpo, grpo_grid, grpo_head
@@ -824,12 +829,14 @@ if runs:
 # 3.2 1B with gradient checkpointing, without generation: 16 x 1024 completion tokens again (8 x 128 on a GPU with less
 # than 40 GiB; T4: 8 x 64). "Full logits" holds all logits in float32. TRL 1.16 has a fused head of its own and does not
 # call Liger's GRPO loss. A T4 leaves out Liger, and TRL in the whole step, so the figure of a T4 does not show the
-# following comparisons.
+# comparisons with them.
 #
-# - **TRL's fused head and ours** need about the same memory and time in the whole step. TRL's has derivatives by hand
-#   for log-probabilities and entropy. Ours also takes other functions.
+# - **"Ours"** keeps no logits and holds one chunk of them. "Ours, logits kept" is the trainer's default: it keeps up to
+#   three times the memory of the head and saves as much recomputation.
+# - **TRL's fused head** has derivatives by hand for log-probabilities and entropy. Ours also takes other functions.
 # - **Liger's loss** handles one sequence and 4096 tokens of the vocabulary at a time, in many small operators. It
-#   computes the logits twice and multiplies the gradients in float32. "Liger, TF32" allows TF32 in these products.
+#   computes the logits twice and multiplies the gradients in float32. "Liger, TF32" allows TF32 in these products, and
+#   need not be faster: then they are not what takes its time.
 
 # %%
 if GPU and hardware.memory_gib >= 40 and not SLOW:
@@ -842,9 +849,9 @@ else:
     step_sizes = {"config": tiny_llama_config(2048), "sequences": 8, "completion": 32}
     step_sizes |= {"dtype": torch.float32, "rounds": 1}
 if SLOW:  # without TF32, and slow
-    print("SKIPPED: GRPO's Liger, float32 dW, and TRL's whole step: left to larger GPUs")
+    print("SKIPPED: GRPO's Liger, float32 dW, and whole steps of TRL and with logits kept: left to larger GPUs")
     head_sizes |= {"rounds": 2, "without": (grpo_head.LIGER, grpo_head.LIGER_TF32, grpo_head.OURS_FLOAT32)}
-    step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo_head.TRL,)}
+    step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo_head.TRL, grpo_head.OURS_KEPT)}
 grpo_measured = {}
 for what, measure, sizes in (
     ("head only", grpo_head.head_only, head_sizes),

@@ -18,7 +18,7 @@ from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import by_case, on_two_gpus, pages, points_sentence, shown_figure
+from tools.build_readme import by_case, on_two_gpus, pages, points_sentence, rehearsal_errors, shown_figure
 from tools.outputs import run_seconds
 from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table
 from unsloth_puzzles.bench.scorecard import NOT_ON, Row
@@ -121,10 +121,14 @@ def test_claim_shows_values_baselines_hardware_and_weights(tmp_path: Path) -> No
         ("peak_gib", "without checkpointing, 2 x 1024, float16", 2.5, "GiB", {"eager": 10.0}),
         ("step_ms", "with checkpointing, 2 x 1024, float16", 170.0, "ms", {"eager": 340.0}),
         ("step_ms", "without checkpointing, 2 x 1024, float16", 135.5, "ms", {}),
+        ("gpu_busy_ms", "without checkpointing, 2 x 1024, float16", 120.0, "ms", {"eager": 200.0}),
     )  # fmt: skip
     row = _claims(tmp_path)["C"]
     assert row.startswith("| C. A compiled QLoRA step")
-    assert "(without checkpointing, 2 x 1024, float16) | 2.5 GiB, 136 ms | eager 10 GiB | NVIDIA Test" in row
+    assert (
+        "(without checkpointing, 2 x 1024, float16) | 2.5 GiB, 136 ms, 120 ms | eager 10 GiB, 200 ms | NVIDIA Test"
+        in row
+    )
     assert row.endswith("| NVIDIA Test, 2026-11-22 | random |")
 
 
@@ -178,11 +182,20 @@ def test_minutes_are_predicted_for_a_t4_and_measured_for_the_gpu_of_the_run(tmp_
     assert large == "| a large GPU | 6 | the published run on NVIDIA Test, 2026-11-22; sections A, E |"
 
 
-def test_minutes_rehearsed_with_earlier_code_are_not_shown(tmp_path: Path) -> None:
+def test_sections_rehearsed_with_earlier_code_are_named(tmp_path: Path) -> None:
     section = {"predicted_t4_seconds": 300, "digest": STAMP["digest"]}
     _rehearse(tmp_path, A=section, C={**section, "digest": "another"})
     t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
-    assert t4 == "| a T4 | not measured | a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; with earlier code |"
+    where = "a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; C with earlier code"
+    assert t4 == f"| a T4 | 10 (predicted) | {where} |"
+
+
+def test_errors_of_the_rehearsal_are_counted(tmp_path: Path) -> None:
+    assert rehearsal_errors(tmp_path / "rehearsal.json") == "None is kept."
+    _rehearse(tmp_path, A={"errors": []}, C={"errors": []})
+    assert rehearsal_errors(tmp_path / "rehearsal.json") == "It lists no error."
+    _rehearse(tmp_path, A={"errors": []}, C={"errors": ["a", "b"]}, D={"errors": ["c"]})
+    assert rehearsal_errors(tmp_path / "rehearsal.json") == "It lists errors in sections: C 2, D 1."
 
 
 @pytest.mark.parametrize("same, shown", [(True, "5 | {}"), (False, "not measured | {}; with earlier code")])
@@ -238,11 +251,12 @@ def test_what_two_gpus_reached_stands_beside_the_prediction(tmp_path: Path) -> N
     _measure(tmp_path, path.name, bandwidth)
     assert on_two_gpus(path) == f"On two GPUs: {NOT_MEASURED}."
     others = [
-        ("scaling", f"{kind}, {rows} rows a GPU", 1.0, "x", {}) for kind, rows in (("uncompiled", 4), ("compiled", 8))
+        ("scaling", f"{kind}, {rows} rows a GPU", 0.8, "x", {}) for kind, rows in (("uncompiled", 4), ("compiled", 1))
     ]
     _measure(tmp_path, path.name, bandwidth, *others, ("scaling", "compiled, 4 rows a GPU", 1.87, "x", {}))
     shown = on_two_gpus(path)
     assert "NVIDIA Test, 2026-11-22" in shown and "reached 1.87x and received 165 GB/s in an all-gather." in shown
+    assert shown.endswith("1 x 2048 tokens reached 0.80x.")
 
 
 def test_points_are_those_of_the_scorecard_and_say_which_gpu_is_missing() -> None:

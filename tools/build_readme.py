@@ -46,9 +46,11 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         figures="\n\n".join(shown_figure(resources, name, source) for name, source in SHOWN.items()),
         minutes=minutes_table(measurements, released, of),
         of=of,
+        on_t4=scorecard.is_gpu(of["hardware"], "T4"),
         tests=said_of_tests(of.get(TESTS)),
         unsloth=by_case(measurements / "a_nf4_sweeps.json", "harness_speedup_beside_unsloth"),
         liger=by_case(measurements / "e_backprop.json", "time_over_liger_at_its_chunk_size"),
+        rehearsed=rehearsal_errors(measurements / "rehearsal.json"),
     )
     results_page = _filled(
         "results_template.md",
@@ -112,11 +114,13 @@ def on_two_gpus(path: Path) -> str:
     values = {(one["metric"], one["case"]): one["value"] for one in swept["records"]}
     bandwidth = values.get(("gather_bytes_per_s", "all-gather of a layer's size"))
     scaling = values.get(("scaling", f"compiled, {ROWS} rows a GPU"))
-    if None in (bandwidth, scaling):
+    few = values.get(("scaling", "compiled, 1 rows a GPU"))
+    if None in (bandwidth, scaling, few):
         return f"On two GPUs: {NOT_MEASURED}."
     return (
-        f"Two GPUs ({machine(swept)}, layer shapes of Llama 3.1 8B, {ROWS} x {LENGTH} tokens, compiled) reached "
-        f"{amount(scaling, 'x')} and received {amount(bandwidth / 1e9, 'GB/s')} in an all-gather."
+        f"Two GPUs ({machine(swept)}, 16 layers of Llama 3.1 8B's shapes, {ROWS} x {LENGTH} tokens, compiled) reached "
+        f"{amount(scaling, 'x')} and received {amount(bandwidth / 1e9, 'GB/s')} in an all-gather. With few tokens the "
+        f"host decides, and the prediction fails: 1 x {LENGTH} tokens reached {amount(few, 'x')}."
     )
 
 
@@ -171,6 +175,15 @@ def _swept(measurements: Path, file: str, release_digest: str | None) -> list[st
     return parts
 
 
+def rehearsal_errors(path: Path) -> str:
+    """How many errors the rehearsal of a T4 listed in which sections, a sentence."""
+    sections = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.exists() else {}
+    if not sections:
+        return "None is kept."
+    counts = [f"{name} {len(section['errors'])}" for name, section in sections.items() if section["errors"]]
+    return f"It lists errors in sections: {', '.join(counts)}." if counts else "It lists no error."
+
+
 def rehearsal(path: Path, release_digest: str) -> str:
     """Tabulate the findings of the rehearsal of a T4, a row a section; it says so where there was none.
 
@@ -193,6 +206,7 @@ def rehearsal(path: Path, release_digest: str) -> str:
             ),
             "GPU memory": f"{section['gpu_peak_gib']:.1f} GiB",
             "RAM": f"{section['ram_peak_gb']:.1f} GB",
+            "errors": "; ".join(section["errors"]) or "none",
         }
         for name, section in sections.items()
     ]

@@ -3,7 +3,8 @@
     whole_step(device="cuda")       # a step of Llama 3.2 1B: model, head, loss, backward; no generation
     train(GRPOTrainer), train(MemoryEfficientGRPOTrainer)
 
-The candidates are "ours", "TRL" (its fused head) and "full logits" (in float32).
+The candidates are "ours" (which keeps no logits), "ours, logits kept" (the trainer's default), "TRL" (its fused head)
+and "full logits" (in float32).
 """
 
 import tempfile
@@ -19,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import entropy_from_logits
 
-from benchmarks.backprop.candidates import OURS, measure_candidates, peak_gib
+from benchmarks.backprop.candidates import OURS, OURS_KEPT, measure_candidates, peak_gib
 from benchmarks.backprop.grpo_head import FULL, TRL
 from benchmarks.models import SEED, llama_1b_config, tiny_llama_config
 from unsloth_puzzles.backprop.grpo import MemoryEfficientGRPOTrainer
@@ -41,7 +42,7 @@ def whole_step(
 ) -> dict[str, dict]:
     """Loss and backward of one GRPO step of `config` (Llama 3.2 1B), random weights, all of them trained.
 
-    The three trainers share one model and one batch. `ours` are options of `MemoryEfficientGRPOTrainer`. A trainer
+    The trainers share one model and one batch. `ours` are options of `MemoryEfficientGRPOTrainer`. A trainer
     whose step fails is printed with the reason, and missing in what is returned; those in `without` are left out.
     Returns, by candidate, "peak_gib" above the weights (gradients included), "time" (`Timing`, microseconds), "loss".
     """
@@ -51,7 +52,12 @@ def whole_step(
         model = LlamaForCausalLM(config).to(dtype)
         inputs = _random_batch(config.vocab_size, sequences, prompt, completion)
     calls = {}
-    classes = {OURS: partial(MemoryEfficientGRPOTrainer, **ours), TRL: GRPOTrainer, FULL: FullLogitsGRPOTrainer}
+    classes = {
+        OURS: partial(MemoryEfficientGRPOTrainer, keep_logits=0, **ours),
+        OURS_KEPT: partial(MemoryEfficientGRPOTrainer, **ours),
+        TRL: GRPOTrainer,
+        FULL: FullLogitsGRPOTrainer,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, make in classes.items():
             if name in without:

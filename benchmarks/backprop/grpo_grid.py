@@ -24,6 +24,8 @@ LEVELS = ("token", "sequence")
 SETTINGS = ((None, 0.0, 2), (1.4, 0.04, 1))  # delta, beta, accumulation
 BESIDE = {torch.float64: grpo.FullLogitsGRPOTrainer, torch.float32: GRPOTrainer}
 SEQUENCES, PROMPT, COMPLETION, WORDS = 8, 5, 7, 131
+ROWS = 6  # of a chunk of ours; a step has up to 35
+KEPT = 2 * ROWS * WORDS * 8  # bytes of two chunks' logits in float64: the backward computes the other chunks again
 
 
 def differences(device: str, compile: bool = False) -> Iterator[tuple[torch.dtype, str, float, bool]]:
@@ -41,7 +43,7 @@ def differences(device: str, compile: bool = False) -> Iterator[tuple[torch.dtyp
     if compile:
         dtypes, combinations = (torch.float64,), [*itertools.product(LOSS_TYPES, LEVELS[:1], SETTINGS[1:])]
     for dtype in dtypes:
-        ours = partial(MemoryEfficientGRPOTrainer, chunk_size=6, compile=compile)
+        ours = partial(MemoryEfficientGRPOTrainer, chunk_size=ROWS, compile=compile, keep_logits=KEPT)
         options = {"per_device_train_batch_size": SEQUENCES, "max_completion_length": COMPLETION}
         with tempfile.TemporaryDirectory() as folder:  # the trainers make it, although they save nothing
             both = [_trainer(make, _policy(dtype, device), folder, options) for make in (ours, BESIDE[dtype])]

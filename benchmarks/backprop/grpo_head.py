@@ -2,10 +2,11 @@
 
     head_only(device="cuda")        # 16 x 1024 tokens
 
-Results are plain dicts by candidate: "ours" (and with the head's gradient summed in float32, as TRL does), "TRL" (the
-fused head of trl 1.16), "Liger" (`LigerFusedLinearGRPOLoss`, if it can be imported; it multiplies the gradients in
-float32, so once more with TF32 allowed), "full logits" (in float32, as one would write it) and "full logits, TRL's
-kernel" (as the head made them, one Triton kernel on a GPU).
+Results are plain dicts by candidate: "ours" (which keeps no logits, and once more as the trainer keeps some for the
+backward, and with the head's gradient summed in float32, as TRL does), "TRL" (the fused head of trl 1.16), "Liger"
+(`LigerFusedLinearGRPOLoss`, if it can be imported; it multiplies the gradients in float32, so once more with TF32
+allowed), "full logits" (in float32, as one would write it) and "full logits, TRL's kernel" (as the head made them, one
+Triton kernel on a GPU).
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ from torch import nn
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax_and_entropy
 
-from benchmarks.backprop.candidates import OURS, OURS_FLOAT32, measure_candidates, peak_gib
+from benchmarks.backprop.candidates import OURS, OURS_FLOAT32, OURS_KEPT, measure_candidates, peak_gib
 from benchmarks.models import SEED
 from unsloth_puzzles.backprop.grpo import default_keep_logits
 from unsloth_puzzles.backprop.linear import memory_efficient_linear
@@ -122,9 +123,9 @@ def _losses(case: _Case, chunk_size: int | str) -> dict[str, Callable[[], torch.
     scores = partial(row_scores, temperature=1.0, scale=1.0, cap=None, with_entropy=True)
     compile = case.x.is_cuda
 
-    def ours(accumulate_dtype=None):
+    def ours(accumulate_dtype=None, keep_logits=0):
         options = {"chunk_size": chunk_size, "compile": compile, "accumulate_dtype": accumulate_dtype}
-        options |= {"reduction": "none", "keep_logits": default_keep_logits(case.head)}
+        options |= {"reduction": "none", "keep_logits": keep_logits}
         return case.loss(memory_efficient_linear(case.x, case.head, case.tokens, scores, **options)[0])
 
     def fused_head():
@@ -145,6 +146,7 @@ def _losses(case: _Case, chunk_size: int | str) -> dict[str, Callable[[], torch.
 
     found = {
         OURS: ours,
+        OURS_KEPT: partial(ours, keep_logits=default_keep_logits(case.head)),
         OURS_FLOAT32: partial(ours, torch.float32),
         TRL: fused_head,
         FULL: full,

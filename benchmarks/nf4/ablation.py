@@ -52,6 +52,7 @@ def measure(
     }
     tested = {name: calls(partial(_with_config, config=config), layers) for name, config in VARIANTS.items()}
     shifted = [torch.empty(rows * columns + 1, dtype=dtype, device="cuda")[1:].view(rows, columns) for _ in layers]
+    same[", ".join(UNALIGNED)] = torch.equal(dequantize_nf4(layers[0], out=shifted[0]), exact)
     tested[UNALIGNED] = [partial(dequantize_nf4, layer, out=out) for layer, out in zip(layers, shifted, strict=True)]
     return timing.device_time(tested, rounds=rounds), same
 

@@ -109,12 +109,11 @@ def ablation(timings: Mapping[str, Mapping], where: str) -> plt.Figure:
         ]
         axes.errorbar(middles, range(len(names)), xerr=errors, fmt="o", color=color, label=f"{shape}, {base:.1f} us")
     axes.axvline(1, color=GRAY, linewidth=1)
-    axes.set_yticks(range(len(names)), [f"{group}: {name}" for group, name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [f"{group}, {name}" for group, name in names], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="time / time of the default", xscale="log")
-    ticks = (1, 2, 4, 8) if axes.get_xlim()[1] > 2.5 else (1, 1.25, 1.5, 2)
-    ticks = [tick for tick in ticks if tick <= 1.1 * axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    ticks = [tick for tick in (1, 1.05, 1.1, 1.2, 1.5, 2, 4, 8) if tick <= 1.1 * axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=8)
     axes.minorticks_off()
     axes.legend(loc="best", fontsize=9)
     exact = [name for name in names if name not in VARIANTS or not VARIANTS[name].fp_fusion]

@@ -33,7 +33,7 @@ TRL = (1, 16)
 
 
 class MemoryEfficientGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer`, in which no more logits exist than one chunk's.
+    """`trl.GRPOTrainer`, in which no more logits exist at once than one chunk's and `keep_logits` bytes.
 
     Temperature, soft cap (`final_logit_softcapping`), the logit multipliers of the architectures and the auxiliary loss
     of mixtures of experts are honoured. At construction the model is tried (see `logit_transform`), so an unknown
@@ -45,7 +45,8 @@ class MemoryEfficientGRPOTrainer(GRPOTrainer):
         chunk_size: See `memory_efficient_linear`, as for the next three.
         compile: None stands for True on a GPU and False elsewhere.
         accumulate_dtype: In which the gradient of the head's weight is summed.
-        keep_logits: Bytes of logits that are kept for the backward; None stands for `default_keep_logits`.
+        keep_logits: Bytes of logits that are kept for the backward, which computes the others again. None stands for
+            `default_keep_logits`, which holds all logits of a small batch; 0 keeps none.
 
     Raises:
         RuntimeError: another TRL than 1.16.

@@ -200,6 +200,7 @@ E = (
             Condition("loss_curve_max_abs_difference", QLORA, "<=", LARGEST_LOSS_DIFFERENCE),
             Condition("planted_fault_difference", "gradients x 1.01", ">", LARGEST_LOSS_DIFFERENCE),
             Condition("planted_fault_difference", "a mean per chunk", ">", LARGEST_LOSS_DIFFERENCE),
+            works("Llama 1B: the losses match"),
             works("Llama 1B learns"),
         ),
         gate=True,
@@ -210,6 +211,7 @@ E = (
         only(
             4,
             works("GRPO"),
+            works("GRPO run, the same gradients"),
             Condition("grpo_reward_rise", "GRPO run", ">=", LEAST_REWARD_RISE),
             Condition("grpo_peak_over_full_logits", "head only", "<=", 0.5),
         ),

@@ -68,12 +68,17 @@ def _placed(row: Row, criterion: Criterion, measurements: Measurements | None) -
     if not criterion.asked_gpu or row.verdict != MET:
         return row
     said = [MET]
-    if criterion.asked_gpu not in measurements.hardware["name"].split():  # a T400 is no T4
+    if not is_gpu(measurements.hardware["name"], criterion.asked_gpu):
         said.append(f"{NOT_ON} {criterion.asked_gpu}")
     conditions = (condition for _, level in criterion.levels for condition in level)
     if any("random weights" in found["case"] for condition in conditions for found in _found(condition, measurements)):
         said.append("with random weights")
     return replace(row, verdict=", ".join(said))
+
+
+def is_gpu(name: str, asked: str) -> bool:
+    """Whether a GPU's name as its driver gives it is that of `asked`: "Tesla T4" is a T4, "NVIDIA T400" is not."""
+    return asked in name.split()
 
 
 def totals(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
