@@ -23,7 +23,7 @@ def swept_table(path: str | Path, metric: str, title: str, ours: str, digits: in
     """
     path = Path(path)
     if not path.exists():
-        return f"SKIPPED: {path.name} is not here"
+        return f"SKIPPED: {path.name} is not here; make sweeps writes it"
     sweeps = Measurements.load(path)
     found = sweeps.find(metric)
     rows = [

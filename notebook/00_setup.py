@@ -34,7 +34,7 @@
 # `judge(results, name, checks)` prints and records named checks. `experiments.failed` records an error. A failed
 # experiment or check prints `FAILED`, and the run continues. The scorecard lists all failures. `section.start` and
 # `section.finish` measure the time and the memory of a section. `GPU` is true on CUDA. `sm_75` is NVIDIA's name for the
-# compute capability 7.5, which a T4 has. `OLD` or `SLOW` is true below sm_80, where fewer samples are taken.
+# compute capability 7.5, which a T4 has. `OLD` is true below sm_80, where fewer samples are taken.
 
 # %%
 # @title Install: pinned versions, and what is kept

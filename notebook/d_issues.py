@@ -55,7 +55,7 @@ OLD = 0 < capability() < 80  # a T4, often with two slow cores beside it: less i
 DEVICE = hardware.device
 DTYPE = torch.float32 if not GPU else torch.bfloat16 if hardware.bf16 else torch.float16
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
-issues = Measurements("resources/measurements/d_issues.json", hardware)
+results = Measurements("resources/measurements/d_issues.json", hardware)
 free_memory()
 
 display(Markdown(backend_table(DEVICE)))
@@ -66,7 +66,10 @@ for backend in ("auto", *BACKENDS):
     try:
         found = attention(query, key, value, window=32, documents=documents, backend=backend)
     except (ValueError, RuntimeError) as refusal:
-        print(f"{backend:>8}: {refusal}")
+        if str(refusal).startswith("backend must be"):
+            print(f"{backend:>8}: {refusal}")
+        else:
+            experiments.failed(f"{backend}, packed with a window", refusal)
         continue
     off = ((found.double() - exact).norm() / exact.norm()).item()
     print(f"{backend:>8}: relative error {off:.1e}")
@@ -76,9 +79,10 @@ for backend in ("auto", *BACKENDS):
 # %% [markdown]
 # #### Check 1: every backend against float64
 #
-# The check covers six requests on each backend: causal, bidirectional, window, packed, packed with a window, and soft
-# cap. It compares outputs and, on a GPU, gradients. The limit is the error of the plain formula, computed in float32
-# on the same inputs, plus one epsilon of the norm for the same two roundings.
+# The check covers six requests on each backend, at lengths of 77, 256 and 1000 (T4: 77 and 1000, CPU: 77): causal,
+# bidirectional, window, packed, packed with a window, and soft cap. It compares outputs and, on a GPU, gradients. The
+# limit is the error of the plain formula, computed in float32 on the same inputs, plus one epsilon of the norm for the
+# same two roundings.
 #
 # With the probabilities P and their gradient dP, the gradient of the scores is dS = P * (dP - D), where
 # D = rowsum(P * dP). If a query sees few keys, dP and D nearly cancel, and their rounding errors remain. The limit for
@@ -86,7 +90,7 @@ for backend in ("auto", *BACKENDS):
 #
 # Only flex attention and the formula support a soft cap; the other backends must refuse it. A GPU below sm_80 has no
 # flash attention, so there the check requires a refusal. The table divides the errors by those of SDPA and shows the
-# range over the requests.
+# range over the five requests that SDPA can compute.
 
 # %%
 LENGTHS = (77,) if not GPU else (77, 1000) if OLD else (77, 256, 1000)
@@ -95,10 +99,10 @@ for backend, one in check_backends(DEVICE, DTYPE, LENGTHS).items():
     if one.missing:
         print(f"{'REFUSED' if one.checks else 'SKIPPED'}: {backend}: {one.missing}")
     if one.checks:
-        judge(issues, f"attention, {'SDPA' if backend == 'sdpa' else backend}", one.checks)
+        judge(results, f"attention, {'SDPA' if backend == 'sdpa' else backend}", one.checks)
     if one.beside_sdpa:
         no_worse = [max(of) <= 1.01 for of in one.beside_sdpa]  # the order of the sums alone moves an error by 1 %
-        issues.add("errors_no_larger_than_sdpas", backend, sum(no_worse) / len(no_worse), "fraction")
+        results.add("errors_no_larger_than_sdpas", backend, sum(no_worse) / len(no_worse), "fraction")
         spans = [f"{min(of):.2f} to {max(of):.2f}" for of in zip(*one.beside_sdpa, strict=True)]
         lines.append((backend, *spans))
 columns = ["error / SDPA's error", "output", "dQ", "dK", "dV"][: 5 if GPU else 2]
@@ -107,27 +111,28 @@ display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
 # %% [markdown]
 # #### Check 2: flex attention without excessive recompilation
 #
-# Section C runs the same check. Here its results are listed by length, window and packing, which change from call to
-# call. On a GPU the cell runs 52 lengths with windows of 64 and 1000 tokens and without a window, packed and not
-# packed. It compares each result with the formula and counts the compiled graphs. Three additional lengths, packed and
-# with a window of 17 tokens, then run under `fail_on_recompile`, which turns any compilation into an error.
+# Section C runs the same check. Here its results are grouped by window and packing, which change from call to call. On
+# a GPU the cell runs 52 lengths, each with one window (64 tokens, 1000 or none), packed or not. It compares each result
+# with the formula and counts the compiled graphs: one for the forward and one for the backward of each kind of mask.
+# The score counts their compilations and allows 30. Three additional lengths, packed and with a window of 17 tokens,
+# then run under `fail_on_recompile`, which turns any compilation into an error.
 
 # %%
 flex = check_flex(DEVICE, DTYPE)
 print(f"{len(flex.lengths)} lengths from {min(flex.lengths)} to {max(flex.lengths)}: {flex.counts.graphs} graphs")
 display(Markdown(flex.counts.table()))
-judge(issues, "flex, dynamic lengths", flex.checks["dynamic"])
-judge(issues, "flex, sliding windows", flex.checks["windows"])
-judge(issues, "flex, packed sequences", flex.checks["packed"])
+judge(results, "flex, dynamic lengths", flex.checks["dynamic"])
+judge(results, "flex, sliding windows", flex.checks["windows"])
+judge(results, "flex, packed sequences", flex.checks["packed"])
 if flex.counts.graphs:
-    issues.add("compilations", "flex", flex.counts.compilations, "compilations")
+    results.add("compilations", "flex", flex.counts.compilations, "compilations")
 
 # %% [markdown]
 # #### Check 3: attention inside transformers' models
 #
 # `register()` adds the interface to transformers under one name. Position ids mark packed documents. Three small models
 # with random weights in float32 run with this name and with transformers' eager attention. Their logits may differ by
-# 1e-5 of the norm, for float32 rounding.
+# 1e-5 of the norm, for float32 rounding. So may those of a packed document from the same document alone.
 
 # %%
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
@@ -159,7 +164,12 @@ for name, config in MODELS.items():
         off = ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
         print(f"{name}, {kind}: logits differ by {off:.1e}, relative")
         checks[f"{name}, {kind}"] = off <= 1e-5
-judge(issues, "attention under transformers' models", checks)
+        if given:
+            with torch.no_grad():
+                alone = model(ids[:, 11:], use_cache=False).logits
+            apart = ((logits[1][:, 11:] - alone).norm() / alone.norm()).item()
+            checks[f"{name}, second document as alone"] = apart <= 1e-5
+judge(results, "attention under transformers' models", checks)
 
 # %% [markdown]
 # ### Vision: batches that mix text and image rows
@@ -198,15 +208,20 @@ judge(issues, "attention under transformers' models", checks)
 #
 # Only Mllama's model is patched; the cell prints its loss differences without the patch, too. The other eight models
 # are those of transformers. The failures in the last column are therefore faults of TRL's collator and not of the
-# models.
+# models, except that Mllama's `ValueError` comes from its processor in transformers.
 #
 # On a GPU PyTorch computes convolutions in TF32 by default, with an error that depends on the number of images. The
 # section switches TF32 off for convolutions until the vision checks have ended.
 
 # %%
+import contextlib
+import io
 import warnings
 
 from transformers.utils import logging as transformers_logging
+
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError):
+    from transformers import Qwen3VLVideoProcessor  # 5.15 prints faults of its own docstrings
 
 from benchmarks.vision.alone import EXCEPTED, check_family
 from benchmarks.vision.families import FAMILIES
@@ -225,9 +240,9 @@ for name in FAMILIES:
         groups[group][f"{name}, ran to the end"] = False
         continue
     groups[group] |= one.checks
-    issues.add("vision_loss_alone_and_in_a_batch", name, one.difference, "nats")
-    issues.add("vision_tower_flops_over_those_of_the_images", name, one.work, "x")
-    issues.add("vision_tower_flops_over_those_of_each_image_alone", name, one.work_alone, "x")
+    results.add("vision_loss_alone_and_in_a_batch", name, one.difference, "nats")
+    results.add("vision_tower_flops_over_those_of_the_images", name, one.work, "x")
+    results.add("vision_tower_flops_over_those_of_each_image_alone", name, one.work_alone, "x")
     alone = f"{one.work_alone:.2f}" + (" (not judged)" if name in EXCEPTED else "")
     lines.append((name, f"{one.difference:.1e}", f"{one.gradient:.1e}", f"{one.work:.2f}", alone, one.stock))
     if name in EXCEPTED:
@@ -236,20 +251,20 @@ for name in FAMILIES:
         images, blank = one.unpatched
         print(f"Mllama without the patch: losses differ by {images:.3f} nats in rows with images, and by {blank:.3f} "
               "nats in a text row with a blank image")  # fmt: skip
-        issues.add("vision_loss_of_mllama_unpatched", "rows of 2, 1 and 1 images", images, "nats")
-        issues.add("vision_loss_of_mllama_unpatched", "text row with a blank image", blank, "nats")
+        results.add("vision_loss_of_mllama_unpatched", "rows of 2, 1 and 1 images", images, "nats")
+        results.add("vision_loss_of_mllama_unpatched", "text row with a blank image", blank, "nats")
 columns = ["family", "loss difference (nats)", "gradient difference (relative)", "tower FLOPs / without text rows",
            "tower FLOPs / each image alone", "TRL's collator: without the key `images`; with `images=[]`"]  # fmt: skip
 display(Markdown(markdown.table(pandas.DataFrame(lines, columns=columns))))
 for group, checks in groups.items():
-    judge(issues, f"vision collator, {group}", checks)
+    judge(results, f"vision collator, {group}", checks)
 
 # %% [markdown]
 # #### Text rows cost the tower nothing
 #
 # The figure counts the tower's FLOPs for a batch of eight rows, of which 0, 2, 4, 6 or 8 are text. The dotted line is
-# each image in a batch of its own. If `make sweeps` has measured step times, the cell shows them with hardware and
-# date. A range in parentheses goes from the 10th to the 90th percentile. With no text row both columns do the same
+# each image in a batch of its own. Where `make sweeps` has measured step times, the cell shows them with hardware
+# and date. A range in parentheses goes from the 10th to the 90th percentile. With no text row both columns do the same
 # work, so their difference in that row is the scatter of the measurement. The score does not use these times.
 #
 # #### Under TRL's SFTTrainer
@@ -276,7 +291,7 @@ works = {}
 for title, name in {"Qwen2-VL": "qwen2_vl", "Pixtral": "pixtral"}.items():
     processor, model = FAMILIES[name]()
     works[title] = work_by_share(processor, model.to(DEVICE))
-tower_figure(works, f"tiny models, random weights, batch of 8 rows, counted on {HARDWARE}, {issues.date}")
+tower_figure(works, f"tiny models, random weights, batch of 8 rows, counted on {HARDWARE}, {results.date}")
 plt.savefig("resources/d_vision_tower.png", dpi=110)
 plt.show()
 sweeps = "resources/measurements/d_vision_sweeps.json"
@@ -306,7 +321,7 @@ losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entr
 print(f"Qwen2.5-VL, tiny, random weights: first loss {losses[0]:.6f}, of the rows alone {expected:.6f}; "
       f"last {losses[-1]:.4f} nats per token")  # fmt: skip
 judge(
-    issues,
+    results,
     "vision collator under SFTTrainer",
     {"first loss is that of the rows": abs(losses[0] - expected) <= 1e-5, "it falls": losses[-1] < losses[0]},
 )
@@ -403,12 +418,12 @@ if ENGINE:
         print(f"{case}: compared", flush=True)
         metric = "gguf_log_probability_error" + ("_in_8_bits" if in_8_bits(case) else "")
         for question, (error, plain) in found.errors.items():
-            issues.add(metric, f"{case}, {question}", error, "nats", baselines={"no deviation emulated": plain})
+            results.add(metric, f"{case}, {question}", error, "nats", baselines={"no deviation emulated": plain})
         emulated, plain = found.equal
-        issues.add("gguf_equal_tokens", case, emulated, "fraction", baselines={"no deviation emulated": plain})
+        results.add("gguf_equal_tokens", case, emulated, "fraction", baselines={"no deviation emulated": plain})
     display(Markdown(cases_table(compared)))
     for group, checks in groups.items():
-        judge(issues, f"GGUF export, {group}", checks)
+        judge(results, f"GGUF export, {group}", checks)
 else:
     print("SKIPPED: the packages gguf and xllamacpp are not installed")
 
@@ -426,11 +441,11 @@ if ENGINE:
         case = f"llama, {steps} step{'s' * (steps > 1)} of training"
         print(f"{case}: relative error {ours:.1e} (export_gguf), {pefts:.2f} (PEFT's merge_and_unload)")
         print(f"  largest difference of the file's float32 weights from the float32 merge: {apart:.2g}")
-        issues.add("gguf_merging_error_over_the_change", case, ours, "relative", baselines={"merge_and_unload": pefts})
-        issues.add("gguf_file_difference_from_the_merge", case, apart, "absolute")
+        results.add("gguf_merging_error_over_the_change", case, ours, "relative", baselines={"merge_and_unload": pefts})
+        results.add("gguf_file_difference_from_the_merge", case, apart, "absolute")
         checks |= {f"{case}, float32 rounding only": ours < 1e-5, f"{case}, PEFT rounds again": pefts > 1e-2}
         checks[f"{case}, the file holds the merge"] = apart == 0
-    judge(issues, "GGUF export, merge", checks)
+    judge(results, "GGUF export, merge", checks)
     del adapted
 
 # %% [markdown]
@@ -476,25 +491,26 @@ elif ENGINE:
 else:
     print("SKIPPED: SmolLM2: the packages gguf and xllamacpp are not installed")
 if found:
-    print(f"training loss {found['losses'][0]:.2f} -> {found['losses'][-1]:.2f}; question: {round_trip.QUESTION!r}")
+    first, last = found["losses"][0], found["losses"][-1]
+    print(f"training loss {first:.2f} -> {last:.1e} nats per token; question: {round_trip.QUESTION!r}")
     print(f"  without the adapter: {found['base']!r}")
     for name in TYPES:
         one = found[name]
         print(f"  {name:>6}, {one.size / 2**20:.0f} MiB: {one.text!r}", *one.warnings, sep="\n    warning: ")
-        issues.add("gguf_error_of_type", name, one.mean_error, "nats")
-        issues.add("gguf_size", name, one.size / 2**20, "MiB")
+        results.add("gguf_error_of_type", name, one.mean_error, "nats")
+        results.add("gguf_size", name, one.size / 2**20, "MiB")
     exact = found["f32"]
     print(f"float32, {round_trip.PROBE!r}: {exact.compared} tokens as in transformers, largest error of a "
           f"log-probability {exact.error:.1e} nats (limit 2e-3)")  # fmt: skip
-    issues.add("gguf_error_of_an_answer", "SmolLM2-135M, f32", exact.error, "nats")
-    issues.add("gguf_tokens_of_an_answer", "SmolLM2-135M, f32", exact.compared, "tokens")
-    judge(issues, "GGUF round trip of SmolLM2", {
+    results.add("gguf_error_of_an_answer", "SmolLM2-135M, f32", exact.error, "nats")
+    results.add("gguf_tokens_of_an_answer", "SmolLM2-135M, f32", exact.compared, "tokens")
+    judge(results, "GGUF round trip of SmolLM2", {
         "float32: tokens equal": exact.equal, "float32: log-probabilities": exact.error < 2e-3,
         "float32: the taught answer ends": exact.ended,
-        "q8_0 answers what was taught": found["q8_0"].text.startswith(round_trip.REPLY[:20]),
-        "without the adapter it does not": not found["base"].startswith(round_trip.REPLY[:20]),
+        "q8_0 answers what was taught": found["q8_0"].text == round_trip.REPLY,
+        "without the adapter it does not": found["base"] != round_trip.REPLY,
     })  # fmt: skip
-    where = f"SmolLM2-135M, real weights, fine-tuned in NF4, {HARDWARE}, {issues.date}"
+    where = f"SmolLM2-135M, real weights, trained in NF4; {len(PLACES)} places of a text; {HARDWARE}, {results.date}"
     types_figure({name: found[name] for name in TYPES}, where).savefig("resources/d_gguf_types.png", dpi=110)
     plt.show()
 
@@ -510,7 +526,7 @@ if found:
 # A classifier is a causal LM with a small new head. Four faults occur, most of them silently:
 #
 # 1. A public 4-bit checkpoint lists the layers that stay unquantised. The new head is not in the list. It is quantised,
-#    or loading fails (transformers 5.17).
+#    or loading fails (transformers 5.15 and 5.17).
 # 2. LoRA without a task type neither trains nor saves the head.
 # 3. If texts end with the end-of-text token and padding uses the same token, transformers reads the logits at the
 #    wrong position.
@@ -540,8 +556,8 @@ if found:
 #
 # Then three ways (without a GPU two) train the same model in float32: transformers with bitsandbytes and PEFT, ours
 # with the kernel of section A, and ours compiled. Their losses may differ by 1e-5 nats, too. The check counts the calls
-# of the kernel: at least one for each 4-bit layer and step. It saves the trained model, loads it, and compares the
-# logits bit by bit.
+# of the kernel, forward and backward together: at least one for each 4-bit layer and step. It saves the trained model,
+# loads it, and compares the logits bit by bit.
 
 # %%
 from benchmarks.classification.parity import BATCHES, check_losses
@@ -550,17 +566,17 @@ from benchmarks.classification.traps import Checkpoints, check_traps
 # Check: the four faults
 traps, checks = check_traps(Checkpoints(DEVICE, layers=2 if GPU else 1))
 display(Markdown(markdown.table(pandas.DataFrame(traps, columns=["fault", "transformers and PEFT", "ours"]))))
-judge(issues, "classification, traps", checks)
+judge(results, "classification, traps", checks)
 
 # Check: the losses of transformers
 if not GPU:
     print("SKIPPED: compiled: a CPU takes minutes to compile")
 found = check_losses(Checkpoints(DEVICE, layers=2 if GPU else 1), compiled=GPU, steps=len(BATCHES) if GPU else 1)
 for way, off in found.differences.items():
-    issues.add("classification_loss_difference", way, off, "nats")
+    results.add("classification_loss_difference", way, off, "nats")
 calls = ", ".join(f"{way} {number}" for way, number in found.calls.items())
 print(f"calls of the kernel: {calls}; {found.layers} layers in 4 bits; graphs: {found.graphs or 'not compiled'}")
-judge(issues, "classification, losses", found.checks)
+judge(results, "classification, losses", found.checks)
 
 # %% [markdown]
 # #### A real model on real text
@@ -620,16 +636,16 @@ if name:
     low, high = difference_interval(run.predicted, guesses[best], run.expected, len(data.labels))
     more = run.score.macro_f1 - others[best].macro_f1
     print(f"macro-F1 minus that of {best}: {more:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
-    issues.add(
+    results.add(
         "macro_f1", "docstrings, SmolLM2-135M in NF4", run.score.macro_f1, "fraction",
         baselines={name: one.macro_f1 for name, one in others.items()},
     )  # fmt: skip
-    issues.add("accuracy", "docstrings, SmolLM2-135M in NF4", run.score.accuracy, "fraction")
-    judge(issues, "classification, real text", {
+    results.add("accuracy", "docstrings, SmolLM2-135M in NF4", run.score.accuracy, "fraction")
+    judge(results, "classification, real text", {
         "macro-F1 above the best baseline": run.score.macro_f1 > others[best].macro_f1,
         "identical logits after loading": bool(run.reloaded_equal),
     })  # fmt: skip
-    where = f"SmolLM2-135M, real weights, NF4, batch of {BATCH_SIZE}, {HARDWARE}, {issues.date}"
+    where = f"SmolLM2-135M, real weights, NF4, batch of {BATCH_SIZE}, {HARDWARE}, {results.date}"
     confusion_figure(run, data.labels, where, "resources/d_confusion.png")
     display(Image("resources/d_confusion.png"))
 
@@ -647,9 +663,9 @@ elif name:
     for way, one in losses.items():
         off = ((one - exact).abs() / exact).max().item()
         print(f"{way}: losses differ by {off:.1e}, relative")
-        issues.add("classification_relative_loss_difference", f"SmolLM2-135M, {way}, float32", off, "relative")
+        results.add("classification_relative_loss_difference", f"SmolLM2-135M, {way}, float32", off, "relative")
         checks[way] = off <= 1e-5
-    judge(issues, "classification, losses of the real model", checks)
+    judge(results, "classification, losses of the real model", checks)
 
 sweeps = "resources/measurements/d_classification_sweeps.json"
 title = "macro-F1 of SmolLM2-135M, real weights, by seed and its median"
@@ -663,9 +679,9 @@ display(Markdown(swept_table(sweeps, "macro_f1", title, "LoRA, NF4", 3)))
 # ### Tool calling
 #
 # A model that calls tools writes JSON. The program runs a function, and the model reads the result. Three faults occur
-# with the parts that libraries offer. A call that cannot be parsed becomes the final answer. A result that contains
-# `<|im_start|>` becomes that control token. A model whose template ignores tools, such as SmolLM2, cannot be trained to
-# call them.
+# with the parts that libraries offer, of which the second is shown below. A call that cannot be parsed becomes the
+# final answer. A result that contains `<|im_start|>` becomes that control token. A model whose template ignores tools,
+# such as SmolLM2, cannot be trained to call them.
 #
 # Here a `ToolBox` validates and bounds every call. `tokenize_conversation` takes control tokens from the template only.
 # It sets labels on the assistant's turns, stop tokens included. `run_conversation` returns every mistake to the model
@@ -743,7 +759,7 @@ for name, (body, expected) in ATTEMPTS.items():
         experiments.failed(f"tool calling, {name}", error)
         continue
     safe[name] = expected in heard
-    print(f"{name:>16}: {heard[:110]}")
+    print(f"{name:>16}: {heard}")
 try:
     endless = Scripted(*[f"<tool_call>\n{ATTEMPTS['right'][0]}\n</tool_call><|im_end|>"] * 5)
     question = [{"role": "user", "content": "What is 2 to the power of 10?"}]
@@ -755,23 +771,23 @@ except Exception as error:
 safe["no tools"] = ToolBox([]).call("power", {}).failed
 
 # %% [markdown]
-# #### Tokens and labels of a training conversation
+# #### Tokens and labels of a conversation
 #
-# The tokenizer is byte-level. The display begins after the system prompt, which has no labels. Green tokens have
-# labels, grey ones have none, and dark tokens are control tokens. The tool's result contains `<|im_end|>` as text,
-# which must stay text.
+# The tokenizer is byte-level. The conversation has one question, those of the training have four. The display begins
+# after the system prompt, which has no labels. Green tokens have labels, grey ones have none, and dark tokens are
+# control tokens. The tool's result contains `<|im_end|>` as text, which must stay text.
 #
 # #### The questions
 #
-# A question offers three or four of ten tools. The set contains arguments that are easy to swap, two calls in one turn,
-# errors that the model must handle, small talk, and questions that no offered tool fits. Training and test share no
-# wording, word, city, item or pair of numbers. Single numbers, letters and units recur. No test wording is within one
-# word of a training wording. No text occurs twice in the test.
+# A question of the test offers three or four of ten tools, a training conversation three to six. The set contains
+# arguments that are easy to swap, two calls in one turn, errors that the model must handle, small talk, and questions
+# that no offered tool fits. Training and test share no wording, word, city, item or pair of numbers. Single numbers,
+# letters and units recur. No test wording is within one word of a training wording. No text occurs twice in the test.
 #
 # Training uses nine of the ten test tools and 46 further tools. Each tool appears under three names, so that the model
 # must read the list of offered tools. The test also asks for the tenth tool, `weather`. Training has hundreds of words
-# and cities. A word after a space has other tokens than the same word after a quotation mark, so a model that copies it
-# into a call must spell it.
+# and cities, and every second one is made up. A word after a space has other tokens than the same word after a
+# quotation mark, so a model that copies it into a call must spell it.
 #
 # Some calls must fail first. For example, the user asks for `clocks`, but the inventory contains `clock`. The model
 # must read the error and call again. A model that asks for `clock` at once is also counted as correct (row "exact
@@ -779,10 +795,13 @@ safe["no tools"] = ToolBox([]).call("power", {}).failed
 # `Athens` (row "exact call, untrained error").
 
 # %%
+import json
+
 from benchmarks.tool_calling import data as tool_data
 from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.tool_calling.data import Question, all_tools
 from benchmarks.tool_calling.train import BATCH_SIZE, ON_A_T4, QUESTIONS, STEPS
+from unsloth_puzzles.tool_calling.formats import chat_format
 from unsloth_puzzles.tool_calling.show import tokens_html
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder, tokenize_conversation
 
@@ -795,9 +814,16 @@ stop = ChatEncoder(of_bytes).stop
 start = example["input_ids"].index(stop) + 2  # after the system prompt and its line break
 display(HTML(tokens_html(of_bytes, {name: of[start:] for name, of in example.items()})))
 learnt = of_bytes.decode([label for label in example["labels"] if label != IGNORED])
-safe["labels are the assistant's"] = learnt.startswith("<tool_call>") and "tool_response" not in learnt
+call = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+said = "\n".join(call.format(name, json.dumps(given)) for name, given in calls)
+safe["labels are the assistant's"] = learnt == f"{said}<|im_end|>The result is 42 and pmal.<|im_end|>"
 safe["stop tokens are learnt"] = example["labels"].count(stop) == 2
 safe["text is no control token"] = example["input_ids"].count(stop) == 5
+tools = all_tools().subset(["add", "reverse_text"]).schemas
+template = chat_format("qwen2.5").template
+stock = of_bytes.apply_chat_template(messages, tools=tools, chat_template=template, return_dict=False)
+print(f"<|im_end|> is a token {stock.count(stop)} times for apply_chat_template,", end=" ")
+print(f"{example['input_ids'].count(stop)} times for tokenize_conversation")
 
 questions = tool_data.test_questions()
 if OLD:  # three of four
@@ -808,7 +834,11 @@ training = ON_A_T4 if OLD else {"steps": STEPS, "batch_size": BATCH_SIZE}
 dialogues = tool_data.training_dialogues(training["steps"] * training["batch_size"], length=QUESTIONS)
 for what, both in tool_data.shared([question for dialogue in dialogues for question in dialogue], questions).items():
     safe[f"training and test share no {what}"] = not both
-judge(issues, "tool calling, bad input and labels", safe)
+spoken = tool_data.conversation(*dialogues[0])
+row = tokenize_conversation(of_bytes, spoken, all_tools().subset(dialogues[0][0].offered))
+turns = sum(message["role"] == "assistant" for message in spoken)
+safe["stop tokens are learnt, four questions"] = row["labels"].count(stop) == turns
+judge(results, "tool calling, bad input and labels", safe)
 trained = None  # not yet
 
 # %% [markdown]
@@ -873,14 +903,14 @@ if model is not None:
     display(Markdown(table(report)))
     for name, share in after.items():
         baselines = {"before": before[name].value} if name in before else None
-        issues.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
+        results.add("tool_calling", name, share.value, "fraction", *share.interval, baselines=baselines)
 
     where = f"SmolLM2-135M, real weights, trained in NF4 on {len(dialogues)} conversations, "
-    where += f"merged in {str(dtype).removeprefix('torch.')}\n{HARDWARE}, {issues.date}"
+    where += f"merged in {str(dtype).removeprefix('torch.')}\n{HARDWARE}, {results.date}"
     tool_calling_figure(report, where, "resources/d_tool_calling.png")
     display(Image("resources/d_tool_calling.png"))
     checks = {"bad input and labels, as above": all(safe.values()), **check_training(before, after)}
-    judge(issues, "tool calling", checks)
+    judge(results, "tool calling", checks)
     talk = [{"role": "user", "content": asked}]
     done = run_conversation(model, tokenizer, talk, all_tools().subset(["add", "reverse_text", "weather"]))
     for message in done.messages:
@@ -911,7 +941,7 @@ else:
         count = 4 if OLD else first_turns.COUNT
         turns = first_turns.first_turns(path, tokenizer, questions, conversations, count)
     display(Markdown(first_turns.table(turns)))
-    judge(issues, "tool calling in llama.cpp", first_turns.checks(turns, count))
+    judge(results, "tool calling in llama.cpp", first_turns.checks(turns, count))
 
 # %% [markdown]
 # **What the tool-calling part does not do.** The wordings are simple and hand-written. The results are for one model of
@@ -929,7 +959,7 @@ else:
 # %%
 from unsloth_puzzles.bench import scorecard
 
-issues.save()
+results.save()
 rows = [row for row in scorecard.score("resources/measurements") if row.challenge == "D"]
 display(Markdown(scorecard.table(rows)))
 _ = section.finish()

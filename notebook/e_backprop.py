@@ -83,7 +83,7 @@ from unsloth_puzzles.device import capability
 
 section.start("E. Memory-efficient backprop")
 DEVICE, GPU = hardware.device, hardware.device == "cuda"
-SLOW = GPU and capability() < 80  # a T4: less is timed there, and less is compiled
+OLD = GPU and capability() < 80  # a T4: less is timed there, and less is compiled
 HARDWARE = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
 SIXTEEN = torch.bfloat16 if hardware.bf16 or not GPU else torch.float16
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
@@ -385,7 +385,7 @@ for name, ours, exact in (
      (chosen * fixed.flatten()).sum() + entropies.square().sum()),
 ):  # fmt: skip
     checks[name] = same(ours, exact)
-if GPU and not SLOW:
+if GPU and not OLD:
     checks["compiled"] = same(
         memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean, compile=True),
         memory_efficient_linear(x, head, labels, losses.z_loss, **of_mean),
@@ -434,14 +434,14 @@ judge(results, "chunk sizes", checks)
 
 # %%
 SHAPE = Shape(ROWS_THAT_FIT, REFERENCE.hidden, REFERENCE.vocabulary, SIXTEEN) if GPU else TINY
-ROUNDS = 6 if GPU and not SLOW else 3
+ROUNDS = 6 if GPU and not OLD else 3
 HEADS = {"head trained": True, "head frozen": False}
 SHAPE_TEXT = f"{SHAPE.rows} x {SHAPE.hidden} hidden states, vocabulary {SHAPE.vocabulary}, {SHORT[SHAPE.dtype]}"
 short = SHORT[SHAPE.dtype]
 # On a CPU 16 bits are not worth measuring, and a T4 has no product that adds them to float32: there dW has one dtype.
 # On a CPU, and on a T4's host, compiling eager mode's formula would take longer than all other candidates.
 ONE_DTYPE = (linear_losses.OURS_FLOAT32, baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32)
-WITHOUT = () if GPU and not SLOW else (*ONE_DTYPE, baselines.COMPILED)
+WITHOUT = () if GPU and not OLD else (*ONE_DTYPE, baselines.COMPILED)
 MINE = {  # the floor and the Liger candidate that each is compared with
     linear_losses.OURS: (baselines.FLOOR, baselines.LIGER),
     linear_losses.OURS_FLOAT32: (baselines.FLOOR_FLOAT32, baselines.LIGER_FLOAT32),
@@ -455,7 +455,7 @@ def measure_head(head_case, train_head):
     """Measure all candidates on one head. Its tensors are freed when it ends, also by an error."""
     case = make_case(SHAPE, DEVICE, train_head=train_head)
     calls, left_out = linear_losses.candidates(case, compile=GPU, without=WITHOUT)
-    if baselines.LIGER in calls and not SLOW:
+    if baselines.LIGER in calls and not OLD:
         calls[linear_losses.OURS_AS_LIGER] = linear_losses.at_liger_memory(case)
     found = linear_losses.measure(calls, rounds=ROUNDS, may_fail=[name for name in calls if name not in MINE])
     for name, reason in left_out.items():
@@ -643,11 +643,11 @@ CURVES = {"full": "full fine-tuning", "qlora": "QLoRA"}
 curve_settings = {"full": {}, "qlora": {"batch": 4, "accumulation": 1}}
 if not GPU:  # a tiny model; Triton's interpreter takes seconds a step of QLoRA
     curve_settings = {"full": {"length": 64, "chunk_size": 48}, "qlora": {"steps": 3, "length": 64, "chunk_size": 48}}
-elif SLOW:  # float32 without tensor cores: the time is proportional to the tokens
+elif OLD:  # float32 without tensor cores: the time is proportional to the tokens
     for given in curve_settings.values():
         given |= {"length": 128, "chunk_size": 128, "steps": 32}
 curves = {}  # by (mode, run)
-ROOMY = GPU and not SLOW and hardware.memory_gib >= 60  # for the processes of both modes side by side
+ROOMY = GPU and not OLD and hardware.memory_gib >= 60  # for the processes of both modes side by side
 LEAST_FALL = 0.01  # of the loss, from the first pass to the last: the same labels, so no noise but rounding
 free_memory()  # the processes that follow need all of a small GPU
 try:
@@ -761,7 +761,7 @@ for dtype, apart in worst.items():
     results.add("grpo_largest_difference", f"the grid, {SHORT[dtype]}", apart, "relative")
     print(f"{SHORT[dtype]}: largest relative difference over the grid {apart:.1e}")
 judge(results, "GRPO", checks)
-if GPU and not SLOW:
+if GPU and not OLD:
     compiled = grpo_grid.differences(DEVICE, compile=True)
     judge(results, "GRPO, the compiled head", {case: same and far <= TIGHT[of] for of, case, far, same in compiled})
 else:
@@ -839,7 +839,7 @@ if runs:
 #   need not be faster: then they are not what takes its time.
 
 # %%
-if GPU and hardware.memory_gib >= 40 and not SLOW:
+if GPU and hardware.memory_gib >= 40 and not OLD:
     head_sizes, step_sizes = {"dtype": SIXTEEN, "rounds": 3}, {"dtype": SIXTEEN, "rounds": 2}
 elif GPU:
     head_sizes = {"dtype": SIXTEEN, "sequences": 4}
@@ -848,7 +848,7 @@ else:
     head_sizes = {"dtype": torch.float32, "sequences": 4, "length": 128, "hidden": 64, "vocab": 2048, "rounds": 1}
     step_sizes = {"config": tiny_llama_config(2048), "sequences": 8, "completion": 32}
     step_sizes |= {"dtype": torch.float32, "rounds": 1}
-if SLOW:  # without TF32, and slow
+if OLD:  # without TF32, and slow
     print("SKIPPED: GRPO's Liger, float32 dW, and whole steps of TRL and with logits kept: left to larger GPUs")
     head_sizes |= {"rounds": 2, "without": (grpo_head.LIGER, grpo_head.LIGER_TF32, grpo_head.OURS_FLOAT32)}
     step_sizes |= {"rounds": 1, "completion": 64, "without": (grpo_head.TRL, grpo_head.OURS_KEPT)}

@@ -62,7 +62,7 @@ def check_losses(made: Checkpoints, *, compiled: bool, steps: int = len(BATCHES)
             calls[way] = kernel.call_count
         print(f"{way:>12}: {' '.join(f'{loss:.6f}' for loss in found[way])}", flush=True)
     checks = {
-        "patched: the kernel runs in each layer and step": calls["patched"] >= layers * steps,
+        "patched: at least a call of the kernel for each layer and step": calls["patched"] >= layers * steps,
         "transformers: it does not": calls["transformers"] == 0,
     }
     others = list(ways)[1:]

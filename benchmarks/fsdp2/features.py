@@ -24,6 +24,7 @@ from benchmarks.models import random_nf4_llama, tiny_llama_config
 from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.record import write_json
+from unsloth_puzzles.device import capability
 from unsloth_puzzles.fsdp2 import linear
 from unsloth_puzzles.fsdp2.pack import pack_nf4
 from unsloth_puzzles.fsdp2.shard import shard_qlora
@@ -38,7 +39,7 @@ FEATURES = {  # by name: options of `train`
     "embedding and head sharded": {"shard_embeddings": True},
     "chunked loss, replicated head": {"chunked": True},
     "chunked loss, sharded head": {"chunked": True, "shard_embeddings": True},
-    "layers compiled one by one": {"compiled": True},
+    "layers captured one by one": {"compiled": True},
     "fused AdamW": {"fused": True},
     "accumulation without communication": {"accumulation": 2},
     "GradScaler, an infinity on one rank": {"scaler": True},
@@ -187,7 +188,7 @@ def _steps(
 
 
 def _half() -> torch.dtype:
-    has_bf16 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    has_bf16 = not torch.cuda.is_available() or capability() >= 80
     return torch.bfloat16 if has_bf16 else torch.float16
 
 

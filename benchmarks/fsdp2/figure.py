@@ -38,7 +38,7 @@ def stream_figure(layout: Layout, weight: str):
             if size / (layout.size - start) > 0.1:
                 axes.text(middle / 1024, 0, name, ha="center", va="center", color="white", weight="bold")
             elif start:
-                axes.text(layout.size / 1024, 0.55, name, ha="right", color=color, weight="bold")
+                axes.text(layout.size / 1024 - 0.6, 0.55, name, ha="right", color=color, weight="bold")
             elif size / layout.size > 0.01:  # whole: too narrow for a name inside
                 axes.text((left + size / 2) / 1024, 0.55, name, ha="right", color=color, weight="bold")
         axes.set(xlim=(start / 1024, layout.size / 1024), ylim=(-0.5, 1), yticks=[])

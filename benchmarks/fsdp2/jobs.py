@@ -46,9 +46,10 @@ class Jobs:
         large = hardware.memory_gib >= 60 and os.cpu_count() >= 16
         self.side_by_side = on_gpu and not hardware.rehearsal and large
         self.visible = ",".join(self.gpus[: RANKS if self.two_gpus else 1])
+        name = hardware.name + (" held to a T4's limits" if hardware.rehearsal else "")
         self.where = (
-            f"{RANKS} x {hardware.name}, NCCL" if self.two_gpus
-            else f"{RANKS} ranks that share one {hardware.name} through gloo" if on_gpu
+            f"{RANKS} x {name}, NCCL" if self.two_gpus
+            else f"{RANKS} ranks that share one {name} through gloo" if on_gpu
             else f"{RANKS} processes on a CPU, gloo"
         )  # fmt: skip
 

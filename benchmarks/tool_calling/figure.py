@@ -30,7 +30,11 @@ def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str,
     labels = [f"{name}\nn = {old}, {new}" for name, (old, new) in zip(names, counts, strict=True)]
     axes.set_xticks(range(len(shown)), labels)
     axes.set_xlabel("n: questions before, after")
-    axes.set(ylim=(0, 1.2), ylabel="share of held-out questions\n(lines: Wilson's 95 % intervals)")
+    axes.set(
+        ylim=(0, 1.2),
+        yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
+        ylabel="share of held-out questions\n(lines: Wilson's 95 % intervals)",
+    )
     before, after = (report[when]["exact call"] for when in ("before", "after"))
     change = "rise" if after.value > before.value else "change"
     shares = f"from {before.value:.0%} (of {before.count}) to {after.value:.0%} (of {after.count})"

@@ -15,7 +15,7 @@ from unsloth_puzzles.tool_calling.formats import ChatFormat
 from unsloth_puzzles.tool_calling.tokens import IGNORED, ChatEncoder
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 400, 16, 1e-3
-ON_A_T4 = {"steps": 200, "batch_size": 8}  # three minutes there
+ON_A_T4 = {"steps": 200, "batch_size": 8}
 QUESTIONS = 4  # of a conversation
 
 
@@ -34,7 +34,8 @@ def fine_tune(
     """Train LoRA adapters on all linear layers of `model` (in 4 bits or not).
 
     Embedding and norms keep the dtype of `model`. PEFT's `prepare_model_for_kbit_training` would cast them to float32,
-    and with them all hidden states: at its peak a batch of 16 conversations then allocates 13.6 GiB instead of 10.3.
+    and with them all hidden states: at its peak a batch of 16 conversations of one question then allocates 13.6 GiB
+    instead of 10.3.
 
     Args:
         model, tokenizer: As `load` gives them.
@@ -94,7 +95,7 @@ def fine_tune(
         trainer = LeanTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=progress)
         trainer.remove_callback(PrinterCallback)
         with contextlib.ExitStack() as patches:
-            # A batch's logits would take gigabytes on a T4. Of its rows, 94 % are prompts or padding without a label.
+            # A batch's logits would take gigabytes on a T4. Of its rows, four in five have no label.
             patches.enter_context(use_memory_efficient_loss(trainer, skip_ignored=True))
             if four_bit:
                 patches.enter_context(patch_linear4bit(model))

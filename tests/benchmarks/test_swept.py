@@ -28,4 +28,5 @@ def test_a_value_without_a_range_stands_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_sweep_is_skipped(tmp_path: Path) -> None:
-    assert swept_table(tmp_path / "no_sweeps.json", "a", "b", "ours", 1) == "SKIPPED: no_sweeps.json is not here"
+    shown = swept_table(tmp_path / "no_sweeps.json", "a", "b", "ours", 1)
+    assert shown == "SKIPPED: no_sweeps.json is not here; make sweeps writes it"
