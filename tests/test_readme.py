@@ -18,7 +18,15 @@ from benchmarks.tool_calling.byte_tokenizer import byte_tokenizer
 from benchmarks.vision.families import FAMILIES
 from tools import build_readme
 from tools.build_notebook import ROOT
-from tools.build_readme import by_case, on_two_gpus, pages, points_sentence, rehearsal_errors, shown_figure
+from tools.build_readme import (
+    by_case,
+    of_which_code,
+    on_two_gpus,
+    pages,
+    points_sentence,
+    rehearsal_errors,
+    shown_figure,
+)
 from tools.outputs import run_seconds
 from tools.readme_claims import CLAIMS, NOT_MEASURED, claims_table, minutes_table
 from unsloth_puzzles.bench.scorecard import NOT_ON, Row
@@ -188,6 +196,15 @@ def test_sections_rehearsed_with_earlier_code_are_named(tmp_path: Path) -> None:
     t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
     where = "a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; C with earlier code"
     assert t4 == f"| a T4 | 10 (predicted) | {where} |"
+
+
+def test_tests_of_other_code_say_so(tmp_path: Path) -> None:
+    path, ours = tmp_path / "matrix.json", {"tests": {"digest": "ours"}, "kernels": {"digest": "another"}}
+    assert of_which_code(path, "ours") == ""
+    path.write_text(json.dumps({"oldest": ours, "newest": {"kernels": {"digest": "ours"}}}))
+    assert of_which_code(path, "ours") == ""
+    path.write_text(json.dumps({"oldest": ours, "newest": {"tests": {"digest": "another"}}}))
+    assert of_which_code(path, "ours") == ", with earlier code"
 
 
 def test_errors_of_the_rehearsal_are_counted(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def pages(resources: Path = ROOT / "resources") -> dict[str, str]:
         unsloth=by_case(measurements / "a_nf4_sweeps.json", "harness_speedup_beside_unsloth"),
         liger=by_case(measurements / "e_backprop.json", "time_over_liger_at_its_chunk_size"),
         rehearsed=rehearsal_errors(measurements / "rehearsal.json"),
+        with_matrix=of_which_code(measurements / "matrix.json", of["digest"]),
     )
     results_page = _filled(
         "results_template.md",
@@ -173,6 +174,13 @@ def _swept(measurements: Path, file: str, release_digest: str | None) -> list[st
         parts.append(f"Sweeps in `{name}`, a run of their own{code}: {provenance(measured)}")
         parts += file_tables(measured, tables)
     return parts
+
+
+def of_which_code(path: Path, digest: str) -> str:
+    """A phrase that says if the tests in all environments ran with other code than that of `digest`; or nothing."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = all(one["tests"]["digest"] == digest for one in kept.values() if "tests" in one)
+    return "" if same else ", with earlier code"
 
 
 def rehearsal_errors(path: Path) -> str:
