@@ -69,6 +69,7 @@ def given(run, hardware, folder, with_grpo):
     return sweeps.Trained(f"{run} in {os.getpid()}", BEFORE, AFTER, again, rewards)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "trained", given)
     monkeypatch.setattr(sweeps, "checkpoint", lambda folder: None)
