@@ -152,6 +152,7 @@ from IPython.display import Markdown, display
 if not torch.cuda.is_available():
     assert "triton.language" not in sys.modules, "restart the kernel: triton was imported before this cell ran"
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # PyTorch's profiler reports a missing GPU as an error
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their widgets would be saved in the notebook
 warnings.filterwarnings("ignore", message=".*IProgress not found.*")  # so does tqdm where ipywidgets is missing
 warnings.filterwarnings("ignore", message=".*no current CUDA context.*")  # of the backward's thread, which sets one
