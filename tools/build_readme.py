@@ -15,6 +15,7 @@ import nbformat
 import pandas
 
 from benchmarks.fsdp2.prediction import LENGTH, ROWS, predicted_table
+from benchmarks.fsdp2.sweeps import CURVE
 from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.matrix_table import matrix_table
@@ -118,8 +119,9 @@ def on_two_gpus(path: Path) -> str:
     few = values.get(("scaling", "compiled, 1 rows a GPU"))
     if None in (bandwidth, scaling, few):
         return f"On two GPUs: {NOT_MEASURED}."
+    what = f"{CURVE['layers']} layers of Llama 3.1 8B's shapes, {ROWS} x {LENGTH} tokens, compiled"
     return (
-        f"Two GPUs ({machine(swept)}, 16 layers of Llama 3.1 8B's shapes, {ROWS} x {LENGTH} tokens, compiled) reached "
+        f"Two GPUs ({machine(swept)}, {what}) reached "
         f"{amount(scaling, 'x')} and received {amount(bandwidth / 1e9, 'GB/s')} in an all-gather. With few tokens the "
         f"host decides, and the prediction fails: 1 x {LENGTH} tokens reached {amount(few, 'x')}."
     )

@@ -64,8 +64,12 @@ def measure(
     checkpoint(folder)  # made once, before the processes look for it
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(at_once, mp_context=context) as pool:
-        for done in as_completed([pool.submit(trained, *setting) for setting in settings]):
-            _keep(found, done.result())
+        runs = [pool.submit(trained, *setting) for setting in settings]
+        for done in as_completed(runs):
+            if done.exception() is None:
+                _keep(found, done.result())
+    for run in runs:
+        run.result()  # raises the error of the first that failed, after the others are kept
     return found
 
 

@@ -84,6 +84,24 @@ def test_runs_side_by_side_are_kept(tmp_path, monkeypatch):
     assert Measurements.load(found.path).records == found.records
 
 
+def fails_once(run, hardware, folder, with_grpo):
+    """As `given`, but the second run fails."""
+    if run == "NF4, seed 1":
+        raise RuntimeError("no memory")
+    return given(run, hardware, folder, with_grpo)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_beside_others_loses_none_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "trained", fails_once)
+    monkeypatch.setattr(sweeps, "checkpoint", lambda folder: None)
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
+        sweeps.measure(tmp_path / "sweep.json", probe(measure=False), at_once=2)
+    cases = {record["case"] for record in Measurements.load(tmp_path / "sweep.json").records}
+    for run in sweeps.RUNS:
+        assert any(f", {run} in " in case for case in cases) == (run != "NF4, seed 1")
+
+
 @pytest.mark.slow
 def test_sweep_of_a_tiny_model(tmp_path, monkeypatch):
     config = tiny_llama_config(len(tokenizer()))
