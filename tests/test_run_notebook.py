@@ -2,6 +2,8 @@
 
 import base64
 import json
+import signal
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +14,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from PIL import Image, ImageChops
 
 from tools import run_notebook
+from tools.build_notebook import ROOT
 from tools.clean_outputs import INVISIBLE, PNG, clean, smaller
 from tools.outputs import LARGEST, output_text, problems, report
 from tools.run_notebook import run
@@ -60,6 +63,17 @@ def test_error_stops_the_run_and_writes_the_notebook(tmp_path: Path) -> None:
 def test_timeout_stops_a_cell(tmp_path: Path) -> None:
     with pytest.raises(CellTimeoutError):
         run(_notebook(tmp_path, "import time\ntime.sleep(60)"), tmp_path / "run", timeout=2)
+
+
+def test_run_that_is_killed_keeps_the_outputs_of_the_cells_before(tmp_path: Path) -> None:
+    ending = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"  # of the process that executes the notebook
+    source, folder = _notebook(tmp_path, "print('kept')", ending), tmp_path / "run"
+    code = (
+        f"import pathlib, tools.run_notebook as runner; runner.run(*map(pathlib.Path, {[str(source), str(folder)]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False, capture_output=True)
+    node = nbformat.read(folder / source.name, as_version=4)
+    assert done.returncode == -signal.SIGKILL and output_text(node.cells[0]) == "kept\n"
 
 
 def test_outputs_keep_neither_the_folder_nor_the_kernel_version(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
                                  [--record JSON]
 
 Prints a line a cell, at the end where the executed copy and the figures lie, and what the cells tagged `report`
-printed. Exits 1 after an error (the notebook is written as far as it came) and for anything in `outputs.problems`.
+printed. The copy is written after each cell, so a run that is killed keeps what it has shown. Exits 1 after an error
+and for anything in `outputs.problems`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def run(
     measured: Path | None = None,
     client_class: Callable[..., NotebookClient] = NotebookClient,
 ) -> NotebookNode:
-    """Copy `notebook` into `folder`, execute the copy there and return it. It is written even after an error.
+    """Copy `notebook` into `folder`, execute the copy there and return it. It is written after each cell.
 
     Args:
         notebook: A notebook file.
@@ -62,7 +63,7 @@ def run(
         (folder / "resources/measurements").mkdir(parents=True, exist_ok=True)
         shutil.copy(sweep, folder / "resources/measurements")
     node = nbformat.read(copy, as_version=4)
-    progress = _Progress(node)
+    progress = _Progress(node, copy)
     client = client_class(
         node,
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_OneKernel(python)),
@@ -79,15 +80,22 @@ def run(
     finally:
         node.metadata = nbformat.from_dict(metadata)  # the kernel's own version belongs in an output, not here
         clean(node, folder)
-        copy.write_text(text(node), encoding="utf-8")
+        _write(node, copy)
     return node
 
 
-class _Progress:
-    """A line of plain text a cell: number, seconds, first words."""
+def _write(node: NotebookNode, path: Path) -> None:
+    """Write the notebook under another name and rename it, so that the file is never half written."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text(node), encoding="utf-8")
+    unfinished.replace(path)
 
-    def __init__(self, node: NotebookNode) -> None:
-        self.total, self.began = len(node.cells), time.monotonic()
+
+class _Progress:
+    """A line of plain text a cell: number, seconds, first words. After each the notebook is written."""
+
+    def __init__(self, node: NotebookNode, path: Path) -> None:
+        self.node, self.path, self.began = node, path, time.monotonic()
 
     def started(self, cell: NotebookNode, cell_index: int) -> None:
         self.began = time.monotonic()
@@ -96,7 +104,8 @@ class _Progress:
         status = "" if execute_reply["content"]["status"] == "ok" else "  ERROR"
         first = next((line for line in cell.source.splitlines() if line.strip()), "")[:88]
         seconds = time.monotonic() - self.began
-        print(f"[{cell_index + 1:3}/{self.total}] {seconds:6.1f} s  {first}{status}", flush=True)
+        print(f"[{cell_index + 1:3}/{len(self.node.cells)}] {seconds:6.1f} s  {first}{status}", flush=True)
+        _write(self.node, self.path)
 
 
 class _OneKernel(KernelSpecManager):

@@ -21,7 +21,8 @@ from tools.t4.prediction import BYTES, COPIES, DOTS16, LATENCY_US, PRODUCTS16, P
 
 GOOD = {
     "cells_in_error": [], "failed": [], "bad_kernels": [], "gpu_peak_gib": 14.5, "ram_peak_gb": 12.0,
-    "ram_peak_cell": "x = 1", "section": "D", "points": 8, "kernels_seen": 1, "kernels_not_decidable": 0,
+    "ram_peak_cell": "x = 1", "silent_cell": "x = 1", "silent_after": "", "section": "D", "points": 8,
+    "kernels_seen": 1, "kernels_not_decidable": 0,
     "predicted_t4_seconds": 1.0, "longest_silence_seconds": 30.0, "stopped": False, "elapsed_seconds": 1.0,
     "processes_unseen": [],
 }  # fmt: skip
@@ -179,12 +180,13 @@ def test_section_digest_covers_files_and_cells():
 def test_client_finds_the_longest_silence(tmp_path):
     cells = [
         nbformat.v4.new_code_cell("import time\nfor _ in range(4):\n    time.sleep(0.3)\n    print('.', flush=True)"),
-        nbformat.v4.new_code_cell("time.sleep(1.0)"),
+        nbformat.v4.new_code_cell("print('slow', flush=True)\ntime.sleep(1.0)"),
     ]
     source, heard = tmp_path / "small.ipynb", sections.Heard()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
     run(source, tmp_path / "run", client_class=functools.partial(sections.Client, heard=heard))
-    assert 0.9 < heard.silence < 3 and heard.silent_cell == "time.sleep(1.0)"
+    assert 0.9 < heard.silence < 3 and heard.silent_cell == "print('slow', flush=True)"
+    assert heard.silent_after == "slow"
     assert len(heard.cell_seconds) == 2 and max(heard.cell_seconds.values()) > 1
 
 

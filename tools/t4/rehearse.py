@@ -79,6 +79,7 @@ def _run(section: str, folder: Path, record: Path, out: Path, seconds: float, gp
         "ram_peak_cell": watcher.ram_where,
         "longest_silence_seconds": heard.silence,
         "silent_cell": heard.silent_cell,
+        "silent_after": heard.silent_after,
     }
 
 

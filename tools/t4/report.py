@@ -91,8 +91,8 @@ def describe(section: str, found: dict) -> str:
         f"predicted for a T4 {predicted(found) or 'nothing'} (budget {BUDGET[section]} s)",
         f"   kernels: {found['kernels_seen']} seen, {found['kernels_failed']} do not build for sm_75, "
         f"{found['kernels_over_shared_memory']} take over 64 KiB (largest {found['largest_shared_bytes']} bytes)",
-        f"   GPU {found['gpu_peak_gib']:.1f} GiB, silent for at most {found['longest_silence_seconds']:.0f} s; "
-        f"set-up {found['setup_seconds']:.0f} s",
+        f"   GPU {found['gpu_peak_gib']:.1f} GiB; set-up {found['setup_seconds']:.0f} s; silent for at most "
+        f"{found['longest_silence_seconds']:.0f} s after {found['silent_after']!r} in: {found['silent_cell']}",
         f"   RAM {found['ram_peak_gb']:.1f} GB, without pages of files, in the cell: {found['ram_peak_cell']}",
         *(f"   ERROR {line[:200]}" for line in found["errors"]),
         *(f"   lost: {criterion}: {why[:200]}" for criterion, why in found["lost"].items()),

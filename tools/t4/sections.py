@@ -37,21 +37,26 @@ def digest(node: NotebookNode) -> str:
 
 @dataclass
 class Heard:
-    """The notes of a client: seconds by cell id, the longest time in which a cell said nothing, and which one."""
+    """The notes of a client: seconds by cell id, the longest time in which a cell said nothing, and where."""
 
     cell_seconds: dict[str, float] = field(default_factory=dict)
     silence: float = 0.0
     silent_cell: str = ""
+    silent_after: str = ""  # what it had said last
     last: float = 0.0  # when a cell began or said something
+    said: str = ""
     cell: str = ""  # the one that runs
 
-    def hear(self, cell: NotebookNode) -> None:
-        """A cell has just said something, or ended."""
+    def begin(self, cell: NotebookNode) -> None:
+        """A cell has just begun."""
+        self.last, self.said, self.cell = time.monotonic(), "", _first_words(cell)
+
+    def hear(self, said: str = "") -> None:
+        """The cell has just said something, or ended."""
         now = time.monotonic()
         if now - self.last > self.silence:
-            self.silence = now - self.last
-            self.silent_cell = _first_words(cell)
-        self.last = now
+            self.silence, self.silent_cell, self.silent_after = now - self.last, self.cell, self.said
+        self.last, self.said = now, said.strip()[-80:] or self.said
 
 
 class Client(NotebookClient):
@@ -62,16 +67,16 @@ class Client(NotebookClient):
         self.heard = heard
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        began = self.heard.last = time.monotonic()
-        self.heard.cell = _first_words(cell)
+        began = time.monotonic()
+        self.heard.begin(cell)
         try:
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
         finally:
-            self.heard.hear(cell)
+            self.heard.hear()
             self.heard.cell_seconds[cell.id] = time.monotonic() - began
 
     def process_message(self, msg, cell, cell_index):
-        self.heard.hear(cell)
+        self.heard.hear(str(msg["content"].get("text", "")))
         return super().process_message(msg, cell, cell_index)
 
 
