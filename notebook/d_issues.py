@@ -601,15 +601,18 @@ judge(results, "classification, losses", found.checks)
 
 # %%
 # QLoRA on docstrings
-import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from IPython.display import Image
 
 from benchmarks import smollm2
+from benchmarks.at_once import all_at_once
 from benchmarks.classification.baselines import baselines, difference_interval, predictions
 from benchmarks.classification.docstrings import docstrings
 from benchmarks.classification.figure import confusion_figure
-from benchmarks.classification.training import BATCH_SIZE, WAYS, losses_of
+from benchmarks.classification.losses import losses_apart
+from benchmarks.classification.training import BATCH_SIZE, WAYS
 from benchmarks.classification.training import train as train_on_docstrings
 from benchmarks.swept import swept_table
 
@@ -627,6 +630,9 @@ else:
         print(source)
     except OSError as refusal:
         print(f"SKIPPED: SmolLM2 on docstrings: {smollm2.one_line(refusal)}")
+if name and not OLD:  # beside the training: nothing here is timed
+    ways = {way: partial(losses_apart, name, way, steps=6, batch_size=4) for way in WAYS}
+    comparison = ThreadPoolExecutor(1).submit(all_at_once, ways)
 if name:
     run = train_on_docstrings(name, data, epochs=3, weighted=True, way="patched")
     scores = {**others, "SmolLM2-135M, NF4 and LoRA": run.score}
@@ -653,12 +659,9 @@ if name:
 if name and OLD:
     print("SKIPPED: losses of the real model: left to larger GPUs; those of the tiny model are compared above")
 elif name:
-    losses = {}
-    for way in WAYS:
-        started = time.perf_counter()
-        losses[way] = losses_of(name, data, way, steps=6, batch_size=4)
-        shown = " ".join(f"{loss:.6f}" for loss in losses[way].tolist())
-        print(f"{way:>12}: {shown} ({time.perf_counter() - started:.0f} s)", flush=True)
+    losses = comparison.result()
+    for way, one in losses.items():
+        print(f"{way:>12}:", " ".join(f"{loss:.6f}" for loss in one.tolist()))
     exact, checks = losses.pop("transformers"), {}
     for way, one in losses.items():
         off = ((one - exact).abs() / exact).max().item()

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.classification.baselines import Score, baselines
 from benchmarks.classification.docstrings import Docstrings, docstrings
-from benchmarks.classification.training import WAYS, losses_of, train
+from benchmarks.classification.losses import losses_of
+from benchmarks.classification.training import WAYS, train
 from benchmarks.command import run_sweep
 from benchmarks.smollm2 import checkpoint
 from unsloth_puzzles.bench.hardware import Hardware

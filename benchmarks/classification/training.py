@@ -128,28 +128,6 @@ def train(
     return Run(losses, found, predicted, expected, equal, seconds)
 
 
-def losses_of(
-    name: str | Path, data: Docstrings, way: str, *, steps: int, batch_size: int = BATCH_SIZE, device: str | None = None
-) -> torch.Tensor:
-    """Train some steps in NF4 and float32, always with the same seed.
-
-    Args:
-        name: A folder or a name on the hub of a causal LM.
-        data: Texts and labels.
-        way: One of `WAYS`.
-        steps: Their number.
-        batch_size: Texts a step.
-        device: None is the GPU, or the CPU.
-
-    Returns:
-        [steps] float64, in nats: the loss of each step.
-    """
-    few = dataclasses.replace(data, test=data.test[:16])  # their scores are not looked at
-    settings = {"steps": steps, "batch_size": batch_size, "dtype": torch.float32, "device": device, "reload": False}
-    run = train(name, few, way=way, **settings)
-    return torch.tensor(run.losses, dtype=torch.float64)
-
-
 def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
     """Token ids and labels, not padded: at most `MAX_LENGTH` tokens of each text, and those of `ASKED`."""
     ids = tokenizer([one.text for one in examples], truncation=True, max_length=MAX_LENGTH)["input_ids"]

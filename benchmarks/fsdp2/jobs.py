@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from benchmarks.at_once import at_once
 from benchmarks.fsdp2 import script
-from benchmarks.fsdp2.ranks import at_once, start_ranks
+from benchmarks.fsdp2.ranks import start_ranks
 from unsloth_puzzles.bench import experiments
 from unsloth_puzzles.bench.child import ChildError
 from unsloth_puzzles.bench.experiments import free_memory

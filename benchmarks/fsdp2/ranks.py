@@ -7,9 +7,7 @@ start(); ...; finish()                                                        in
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,6 @@ from unsloth_puzzles.bench.t4 import CONTEXT_GIB
 
 NOISE = ("Failed to load CPU gemm_4bit", "No CUDA runtime is found", "OMP_NUM_THREADS environment variable")
 _ERROR = re.compile(r"(?:\[(?P<rank>rank\d+)\]: )?(?P<what>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
-Result = TypeVar("Result")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -78,29 +75,6 @@ def _reason(error: child.ChildError) -> str:
     """Return the message of the rank that failed first; torchrun's own last line says nothing."""
     said = [match for line in error.output.splitlines() if (match := _ERROR.match(line))]
     return ": ".join(filter(None, said[0].group("rank", "what"))) if said else str(error)
-
-
-def at_once(
-    jobs: Mapping[str, Callable[[], Result]], *, together: bool = True
-) -> Iterator[tuple[str, Result | child.ChildError]]:
-    """(name, what the job returns or the error that it ended with) for each of `jobs`, which start processes.
-
-    Args:
-        jobs: By name.
-        together: Side by side; otherwise one after another.
-    """
-    with ThreadPoolExecutor(len(jobs) if together else 1) as pool:
-        try:
-            futures = {name: pool.submit(job) for name, job in jobs.items()}
-            for name, future in futures.items():
-                error = future.exception()
-                if error is not None and not isinstance(error, child.ChildError):
-                    raise error
-                yield name, error or future.result()
-        except BaseException:  # an interrupt: else the pool would wait for its processes
-            pool.shutdown(wait=False, cancel_futures=True)
-            child.end_all()
-            raise
 
 
 def _gib_each(processes: int) -> float | None:

@@ -10,13 +10,13 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.fsdp2.ranks import at_once, start_ranks
+from benchmarks.at_once import all_at_once
+from benchmarks.fsdp2.ranks import start_ranks
 from unsloth_puzzles.bench.hardware import probe
 from unsloth_puzzles.bench.record import Measurements
 
@@ -54,22 +54,13 @@ def measure(path: str | os.PathLike, ranks: int, *, tiny: bool = False, timeout:
         "curve": partial(run_cases, curve, 1, timeout, gpus[0]),
         "losses": partial(run_cases, whole + regrouped, 1, timeout, gpus[-1]),
     }
-    one = _all(alone, together=len(gpus) > 1)
+    one = all_at_once(alone, together=len(gpus) > 1)
     _add_curve(found, curve, one["curve"][0], *run_cases(curve, ranks, timeout))
     found.save()
     _add_parity(found, split, one["losses"][0], run_cases(split, ranks, timeout)[0])
     found.save()
     _lengths(found, ranks, tiny, timeout)
     found.save()
-    return found
-
-
-def _all(jobs: dict[str, Callable[[], tuple]], together: bool) -> dict[str, tuple]:
-    """Run the jobs and return their results by name; the error of the first that failed is raised."""
-    found = dict(at_once(jobs, together=together))
-    for one in found.values():
-        if isinstance(one, Exception):
-            raise one
     return found
 
 

@@ -40,6 +40,7 @@ def ask(
     context: int = 512,
     timeout: float = TIMEOUT,
     stop: bool = False,
+    threads: int | None = None,
 ) -> list[Answer]:
     """Let the engine answer greedily, in float32 as far as it can.
 
@@ -53,6 +54,7 @@ def ask(
         context: how many the engine makes room for.
         timeout: seconds.
         stop: whether an end-of-turn token ends an answer.
+        threads: of the engine; None is OMP_NUM_THREADS, or one a core. More than `MOST_THREADS` are not used.
 
     Returns:
         An answer for each.
@@ -71,6 +73,7 @@ def ask(
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         bodies = [_body(one, tokens, stop) for one in requests]
         content = {"model": str(text_path), "mmproj": str(projector_path or ""), "context": context, "bodies": bodies}
+        content["threads"] = threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         request.write_text(json.dumps(content))
         module = __name__ if __name__ != "__main__" else "benchmarks.gguf.engine"
         child.run(module, str(request), str(answer), timeout=timeout, show=None, gpu_gib=0)
@@ -102,8 +105,7 @@ def main(request: str, answer: str) -> None:
     settings.model.path = given["model"]
     settings.mmproj.path = given["mmproj"]
     settings.n_ctx, settings.n_parallel, settings.warmup = given["context"], 1, False
-    threads = int(os.environ.get("OMP_NUM_THREADS") or min(MOST_THREADS, len(os.sched_getaffinity(0))))
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = min(MOST_THREADS, given["threads"])
     settings.n_gpu_layers = 0
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -1,12 +1,15 @@
 """A real model fine-tuned, exported to GGUF files of several types, and answering in the engine and in transformers."""
 
+import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from benchmarks.at_once import all_at_once
 from benchmarks.gguf.engine import Answer, ask
 from benchmarks.gguf.reference import answer
 from unsloth_puzzles.bench.text import paragraphs
@@ -68,7 +71,7 @@ def round_trip(
     tokens: int = 32,
     places: range = PLACES,
 ) -> dict:
-    """Fine-tune, export in each type, and let the engine answer until it stops.
+    """Fine-tune, export in each type, and let engines answer until they stop: all at once where there are cores.
 
     Args:
         model: From `add_adapters`.
@@ -87,19 +90,22 @@ def round_trip(
     losses = fit(model, tokenizer, steps)
     expected, compared = answer(model, tokenizer, probe, tokens), next_tokens(model, tokenizer, places)
     requests = [asked, probe, *({"prompt": one.prompt, "likely": LIKELY} for one in compared)]
-    found, answers = {"losses": losses}, {}
-    for quantization in quantizations:
-        path, said = _export(model, tokenizer, folder, quantization)
-        answers[quantization], other, *nexts = ask(path, None, requests, tokens=tokens, stop=True)
-        found[quantization] = Exported(
-            path.stat().st_size, *_compared(other, expected, end), _mean_error(nexts, compared),
-            answers[quantization].text, answers[quantization].tokens[-1] == end, said,
-        )  # fmt: skip
+    exported = {name: _export(model, tokenizer, folder, name) for name in quantizations}
     with model.disable_adapter():
-        path, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
-        (off,) = ask(path, None, [asked], tokens=tokens, stop=True)
-    found["base"] = off.text
-    found["moved"] = abs(off.log_probs[0] - answers[quantizations[0]].log_probs[0])
+        without, _ = export_gguf(model, tokenizer, folder / "off", quantizations[0], progress=False)
+    files = {name: (path, requests) for name, (path, _) in exported.items()} | {"base": (without, [asked])}
+    together = (cores := len(os.sched_getaffinity(0))) >= 2 * len(files)
+    settings = {"tokens": tokens, "stop": True, "threads": cores // len(files) if together else None}
+    jobs = {name: partial(ask, path, None, given, **settings) for name, (path, given) in files.items()}
+    answers = all_at_once(jobs, together=together)
+    found = {"losses": losses, "base": answers["base"][0].text}
+    for name, (path, said) in exported.items():
+        taught, other, *nexts = answers[name]
+        found[name] = Exported(
+            path.stat().st_size, *_compared(other, expected, end), _mean_error(nexts, compared),
+            taught.text, taught.tokens[-1] == end, said,
+        )  # fmt: skip
+    found["moved"] = abs(answers["base"][0].log_probs[0] - answers[quantizations[0]][0].log_probs[0])
     return found
 
 

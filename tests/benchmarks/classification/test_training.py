@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import smollm2
-from benchmarks.classification import training
+from benchmarks.classification import losses, training
 from benchmarks.classification.baselines import baselines, difference_interval, score
 from benchmarks.classification.docstrings import Docstrings, Example, docstrings
-from benchmarks.classification.training import encode, losses_of, predict, train
+from benchmarks.classification.losses import losses_of
+from benchmarks.classification.training import encode, predict, train
 from tests.classification.models import byte_tokenizer, save_checkpoint
+from unsloth_puzzles.bench import child
 from unsloth_puzzles.classification.load import load_classifier
 
 LABELS = ["low", "high"]
@@ -133,3 +136,16 @@ def test_smollm2_learns_texts_by_heart(smollm2_folder):
     assert run.losses[-1] < 0.7 * run.losses[0] and run.reloaded_equal
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
+
+
+def test_losses_apart_are_those_of_this_process(tmp_path, monkeypatch):
+    def run(module, *arguments, timeout, show):
+        assert module == "benchmarks.classification.losses" and timeout == 5
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        losses.main()
+
+    name = save_checkpoint(tmp_path, num_hidden_layers=1)
+    monkeypatch.setattr(losses, "docstrings", lambda: _data(16))
+    monkeypatch.setattr(child, "run", run)
+    found = losses.losses_apart(name, "patched", steps=2, batch_size=4, timeout=5)
+    assert torch.equal(found, losses.losses_of(name, _data(16), "patched", steps=2, batch_size=4))

@@ -1,7 +1,5 @@
 """Processes that train together: how they are started."""
 
-import threading
-
 import pytest
 import torch
 
@@ -77,26 +75,3 @@ def test_an_error_without_a_traceback_is_kept(message, monkeypatch):
     monkeypatch.setattr(child, "run", run)
     with pytest.raises(child.ChildError, match=message):
         ranks.start_ranks("benchmarks.fsdp2.features", "out", ranks=2, timeout=5)
-
-
-@pytest.mark.parametrize("together", [True, False])
-def test_jobs_yield_results_and_errors_by_name(together):
-    def fail():
-        raise child.ChildError("it failed", "")
-
-    found = dict(ranks.at_once({"one": lambda: 1, "broken": fail, "two": lambda: 2}, together=together))
-    assert found["one"] == 1 and found["two"] == 2 and isinstance(found["broken"], child.ChildError)
-
-
-def test_jobs_run_side_by_side():
-    barrier = threading.Barrier(2, timeout=20)
-    found = dict(ranks.at_once({"one": barrier.wait, "two": barrier.wait}))
-    assert sorted(found.values()) == [0, 1]
-
-
-def test_another_error_ends_all_processes(monkeypatch):
-    ended = []
-    monkeypatch.setattr(child, "end_all", lambda: ended.append(True))
-    with pytest.raises(ZeroDivisionError):
-        list(ranks.at_once({"one": lambda: 1 / 0}))
-    assert ended == [True]
