@@ -157,6 +157,11 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
             ("rest_gib", "Memory of a GPU between steps"),
             ("share", "Share of the 4-bit bytes and scales that a GPU holds"),
         ),
+        "b_fsdp2_offload.json": (
+            ("peak_gib", "Peak memory of a rank"),
+            ("rest_gib", "Memory of a rank between steps"),
+            ("share", "Share of the 4-bit bytes and scales that a rank holds"),
+        ),
         "b_fsdp2_scaling.json": (
             ("tokens_per_s_over_one_gpu", "Throughput over that of one GPU, beside the prediction"),
             ("tokens_per_s", "Throughput of all GPUs"),

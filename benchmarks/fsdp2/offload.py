@@ -1,0 +1,50 @@
+"""Memory of the whole Llama 3.1 8B with CPU offload, on two ranks that share one GPU.
+
+    python -m benchmarks.fsdp2.offload resources/measurements/b_fsdp2_offload.json
+
+The ranks exchange data by gloo through the CPU, so a step takes seconds and says nothing of the speed on two GPUs. The
+memory is taken to be that of a rank with a GPU of its own: without offload, the peaks by gloo and by NCCL were equal.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from benchmarks.fsdp2.sweeps import WHOLE, memory_is_its_own, run_cases
+from unsloth_puzzles.bench.hardware import probe
+from unsloth_puzzles.bench.record import Measurements
+
+CASE = {**WHOLE, "steps": 3, "offload": True}
+NAME = "whole model, CPU offload, two ranks on one GPU"
+
+
+def measure(path: str | os.PathLike, timeout: float = 600) -> Measurements:
+    """Train three steps, and save what they took.
+
+    Args:
+        path: The file.
+        timeout: Seconds.
+
+    Returns:
+        Metrics of a rank: "peak_gib" and "rest_gib" (between steps) that PyTorch allocates on the GPU, and "share" of
+        the 4-bit bytes and scales.
+
+    Raises:
+        RuntimeError: The memory was not measured, or does not suffice.
+    """
+    found = Measurements(path, probe(measure=False))
+    ((run,), _) = run_cases([CASE], 2, timeout, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+    if "error" in run or not memory_is_its_own(NAME, run):
+        raise RuntimeError(f"{NAME}: {run.get('error', 'no memory was measured')}")
+    found.add("peak_gib", NAME, max(run["peak_gib"]), "GiB")
+    found.add("rest_gib", NAME, run["rest_gib"], "GiB")
+    found.add("share", NAME, run["share"], "fraction")
+    found.save()
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Memory of Llama 3.1 8B's shapes with CPU offload.")
+    parser.add_argument("path", type=Path, help="the JSON file to write")
+    for record in measure(parser.parse_args().path).records:
+        print(f"{record['metric']}: {record['value']:.3g} {record['unit']}")
