@@ -130,6 +130,18 @@ def test_state_dict_holds_a_stub_and_adapters_load():
         model.load_state_dict(state)
 
 
+@pytest.mark.parametrize("key", ["0.weight", "0.bias"])
+def test_strict_loading_names_a_key_that_is_missing(key):
+    model = torch.nn.Sequential(layer(bias=True))
+    pack_nf4(model, 2)
+    state = model.state_dict()
+    assert model.load_state_dict(state).missing_keys == []
+    del state[key]
+    with pytest.raises(RuntimeError, match=rf'Missing key.*"{key}"'):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [key]
+
+
 @pytest.mark.parametrize(
     "adapt",
     [

@@ -81,6 +81,12 @@ def test_moves_keep_every_byte(move):
         lambda stream: torch.nn.functional.linear(stream, stream),
         lambda stream: torch._foreach_copy_([stream], [stream.clone()]),
         lambda stream: torch.nn.init.normal_(stream),
+        lambda stream: stream.copy_(torch.full(stream.shape, 1.5)),
+        lambda stream: stream.copy_(torch.zeros(stream.shape, dtype=torch.int16)),
+        lambda stream: torch.empty(stream.shape).copy_(stream),
+        lambda stream: torch.cat([stream, torch.zeros(4)]),
+        lambda stream: torch.cat([torch.zeros(4, dtype=torch.uint8), stream]),
+        lambda stream: torch.equal(stream, torch.zeros(stream.shape)),
     ],
 )
 def test_operators_on_numbers_are_refused(operator):

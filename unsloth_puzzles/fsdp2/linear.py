@@ -78,6 +78,8 @@ class StreamLinear4bit(Linear4bit):
         if given is not None and given.numel() and not own:
             errors.append(f"{prefix}weight must be the stub of a packed layer, got a tensor of {tuple(given.shape)}")
         bias = state_dict.get(prefix + "bias")
+        wanted = {"weight": given, "bias": bias} if self.bias is not None else {"weight": given}
+        missing += [prefix + name for name, one in wanted.items() if strict and one is None]
         if self.bias is not None and bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias)

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 DTYPE = torch.float16  # the reported dtype
 _INSIDE = torch.int16  # the stored dtype, of the same size
@@ -186,6 +186,9 @@ class ByteStream(torch.Tensor):
                 f"dtype must be that of the packed weight, got {cast} for {func}; "
                 "cast the model, or call prepare_model_for_kbit_training, before pack_nf4"
             )
+        for one in tree_leaves((args, kwargs)):  # a copy would convert the other tensor's numbers
+            if isinstance(one, torch.Tensor) and one.dtype != DTYPE:
+                raise TypeError(f"dtype must be that of the packed weight, got {one.dtype} beside it for {func}")
         found = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
         if func is aten.copy_.default:
             return args[0]
