@@ -112,7 +112,7 @@ def amount(value: float, unit: str) -> str:
     if unit == "fraction":
         shown = ">99.9 %" if 0.9995 <= value < 1 else f"{100 * value:.1f} %"
     elif unit in RATIOS:
-        shown = f"{value:.2f}x"
+        shown = f"{value:.3f}x" if 0.9 < value < 1.1 else f"{value:.2f}x"  # near 1 a per cent decides who is faster
     else:
         shown = f"{_number(value)} {unit}".strip()
     return shown if value == 0 or re.search("[1-9]", shown) else f"{value:.1e}"  # 0 is written for 0 alone
