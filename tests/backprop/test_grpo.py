@@ -218,6 +218,21 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path):
     assert_same(*found, TIGHT[torch.float32])
 
 
+@pytest.mark.parametrize("name", ["Phimoe", "Mixtral"])
+def test_auxiliary_loss_is_that_of_the_model(name):
+    """The config of Phi names its number of experts otherwise than Qwen's."""
+    config = getattr(transformers, f"{name}Config")(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    inputs = {"input_ids": torch.randint(1, VOCAB, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    inputs["attention_mask"][0, :3] = 0
+    outputs = model(**inputs, output_router_logits=True)
+    assert outputs.aux_loss > 0 and torch.equal(grpo._aux_loss(model, outputs, inputs), outputs.aux_loss)
+    outputs.router_logits = None  # as transformers 5.17 has it for GraniteMoe, whose auxiliary loss is 0 then
+    with pytest.raises(ValueError, match=rf"^model must return router logits .*, got none from {name}ForCausalLM; set"):
+        grpo._aux_loss(model, outputs, inputs)
+
+
 def test_lora_trains_as_with_full_logits(tmp_path):
     """Adapters in the backbone, and the reference that TRL keeps as a second adapter of the same model."""
 

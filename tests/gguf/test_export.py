@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import BitNetQuantConfig
+from transformers.integrations.bitnet import replace_with_bitnet_linear
 
 from benchmarks.gguf.models import FAMILIES, LLAMA3_ROPE, tiny
 from tests.gguf.models import lora, qlora
@@ -393,6 +395,34 @@ def test_qwen3_without_biases_is_exported(make, tmp_path):
     assert not any(name.endswith(".bias") for name in tensors) and "blk.1.attn_output.weight" in tensors
 
 
+def _bitnet():
+    model, processor = tiny("llama")
+    config = BitNetQuantConfig()
+    return replace_with_bitnet_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config), processor
+
+
+def _without_a_matrix():
+    model, processor = tiny("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    return model, processor
+
+
+def _with_weight_norm():
+    model, processor = tiny("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    return model, processor
+
+
+def _images(family, **settings):
+    def make():
+        model, processor = tiny(family)
+        for name, value in settings.items():
+            setattr(processor.image_processor, name, value)
+        return model, processor
+
+    return make
+
+
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
 
 
@@ -439,6 +469,19 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0}
         ),
         (_llava_of_qwen2, r"hidden_size \(64\) for the engine's qwen2, got 4 \* 32"),
         (_changed("qwen2_vl", "text", head_dim=32), r"hidden_size \(64\) for the engine's qwen2vl, got 4 \* 32"),
+        (_bitnet, r"weights in parameters, got the buffer model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (_without_a_matrix, r"a weight for each part of a layer, got none for blk\.1\.ffn_up\.weight"),
+        (
+            _with_weight_norm,
+            r"only weights that the engine has, got model\.layers\.0\.mlp\.down_proj\.para",
+        ),
+        (_images("llava_clip", do_normalize=False), "processor must have do_normalize=True, as the engine computes"),
+        (_images("qwen2_vl", do_rescale=False), "processor must have do_rescale=True, as the engine computes"),
+        (_images("qwen3_vl", do_resize=False), "processor must have do_resize=True, as the engine computes"),
+        (
+            _images("llava_siglip", rescale_factor=1 / 127.5),
+            r"rescale_factor 1/255, .* got 0\.0078",
+        ),
         (_broken(float("nan")), r"finite weights, got NaN or infinity in blk\.1\.ffn_up\.weight"),
         (_broken(1e6), r"hold the values of blk\.1\.ffn_up\.weight, .* got Q8_0; take bf16 or f32"),
     ],

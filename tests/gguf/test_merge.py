@@ -170,6 +170,13 @@ def _packed():
     return model
 
 
+def _in_buffers():
+    layer = nn.Module()
+    layer.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8))
+    layer.register_buffer("cache", torch.zeros(4), persistent=False)  # no weight
+    return nn.Sequential(layer)
+
+
 def _bias():
     model = random_llama(tiny_llama_config(64), "cpu")
     return get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_bias=True))
@@ -208,6 +215,7 @@ def _adapted(config):
         ),
         (lambda: _adapted(PROMPT), r"model must have LoRA or DoRA adapters only, got PROMPT_TUNING"),
         (_bias, r"model must have adapters without biases, got lora_bias in"),
+        (_in_buffers, r"model must keep its weights in parameters, got the buffer 0\.qweight$"),
     ],
 )
 def test_models_that_cannot_be_merged_are_refused(make, message):

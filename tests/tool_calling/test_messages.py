@@ -1,10 +1,12 @@
 """Conversations of which a template would drop or mis-write a part are refused; forms that mean the same are one."""
 
 import pytest
+from datasets import Dataset
 
 from tests.tool_calling.conversations import BOX, call, conversation, trained_text
 from tests.tool_calling.functions import tokenizer
 from unsloth_puzzles.tool_calling.tokens import tokenize_conversation
+from unsloth_puzzles.tool_calling.toolbox import ToolBox
 
 
 def test_two_calls_in_a_turn_and_text_before_them():
@@ -96,3 +98,38 @@ def test_a_call_that_failed_need_not_fit():
 def test_contents_must_be_text(content):
     with pytest.raises(TypeError, match=r"^content of messages\[1\] must be text, got (int|list)$"):
         tokenize_conversation(tokenizer(), edited(1, content=content), BOX)
+
+
+def search(query: str, limit: int | None = 10, filters: dict | None = None) -> str:
+    """Search.
+
+    Args:
+        query: What.
+        limit: Most results, None for all.
+        filters: Columns.
+    """
+
+
+def asked(arguments):
+    call = {"type": "function", "function": {"name": "search", "arguments": arguments}}
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def test_nulls_that_datasets_has_filled_in_are_not_learnt():
+    given = [{"query": "a"}, {"query": "b", "limit": 3}, {"query": "c", "filters": {"year": 2020}}]
+    rows = Dataset.from_list([{"messages": asked(one)} for one in given])
+    for row, key in zip(rows, ("limit", "filters", "limit"), strict=True):
+        with pytest.raises(ValueError, match=rf"^arguments of search in messages\[1\] must be JSON .* for '{key}', wh"):
+            tokenize_conversation(tokenizer(), row["messages"], ToolBox([search]))
+
+
+@pytest.mark.parametrize("filters", [{"year": None}, {"years": [{"from": None}]}])
+def test_nulls_are_found_at_any_depth(filters):
+    key = "year" if "year" in filters else "from"
+    with pytest.raises(ValueError, match=rf"a dict with None for '{key}'"):
+        tokenize_conversation(tokenizer(), asked({"query": "a", "filters": filters}), ToolBox([search]))
+
+
+def test_nulls_of_json_text_are_learnt():
+    example = tokenize_conversation(tokenizer(), asked('{"query": "a", "limit": null}'), ToolBox([search]))
+    assert '{"query": "a", "limit": null}' in trained_text("qwen2.5", example)

@@ -1,11 +1,16 @@
 """Calls of tools: arguments checked against the schema, everything bounded, every failure a message."""
 
+import datetime
+import json
 import multiprocessing
+import random
 import re
 import sys
 import time
 
+import numpy.random
 import pytest
+import torch
 
 from tests.tool_calling.functions import add, describe, misbehave
 from unsloth_puzzles.tool_calling.toolbox import Result, ToolBox
@@ -191,3 +196,43 @@ def test_a_toolbox_may_be_empty_or_a_part():
     assert part.names == ("describe",) and part.seconds == 20 and part.call("add", {"a": 1}).failed
     with pytest.raises(ValueError, match=r"^names must be among add, describe, misbehave, got sum$"):
         BOX.subset(["sum"])
+
+
+def roll(sides: int) -> list:
+    """Roll.
+
+    Args:
+        sides: How many.
+    """
+    return [random.randrange(sides), int(numpy.random.randint(sides)), int(torch.randint(sides, ()))]
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_random_numbers_of_a_tool_differ_from_call_to_call(isolated):
+    box = ToolBox([roll], isolated=isolated)
+    found = [json.loads(box.call("roll", {"sides": 10**6}).content) for _ in range(4)]
+    assert all(len(set(numbers)) > 1 for numbers in zip(*found, strict=True))
+
+
+def parse(date: str, host: str) -> str:
+    """Parse.
+
+    Args:
+        date: A day.
+        host: A name.
+    """
+    return f"{datetime.datetime.strptime(date, '%d.%m.%Y'):%Y-%m-%d} {host.encode('idna').decode()}"
+
+
+def test_a_tool_may_parse_dates_and_names_of_hosts():
+    assert ToolBox([parse]).call("parse", {"date": "3.4.2025", "host": "é.com"}).content == "2025-04-03 xn--9ca.com"
+
+
+@pytest.mark.parametrize("character", ["語", "é", "a"])
+def test_characters_of_arguments_are_counted_as_they_are_written(character):
+    box = ToolBox([parse], isolated=False)
+    assert "time data" in box.call("parse", {"date": "x", "host": character * 1900}).content
+    assert (
+        "must have at most 2000 characters, got 2025"
+        in box.call("parse", {"date": "x", "host": character * 2000}).content
+    )

@@ -161,8 +161,14 @@ def _aux_loss(model: PreTrainedModel, outputs, inputs: dict) -> torch.Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
+    if outputs.router_logits is None:  # the function would return 0
+        raise ValueError(
+            f"model must return router logits for its auxiliary loss, got none from {type(model).__name__}; "
+            "set its config's output_router_logits to False"
+        )
+    experts = getattr(model, "num_experts", None) or config.num_experts  # Phi's and Granite's configs name it otherwise
     return load_balancing_loss_func(
-        outputs.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
+        outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask")
     )
 
 

@@ -43,7 +43,7 @@ def merged_state_dict(model: nn.Module) -> "MergedStateDict":
             PEFT, `torch.compile`, data parallelism), which changes the names of the weights.
         ValueError: adapters that are no LoRA or DoRA on linear layers or embeddings, that were merged into quantised
             weights, that are merged and switched off, or have biases; weights on the meta device, of FP4, 8 bits or
-            another quantisation, or packed.
+            another quantisation, packed, or in buffers that are saved.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -112,6 +112,9 @@ def _weights(module: nn.Module, name: str, original: nn.Module | None = None) ->
         raise ValueError(f"model must have LoRA or DoRA adapters only, got {kind} in {name}; merge it yourself first")
     for own, parameter in module.named_parameters(recurse=False):
         yield _joined(name, own), _weight(module, parameter, own, _joined(name, own), original)
+    for own, _ in module.named_buffers(recurse=False):
+        if own not in module._non_persistent_buffers_set:  # where BitNet and AWQ keep their weights
+            raise ValueError(f"model must keep its weights in parameters, got the buffer {_joined(name, own)}")
     for child, inner in module.named_children():
         yield from _weights(inner, _joined(name, child))
 

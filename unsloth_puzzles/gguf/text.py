@@ -84,7 +84,7 @@ def text_file(
         ValueError: a parameter or a setting that the engine's architecture does not have.
     """
     config = text_config(model)
-    names = _names(weights, ARCHITECTURES[config.model_type])
+    names = _names(weights, ARCHITECTURES[config.model_type], config.num_hidden_layers)
     rows = weights.weight(names["token_embd.weight"]).shape[0]
     header = _header(model, config, quantization, rows)
     add_tokenizer(header, tokenizer, template, rows, stop_ids(model))
@@ -106,15 +106,14 @@ def text_file(
     return header, tensors
 
 
-def _names(weights: MergedStateDict, architecture: str) -> dict[str, str]:
+def _names(weights: MergedStateDict, architecture: str, layers: int) -> dict[str, str]:
     """The file's name of each parameter of the text model, and the model's."""
     inner = "model.language_model." if any(name.startswith("model.language_model.") for name in weights) else "model."
     found = {}
     for own in weights:
         if own.startswith(inner):
-            layer, part, what = re.fullmatch(
-                r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", own.removeprefix(inner)
-            ).groups()
+            match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", own.removeprefix(inner))
+            layer, part, what = match.groups() if match else (None, own, "")
             known = _TOP if layer is None else _LAYER
             if part not in known:
                 raise ValueError(f"model must have only weights that the engine has, got {own}")
@@ -129,6 +128,9 @@ def _names(weights: MergedStateDict, architecture: str) -> dict[str, str]:
                 found["output.weight"] = own
         elif not own.startswith(("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")):
             raise ValueError(f"model must have only weights that the engine has, got {own}")
+    wanted = [f"blk.{layer}.{part}.weight" for layer in range(layers) for part in _EVERY]
+    if lacking := [name for name in wanted if name not in found]:
+        raise ValueError(f"model must have a weight for each part of a layer, got none for {lacking[0]}")
     if "lm_head.weight" not in weights:
         raise ValueError("model must have a language modelling head, got none")
     return found

@@ -1,5 +1,7 @@
 """The vision tower and the projector of a fine-tune as a GGUF file, by the kind of model."""
 
+import math
+
 import gguf
 from torch import nn
 
@@ -27,6 +29,7 @@ def vision_file(
         ValueError: a parameter or a setting that the engine does not have.
     """
     config, images = model.config, processor.image_processor
+    _check_scaling(images)
     header = gguf.GGUFWriter(None, "clip")
     header.add_type(gguf.GGUFType.MMPROJ)
     header.add_name(config.model_type)
@@ -41,6 +44,16 @@ def vision_file(
     own = {name: weights.weight(full) for name, full in own.items() if name.startswith(llava.PARTS + qwen.PARTS)}
     found = KINDS[config.model_type].describe(header, config, images, own)
     return header, [Tensor(name, source, _type(name, source, projector)) for name, source in found.items()]
+
+
+def _check_scaling(images) -> None:
+    """Refuse settings of an image processor that the file cannot hold: the engine always scales and normalises."""
+    for setting in ("do_resize", "do_rescale", "do_normalize"):
+        if not getattr(images, setting, True):
+            raise ValueError(f"processor must have {setting}=True, as the engine computes, got False")
+    factor = getattr(images, "rescale_factor", None)
+    if factor is not None and not math.isclose(factor, 1 / 255):
+        raise ValueError(f"processor must have rescale_factor 1/255, as the engine computes, got {factor}")
 
 
 def _type(name: str, source: Weight, projector: str) -> Type:

@@ -47,7 +47,7 @@ def checked_arguments(name: str, parameters: dict, arguments: object) -> dict:
         checked = {key: checked_value(f"{name}.{key}", properties[key], value) for key, value in arguments.items()}
     except RecursionError:
         raise ValueError(f"arguments of {name} must be nested less deeply, got more levels than Python takes") from None
-    if (size := len(json.dumps(arguments))) > MAX_CHARACTERS:
+    if (size := len(json.dumps(arguments, ensure_ascii=False))) > MAX_CHARACTERS:
         raise ValueError(f"arguments of {name} must have at most {MAX_CHARACTERS} characters, got {size}")
     return checked
 

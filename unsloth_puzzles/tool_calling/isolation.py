@@ -3,6 +3,9 @@
 This bounds a tool that hangs, computes without end, fills the memory or returns a novel. It is no prison for hostile
 code: whoever registers a function trusts its author. What is bounded is what a model may make of it. Modules must have
 been imported before: importing one is reading files.
+
+A call in a fork gets random numbers of its own from `random`, NumPy and PyTorch. A generator that the function's module
+has made itself starts every call where it was.
 """
 
 import copy
@@ -10,12 +13,15 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 MEMORY = 2**30  # bytes that a call may take on top of the process it comes from
 _REFUSED = ("open", "socket.", "subprocess.", "os.", "shutil.", "ctypes.", "exec", "compile", "pty.")  # audit events
+
+time.strptime("1", "%d"), "é".encode("idna")  # import what they need, at their first use
 
 
 def run_isolated(function: Callable, arguments: dict, seconds: float, max_characters: int) -> str:
@@ -81,6 +87,7 @@ def _child(sender, function: Callable, arguments: dict, seconds: float, max_char
     The process ends without Python's own clean-up, which belongs to the parent.
     """
     try:
+        _reseed()
         text = _text(_bounded(function, arguments, seconds), max_characters)
         good = b"1"
     except MemoryError:
@@ -90,6 +97,14 @@ def _child(sender, function: Callable, arguments: dict, seconds: float, max_char
     sender.send_bytes(good)
     sender.send_bytes(text.encode(errors="replace"))
     os._exit(0)
+
+
+def _reseed() -> None:
+    """Give this fork random numbers of its own. Python does so for `random` alone."""
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
 
 
 def _bounded(function: Callable, arguments: dict, seconds: float) -> object:
@@ -108,7 +123,8 @@ def _bounded(function: Callable, arguments: dict, seconds: float) -> object:
 
 def _refuse(event: str, arguments: tuple) -> None:
     if event.startswith(_REFUSED):
-        raise PermissionError(f"must use no files, network, processes or generated code, got {event}")
+        why = " (an import reads files, too)" if event == "open" else ""
+        raise PermissionError(f"must use no files, network, processes or generated code, got {event}{why}")
 
 
 def _text(result: object, max_characters: int) -> str:

@@ -21,8 +21,8 @@ def checked_messages(messages: list[dict], schemas: list[dict], format: ChatForm
     """A copy of a conversation in the one form that every template writes alike.
 
     A content of None becomes "". Arguments that are JSON text (as OpenAI has them) become objects. Each call must fit
-    its schema, unless the result that answers it is an error ("error: ..."); so arguments that `datasets` has filled
-    with None are found. Results answer the calls of the turn before in their order.
+    its schema, unless the result that answers it is an error ("error: ..."). Results answer the calls of the turn
+    before in their order.
 
     Args:
         messages: Dicts with "role", "content" and, of an assistant, "tool_calls".
@@ -58,6 +58,39 @@ def checked_messages(messages: list[dict], schemas: list[dict], format: ChatForm
     for call in unanswered:
         _check_fits("messages", call, parameters)
     return checked
+
+
+def check_nulls(messages: list[dict]) -> None:
+    """Refuse a None in the arguments of calls, unless they are JSON text.
+
+    `datasets` fills arguments that a row lacks with None, where other rows have them. The null of a model is not told
+    from it, and would be learnt.
+
+    Raises:
+        ValueError: Arguments that are a dict hold a None, at whatever depth.
+    """
+    for number, message in enumerate(messages):
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            if (key := _null_in(function.get("arguments"))) is not None:
+                raise ValueError(
+                    f"arguments of {function.get('name')} in messages[{number}] must be JSON text to hold null, got a "
+                    f"dict with None for {key!r}, which datasets may have filled in; leave it out, or give "
+                    "json.dumps(arguments)"
+                )
+
+
+def _null_in(value: object) -> str | None:
+    """The key of a None in dicts and lists in each other; None where there is none."""
+    for key, one in value.items() if isinstance(value, dict) else ():
+        if one is None:
+            return str(key)
+        if (found := _null_in(one)) is not None:
+            return found
+    for one in value if isinstance(value, list) else ():
+        if (found := _null_in(one)) is not None:
+            return found
+    return None
 
 
 def check_dicts(messages: object) -> None:

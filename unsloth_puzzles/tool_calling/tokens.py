@@ -14,7 +14,7 @@ import json
 import re
 
 from unsloth_puzzles.tool_calling.formats import ChatFormat, chat_format
-from unsloth_puzzles.tool_calling.messages import checked_messages
+from unsloth_puzzles.tool_calling.messages import check_nulls, checked_messages
 from unsloth_puzzles.tool_calling.toolbox import ToolBox, check_toolbox
 
 IGNORED = -100
@@ -33,7 +33,8 @@ def tokenize_conversation(
 
     Args:
         tokenizer: A fast tokenizer of transformers that knows the control tokens of the format.
-        messages: The conversation, see `checked_messages`.
+        messages: The conversation, see `checked_messages`. Arguments that hold a null must be JSON text: in a dict it
+            may be an argument that `datasets` has filled in.
         toolbox: The tools on offer. None and an empty one are the same: the prompt then speaks of no tools.
         format: A chat format, or the name of one.
         max_length: In tokens. A longer conversation is refused, never cut: a cut one would end without its stop token.
@@ -93,6 +94,7 @@ class ChatEncoder:
     ) -> dict[str, list[int]]:
         """As `tokenize_conversation`."""
         text, mark = self._render(messages, toolbox, False)
+        check_nulls(messages)
         before, *turns = text.split(self.format.header)
         spoken = sum(message["role"] == "assistant" for message in messages)
         if not spoken or len(turns) != spoken:
