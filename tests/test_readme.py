@@ -194,7 +194,7 @@ def test_sections_rehearsed_with_earlier_code_are_named(tmp_path: Path) -> None:
     section = {"predicted_t4_seconds": 300, "digest": STAMP["digest"]}
     _rehearse(tmp_path, A=section, C={**section, "digest": "another"})
     t4 = minutes_table(tmp_path, _executed(), STAMP).splitlines()[2]
-    where = "a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; C with earlier code"
+    where = "a rehearsal on NVIDIA Other, 2026-11-20; sections A, C; C with other code than the published"
     assert t4 == f"| a T4 | 10 (predicted) | {where} |"
 
 

@@ -174,7 +174,8 @@ def _rehearsed(path: Path, digest: str) -> tuple[str, str]:
     minutes = most if least == most else f"{least} to {most}"
     where = f"a rehearsal on {kept['hardware']['name']}, {kept['date']}; sections {', '.join(sections)}"
     others = [name for name, section in sections.items() if section.get("digest") != digest]
-    return f"{minutes} (predicted)", where + (f"; {', '.join(others)} with earlier code" if others else "")
+    where += f"; {', '.join(others)} with other code than the published" if others else ""
+    return f"{minutes} (predicted)", where
 
 
 def _on_a_cpu(path: Path, digest: str) -> tuple[str, str]:
