@@ -1,5 +1,6 @@
 """The mean error of an exported file: the same places for every file, and never a place left out."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,20 @@ def test_answers_without_an_end_are_compared_as_a_whole() -> None:
     assert round_trip._compared(OURS, OURS, 7) == (True, 4, 0.0)
 
 
-def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cores, threads", [(2, None), (32, 10)])  # the three files in turn, or side by side
+def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(
+    monkeypatch, tmp_path: Path, cores: int, threads: int | None
+) -> None:
     model, tokenizer = tiny("llama")
     end, asked, judged = tokenizer.eos_token_id, [], []
+    started = threading.Barrier(3 if threads else 1, timeout=20)
 
-    def ask(path, projector, requests, tokens, stop=False):
-        asked.append((len(requests), stop))
+    def ask(path, projector, requests, *, tokens, stop, threads):
+        started.wait()
+        asked.append((len(requests), stop, threads))
         return [Answer(2, [5, end] if path.stem == "model-f32" else [5, 6], [-1.0, -1.0], "text") for _ in requests]
 
+    monkeypatch.setattr(round_trip.os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(round_trip, "ask", ask)
     monkeypatch.setattr(round_trip, "fit", lambda model, tokenizer, steps: [1.0])
     monkeypatch.setattr(round_trip, "next_tokens", lambda model, tokenizer, places: PLACE)
@@ -59,7 +66,8 @@ def test_a_round_trip_keeps_warnings_and_whether_the_taught_answer_ends(monkeypa
     found = round_trip.round_trip(
         round_trip.add_adapters(model), tokenizer, tmp_path, steps=1, quantizations=("f32", "q4_k_m"), tokens=2
     )
-    assert asked == [(2 + len(PLACE), True)] * 2 + [(1, True)] and judged == [len(PLACE)] * 2
+    assert sorted(asked) == [(1, True, threads)] + [(2 + len(PLACE), True, threads)] * 2
+    assert judged == [len(PLACE)] * 2
     assert found["base"] == "text"
     assert found["f32"].ended and not found["q4_k_m"].ended and found["f32"].mean_error == 0.25
     assert found["f32"].warnings == ()
