@@ -86,6 +86,8 @@ def test_window_is_renewed_by_a_signal_while_the_main_thread_computes(hook, tmp_
         began = time.monotonic()
         while not records(tmp_path) and time.monotonic() - began < 5:
             sum(range(1000))
+        found, is_open = records(tmp_path), hook.windows.current is not None
     finally:
+        hook.windows.close()  # the thread lives on, and its next signal would end a process without this handler
         signal.signal(signal.SIGUSR1, before)
-    assert [one["window"] for one in records(tmp_path)] == ["a cell"] and hook.windows.current is not None
+    assert [one["window"] for one in found] == ["a cell"] and is_open
