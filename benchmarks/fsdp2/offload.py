@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.fsdp2.sweeps import WHOLE, memory_is_its_own, run_cases
+from benchmarks.fsdp2.sweeps import WHOLE, add_memory, run_cases
 from unsloth_puzzles.bench.hardware import probe
 from unsloth_puzzles.bench.record import Measurements
 
@@ -34,11 +34,11 @@ def measure(path: str | os.PathLike, timeout: float = 600) -> Measurements:
     """
     found = Measurements(path, probe(measure=False))
     ((run,), _) = run_cases([CASE], 2, timeout, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-    if "error" in run or not memory_is_its_own(NAME, run):
-        raise RuntimeError(f"{NAME}: {run.get('error', 'no memory was measured')}")
-    found.add("peak_gib", NAME, max(run["peak_gib"]), "GiB")
-    found.add("rest_gib", NAME, run["rest_gib"], "GiB")
-    found.add("share", NAME, run["share"], "fraction")
+    if "error" in run:
+        raise RuntimeError(f"{NAME}: {run['error']}")
+    add_memory(found, NAME, run)
+    if not any(record["metric"] == "peak_gib" for record in found.records):
+        raise RuntimeError(f"{NAME}: no memory was measured")
     found.save()
     return found
 

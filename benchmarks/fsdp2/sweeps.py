@@ -84,7 +84,7 @@ def _add_curve(
         found.add("tokens_per_s", name, shared["tokens_per_s"], "tokens/s", baselines=beside)
         found.add("scaling", name, shared["tokens_per_s"] / alone["tokens_per_s"], "x")
         found.add("step_over_one_gpu", name, _middle(shared) / _middle(alone), "x")
-        if memory_is_its_own(name, alone, shared):
+        if _memory_is_its_own(name, alone, shared):
             peaks = {"one GPU": alone["peak_gib"][0]}
             found.add("peak_gib", name, max(shared["peak_gib"]), "GiB", baselines=peaks)
 
@@ -115,13 +115,18 @@ def _memory(found: Measurements, ranks: int, tiny: bool, timeout: float) -> None
         if "error" in case:
             print(f"SKIPPED: {name}: {case['error']}", flush=True)
             continue
-        found.add("share", name, case["share"], "fraction")
-        if memory_is_its_own(name, case):
-            found.add("peak_gib", name, max(case["peak_gib"]), "GiB")
-            found.add("rest_gib", name, case["rest_gib"], "GiB")
+        add_memory(found, name, case)
 
 
-def memory_is_its_own(name: str, *cases: dict) -> bool:
+def add_memory(found: Measurements, name: str, case: dict) -> None:
+    """Add the share of the 4-bit bytes and, where it is the case's own, the memory of a rank."""
+    found.add("share", name, case["share"], "fraction")
+    if _memory_is_its_own(name, case):
+        found.add("peak_gib", name, max(case["peak_gib"]), "GiB")
+        found.add("rest_gib", name, case["rest_gib"], "GiB")
+
+
+def _memory_is_its_own(name: str, *cases: dict) -> bool:
     """Whether the memory was measured, and no case held any before it began."""
     if any(case["peak_gib"][0] is None for case in cases):
         return False
