@@ -162,6 +162,10 @@ SWEPT = {  # the same for what sweeps measured, by the file beside whose tables 
             ("rest_gib", "Memory of a rank between steps"),
             ("share", "Share of the 4-bit bytes and scales that a rank holds"),
         ),
+        "b_fsdp2_script.json": (
+            ("script_speedup", "Time of a step with bitsandbytes' de-quantisation, over that with ours"),
+            ("step_ms", "Time of a step"),
+        ),
         "b_fsdp2_scaling.json": (
             ("tokens_per_s_over_one_gpu", "Throughput over that of one GPU, beside the prediction"),
             ("tokens_per_s", "Throughput of all GPUs"),

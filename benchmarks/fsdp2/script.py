@@ -41,12 +41,18 @@ def choose_model(folder: str) -> tuple[str, tuple[str, ...], str, str]:
     free_gb = shutil.disk_usage(folder).free / 1e9
     if not reason and free_gb >= DISK_GB:
         return MODEL, (), "real weights", f"{MODEL}, real weights"
-    path = Path(folder, "llama-3.1-8b")
-    shaped_config("Llama 3.1 8B", LAYERS, 128256).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
     because = reason or f"{free_gb:.1f} GB of disk are free, and the checkpoint needs {DISK_GB}"
-    kind = f"{LAYERS} layers, random weights"
-    return str(path), ("--layers", str(LAYERS)), kind, f"Llama 3.1 8B, {kind} ({because})"
+    path, flags, kind, source = random_model(folder, LAYERS)
+    return path, flags, kind, f"{source} ({because})"
+
+
+def random_model(folder: str, layers: int) -> tuple[str, tuple[str, ...], str, str]:
+    """The architecture of MODEL with random weights and `layers` layers; returns the same as `choose_model`."""
+    path = Path(folder, "llama-3.1-8b")
+    shaped_config("Llama 3.1 8B", layers, 128256).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    kind = f"{layers} layers, random weights"
+    return str(path), ("--layers", str(layers)), kind, f"Llama 3.1 8B, {kind}"
 
 
 def run(name: str, model: str, *flags: str, gpus: str, folder: str, timeout: float = 900) -> dict:
@@ -67,6 +73,23 @@ def run(name: str, model: str, *flags: str, gpus: str, folder: str, timeout: flo
     """
     given = ("--model", model, "--steps", str(STEPS), "--length", str(LENGTH), *RUNS[name], *flags)
     return _run(name, SCRIPT, given, len(gpus.split(",")), folder, timeout, {"gpus": gpus})
+
+
+def run_uncompiled(kernel: str, model: str, *flags: str, folder: str, timeout: float = 900) -> dict:
+    """Train on the process's first GPU without compilation.
+
+    Args:
+        kernel: "ours" or "bitsandbytes", that de-quantises.
+        model: A name or a folder.
+        flags: More of the script's.
+        folder: As for `run`.
+        timeout: As for `run`.
+
+    Returns:
+        What `run` returns.
+    """
+    given = ("--model", model, "--no-compile", "--dequantize", kernel, *flags)
+    return _run(kernel, SCRIPT, given, 1, folder, timeout, {})
 
 
 def tiny_model(folder: str) -> str:
