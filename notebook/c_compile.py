@@ -495,7 +495,8 @@ else:
 # - **Each new kind of mask compiles once** (a flag for SDPA, blocks for flex, documents for flash), and once more for
 #   the first layer if the embeddings need no gradient. A forward of few rows without gradients recompiles once, because
 #   bitsandbytes' fused kernel is faster there.
-# - **Max-autotune need not pay.** On H200s the GPU busy time of a step hardly changed, and the step took longer.
+# - **Max-autotune need not pay.** A product that is faster alone need not make the step faster (see the last line of
+#   its cell).
 # - **Gradient checkpointing uses pinned host memory** for the inputs of all layers but the last (see the table).
 # - **A loop that reads each loss waits for the GPU once a step.** `Trainer` does so unless
 #   `logging_nan_inf_filter=False`.

@@ -60,18 +60,21 @@ def test_prediction_scales_each_class_beyond_the_latency():
             "window": "x = 1\ny",
             "kernels": {"nvjet_hsh": [10, 10 * (LATENCY_US + 100)]},
             "hook_seconds": 1.0,
+            "profiler_bytes": 3 * 10**9,
             "wall_seconds": 2.0,
         },
         {
             "window": "z",
             "kernels": {"nvjet_hsh": [1, 1.0], "fill": [2, 2 * LATENCY_US + 50]},
             "hook_seconds": 0.5,
+            "profiler_bytes": 0,
             "wall_seconds": 3.0,
         },
     ]
     for window, notebook in zip(windows, (True, False), strict=True):
         window["notebook"] = notebook
     found = predict(windows, 10.0, {}, scale, tracing=0.1)
+    assert found["profiler_gb"] == 3
     there = (11 * LATENCY_US - 1 + 30 * 1000) / 1e6, (2 * LATENCY_US + 10 * 50) / 1e6
     assert found["gpu_seconds_t4"] == pytest.approx({PRODUCTS16: there[0], BYTES: there[1]})
     host = 10 - 1.5 - 10 * 0.1 - sum(found["gpu_seconds_here"].values())  # 10 launches of the notebook's own
@@ -106,8 +109,8 @@ def test_tracing_is_the_profilers_share_of_a_launch(traced, expected, monkeypatc
 
 
 def test_prediction_counts_no_host_time_when_the_gpu_was_busy():
-    window = {"window": "fill it", "notebook": True, "kernels": {"fill": [1, 9e6]}, "hook_seconds": 0}
-    window["wall_seconds"] = 5.0
+    window = {"window": "fill it", "notebook": True, "kernels": {"fill": [1, 9e6]}}
+    window |= {"hook_seconds": 0, "wall_seconds": 5.0, "profiler_bytes": 0}
     found = predict([window], 5.0, {}, dict.fromkeys((BYTES,), 10.0))
     assert found["host_seconds_here"] == 0 and found["gpu_seconds_t4_of_windows"] == {"fill it": 90.0}
     assert found["predicted_t4_seconds"] == pytest.approx(90, rel=1e-4)
@@ -115,7 +118,7 @@ def test_prediction_counts_no_host_time_when_the_gpu_was_busy():
 
 
 def test_prediction_lets_the_host_hide_behind_the_gpu_within_a_cell_only():
-    wall = {"hook_seconds": 0.0, "wall_seconds": 4.0}
+    wall = {"hook_seconds": 0.0, "wall_seconds": 4.0, "profiler_bytes": 0}
     busy = {"window": "busy", "notebook": True, "kernels": {"fill": [0, 1e6]}, **wall}  # host 3 s, GPU 1 s
     other = {"window": "-m child", "notebook": False, "kernels": {"fill": [0, 1e6]}, **wall}
     found = predict([busy, other], 10.0, {}, dict.fromkeys((BYTES,), 20.0))

@@ -63,6 +63,21 @@ def test_long_window_is_renewed_under_its_name_and_nothing_is_lost(hook, tmp_pat
     assert found[0]["wall_seconds"] >= 0.02 and Profile.started == 2 and not hook.windows.busy
 
 
+def test_window_tells_how_much_memory_the_profiler_held(hook, tmp_path, monkeypatch):
+    held = iter([5_000, 2_000, 2_000, 3_000])
+    monkeypatch.setattr(hook, "_anonymous_bytes", lambda: next(held))
+    for _ in range(2):
+        hook.windows.open("a cell")
+        hook.windows.close()
+    assert [one["profiler_bytes"] for one in records(tmp_path)] == [3_000, 0]
+
+
+def test_own_memory_without_pages_of_files_is_read(hook):
+    before = hook._anonymous_bytes()
+    block = bytearray(64 * 2**20)
+    assert before > 0 and hook._anonymous_bytes() - before == pytest.approx(len(block), rel=0.2)
+
+
 @pytest.mark.parametrize("state", ["short", "closed", "busy", "capturing a CUDA graph"])
 def test_window_is_not_renewed(hook, tmp_path, state):
     if state != "closed":

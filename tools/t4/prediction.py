@@ -66,8 +66,8 @@ def predict(
 
     Args:
         windows: {"window": its name, "notebook": whether the notebook's process made it, "kernels": {name: [count,
-            microseconds]}, "hook_seconds", "wall_seconds" without them} of each window of the profiler: a cell of the
-            notebook, or a whole process.
+            microseconds]}, "hook_seconds", "wall_seconds" without them, "profiler_bytes" of RAM} of each window of the
+            profiler: a cell of the notebook, or a whole process.
         wall_seconds: Of the section here.
         dots: As `kind` takes it.
         scale: What `scales` returned.
@@ -75,9 +75,11 @@ def predict(
             since other processes may run side by side.
     """
     here, there, launches, traced, hook, at_once = defaultdict(float), defaultdict(float), 0, 0, 0.0, 0.0
+    held = 0  # bytes of RAM
     of_windows = defaultdict(float)
     for window in windows:
         hook += window["hook_seconds"]
+        held = max(held, window["profiler_bytes"])
         count, own, scaled = 0, 0.0, 0.0  # of the window: launches, seconds here and there
         for name, (launched, microseconds) in window["kernels"].items():
             what = kind(name, dots)
@@ -98,6 +100,7 @@ def predict(
         "predicted_t4_seconds_at_least": max(longest - at_once, HOST * host, sum(there.values())),
         "host_seconds_here": host,
         "hook_seconds": hook,
+        "profiler_gb": held / 1e9,
         "tracing_seconds": traced * tracing,
         "gpu_seconds_here": dict(here),
         "gpu_seconds_t4": dict(there),

@@ -93,7 +93,8 @@ def describe(section: str, found: dict) -> str:
         f"{found['kernels_over_shared_memory']} take over 64 KiB (largest {found['largest_shared_bytes']} bytes)",
         f"   GPU {found['gpu_peak_gib']:.1f} GiB; set-up {found['setup_seconds']:.0f} s; silent for at most "
         f"{found['longest_silence_seconds']:.0f} s after {found['silent_after']!r} in: {found['silent_cell']}",
-        f"   RAM {found['ram_peak_gb']:.1f} GB, without pages of files, in the cell: {found['ram_peak_cell']}",
+        f"   RAM {found['ram_peak_gb']:.1f} GB, without pages of files, in the cell: {found['ram_peak_cell']}; "
+        f"at most {found.get('profiler_gb', 0):.1f} GB of it is the profiler's, which a T4 does not run",
         *(f"   ERROR {line[:200]}" for line in found["errors"]),
         *(f"   lost: {criterion}: {why[:200]}" for criterion, why in found["lost"].items()),
     ]

@@ -88,11 +88,14 @@ class Windows:
                     total = kernels.setdefault(event.name(), [0, 0.0])
                     total[0] += 1
                     total[1] += event.duration_ns() / 1e3
+            full = _anonymous_bytes()
             del window
             _give_back()
+            freed = full - _anonymous_bytes()
         except Exception as error:
             return self._fail(error)
         line = {"window": self.name, "process": os.getpid(), "notebook": _is_notebook(), "kernels": kernels}
+        line["profiler_bytes"] = max(0, freed)
         line["wall_seconds"] = began - self.opened
         line["hook_seconds"] = self.seconds + time.perf_counter() - began
         with open(os.path.join(RECORD, f"profile-{os.getpid()}.jsonl"), "a", encoding="utf-8") as file:
@@ -115,6 +118,15 @@ class Windows:
         self.broken, self.busy, self.current = True, False, None
         with open(os.path.join(RECORD, f"broken-{os.getpid()}.txt"), "w", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}: {error}\n")
+
+
+def _anonymous_bytes() -> int:
+    """RAM of this process that belongs to no file; 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _give_back() -> None:
