@@ -486,12 +486,14 @@ else:
 #   bytes and instructions.
 # - The speed-up on a T4 is neither measured nor predicted. By bytes alone it is at most 1.10x. 1.15x in GPU time
 #   requires that the three kernels reach at most 96 % of our bandwidth there (1.10 / 1.15). In wall time fewer launches
-#   add to the speed-up.
+#   add to the speed-up, though little where the GPU is slow. So the points for 1.10 and 1.15 depend on how well the
+#   three kernels use a T4's memory.
 # - The speed-up of the score is over an imitation of Unsloth's three launches. A newer Unsloth has a fused kernel of
 #   its own.
 # - The harness calls the same three weights repeatedly, so `cache.py` skips the validation after the first call.
-# - Decoding does not use the kernel, so a patched model does not generate faster. Below 64 rows bitsandbytes stays in
-#   use on GPUs that were not measured, unless `min_rows` says otherwise.
+# - Decoding one sequence does not use the kernel, so a patched model does not generate it faster. bitsandbytes stays in
+#   use below 3 rows on H100 and H200, and below 64 rows on GPUs that were not measured, unless `min_rows` says
+#   otherwise.
 # - Memory that is not 16-byte aligned takes a byte-wise path. The path is exact and slower (see the ablation).
 # - `dequantize_nf4` handles NF4 only. It refuses FP4 and 8-bit weights by name.
 #

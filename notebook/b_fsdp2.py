@@ -436,7 +436,7 @@ if timed := timed.get("kernels"):
 # bitsandbytes' layers is check 4.
 #
 # **Speed and memory.** The run is not made for speed. Two GPUs share the two rows of a step, so each has 512 tokens. A
-# large GPU then waits for its host and for communication, and two can be slower than one. The two runs on one GPU go at
+# large GPU then waits for its host and for communication, and two are slower than one. The two runs on one GPU go at
 # the same time, each on a GPU of its own, so in every run the host serves two processes. The next experiment gives each
 # GPU as many rows as the one GPU has. If only four layers run, they hold few 4-bit bytes beside the replicated
 # embedding and head, so sharding saves little memory. `RESULTS.md` has the measured memory of all 32 layers.

@@ -39,8 +39,8 @@
 #   compile key (gradients or not, the kind of mask) selects another function.
 # - **Lengths are symbolic.** Batch and length are marked dynamic. `use_duck_shape=False` prevents a guard that ties a
 #   length to another size of the same value.
-# - **Masks are tensors.** Flex attention receives block indices, window and documents as tensors. A new window or a new
-#   packing compiles nothing.
+# - **Masks are tensors.** Flex attention receives block indices, window and documents as tensors. Another
+#   window, or another packing of the same kind of mask, compiles nothing.
 # - **NF4 weights come from the operator of A.** Each linear layer de-quantises in the forward and again in the
 #   backward. The second call takes the gradient as an input, so the compiler cannot merge the two calls and keep the
 #   weight in between.
@@ -189,17 +189,25 @@ free_memory()
 # **Check 2.** `transformers.Trainer` trains the 4-bit model with adapters twice for 50 steps (T4: 24; CPU: 4), each
 # step with another length, in float32 (without TF32, which shortens the inputs of products). The first run is
 # uncompiled: transformers' attention and loss over bitsandbytes' layers. The second run is under `compile_qlora` with
-# flex attention. The lengths lie between 128 and 320 (T4: 192). Shorter sequences, packed rows and an evaluation need
-# further graphs, which this run does not compile on a GPU. A CPU cannot compile flex attention into a layer. There the
-# second run uses SDPA (PyTorch's `scaled_dot_product_attention`), and packed rows and an evaluation follow.
+# flex attention. The lengths lie between 128 and 320 (T4: 192), and packed rows and an evaluation follow, which need
+# further graphs (not on a T4). Flex attention needs further graphs for lengths below 128, too (check 1). A CPU cannot
+# compile flex attention into a layer. There the second run uses SDPA (PyTorch's `scaled_dot_product_attention`).
 #
-# Dynamo reports graphs, graph breaks and the reasons of recompilations. Compilations are Inductor's, and forward and
-# backward count separately. The table shows where each part of the model was compiled, by the operators of the graphs
-# that Inductor received. A graph can hold several parts, so the column does not add up to the number of compilations.
+# Dynamo reports graphs, graph breaks and the reasons of recompilations. The regions are compiled with `fullgraph=True`,
+# which turns a break into an error, so a run that ends has none in them. Embeddings, masks and the optimizer are not
+# compiled. Compilations are Inductor's, and forward and backward count separately. The table shows where each part of
+# the model was compiled, by the operators of the graphs that Inductor received. A graph can hold several parts, so the
+# column does not add up to the number of compilations.
 #
 # Outputs and gradients of the activation with its adapters are compared with float64. The error of each may be at most
 # 1.05 times the error of the plain formula in the same dtype, because sums in another order round differently. The
-# checks of the MLP include the result.
+# checks of the MLP include the result. With the outputs `gate` and `up` of the two frozen layers, the low-rank inputs
+# `s A x` of their adapters, and the adapter of the next layer, the plain formula is:
+#
+# ```python
+# act = silu(gate + low_gate @ B_gate.T) * (up + low_up @ B_up.T)           # [tokens, inner]
+# low_down = act @ A_down.T                                                 # [tokens, rank]
+# ```
 
 # %%
 from benchmarks.compiled import trainer as qlora_trainer
@@ -226,7 +234,7 @@ for candidate in qlora_steps.CANDIDATES if model is not None else ():
     try:
         trainings[candidate] = run = qlora_trainer.measure(
             candidate, steps=STEPS, **LENGTHS, attention="flex" if GPU else "auto", tiny=not GPU, model=model,
-            afterwards=not GPU,
+            afterwards=not OLD,
         )  # fmt: skip
     except Exception as error:
         experiments.failed(f"Trainer, {candidate}", error)
@@ -251,8 +259,8 @@ if "compiled" in trainings:
         results.add("compilations", name, part.compilations, "compilations")
     results.add("compilations", f"{run['steps']} steps of a Trainer", run["compilations"], "compilations")
     results.add("graph_breaks", "all", breaks.total(), "graph breaks")
-    if GPU:
-        print("SKIPPED: packed batches and an evaluation; the package's tests run them")
+    if OLD:
+        print("SKIPPED: packed batches and an evaluation: left to larger GPUs; the package's tests run them")
     else:
         print(f"packed batches and an evaluation: {run['later_compilations']} more compilations")
         results.add("compilations", "packed, evaluated afterwards", run["later_compilations"], "compilations")
@@ -264,8 +272,9 @@ if "compiled" in trainings:
 # Both runs use AdamW with a learning rate of 2e-5. AdamW amplifies rounding, so a higher rate would compare rounding
 # instead of the two implementations. The 16-bit runs below use 2e-4 and measure the rounding difference. AdamW also
 # hides a wrong gradient scale from the losses. The cell therefore compares the gradient norms, too, which are not
-# clipped. The limits are 1e-4 nats for a loss and 1e-3, relative, for a norm. Gradients that are 1 % too large would
-# exceed the second limit ten times.
+# clipped. The limits are 1e-4 nats for a loss and 1e-3, relative, for a norm. They are chosen and not derived.
+# Gradients that are 1 % too large would exceed the second limit ten times. A *nat* is the unit of a loss by natural
+# logarithms.
 
 # %%
 if len(trainings) == 2:
@@ -314,14 +323,16 @@ else:
 # covers both max-autotune and checkpointing.
 #
 # The timed runs use `attention="auto"`. For a causal mask without window or documents it selects SDPA, which has a flag
-# for this mask. Checks 1 and 2 cover flex attention. Its speed is not measured here.
+# for this mask. Checks 1 and 2 cover flex attention, and one more run is timed with it (not on a T4).
 #
 # The memory is the peak that PyTorch allocates in a step. Much of the difference comes from the loss. Eager mode holds
 # all logits. By the count of section E these take 12 bytes per logit, or 11.7 GiB at 4 x 2048 tokens. The compiled run
-# has the loss of section E, which holds one chunk of logits.
+# has the loss of section E, which holds one chunk of logits, and the kernel of section A. A run of eager mode with
+# these two parts alone shows what the compiled layers add (not on a T4).
 #
 # **The loss in 16 bits.** Two uncompiled runs differ as well if only the attention kernel differs. Three such runs show
-# how much. The limit for a compiled run is twice the largest difference among them.
+# how much. The limit for a compiled run is twice the largest difference among them, because three runs underestimate
+# the spread of all orders of rounding.
 
 # %%
 rows, longest, steps = (size, length, 8 if OLD else 20) if GPU else (2, 24, 4)
@@ -342,6 +353,11 @@ SIXTEEN_BIT = UNCOMPILED | {
     "compiled, with checkpointing": {**full, "candidate": "compiled", "checkpointing": True},
     "compiled, max-autotune": {**short, "candidate": "compiled", "max_autotune": True, "profile": True},
 }
+if GPU and not OLD:  # what two parts of the compiled run are worth alone, and the attention of check 1
+    SIXTEEN_BIT |= {
+        qlora_steps.PARTS: {**full, "candidate": qlora_steps.PARTS},
+        "compiled, flex attention": {**full, "candidate": "compiled", "attention": "flex"},
+    }
 if OLD:
     SIXTEEN_BIT["compiled, max-autotune"]["checkpointing"] = True
     for case in CHECKPOINTING:
@@ -367,6 +383,8 @@ PAIRS = {case: (f"compiled, {case}", f"eager, {case}") for case in CHECKPOINTING
 if OLD:
     PAIRS = {"max-autotune with checkpointing": ("compiled, max-autotune", "eager, with checkpointing")}
 compared = {name: runs[name] for pair in PAIRS.values() for name in reversed(pair) if name in runs}
+FLEX = "compiled, flex attention"
+compared |= {name: runs[name] for name in (qlora_steps.PARTS, FLEX) if name in runs}
 display(Markdown(qlora_figures.steps_table(compared, failed)))
 print(f"{SIZE}, {HARDWARE}, random weights; the second half of the steps")
 for case, pair in PAIRS.items() if GPU else ():
@@ -384,8 +402,16 @@ for case, pair in PAIRS.items() if GPU else ():
                 print(f"{case}: GPU busy over the bound: {over[0]:.2f} compiled, {over[1]:.2f} eager")
             if mine is next(run for run in runs.values() if run["candidate"] == "compiled"):
                 print(f"{case}: {qlora_figures.recovery(mine, other)}")
+for name in (qlora_steps.PARTS, FLEX):
+    if name in runs:
+        middle, low, high = qlora_steps.step_ms(runs[name])
+        results.add("step_ms", f"{name}, {SIZE}", middle, "ms", low, high)
+        results.add("peak_gib", f"{name}, {SIZE}", runs[name]["peak_gib"], "GiB")
+        if busy := qlora_figures.busy_ms(runs[name]):
+            results.add("gpu_busy_ms", f"{name}, {SIZE}", busy, "ms")
 if GPU and compared:
-    qlora_figures.memory_figure(compared, f"{HARDWARE}, {results.date}").savefig(
+    drawn = {name: run for name, run in compared.items() if name != FLEX}
+    qlora_figures.memory_figure(drawn, f"{HARDWARE}, {results.date}").savefig(
         "resources/c_compile_frontier.png", dpi=110
     )
     plt.show()
@@ -417,7 +443,8 @@ elif not GPU and len(runs) == 2:
 # several tile sizes compete with NVIDIA's library cuBLAS. cuBLAS keeps each product on which Triton is not faster. By
 # default Inductor excludes Triton on GPUs with few multiprocessors. Here it competes there, too. Below sm_80 Triton has
 # no tensor cores, so it competes for LoRA's narrow products only. The profiler counts Triton's products in a step. The
-# table shows the four largest gains of Triton.
+# table shows the four largest gains of Triton. The step can still gain nothing: the profiler's busy times below show
+# what the kernels took together.
 #
 # The last lines compare this run with the default compilation (not on a T4). A product that is faster alone need not
 # make the step faster. The last line is the ratio of the step times: below 1 max-autotune is slower. Where the GPU busy

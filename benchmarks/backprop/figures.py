@@ -255,7 +255,7 @@ def grpo_memory_figure(measured: Mapping[str, Mapping[str, dict]], ours: str, wh
     Returns:
         The figure.
     """
-    from benchmarks.backprop.grpo_head import FULL, TRL  # here: the other figures need no TRL
+    from benchmarks.backprop.grpo_head import FULL, OURS_FLOAT32, OURS_KEPT, TRL  # here: the others need no TRL
 
     colors = {name: GREEN if name.startswith("Liger") else GRAY for found in measured.values() for name in found}
     colors |= {name: BLUE for name in colors if name.startswith("ours")} | {TRL: ORANGE}
@@ -270,8 +270,9 @@ def grpo_memory_figure(measured: Mapping[str, Mapping[str, dict]], ours: str, wh
         axes.set_xlim(0, 1.6 * max(one["peak_gib"] for one in found.values()))
         if ours in found and FULL in found:
             full = found[FULL]["peak_gib"]
-            shares = (f"{name} {found[name]['peak_gib'] / full:.0%}" for name in (ours, TRL) if name in found)
-            messages.append(f"{', '.join(shares)} ({part})")
-    message = f"Share of full logits' memory: {'; '.join(messages)}" if messages else "GRPO's memory"
+            named = (ours, OURS_KEPT, OURS_FLOAT32, TRL) if part == "head only" else (ours, TRL)
+            shares = (f"{name} {found[name]['peak_gib'] / full:.0%}" for name in named if name in found)
+            messages.append(f"{part}: {'; '.join(shares)}")
+    message = f"Share of full logits' memory, {'. '.join(messages)}" if messages else "GRPO's memory"
     figure.suptitle(f"{message}\n{where}", fontsize=10)
     return figure

@@ -4,8 +4,9 @@
 
 As a script each candidate has a process of its own; the notebook makes all runs in one, and takes off what others hold
 of the memory (`held_bytes`). "eager" is transformers' model with PEFT's adapters over bitsandbytes' layers and the
-standard loss; "compiled" the same model under `compile_qlora`. Both read the same bytes of Python's language reference,
-each byte a token.
+standard loss; "compiled" the same model under `compile_qlora`. PARTS is "eager" with two parts of "compiled", the
+kernel of challenge A and the loss of challenge E, but without compiled layers. All read the same bytes of Python's
+language reference, each byte a token.
 """
 
 import argparse
@@ -22,12 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.compiled.clock import free_pinned, kernels_of, milliseconds, now, pinned_gib
 from benchmarks.compiled.model import qlora_model, renew, text_batch
+from unsloth_puzzles.backprop.trainer import use_memory_efficient_loss
 from unsloth_puzzles.bench import memory
 from unsloth_puzzles.bench.compilations import count_compilations
 from unsloth_puzzles.bench.record import write_json
 from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 CANDIDATES = ("eager", "compiled")
+PARTS = "eager, A's kernel and E's loss"
 WARM = 2  # steps
 _NO_SETTINGS = ("lengths", "ready", "model", "held_bytes")
 KERNELS = {
@@ -74,8 +78,8 @@ def measure(
     "graph_breaks", "compile_seconds"; with max_autotune "products", what was benchmarked; with `profile` "kernels", for
     each of `KINDS` the GPU's time and the launches of a step; and the settings.
     """
-    if candidate not in CANDIDATES:
-        raise ValueError(f"candidate must be one of {', '.join(map(repr, CANDIDATES))}, got {candidate!r}")
+    if candidate not in (*CANDIDATES, PARTS):
+        raise ValueError(f"candidate must be one of {', '.join(map(repr, (*CANDIDATES, PARTS)))}, got {candidate!r}")
     if sdpa is not None and sdpa not in KERNELS:
         raise ValueError(f"sdpa must be None or one of {', '.join(map(repr, KERNELS))}, got {sdpa!r}")
     device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
@@ -96,7 +100,11 @@ def measure(
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
+        contextlib.ExitStack() as parts,
     ):
+        if candidate == PARTS:
+            parts.enter_context(patch_linear4bit(model))
+            parts.enter_context(use_memory_efficient_loss(model, compile=device == "cuda"))
         for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":
@@ -141,7 +149,7 @@ def step_ms(run: dict) -> tuple[float, float, float]:
 def _attention_of(model, candidate: str, attention: str) -> Iterator[None]:
     """An uncompiled run's `attn_implementation` while the block runs, whatever happens in it."""
     before = model.config._attn_implementation
-    if candidate == "eager" and attention != "auto":
+    if candidate != "compiled" and attention != "auto":
         model.get_base_model().set_attn_implementation(attention)
     try:
         yield

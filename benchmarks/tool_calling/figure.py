@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.tool_calling.evaluate import HELD_OUT, METRICS, Share
+from benchmarks.tool_calling.evaluate import AFTER_AN_ERROR, HELD_OUT, Share
+
+BARS = {  # by the name of a share
+    "parse rate": "parse rate",
+    "exact call": "exact call",
+    "final answer": "final answer",
+    "abstention": "abstention",
+    HELD_OUT: "exact call,\nheld-out tool",
+    "exact call, untrained error": "exact call,\nuntrained error",
+    AFTER_AN_ERROR: "mended,\nafter an error",
+}
 
 
 def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str, path: str | Path) -> None:
@@ -16,7 +26,7 @@ def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str,
     """
     import matplotlib.pyplot as plt
 
-    shown = [*METRICS, HELD_OUT]
+    shown = [name for name in BARS if all(name in report[when] for when in ("before", "after"))]
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for row, (when, colour) in enumerate({"before": "tab:grey", "after": "tab:green"}.items()):
         shares = [report[when][name] for name in shown]
@@ -26,8 +36,7 @@ def tool_calling_figure(report: Mapping[str, Mapping[str, Share]], of_what: str,
             low, high = share.interval
             axes.vlines(place, low, high, color="black")
     counts = [[report[when][name].count for when in ("before", "after")] for name in shown]
-    names = [*METRICS, "exact call,\nheld-out tool"]  # whose questions count in no other bar
-    labels = [f"{name}\nn = {old}, {new}" for name, (old, new) in zip(names, counts, strict=True)]
+    labels = [f"{BARS[name]}\nn = {old}, {new}" for name, (old, new) in zip(shown, counts, strict=True)]
     axes.set_xticks(range(len(shown)), labels)
     axes.set_xlabel("n: questions before, after")
     axes.set(

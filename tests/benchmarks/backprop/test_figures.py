@@ -69,9 +69,11 @@ def test_curves_and_grpo_say_their_message():
     assert "first 1 of 2 steps" in axes.get_title()
     found = {name: {"peak_gib": gib, "time": Timing(1.0, 1.0, 1.0, 1)} for name, gib in (("ours", 1.0), ("TRL", 2.0))}
     found["full logits"] = {**found["ours"], "peak_gib": 10.0}
-    assert "ours 10%, TRL 20% (head only)" in grpo_memory_figure({"head only": found}, "ours", "GPU").get_suptitle()
+    found["ours, logits kept"] = {**found["ours"], "peak_gib": 3.0}
+    title = grpo_memory_figure({"head only": found, "whole step": found}, "ours", "GPU").get_suptitle()
+    assert "memory, head only: ours 10%; ours, logits kept 30%; TRL 20%. whole step: ours 10%; TRL 20%\n" in title
     del found["TRL"]
-    assert "memory: ours 10% (whole step)" in grpo_memory_figure({"whole step": found}, "ours", "GPU").get_suptitle()
+    assert "memory, whole step: ours 10%\n" in grpo_memory_figure({"whole step": found}, "ours", "GPU").get_suptitle()
 
 
 def test_liger_rows_at_the_reference_shape():

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.compiled.figures import busy_ms, memory_figure, parity_figure, products_table, recovery, steps_table
 from benchmarks.compiled.parts import OPERATORS, find_parts, limits_in_words, parts_table
+from benchmarks.compiled.steps import PARTS
 from unsloth_puzzles.bench.compilations import Capture
 
 
@@ -57,12 +58,15 @@ def test_products_table_has_the_largest_gains_of_triton():
 
 def test_memory_figure_says_the_ratios(closed):
     runs = {"eager, a": step_run("eager", 20.0, 4.0, 10.0), "compiled, a": step_run("compiled", 10.0, 1.0, 8.0)}
+    runs["parts, a"] = step_run(PARTS, 15.0, 2.0, 9.0)
     (axes,) = memory_figure(runs, "GPU, date").axes
     assert axes.get_title().splitlines()[0] == (
         "Compiled, a: 25% of the memory, 50% of the step time, 80% of the GPU time of eager"
     )
     assert axes.get_title().endswith("GPU, date")
-    assert [text.get_text() for text in axes.texts] == ["eager, a\n4 GiB, 20 ms", "compiled, a\n1 GiB, 10 ms"]
+    assert [text.get_text() for text in axes.texts] == [
+        "eager, a\n4 GiB, 20 ms", "compiled, a\n1 GiB, 10 ms", "parts, a\n2 GiB, 15 ms",
+    ]  # fmt: skip
 
 
 def test_parity_figure_says_the_differences(closed):

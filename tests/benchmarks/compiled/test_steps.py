@@ -34,6 +34,23 @@ def test_runs_of_one_model_begin_alike_whatever_was_run_before():
     assert not model.get_base_model().is_gradient_checkpointing and model.config._attn_implementation == "sdpa"
 
 
+def test_a_run_of_two_parts_uses_both_and_leaves_none(monkeypatch):
+    used, patch = [], steps.use_memory_efficient_loss
+
+    def patched(*given, **options):
+        used.append(patch(*given, **options))
+        return used[-1]
+
+    monkeypatch.setattr(steps, "use_memory_efficient_loss", patched)
+    model = qlora_model("cpu", torch.float32, True)
+    asked = {"batch": 2, "lengths": (9, 12, 17), "dtype": "float32", "tiny": True, "model": model}
+    plain = measure("eager", **asked)["losses"]
+    kinds = [type(module) for module in model.modules()]
+    parts = measure(steps.PARTS, **asked)
+    assert parts["losses"] == pytest.approx(plain, rel=1e-5) and used[0].calls == 3
+    assert [type(module) for module in model.modules()] == kinds and parts["compilations"] == 0
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"^candidate must be .*, got 'fast'"):
         measure("fast")
