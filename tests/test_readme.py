@@ -84,10 +84,10 @@ def test_committed_page_is_what_the_measurements_give(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8") == pages()[name]
 
 
-def test_readme_has_two_pages_seven_claims_two_figures_and_three_examples() -> None:
+def test_readme_has_two_pages_eight_claims_two_figures_and_three_examples() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(page.splitlines()) <= 150
-    assert len(re.findall(r"^\| [A-E]\. ", page, flags=re.MULTILINE)) == len(CLAIMS) == 7
+    assert len(re.findall(r"^\| [A-E]\. ", page, flags=re.MULTILINE)) == len(CLAIMS) == 8
     assert len(re.findall(r"^!\[", page, flags=re.MULTILINE)) == 2
     assert page.count("```python") == 3
     assert page.split("## Limits")[1].split("- ")[1].startswith("**No T4 ran this.**")
@@ -165,12 +165,18 @@ def test_claim_of_challenge_b_fills_itself_and_tells_its_weights(tmp_path: Path,
     assert second.endswith("(4 layers of 8B, 4 x 2048 a GPU) | 1.86x | - | NVIDIA Test, 2026-11-22 | random |")
 
 
+_OF_KINDS = (("", 0.9), (", one call", 0.95), (", held-out tool", 0.8))
+
+
 def test_claim_of_challenge_d_fills_itself(tmp_path: Path) -> None:
     others = {"majority": 0.02, "naive Bayes": 0.5, "TF-IDF logistic regression": 0.61}
     _measure(tmp_path, "d_issues.json", ("macro_f1", "docstrings, SmolLM2-135M in NF4", 0.7, "fraction", others))
-    row = _claims(tmp_path)["D"]
-    assert "| 0.7 | majority 0.02; naive Bayes 0.5; TF-IDF logistic regression 0.61 | NVIDIA Test" in row
-    assert row.endswith("| real |")
+    classifier, tools = (line for line in claims_table(tmp_path).splitlines() if line.startswith("| D."))
+    assert "| 0.7 | majority 0.02; naive Bayes 0.5; TF-IDF logistic regression 0.61 | NVIDIA Test" in classifier
+    assert classifier.endswith("| real |") and "| not measured |" in tools
+    kinds = [("tool_calling", f"exact call{of}", share, "fraction", {"before": 0.0}) for of, share in _OF_KINDS]
+    _measure(tmp_path, "d_issues.json", *kinds)
+    assert "share answered by exact calls | 0.9 | before 0 | NVIDIA Test" in _claims(tmp_path)["D"]
 
 
 def test_rehearsal_of_a_claim_says_so(tmp_path: Path) -> None:
@@ -409,7 +415,7 @@ def _measure(folder: Path, file: str, *records: tuple, rehearsal: bool = False) 
 
 
 def _claims(folder: Path) -> dict[str, str]:
-    """The row of each challenge, of E the last."""
+    """The row of each challenge, of B, D and E the last."""
     return {line[2]: line for line in claims_table(folder).splitlines()[2:]}
 
 

@@ -16,7 +16,7 @@ from unsloth_puzzles.bench.markdown import table
 from unsloth_puzzles.bench.scorecard import is_gpu
 
 NOT_MEASURED = "not measured"
-ONE_CASE = {"all", "head only", "the script, two GPUs"}  # cases that the claim itself names
+ONE_CASE = {"all", "exact call", "head only", "the script, two GPUs"}  # cases that the claim itself names
 # The metric whose case tells what challenge B's script trained: the layers, unless all of them, and the weights.
 _OF_CASE = ("steps_trained", r"((?:\d+ layers, )?(?:real|random)) weights")
 _NAMES = SHORT | {"three bitsandbytes launches (Unsloth's sequence)": "an imitation of Unsloth's three launches"}
@@ -83,6 +83,14 @@ CLAIMS = (
         ("macro_f1",),
         "docstrings",
         ("majority", "naive Bayes", "TF-IDF logistic regression"),
+        "real",
+    ),
+    Claim(
+        "D. Tool calling by SmolLM2-135M after QLoRA, held-out questions: share answered by exact calls",
+        "d_issues.json",
+        ("tool_calling",),
+        "exact call",
+        ("before",),
         "real",
     ),
     Claim(
