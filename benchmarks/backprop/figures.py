@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import pandas
 
-from benchmarks.backprop.baselines import FLOOR, LIGER
+from benchmarks.backprop.baselines import CCE, FLOOR, LIGER
 from benchmarks.backprop.linear_losses import OURS, Measured
 from unsloth_puzzles.bench.criterion import (
     LARGEST_FULL_DIFFERENCE,
@@ -106,6 +106,7 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
     figure, panes = plt.subplots(1, len(by_head), figsize=(11, 4.4), squeeze=False, layout="constrained")
     for axes, (head, points) in zip(panes[0], by_head.items(), strict=True):
         ours = [at[OURS] for _, at in points]
+        top = 1.25 * max(time for _, at in points for name, (_, time) in at.items() if name != CCE)
         axes.plot(*zip(*ours, strict=True), "o-", color=BLUE)
         axes.plot(*zip(*(at[FLOOR] for _, at in points), strict=True), "--", color=GRAY)
         axes.annotate("ours (rows of a chunk)", ours[0], (26, 4), textcoords="offset points", color=BLUE, fontsize=9)
@@ -114,7 +115,11 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
         for size, at in points:
             axes.annotate(size, at[OURS], (3, 4), textcoords="offset points", fontsize=8, color=BLUE)
         for name, at in points[0][1].items():  # the baselines have no chunk size of ours: one point each
-            if name not in (OURS, FLOOR):
+            if at[1] > top:  # it would press all others together
+                axes.plot(at[0], 0.96 * top, "^", color=ORANGE)
+                style = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": ORANGE}
+                axes.annotate(f"{name}, above: {at[1]:.0f} ms", (at[0], 0.96 * top), (8, 0), **style)
+            elif name not in (OURS, FLOOR):
                 color, marker = (GREEN, "D") if name == LIGER else (ORANGE, "s")
                 axes.plot(*at, marker, color=color, zorder=3)
                 if name == LIGER:  # its neighbours leave no room beside it: the label lies below all curves
@@ -128,11 +133,10 @@ def frontier_figure(by_head: Mapping[str, Points], where: str):
                 axes.annotate(name, at, shift, textcoords="offset points", fontsize=9, color=color, **style)
         peaks = [peak for _, at in points for peak, _ in at.values()]
         axes.set_xlim(0.6 * min(peaks), 1.5 * max(peaks))
-        times = [time for _, at in points for _, time in at.values()]
-        axes.set_ylim(0.75 * min(times), 1.15 * max(times))
+        axes.set_ylim(0.75 * min(time for _, at in points for _, time in at.values()), top)
         axes.set(xlabel="extra peak memory, GiB", ylabel="forward + backward, ms", title=head)
         _plain_log(axes.xaxis, (1, 2, 5))
-        _plain_log(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 7, 8))
+        _plain_log(axes.yaxis, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8))
     compared = {head: time_at_equal_memory(points) for head, points in by_head.items()}
     said = (f"{head}, {_faster(ratio)}" for head, ratio in compared.items() if ratio is not None)
     figure.suptitle(f"At equal memory (Liger's): {'; '.join(said) or 'not compared'}\n{where}", fontsize=10)

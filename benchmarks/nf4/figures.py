@@ -118,6 +118,8 @@ def ablation(timings: Mapping[str, Mapping], where: str) -> plt.Figure:
     values = axes.secondary_yaxis("right")
     values.set_yticks(range(len(names)), ["  ".join(f"{one:.2f}x" for one in each) for each in medians], fontsize=9)
     values.tick_params(length=0)
+    columns = "   ".join(shape.split()[-1] for shape in timings)  # dtypes
+    axes.annotate(columns, (1, 1), (6, 2), xycoords="axes fraction", textcoords="offset points", fontsize=9)
     axes.minorticks_off()
     axes.legend(loc="best", fontsize=9)
     exact = [name for name in names if name not in VARIANTS or not VARIANTS[name].fp_fusion]
