@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from tests.attention.conftest import make_batch
@@ -70,6 +72,23 @@ def logits(model, implementation, inputs):
     model.set_attn_implementation(implementation)
     found = model(ids().to(model.device), use_cache=False, **inputs).logits
     return found[inputs["attention_mask"].bool()] if "attention_mask" in inputs else found
+
+
+@pytest.mark.parametrize("backend", ["auto", "flex", "sdpa", "dense"])
+@torch.no_grad()
+def test_a_config_without_a_window_makes_a_mask_that_no_layer_uses(backend):
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **experts)).eval()
+    assert model.config.sliding_window == 0
+    expected = logits(model, "sdpa", {})
+    torch.testing.assert_close(logits(model, f"{NAME}_{backend}" if backend != "auto" else NAME, {}), expected)
+    model.config.layer_types = ["sliding_attention"] * 2  # now layers ask for it
+    if backend == "flex":
+        for layer in model.model.layers:
+            layer.attention_type = layer.self_attn.layer_type = "sliding_attention"
+        with pytest.raises(ValueError):
+            logits(model, f"{NAME}_{backend}", {})
 
 
 @pytest.mark.parametrize("backend", ["auto", "flex", "sdpa", "dense"])

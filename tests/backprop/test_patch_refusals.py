@@ -234,3 +234,29 @@ def test_a_copy_of_a_patched_model_can_be_patched_after_undo():
     with use_memory_efficient_loss(copied) as again:
         torch.testing.assert_close(copied(**given).loss.float(), expected)
     assert again.calls == 1 and torch.equal(copied(**given).loss, expected)
+
+
+def test_predict_of_a_trainer_is_refused_without_predictions(tmp_path):
+    rows = [{name: tensor[0] for name, tensor in batch().items()} for _ in range(2)]
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows)
+    logits = trainer.predict(rows).predictions
+    with use_memory_efficient_loss(trainer) as patch:
+        with pytest.raises(ValueError, match=r"^predictions must be True for trainer.predict, got False"):
+            trainer.predict(rows)
+        assert trainer.evaluate(rows)["eval_loss"] > 0 and patch.calls
+    assert "predict" not in vars(trainer) and (trainer.predict(rows).predictions == logits).all()
+    with use_memory_efficient_loss(trainer, predictions=True):
+        ids, log_probs = trainer.predict(rows).predictions
+    assert ids.shape == log_probs.shape == logits.shape[:2]
+
+
+def test_a_model_from_a_file_is_not_patched(tmp_path):
+    model = llama()
+    with use_memory_efficient_loss(model):
+        torch.save(model, tmp_path / "model.pt")
+        model(**batch())
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded(**batch()).logits is not None
+    with use_memory_efficient_loss(loaded) as patch:
+        assert loaded(**batch()).loss.item() == pytest.approx(model(**batch()).loss.item(), rel=1e-6)
+        assert patch.calls == 1

@@ -137,6 +137,12 @@ def test_sft_trainer_needs_the_trainer_itself(tmp_path, tokenizer):
         use_memory_efficient_loss(trainer, z_loss)
     with pytest.raises(ValueError, match="predictions must be False with SFTTrainer"):
         use_memory_efficient_loss(trainer, predictions=True)
+    logits = trainer.predict(data).predictions
+    with use_memory_efficient_loss(trainer):
+        assert trainer.predict(data).predictions == pytest.approx(logits, rel=1e-6)
+    trainer.label_smoother = object()
+    with pytest.raises(ValueError, match="switch it off: there is no smoothing with SFTTrainer"):
+        use_memory_efficient_loss(trainer)
 
 
 def test_other_trainers_of_trl_and_their_models_are_refused(tmp_path, tokenizer):

@@ -67,6 +67,19 @@ def test_without_a_mask_padding_is_masked(loaded, side):
         assert torch.equal(model(given["input_ids"]).logits, model(**given).logits)
 
 
+def test_rows_without_a_mask_and_a_padding_token_are_refused(checkpoint):
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    model.config.problem_type, model.config.pad_token_id = "single_label_classification", None
+    pool_by_mask(model)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^attention_mask must be given for 2 rows where"):
+        model(ids)
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        assert torch.equal(model(ids[:1]).logits, model(ids[:1], attention_mask=mask[:1]).logits)
+        assert model(ids, attention_mask=mask).logits.isfinite().all()
+
+
 def test_embeddings_instead_of_ids(loaded):
     model, tokenizer = loaded
     given = batch(tokenizer)
@@ -153,7 +166,10 @@ def test_undo_copy_and_pickle(checkpoint):
     plain.config.problem_type = "single_label_classification"
     undo = pool_by_mask(plain)
     assert is_pooled(plain) and is_pooled(copy.deepcopy(plain)) and type(plain).__name__ == cls.__name__
-    assert type(pickle.loads(pickle.dumps(plain))) is cls
+    loaded, given = pickle.loads(pickle.dumps(plain)), batch(byte_tokenizer(padding_side="right"))
+    assert is_pooled(loaded) and isinstance(loaded, cls)
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).logits, plain(**given).logits)
     with pytest.raises(TypeError, match=r"model must be a decoder for sequence classification"):
         pool_by_mask(plain)
     undo()

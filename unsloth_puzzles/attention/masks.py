@@ -22,6 +22,10 @@ class Unreadable(ValueError):
     """A mask that `Pattern` and documents do not describe."""
 
 
+class EmptyWindow(Unreadable):
+    """A window of less than one token. Models whose config has no window make such a mask, and no layer uses it."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Which positions the queries and the keys of a batch are at: the first of each, and how many."""
@@ -139,7 +143,10 @@ def _parts(
     free = dict(zip(getattr(code, "co_freevars", ()), getattr(mask_function, "__closure__", None) or (), strict=False))
     free = {name: cell.cell_contents for name, cell in free.items()}
     if code is _WINDOW:
-        return False, free["sliding_window"], [], []
+        window = free["sliding_window"]
+        if window < 1:
+            raise EmptyWindow(f"sliding_window must be at least 1, got {window}")
+        return False, window, [], []
     if code is _PACKED:
         if positions is not None:
             raise Unreadable("mask_function must take packed sequences by place, got ones by position in a sequence")

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 
 from unsloth_puzzles.attention.interface import BACKENDS, Mask, prepare
 from unsloth_puzzles.attention.mask_check import check
-from unsloth_puzzles.attention.masks import Lengths, Unreadable, dense, read
+from unsloth_puzzles.attention.masks import EmptyWindow, Lengths, Unreadable, dense, read
 from unsloth_puzzles.attention.model_mask import NAME, ModelMask
 from unsloth_puzzles.attention.pattern import Batch, Pattern
 
@@ -102,7 +102,7 @@ def make_mask(
             mask_function, lengths, attention_mask, getattr(config, "attn_logit_softcapping", None)
         )
     except Unreadable as error:
-        if backend not in ("auto", *_DENSE):
+        if backend not in ("auto", *_DENSE) and not isinstance(error, EmptyWindow):  # which a layer would refuse
             raise ValueError(f"{error}; backends {' and '.join(_DENSE)} take any mask") from None
         return dense(mask_function, lengths, attention_mask, use_vmap, device)
     if torch.is_autocast_enabled(device.type):

@@ -34,7 +34,10 @@ def find_causal_lm(model: object, per_token: bool) -> PreTrainedModel:
         used = getattr(found.loss_function, "__name__", found.loss_function)
         raise ValueError(f"model.loss_function must be ForCausalLMLoss, got {used} of {name}, which would be ignored")
     if routes(found):
-        raise ValueError("output_router_logits must be False, got True: the router's auxiliary loss is not supported")
+        raise ValueError(
+            "output_router_logits must be False, got True: the router's auxiliary loss is not supported; SFTTrainer "
+            "sets it unless SFTConfig(router_aux_loss_coef=0.0)"
+        )
     own = getattr(vars(found).get("forward"), "__func__", None)
     if not per_token and own is not None and "fused_lm_head" in own.__code__.co_varnames:
         raise ValueError(

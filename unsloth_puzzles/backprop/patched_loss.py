@@ -37,13 +37,22 @@ class _Active:
     def __deepcopy__(self, memo: dict) -> "_Active":
         return self
 
+    def __reduce__(self) -> tuple:
+        return _undone, ()  # a model from a file has its class's forward
+
+
+def _undone() -> _Active:
+    active = _Active()
+    active.on = False
+    return active
+
 
 class PatchedLoss:
     """The handle of `use_memory_efficient_loss`. Undone by `undo()` or at the end of a `with` block, once."""
 
     def __init__(self, causal_lm, loss, between, autocast, predictions, per_token, skip_ignored, options):
         self.calls, self.autocast, self._active, self._skip_ignored = 0, autocast, _Active(), skip_ignored
-        self._settings = settings(causal_lm)
+        self._settings, self._also_undo = settings(causal_lm), []
         self._causal_lm, self._predictions, self._per_token, self._options = causal_lm, predictions, per_token, options
         # One object for the life of the patch: compiled code is kept per function object.
         self._loss = loss if between is None else functools.partial(transformed, loss, *between)
@@ -62,11 +71,17 @@ class PatchedLoss:
         """Whether it has not been undone."""
         return self._active.on
 
+    def also_undo(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the patch is undone."""
+        self._also_undo.append(undo)
+
     def undo(self) -> None:
         """Give the model its own loss back, also where another library has wrapped its forward since."""
         if not self.active:
             return
         self._active.on = False  # so a forward that somebody has wrapped passes everything on
+        for undo in self._also_undo:
+            undo()
         vars(self._causal_lm).pop("_memory_efficient_loss", None)
         if vars(self._causal_lm).get(self._name) is self._forward:
             if self._previous is None:

@@ -22,7 +22,7 @@ from unsloth_puzzles.backprop.causal_lm import find_causal_lm, refuse_data_paral
 from unsloth_puzzles.backprop.losses import IGNORED, cross_entropy
 from unsloth_puzzles.backprop.patched_loss import PatchedLoss
 from unsloth_puzzles.backprop.probe import logit_transform, own_autocast
-from unsloth_puzzles.backprop.trainer_checks import check_trainer
+from unsloth_puzzles.backprop.trainer_checks import check_trainer, refuse_predict
 
 
 def use_memory_efficient_loss(
@@ -52,7 +52,8 @@ def use_memory_efficient_loss(
         loss: `loss(logits, labels)`, one of `losses` or a function like them: a sum over rows.
         predictions: Outputs in eval mode also hold `predicted_ids` [batch, length] int64, the likeliest next token at
             each position, and `token_log_probs` [batch, length] float32, 0 where there is no label. They are what
-            `compute_metrics` then gets as predictions, instead of logits.
+            `compute_metrics` then gets as predictions, instead of logits. Without it `predict` of a Trainer that was
+            given is refused; that of a Trainer around a patched model returns no predictions.
         chunk_size: See `memory_efficient_linear`, as for the next two.
         accumulate_dtype: In which the weight's gradient is summed.
         compile: Let Inductor fuse the loss and its gradient.
@@ -84,7 +85,10 @@ def use_memory_efficient_loss(
         _check_ignored(loss, causal_lm)
     options = {"chunk_size": chunk_size, "accumulate_dtype": accumulate_dtype, "compile": compile}
     autocast = own_autocast(causal_lm)
-    return PatchedLoss(causal_lm, loss, between, autocast, predictions, per_token, skip_ignored, options)
+    patch = PatchedLoss(causal_lm, loss, between, autocast, predictions, per_token, skip_ignored, options)
+    if trainer is not None and not (per_token or predictions):  # SFTTrainer predicts with the logits
+        patch.also_undo(refuse_predict(trainer))
+    return patch
 
 
 def _check_ignored(loss: Callable, causal_lm: PreTrainedModel) -> None:

@@ -29,7 +29,13 @@ def check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
             "the logits if others are given"
         )
     for name, given, instead in (
-        ("label_smoothing_factor", trainer.label_smoother, "pass loss=partial(cross_entropy, label_smoothing=...)"),
+        (
+            "label_smoothing_factor",
+            trainer.label_smoother,
+            "switch it off: there is no smoothing with SFTTrainer"
+            if is_sft
+            else "pass loss=partial(cross_entropy, label_smoothing=...)",
+        ),
         ("compute_loss_func", trainer.compute_loss_func, "pass it as loss, in the form of backprop.losses"),
         ("use_liger_kernel", trainer.args.use_liger_kernel, "switch it off: it exchanges the same forward"),
         # SFTTrainer evaluates a second time, with logits, for these two.
@@ -54,3 +60,27 @@ def check_trainer(trainer: Trainer, loss: Callable, predictions: bool) -> bool:
             "be patched; make the Trainer with model=model_init()"
         )
     return is_sft
+
+
+def refuse_predict(trainer: Trainer) -> Callable[[], None]:
+    """Let `trainer.predict` raise a ValueError, since its predictions would be empty without logits; returns the undo.
+
+    `evaluate` needs no logits without `compute_metrics`.
+    """
+
+    def predict(*args, **kwargs):
+        raise ValueError(
+            "predictions must be True for trainer.predict, got False: no logits are made; pass predictions=True to "
+            "use_memory_efficient_loss, or undo it first"
+        )
+
+    before = vars(trainer).get("predict")
+    trainer.predict = predict
+
+    def undo() -> None:
+        if vars(trainer).get("predict") is predict:
+            del trainer.predict
+            if before is not None:
+                trainer.predict = before
+
+    return undo

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from unsloth_puzzles.classification.losses import PROBLEM_TYPES, ClassificationLoss, check_labels, check_problem_type
-from unsloth_puzzles.exchange import exchange_classes, subclass
+from unsloth_puzzles.exchange import exchange_classes, original_class, subclass
 from unsloth_puzzles.kv_cache import CACHE_NAMES, cache_name, given_cache
 
 _CACHE = cache_name(SequenceClassifierOutputWithPast)
@@ -124,7 +124,19 @@ def _pooling_class(cls: type) -> type:
         )
 
     # PEFT, the Trainer and saved configs know a model by the name of its class.
-    return subclass(cls, cls.__name__, forward=forward, pools_by_mask=True, __module__=cls.__module__)
+    return subclass(
+        cls, cls.__name__, forward=forward, pools_by_mask=True, __module__=cls.__module__, __reduce_ex__=_reduce
+    )
+
+
+def _reduce(model: PreTrainedModel, protocol: int) -> tuple:
+    """Pickle a classifier such that what is loaded pools in the same way: its loss needs this package anyway."""
+    return _pooled, (original_class(type(model)),), model.__getstate__()
+
+
+def _pooled(cls: type) -> PreTrainedModel:
+    made = _pooling_class(cls)
+    return made.__new__(made)
 
 
 def _mask(model, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -133,6 +145,10 @@ def _mask(model, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
             raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}")
         return attention_mask
     pad = model.config.get_text_config().pad_token_id
+    if pad is None and input_ids is not None and len(input_ids) > 1:
+        raise ValueError(
+            f"attention_mask must be given for {len(input_ids)} rows where config.pad_token_id is None, got none"
+        )
     return None if input_ids is None or pad is None else (input_ids != pad).long()
 
 
