@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.nf4.patched import DEVICE, TIGHT, Fused, linear4bit, relative
+from unsloth_puzzles.nf4 import dequantize_nf4
 from unsloth_puzzles.nf4.patch import patch_linear4bit
 
 
@@ -240,3 +241,13 @@ def test_decoding_runs_the_fused_kernel_alone():
     names = [event.key for event in profile.key_averages()]
     assert not any("dequantize_nf4_kernel" in name for name in names), names
     assert any("4bit" in name.lower() for name in names), names
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="bitsandbytes' kernels for a CPU")
+@pytest.mark.parametrize("columns", [32, 96, 128])
+def test_few_rows_on_a_cpu_are_right_for_any_width(columns):
+    layer = bnb.nn.Linear4bit(columns, 8, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE)
+    x = torch.randn(3, columns)
+    expected = x @ dequantize_nf4(layer).float().T
+    with patch_linear4bit(layer), torch.no_grad():
+        assert relative(layer(x), expected) < TIGHT

@@ -114,7 +114,13 @@ def default_min_rows(device: torch.device) -> int:
 
 
 def _min_rows(layer, given: int | None) -> int:
-    return default_min_rows(layer.weight.device) if given is None else given
+    if given is not None:
+        return given
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    # On a CPU bitsandbytes 0.50 de-quantises rows wrongly whose length its blocks do not divide.
+    if layer.weight.device.type == "cpu" and state is not None and layer.in_features % state.blocksize:
+        return 0
+    return default_min_rows(layer.weight.device)
 
 
 def _nf4_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
