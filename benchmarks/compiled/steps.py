@@ -100,11 +100,9 @@ def measure(
         count_compilations() as counts,
         compile_qlora(model, **options) if candidate == "compiled" else contextlib.nullcontext() as compiled,
         sdpa_kernel(KERNELS[sdpa]) if sdpa else contextlib.nullcontext(),
-        contextlib.ExitStack() as parts,
+        patch_linear4bit(model) if candidate == PARTS else contextlib.nullcontext(),
+        use_memory_efficient_loss(model, compile=device == "cuda") if candidate == PARTS else contextlib.nullcontext(),
     ):
-        if candidate == PARTS:
-            parts.enter_context(patch_linear4bit(model))
-            parts.enter_context(use_memory_efficient_loss(model, compile=device == "cuda"))
         for number, inputs in enumerate(batches):
             if number == WARM:
                 if device == "cuda":

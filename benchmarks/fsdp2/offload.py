@@ -6,23 +6,23 @@ The ranks exchange data by gloo through the CPU, so a step takes seconds and say
 memory is taken to be that of a rank with a GPU of its own: without offload, the peaks by gloo and by NCCL were equal.
 """
 
-import argparse
 import os
-from pathlib import Path
 
+from benchmarks.command import run_sweep
 from benchmarks.fsdp2.sweeps import WHOLE, add_memory, run_cases
-from unsloth_puzzles.bench.hardware import probe
+from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 
 CASE = {**WHOLE, "steps": 3, "offload": True}
 NAME = "whole model, CPU offload, two ranks on one GPU"
 
 
-def measure(path: str | os.PathLike, timeout: float = 600) -> Measurements:
+def measure(path: str | os.PathLike, hardware: Hardware | None = None, timeout: float = 600) -> Measurements:
     """Train three steps, and save what they took.
 
     Args:
         path: The file.
+        hardware: As `Measurements` takes it.
         timeout: Seconds.
 
     Returns:
@@ -32,7 +32,7 @@ def measure(path: str | os.PathLike, timeout: float = 600) -> Measurements:
     Raises:
         RuntimeError: The memory was not measured, or does not suffice.
     """
-    found = Measurements(path, probe(measure=False))
+    found = Measurements(path, hardware)
     ((run,), _) = run_cases([CASE], 2, timeout, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
     if "error" in run:
         raise RuntimeError(f"{NAME}: {run['error']}")
@@ -44,7 +44,4 @@ def measure(path: str | os.PathLike, timeout: float = 600) -> Measurements:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Memory of Llama 3.1 8B's shapes with CPU offload.")
-    parser.add_argument("path", type=Path, help="the JSON file to write")
-    for record in measure(parser.parse_args().path).records:
-        print(f"{record['metric']}: {record['value']:.3g} {record['unit']}")
+    run_sweep(measure, "Memory of Llama 3.1 8B's shapes with CPU offload.")

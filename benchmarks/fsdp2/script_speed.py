@@ -7,25 +7,27 @@ clipping, AdamW. The model has 8B's layers and random weights. Runs of both kind
 other kind first, and each is a process of its own. A run's figure is the median step of its second half.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
-from pathlib import Path
 
+from benchmarks.command import run_sweep
 from benchmarks.fsdp2 import script
-from unsloth_puzzles.bench.hardware import probe
+from unsloth_puzzles.bench.hardware import Hardware
 from unsloth_puzzles.bench.record import Measurements
 
 OURS, THEIRS = "ours", "bitsandbytes"
 LAYERS, LENGTH, ROUNDS = 8, 2048, 4
 
 
-def measure(path: str | os.PathLike, rounds: int = ROUNDS, timeout: float = 300) -> Measurements:
+def measure(
+    path: str | os.PathLike, hardware: Hardware | None = None, rounds: int = ROUNDS, timeout: float = 300
+) -> Measurements:
     """Run the script `rounds` times with each kernel, and save what a step took.
 
     Args:
         path: The file.
+        hardware: As `Measurements` takes it.
         rounds: Runs of each kind.
         timeout: Seconds of a run.
 
@@ -33,7 +35,7 @@ def measure(path: str | os.PathLike, rounds: int = ROUNDS, timeout: float = 300)
         Metrics: "step_ms" of the script with A's kernel, beside bitsandbytes', and "script_speedup", the median ratio
         of a round's two runs with the smallest and the largest.
     """
-    found = Measurements(path, probe(measure=False))
+    found = Measurements(path, hardware)
     times: dict[str, list[float]] = {OURS: [], THEIRS: []}
     with tempfile.TemporaryDirectory() as folder:
         model, layers, kind, source = script.random_model(folder, LAYERS)
@@ -54,7 +56,4 @@ def measure(path: str | os.PathLike, rounds: int = ROUNDS, timeout: float = 300)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The script with A's kernel and with bitsandbytes' de-quantisation.")
-    parser.add_argument("path", type=Path, help="the JSON file to write")
-    for record in measure(parser.parse_args().path).records:
-        print(f"{record['metric']}: {record['value']:.4g} {record['unit']} {record['baselines'] or ''}")
+    run_sweep(measure, "The script with A's kernel and with bitsandbytes' de-quantisation.")

@@ -31,20 +31,14 @@ CACHE = cache_name(EvaluatedCausalLMOutput)
 class _Active:
     """Whether a patch is active. Copies of the model share it, since their forward is that of the patch."""
 
-    def __init__(self):
-        self.on = True
+    def __init__(self, on: bool = True):
+        self.on = on
 
     def __deepcopy__(self, memo: dict) -> "_Active":
         return self
 
     def __reduce__(self) -> tuple:
-        return _undone, ()  # a model from a file has its class's forward
-
-
-def _undone() -> _Active:
-    active = _Active()
-    active.on = False
-    return active
+        return _Active, (False,)  # a model from a file has its class's forward
 
 
 class PatchedLoss:
