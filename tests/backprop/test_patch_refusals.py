@@ -19,7 +19,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
-    TrainingArguments,
 )
 
 from benchmarks.models import tiny_llama_config
@@ -162,11 +161,11 @@ def test_models_and_trainers_with_another_loss_are_refused(tmp_path):
         use_memory_efficient_loss(Trainer(args=arguments(tmp_path), model_init=lambda: llama()))
 
 
-def test_data_parallel_is_refused_by_name():
+def test_data_parallel_is_refused_by_name(tmp_path):
     model = llama()
     with pytest.raises(TypeError, match=r"^model must be one model on one GPU, got an nn\.DataParallel"):
         use_memory_efficient_loss(torch.nn.DataParallel(model))
-    trainer = Trainer(model, TrainingArguments("unused", report_to=[], use_cpu=True))
+    trainer = Trainer(model, arguments(tmp_path))
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match=r"^args\.n_gpu must be 1, got 2.*CUDA_VISIBLE_DEVICES"):
         use_memory_efficient_loss(trainer)
