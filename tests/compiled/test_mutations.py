@@ -73,6 +73,14 @@ MUTATIONS = {
         "checkpoint.py", "if id(one) not in given", "if False",
         "test_checkpoint.py::test_trained_tensor_from_outside_the_layer_is_refused",
     ),
+    "a layer that normalises its MLP's output taken for one that adds it": mutation(
+        "unread.py", "return name if affine else None", "return name",
+        "test_unread.py::test_layers_that_only_add_their_mlp_are_known[Olmo2-options4-None]",
+    ),
+    "outputs unread in every thread": mutation(
+        "unread.py", "return _unread.get()", "return _unread.name == \"unread\"",
+        "test_unread.py::test_other_threads_read_their_output",
+    ),
     "layers with hooks checkpointed as others": mutation(
         "checkpoint.py", "if hooked(layer):", "if False:",
         "test_checkpoint.py::test_gradients_flow_through_tensors_that_hooks_keep"

@@ -2,6 +2,7 @@
 
     forward    the last layer's x -> CPU, on a stream of its own      y = layer(x), no graph
     backward   the next layer's x -> GPU                              y = layer(x) with a graph, and its gradients
+                                                                      (`unread`: without what only y depends on)
 
 Of a layer nothing stays on the GPU between the two, not even its input, but for the last one, which is wanted first:
 copying 32 MiB (8192 tokens, hidden size 2048, 16 bits) takes less than a millisecond, a layer's forward about two.
@@ -22,6 +23,7 @@ from unsloth_puzzles.backprop.rng import RandomStates
 from unsloth_puzzles.backprop.switches import switches
 from unsloth_puzzles.compiled.hooks import hooked
 from unsloth_puzzles.compiled.offload import Store
+from unsloth_puzzles.compiled.unread import output_unread
 from unsloth_puzzles.exchange import exchange_classes, subclass
 
 _FUNCTION = "_gradient_checkpointing_func"  # what transformers calls, and sets in `gradient_checkpointing_enable`
@@ -148,8 +150,8 @@ class _Checkpoint(torch.autograd.Function):
             )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
-        with torch.enable_grad(), ctx.autocast(), _as_before(ctx.random_states):
-            output = ctx.run(hidden_states)
+        with torch.enable_grad(), ctx.autocast(), _as_before(ctx.random_states), output_unread():
+            output = ctx.run(hidden_states)  # of which only the graph is used
         inputs = (hidden_states, *ctx.parameters)
         reached, given = _leaves(output), set(map(id, inputs))
         frozen = [one for one, need in zip(inputs, needs, strict=True) if need and not one.requires_grad]

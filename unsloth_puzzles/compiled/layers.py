@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -10,6 +11,8 @@ from unsloth_puzzles.attention.interface import Mask
 from unsloth_puzzles.attention.models import LENGTHS, check_lengths
 from unsloth_puzzles.compiled.checks import uses
 from unsloth_puzzles.compiled.hooks import hidden, hooked_below, search
+from unsloth_puzzles.compiled.shared_input import StandIn
+from unsloth_puzzles.compiled.unread import added_mlp, is_unread
 from unsloth_puzzles.compiled.variants import Variants, mark
 from unsloth_puzzles.exchange import exchange_classes, subclass
 from unsloth_puzzles.kv_cache import CACHE_NAMES, given_cache
@@ -29,7 +32,9 @@ def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]
         A function that undoes it.
     """
     positions = {type(layer): uses(layer, "position_ids") for layer in layers}
-    classes = {cls: _compiled_layer(cls, takes, options) for cls, takes in positions.items()}
+    mlps = {cls: {added_mlp(layer) for layer in layers if type(layer) is cls} for cls in positions}
+    added = {cls: names.pop() if len(names) == 1 else None for cls, names in mlps.items()}
+    classes = {cls: _compiled_layer(cls, takes, added[cls], options) for cls, takes in positions.items()}
     return exchange_classes((layer, classes[type(layer)]) for layer in layers)
 
 
@@ -52,8 +57,9 @@ def compile_norm(norm: torch.nn.Module, options: dict[str, object]) -> Callable[
     return exchange_classes([(norm, subclass(cls, f"Compiled{cls.__name__}", forward=forward))])
 
 
-def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]) -> type:
+def _compiled_layer(cls: type, takes_positions: bool, added: str | None, options: dict[str, object]) -> type:
     variants = Variants(cls.forward, cls.__name__, options)
+    unread = variants if added is None else Variants(_without_output(cls, added), f"{cls.__name__}_again", options)
     # Arguments that the mask or the embeddings already cover, or that concern only the layer's caller, are dropped,
     # because compiled code would have a guard on each.
     unused = ["use_cache", *CACHE_NAMES, "output_hidden_states", *LENGTHS]
@@ -82,7 +88,17 @@ def _compiled_layer(cls: type, takes_positions: bool, options: dict[str, object]
             if tensor is not None:
                 mark(tensor)
         with hidden(idle) if idle else nullcontext():
-            return variants(self, hidden_states, *args, **kwargs)
+            return (unread if is_unread() else variants)(self, hidden_states, *args, **kwargs)
 
     # accelerate, FSDP and PEFT look for decoder layers by the name of their class (`_no_split_modules`).
     return subclass(cls, cls.__name__, forward=forward)
+
+
+def _without_output(cls: type, mlp: str) -> Callable:
+    """The forward of a layer that only adds the output of its `mlp`, for its graph alone."""
+
+    def forward(self, *args, **kwargs):
+        parts = {mlp: partial(getattr(self, mlp), unread=True)}
+        return cls.forward(StandIn(self, parts), *args, **kwargs)
+
+    return forward

@@ -23,6 +23,7 @@ from unsloth_puzzles.compiled.hooks import hooked_below
 from unsloth_puzzles.compiled.lora import add_adapter, plain_adapter, takes_low_rank
 from unsloth_puzzles.compiled.shared_input import StandIn, low_rank_products
 from unsloth_puzzles.compiled.swiglu_kernels import lora_swiglu, lora_swiglu_backward
+from unsloth_puzzles.compiled.unread import Unread
 from unsloth_puzzles.exchange import exchange_classes, subclass
 
 
@@ -88,7 +89,8 @@ def _over_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _fused_class(cls: type, eager_rounding: bool) -> type:
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, unread: bool = False) -> torch.Tensor:
+        """unread: nobody reads the output, only its backward is to come."""
         gate, up, down = layers = (self.gate_proj, self.up_proj, self.down_proj)
         fits = all(takes_low_rank(layer, x) for layer in layers) and len({_rank(layer) for layer in layers}) == 1
         if not fits or hooked_below(self):
@@ -98,9 +100,10 @@ def _fused_class(cls: type, eager_rounding: bool) -> type:
         name = plain_adapter(down)
         a = down.lora_A[name].weight.to(g.dtype)
         act, low_rank = LoraSwiGLU.apply(g, u, ig, iu, bg, bu, a, eager_rounding)
-        return add_adapter(down, name, down.base_layer(act), low_rank)
+        y = down.base_layer(act)  # [..., hidden]
+        return add_adapter(down, name, Unread.apply(y, act) if unread else y, low_rank)
 
-    return subclass(cls, f"Fused{cls.__name__}", forward=forward)
+    return subclass(cls, f"Fused{cls.__name__}", forward=forward, fuses_swiglu=True)
 
 
 def _rank(layer) -> int:

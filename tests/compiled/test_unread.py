@@ -1,0 +1,102 @@
+"""A checkpointed layer's second run leaves out what only its output depends on, in layers that only add it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+
+from tests.compiled.models import compiled_by, nf4_llama, nf4_model, with_adapters
+from tests.compiled.training_step import assert_same, batch, step
+from unsloth_puzzles.bench.compilations import count_compilations
+from unsloth_puzzles.compiled.qlora import compile_qlora
+from unsloth_puzzles.compiled.swiglu import fuse_swiglu
+from unsloth_puzzles.compiled.unread import added_mlp, is_unread, output_unread
+from unsloth_puzzles.nf4.patch import patch_linear4bit
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def model_of(family, **options):
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    return with_adapters(nf4_model(getattr(transformers, f"{family}ForCausalLM"), config))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("Llama", {}, "mlp"),
+        ("Qwen3", {}, "mlp"),
+        ("Granite", {"residual_multiplier": 0.22}, "mlp"),
+        ("Cohere", {}, "mlp"),  # attention and MLP side by side
+        ("Olmo2", {}, None),  # normalises the MLP's output
+        ("Exaone4", {}, None),
+        ("Phi3", {}, None),  # its MLP is not fused
+    ],
+)
+def test_layers_that_only_add_their_mlp_are_known(family, options, expected):
+    model = model_of(family, **options)
+    layer = model.get_base_model().model.layers[0]
+    assert added_mlp(layer) is None
+    undo = fuse_swiglu(model, True)
+    assert added_mlp(layer) == expected
+    undo()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite", "Olmo2"])
+def test_checkpointed_gradients_match_uncompiled_model(family):
+    model = model_of(family)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with patch_linear4bit(model):
+        expected = step(model, 24)
+    with compiled_by("aot_eager") as options, compile_qlora(model, **options):
+        assert_same(step(model, 24), expected)
+
+
+def test_mlp_leaves_its_last_product_out_and_keeps_the_gradients():
+    model = with_adapters(nf4_llama())
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    parameters = [x, *(one for one in mlp.parameters() if one.requires_grad)]
+    fuse_swiglu(model, True)
+    y, other = mlp(x), mlp(x, unread=True)
+    assert other.shape == y.shape and other.dtype == y.dtype and not torch.allclose(other, y, rtol=0.1)
+    slope = torch.randn_like(y)
+    gradients, others = (torch.autograd.grad(one, parameters, slope) for one in (y, other))
+    assert all(torch.equal(one, same) for one, same in zip(gradients, others, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_layer_dequantises_one_weight_less():
+    model = model_of("Llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with compiled_by("inductor") as options, count_compilations() as counts, compile_qlora(model, **options):
+        step(model, 24)
+    again = next(one.operators for one in counts.captures if one.name == "LlamaDecoderLayer_again")
+    assert (again["unsloth_puzzles.dequantize_nf4"], again["unsloth_puzzles.dequantize_nf4_again"]) == (6, 7)
+
+
+def test_other_threads_read_their_output():
+    with output_unread(), ThreadPoolExecutor(1) as threads:
+        assert is_unread() and not threads.submit(is_unread).result()
+    assert not is_unread()
+
+
+def test_evaluation_between_forward_and_backward_reads_its_output():
+    model = model_of("Llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with torch.no_grad(), patch_linear4bit(model):
+        expected = model(**batch(24)).loss
+    with compiled_by("aot_eager") as options, compile_qlora(model, **options):
+        loss = model(**batch(24)).loss
+        loss.backward()
+        with torch.no_grad():
+            after = model(**batch(24)).loss
+    for one in (loss, after):
+        assert (one - expected).abs() <= 2e-6 * expected
