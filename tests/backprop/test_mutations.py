@@ -18,6 +18,10 @@ MUTATIONS = {
     "chunks weighted by their rows": mutation(
         "arguments.py", "return (labels != self.ignore_index).sum() if", "return (labels == labels).sum() if", MEAN
     ),
+    "blocks of rows for a kernel that scans them": mutation(
+        "tiles.py", '("scan", "sort")', '("sort",)',
+        "test_tiles.py::test_only_plain_reductions_of_long_rows_get_the_blocks",
+    ),
     "upstream ignored": mutation("linear.py", "upstream * factor", "factor", MEAN),
     "upstream of rows ignored": mutation(
         "rowwise.py",

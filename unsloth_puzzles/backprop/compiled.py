@@ -7,15 +7,17 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch._inductor import virtualized
 
 from unsloth_puzzles.backprop.arguments import Arguments, Reduction, as_tuple
 from unsloth_puzzles.backprop.eager import EagerFunction, weighted, without_nan_of_nothing
 from unsloth_puzzles.backprop.results import check_compiled
 from unsloth_puzzles.backprop.rng import RandomStates
+from unsloth_puzzles.backprop.tiles import row_blocks
 from unsloth_puzzles.backprop.trust import trust
 from unsloth_puzzles.code_object import with_own_code
 
-# Inductor tries block sizes: with rows so long its first guess reads them all from memory again in the second pass.
+# Inductor tries block sizes where none are given: with rows so long its first guess may read them from memory again.
 _TUNING = ("coordinate_descent_tuning", "max_autotune_pointwise")
 _FEW = slice(32)  # rows that are compared with eager mode
 _known: "weakref.WeakKeyDictionary[Callable, dict]" = weakref.WeakKeyDictionary()
@@ -99,11 +101,17 @@ class CompiledFunction:
         device = logits.device.type
         key = name, arguments.wanted, fast, logits.shape[-1], device, torch.is_autocast_enabled(device)
         if key not in self._compiled:
+            blocks = row_blocks(logits)
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             # By a name of its own, too: another function's vocabulary would make this one's a variable.
             run = torch.compile(with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options)
-            self._compiled[key] = run
+            self._compiled[key] = run if blocks is None else partial(_with_blocks, blocks, run)
         return self._compiled[key]
+
+
+def _with_blocks(blocks: object, run: Callable, *given):
+    with virtualized.V.set_choices_handler(blocks):  # read when the call compiles
+        return run(*given)
 
 
 class VerifiedFunction:

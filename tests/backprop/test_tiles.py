@@ -1,0 +1,116 @@
+"""Block sizes for rows of logits: where they are set, for which kernels, and that all kinds of functions compile."""
+
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import sympy
+import torch
+
+from unsloth_puzzles.backprop import tiles
+from unsloth_puzzles.backprop.arguments import Arguments, Reduction
+from unsloth_puzzles.backprop.compiled import CompiledFunction
+from unsloth_puzzles.backprop.eager import EagerFunction
+from unsloth_puzzles.backprop.losses import cross_entropy
+
+H200, T4 = (132, 50 * 2**20), (40, 4 * 2**20)  # multiprocessors, bytes of L2 cache
+FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "vocabulary", "itemsize", "expected"),
+    [
+        (H200, 128256, 2, True),
+        (H200, 151936, 2, True),
+        (H200, 128256, 4, False),  # one row on each multiprocessor is more than the cache
+        (H200, 262144, 2, False),
+        (H200, 32000, 2, False),  # four rows on each are not
+        (T4, 128256, 2, False),
+        (T4, 32000, 2, True),
+        ((132, None), 128256, 2, False),  # a torch that does not know the cache's size
+    ],
+)
+def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu, vocabulary, itemsize, expected):
+    properties = SimpleNamespace(multi_processor_count=gpu[0])
+    if gpu[1] is not None:
+        properties.L2_cache_size = gpu[1]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    logits = SimpleNamespace(is_cuda=True, device="cuda", shape=(512, vocabulary), element_size=lambda: itemsize)
+    assert (tiles.row_blocks(logits) is not None) == expected
+
+
+def test_cpu_keeps_inductors_choice():
+    assert tiles.row_blocks(torch.zeros(2, 128256, dtype=torch.bfloat16)) is None
+
+
+def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
+    """What Inductor asks its choices about: a kernel's features, its tiling and what it is given already."""
+    counts = Counter(operations)
+    features = SimpleNamespace(
+        reduction_numel=sympy.sympify(length), op_counts=lambda: counts, contains_op=lambda name: bool(counts[name])
+    )
+    return features, [dict.fromkeys(tiles)], given
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (kernel(), True),
+        (kernel(16384), False),
+        (kernel(1), False),  # no reduction
+        (kernel(sympy.Symbol("s0")), False),
+        (kernel(tiles=("y", "x", "r0_")), False),
+        (kernel(tiles=("x", "r0_", "r1_")), False),
+        (kernel(operations=["scan"]), False),
+        (kernel(operations=["sort"]), False),
+        (kernel(operations=["exp2"] * 120), True),
+        (kernel(operations=["exp2"] * 121), False),
+        (kernel(mix_order_reduction=True), False),
+    ],
+)
+def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
+    given = tiles._handler().triton_kernel_kwargs(None, *asked)
+    if expected:
+        assert given["fixed_config"].config == FIXED and given["override_cooperative_reduction"] is False
+    else:
+        assert given == asked[2]
+
+
+def sorted_and_summed_up(logits, labels):
+    z = logits.float()
+    different = z[:, :512] + torch.arange(512, device=z.device) / 1024  # equal ones may be sorted in any order
+    return (torch.logsumexp(z, -1) + different.sort(-1).values[:, -3] + z.softmax(-1).cumsum(-1)[:, 7000]).sum()
+
+
+def weighted(logits, labels, weight):
+    """A gradient of `weight` is a sum over the rows, beside sums over the vocabulary."""
+    return (torch.logsumexp(logits.float(), -1) - (logits.float() * weight).sum(-1)).sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [cross_entropy, sorted_and_summed_up, weighted])
+def test_compiled_values_and_gradients_match_eager_mode(function):
+    vocabulary, rows = 128256, 40
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = 3 * torch.randn(rows, vocabulary, device="cuda", generator=generator)
+    logits = logits.bfloat16()
+    labels = torch.randint(vocabulary, (rows,), device="cuda", generator=generator)
+    shared = (torch.randn(vocabulary, device="cuda", generator=generator),) if function is weighted else ()
+    arguments = Arguments(labels, (), shared, (True,) * len(shared))
+    by_eager, by_compiled = (
+        gradients(kind(partial(function), Reduction(False, -100)), logits.clone(), arguments)
+        for kind in (EagerFunction, CompiledFunction)
+    )
+    for one, other in zip(by_eager, by_compiled, strict=True):
+        few_flips = 1e-3 if one.dtype == torch.bfloat16 else 1e-5  # a value may be rounded to its other neighbour
+        assert (one.double() - other.double()).norm() <= few_flips * one.double().norm()
+
+
+def gradients(function, logits, arguments):
+    """The value, and the gradients of the logits and of the arguments."""
+    others = []
+    value = function.value_and_gradient(
+        logits, arguments, torch.ones((), device="cuda"), lambda start, found: others.append(list(found))
+    )
+    return [value, logits, *(sum(parts) for parts in zip(*others, strict=True))]

@@ -1,0 +1,72 @@
+"""Block sizes for Inductor's kernels over rows of logits, so that each row is read from memory once.
+
+A loss and its gradient read a row of logits three times: for the maximum, for the sum and for the gradient. Inductor's
+own choice, blocks of 2048 logits and 512 threads, has four rows at work on each multiprocessor. On an H200 these are
+132 MiB for 128256 logits in 16 bits; its L2 cache holds 50 and has lost the beginning of a row when its end has been
+read. Here one row is at work on each, by 1024 threads, and a row's second and third read hit the cache.
+"""
+
+from typing import Any
+
+import torch
+
+_THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
+_WARPS = _THREADS // 32
+_BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
+_USUAL_ROWS = 4  # at work on a multiprocessor with 512 threads each
+_MOST_OPERATIONS = 120  # cross entropy and its gradient have 67, z-loss 88, the focal loss 158
+
+
+def row_blocks(logits: torch.Tensor) -> Any | None:
+    """A handler for Inductor's choices that sets the block sizes, for `V.set_choices_handler` while it compiles.
+
+    Args:
+        logits: [rows, vocab].
+
+    Returns:
+        The handler. None where Inductor's own choice is as good: on the CPU, and where the cache holds the rows of the
+        usual blocks or not even one for each multiprocessor. None as well under a torch whose Inductor cannot be told.
+    """
+    if not logits.is_cuda:
+        return None
+    properties = torch.cuda.get_device_properties(logits.device)
+    at_work = logits.shape[-1] * logits.element_size() * properties.multi_processor_count  # bytes, one row on each
+    if not at_work <= getattr(properties, "L2_cache_size", 0) < _USUAL_ROWS * at_work:
+        return None
+    return _handler()
+
+
+def _handler() -> Any | None:
+    try:
+        from torch._inductor.choices import InductorChoices
+        from torch._inductor.codegen.triton import FixedTritonConfig
+    except ImportError:
+        return None
+    if not hasattr(InductorChoices, "triton_kernel_kwargs"):
+        return None
+    sizes = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _WARPS, "num_stages": 1}
+
+    class RowBlocks(InductorChoices):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            given = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
+            if not _is_plain(features, groups, given):
+                return given
+            fixed = FixedTritonConfig(dict(sizes))
+            return {**given, "fixed_config": fixed, "override_cooperative_reduction": False}
+
+    return RowBlocks()
+
+
+def _is_plain(features: Any, groups: list, given: dict) -> bool:
+    """Whether a kernel reduces rows longer than a block, and nothing else: such a kernel has these two block sizes.
+
+    Not if it computes so much for each logit that memory is not what it waits for: Inductor tries blocks for it.
+    """
+    length = features.reduction_numel
+    return (
+        bool(length.is_number and length > _BLOCK)
+        and sum(features.op_counts().values()) <= _MOST_OPERATIONS
+        and set(groups[0]) == {"x", "r0_"}
+        and not given.get("mix_order_reduction")
+        and not any(map(features.contains_op, ("scan", "sort")))
+    )
