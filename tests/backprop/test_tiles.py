@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import sympy
 import torch
+from torch._inductor.choices import InductorChoices
+from torch._inductor.virtualized import V
 
 from unsloth_puzzles.backprop import tiles
 from unsloth_puzzles.backprop.arguments import Arguments, Reduction
 from unsloth_puzzles.backprop.compiled import CompiledFunction
 from unsloth_puzzles.backprop.eager import EagerFunction
 from unsloth_puzzles.backprop.losses import cross_entropy
+from unsloth_puzzles.supported import release
 
 H200, T4 = (132, 50 * 2**20), (40, 4 * 2**20)  # multiprocessors, bytes of L2 cache
 FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
@@ -28,20 +31,23 @@ FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
         (H200, 32000, 2, False),  # four rows on each are not
         (T4, 128256, 2, False),
         (T4, 32000, 2, True),
-        ((132, None), 128256, 2, False),  # a torch that does not know the cache's size
     ],
 )
 def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu, vocabulary, itemsize, expected):
-    properties = SimpleNamespace(multi_processor_count=gpu[0])
-    if gpu[1] is not None:
-        properties.L2_cache_size = gpu[1]
+    properties = SimpleNamespace(multi_processor_count=gpu[0], L2_cache_size=gpu[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tiles, "_TORCH", release(torch.__version__))
     logits = SimpleNamespace(is_cuda=True, device="cuda", shape=(512, vocabulary), element_size=lambda: itemsize)
-    assert (tiles.row_blocks(logits) is not None) == expected
+    asked = []
+    found = tiles.with_row_blocks(lambda *given: asked.append(type(V.choices).__name__) or given, logits)
+    assert found(1, 2) == (1, 2)
+    assert asked == ["RowBlocks" if expected else "InductorChoices"] and type(V.choices) is InductorChoices
+    monkeypatch.setattr(tiles, "_TORCH", (1, 0))
+    assert tiles.with_row_blocks(print, logits) is print
 
 
 def test_cpu_keeps_inductors_choice():
-    assert tiles.row_blocks(torch.zeros(2, 128256, dtype=torch.bfloat16)) is None
+    assert tiles.with_row_blocks(print, torch.zeros(2, 128256, dtype=torch.bfloat16)) is print
 
 
 def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
@@ -70,7 +76,7 @@ def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
     ],
 )
 def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
-    given = tiles._handler().triton_kernel_kwargs(None, *asked)
+    given = tiles._row_blocks().triton_kernel_kwargs(None, *asked)
     if expected:
         assert given["fixed_config"].config == FIXED and given["override_cooperative_reduction"] is False
     else:

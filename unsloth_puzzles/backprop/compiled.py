@@ -7,13 +7,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch._inductor import virtualized
 
 from unsloth_puzzles.backprop.arguments import Arguments, Reduction, as_tuple
 from unsloth_puzzles.backprop.eager import EagerFunction, weighted, without_nan_of_nothing
 from unsloth_puzzles.backprop.results import check_compiled
 from unsloth_puzzles.backprop.rng import RandomStates
-from unsloth_puzzles.backprop.tiles import row_blocks
+from unsloth_puzzles.backprop.tiles import with_row_blocks
 from unsloth_puzzles.backprop.trust import trust
 from unsloth_puzzles.code_object import with_own_code
 
@@ -101,17 +100,11 @@ class CompiledFunction:
         device = logits.device.type
         key = name, arguments.wanted, fast, logits.shape[-1], device, torch.is_autocast_enabled(device)
         if key not in self._compiled:
-            blocks = row_blocks(logits)
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             # By a name of its own, too: another function's vocabulary would make this one's a variable.
             run = torch.compile(with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options)
-            self._compiled[key] = run if blocks is None else partial(_with_blocks, blocks, run)
+            self._compiled[key] = with_row_blocks(run, logits)
         return self._compiled[key]
-
-
-def _with_blocks(blocks: object, run: Callable, *given):
-    with virtualized.V.set_choices_handler(blocks):  # read when the call compiles
-        return run(*given)
 
 
 class VerifiedFunction:

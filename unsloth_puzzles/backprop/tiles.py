@@ -6,53 +6,62 @@ own choice, blocks of 2048 logits and 512 threads, has four rows at work on each
 read. Here one row is at work on each, by 1024 threads, and a row's second and third read hit the cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from unsloth_puzzles.supported import release
+
+_TORCH = (2, 11)  # whose Inductor is told in this way: it is no public interface, and others are not known to take it
 _THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
-_WARPS = _THREADS // 32
 _BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
+_SIZES = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _THREADS // 32, "num_stages": 1}
 _USUAL_ROWS = 4  # at work on a multiprocessor with 512 threads each
 _MOST_OPERATIONS = 120  # cross entropy and its gradient have 67, z-loss 88, the focal loss 158
 
 
-def row_blocks(logits: torch.Tensor) -> Any | None:
-    """A handler for Inductor's choices that sets the block sizes, for `V.set_choices_handler` while it compiles.
+def with_row_blocks(run: Callable, logits: torch.Tensor) -> Callable:
+    """Let Inductor use these block sizes when `run`, which torch.compile returned, is compiled for such logits.
 
     Args:
+        run: Compiled when it is first called.
         logits: [rows, vocab].
 
     Returns:
-        The handler. None where Inductor's own choice is as good: on the CPU, and where the cache holds the rows of the
-        usual blocks or not even one for each multiprocessor. None as well under a torch whose Inductor cannot be told.
+        A function as `run`. `run` itself where Inductor's own choice is as good: on the CPU, and where the cache holds
+        the rows of the usual blocks or not even one for each multiprocessor; and under another torch.
     """
-    if not logits.is_cuda:
-        return None
+    if not logits.is_cuda or release(torch.__version__) != _TORCH or not _fits_cache(logits):
+        return run
+    from torch._inductor.virtualized import V
+
+    choices = _row_blocks()
+
+    def run_with_blocks(*given):
+        with V.set_choices_handler(choices):  # this thread's, read while it compiles
+            return run(*given)
+
+    return run_with_blocks
+
+
+def _fits_cache(logits: torch.Tensor) -> bool:
     properties = torch.cuda.get_device_properties(logits.device)
     at_work = logits.shape[-1] * logits.element_size() * properties.multi_processor_count  # bytes, one row on each
-    if not at_work <= getattr(properties, "L2_cache_size", 0) < _USUAL_ROWS * at_work:
-        return None
-    return _handler()
+    return at_work <= properties.L2_cache_size < _USUAL_ROWS * at_work
 
 
-def _handler() -> Any | None:
-    try:
-        from torch._inductor.choices import InductorChoices
-        from torch._inductor.codegen.triton import FixedTritonConfig
-    except ImportError:
-        return None
-    if not hasattr(InductorChoices, "triton_kernel_kwargs"):
-        return None
-    sizes = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _WARPS, "num_stages": 1}
+def _row_blocks() -> Any:
+    """A handler for the choices that Inductor makes."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen.triton import FixedTritonConfig
 
     class RowBlocks(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             given = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
             if not _is_plain(features, groups, given):
                 return given
-            fixed = FixedTritonConfig(dict(sizes))
-            return {**given, "fixed_config": fixed, "override_cooperative_reduction": False}
+            return {**given, "fixed_config": FixedTritonConfig(dict(_SIZES)), "override_cooperative_reduction": False}
 
     return RowBlocks()
 
