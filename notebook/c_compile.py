@@ -318,9 +318,10 @@ else:
 # the time of the first two steps. The table counts Inductor's own time.
 #
 # *Gradient checkpointing* keeps only the inputs of the layers and computes the forward again in the backward. The bound
-# does not include these products. The compiled run also moves the inputs to host memory, which eager mode does not.
-# "GPU busy" leaves out these copies. On a T4 a run is predicted to compile for about a minute, so one compiled run
-# covers both max-autotune and checkpointing.
+# does not include these products. The compiled layer leaves out the product of `down_proj` there, because only the
+# output depends on it and nothing reads the output (`unread.py`). The compiled run also moves the inputs to host
+# memory, which eager mode does not. "GPU busy" leaves out these copies. On a T4 a run is predicted to compile for about
+# a minute, so one compiled run covers both max-autotune and checkpointing.
 #
 # The timed runs use `attention="auto"`. For a causal mask without window or documents it selects SDPA, which has a flag
 # for this mask. Checks 1 and 2 cover flex attention, and one more run is timed with it (not on a T4).

@@ -420,8 +420,10 @@ judge(results, "chunk sizes", checks)
 # peak is the memory on top of inputs and weights, gradients included. Times are medians with the 10th and the 90th
 # percentile. A GPU with less memory gets fewer rows (T4: 4096), so that eager mode fits.
 #
-# - **ours** is the plain `cross_entropy`, compiled on a GPU, with "auto" chunks. It runs once more with Liger's chunk
-#   size, for a comparison at equal memory (left to GPUs from sm_80 on).
+# - **ours** is the plain `cross_entropy`, compiled on a GPU, with "auto" chunks. Inductor is given block sizes with
+#   which a row of logits stays in the L2 cache while it is read three times (`tiles.py`), where the cache is large
+#   enough. On a T4 it is not, and Inductor tries several sizes. It runs once more with Liger's chunk size, for a
+#   comparison at equal memory (left to GPUs from sm_80 on).
 # - **eager** and **torch.compile** are the plain loss on all logits.
 # - **Liger FLCE** (fused linear cross entropy) also works in chunks. **Apple CCE** (cut cross entropy) never writes
 #   logits to memory. It skips blocks of the gradient that vanish, so its time depends on the data: the random hidden
