@@ -74,8 +74,12 @@ MUTATIONS = {
         "test_checkpoint.py::test_trained_tensor_from_outside_the_layer_is_refused",
     ),
     "a layer that normalises its MLP's output taken for one that adds it": mutation(
-        "unread.py", "return name if affine else None", "return name",
+        "unread.py", "return name if all(added) else None", "return name",
         "test_unread.py::test_layers_that_only_add_their_mlp_are_known[Olmo2-options4-None]",
+    ),
+    "a gate taken for a constant": mutation(
+        "unread.py", '"MulBackward0" and len(below) == 1', '"MulBackward0"',
+        "test_unread.py::test_only_sums_and_constant_factors_are_taken_for_adding[False-gate]",
     ),
     "outputs unread in every thread": mutation(
         "unread.py", "return _unread.get()", "return _unread.name == \"unread\"",

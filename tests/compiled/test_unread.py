@@ -46,6 +46,49 @@ def test_layers_that_only_add_their_mlp_are_known(family, options, expected):
     undo()
 
 
+class Layer(torch.nn.Module):
+    """A decoder layer of one's own, whose end is `end`."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.mlp, self.norm, self.gate = Fused(), torch.nn.RMSNorm(4), torch.nn.Linear(4, 4)
+        self.number, self.end = torch.nn.Parameter(torch.tensor(0.7)), end
+
+    def forward(self, x):
+        return self.end(self, x, self.mlp(self.norm(x)))
+
+
+class Fused(torch.nn.Module):
+    fuses_swiglu = True
+
+
+ENDS = {
+    "sum": (lambda layer, x, y: x + y, True),
+    "in place": (lambda layer, x, y: x.tanh().add_(y), True),
+    "constant": (lambda layer, x, y: 0.3 * (x - 2 * y), True),
+    "trained number": (lambda layer, x, y: x + layer.number * y, False),
+    "gate": (lambda layer, x, y: x + layer.gate(x) * y, False),
+    "gate of the input": (lambda layer, x, y: x + x.sigmoid() * y, False),
+    "square": (lambda layer, x, y: x + y * y, False),
+    "norm": (lambda layer, x, y: layer.norm(x + y), False),
+    "norm in training": (lambda layer, x, y: layer.norm(x + y) if layer.training else x + y, False),
+    "clamp in float16": (lambda layer, x, y: (x + y).clamp(-9, 9) if x.dtype == torch.float16 else x + y, False),
+    "quotient": (lambda layer, x, y: x / y, False),
+    "unused": (lambda layer, x, y: x, False),
+    "tuple": (lambda layer, x, y: (x + y,), False),
+    "dropout": (lambda layer, x, y: x + torch.nn.functional.dropout(y, 0.5, layer.training), True),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_only_sums_and_constant_factors_are_taken_for_adding(end, training):
+    function, expected = ENDS[end]
+    layer = Layer(function).train(training)
+    with torch.no_grad():
+        assert added_mlp(layer) == ("mlp" if expected else None)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Granite", "Olmo2"])
 def test_checkpointed_gradients_match_uncompiled_model(family):
     model = model_of(family)

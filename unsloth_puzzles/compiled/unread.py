@@ -15,6 +15,7 @@ import torch
 
 from unsloth_puzzles.compiled.shared_input import StandIn
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _unread = ContextVar("unread", default=False)  # of this thread: another may be in its forward
 
 
@@ -56,31 +57,49 @@ class Unread(torch.autograd.Function):
 def added_mlp(layer: torch.nn.Module) -> str | None:
     """The name of a decoder layer's fused MLP, if the layer only adds its output, perhaps times a constant, to its own.
 
-    The gradients of a layer that does anything else with it, such as Olmo 2's, which normalises it, depend on its
-    values. Checked by running the layer's forward with functions of one number for all that it is made of: its output
-    must be an affine function of the MLP's.
+    The gradients of a layer that does anything else with it depend on its values: one that normalises it (Olmo 2), that
+    multiplies it by a gate or a trained number, or that clamps the sum in float16. Checked by the graph that autograd
+    records of the layer's forward, in each dtype and mode, with functions of one number for all that it is made of.
     """
     fused = [one for one in layer.modules() if getattr(type(one), "fuses_swiglu", False)]
     name = next((name for name, child in layer.named_children() if [child] == fused), None)
     if name is None:
         return None
-    x = torch.linspace(-2, 1, 12, dtype=torch.float64, device="cpu").view(1, 3, 4)
-    others = {other: partial(_curved, "attn" in other) for other, _ in layer.named_children()}
     try:
-        none, once, twice = (
-            type(layer).forward(StandIn(layer, {**others, name: partial(_scaled, scale)}), x) for scale in range(3)
-        )
-        affine = (twice - 2 * once + none).abs().max() < 1e-12 < (once - none).abs().min()
+        added = (_adds(layer, name, dtype, training) for dtype in _DTYPES for training in (False, True))
+        return name if all(added) else None
     except Exception:  # of whatever kind: it needs more of its parts or its input than a plain layer does
         return None
-    return name if affine else None
 
 
-def _scaled(scale: int, x: torch.Tensor) -> torch.Tensor:
-    return scale * (x.square() + 0.5)
+def _adds(layer: torch.nn.Module, mlp: str, dtype: torch.dtype, training: bool) -> bool:
+    x, of_mlp = (torch.linspace(-2, to, 12, dtype=dtype, device="cpu").view(1, 3, 4).requires_grad_() for to in (1, 3))
+    parts = {name: partial(_differentiable, "attn" in name) for name, _ in layer.named_children()}
+    with torch.enable_grad():
+        parts |= {mlp: lambda *_, **__: of_mlp, "training": training}
+        output = type(layer).forward(StandIn(layer, parts), x)
+    return isinstance(output, torch.Tensor) and output.shape == x.shape and _path(output.grad_fn, of_mlp) == "added"
 
 
-def _curved(is_attention: bool, *args: object, **kwargs: object):
-    """A function of the first tensor that is given, such that what goes through it is not affine."""
+def _differentiable(is_attention: bool, *args: object, **kwargs: object):
+    """A function of the first tensor that is given, whose gradient needs its values."""
     x = next(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)).tanh()
     return (x, None) if is_attention else x
+
+
+def _path(node: object, leaf: torch.Tensor) -> str | None:
+    """How `leaf` enters the result of an autograd node: "added", "read", or None if it does not.
+
+    Added, if no gradient depends on its values: by sums, and by products with what wants no gradient.
+    """
+    if node is None:
+        return None
+    if hasattr(node, "variable"):
+        return "added" if node.variable is leaf else None
+    below = [one for one, _ in node.next_functions if one is not None]
+    found = {_path(one, leaf) for one in below} - {None}
+    if not found:
+        return None
+    sum_of = node.name() in ("AddBackward0", "SubBackward0")
+    scaled = node.name() == "MulBackward0" and len(below) == 1
+    return "added" if found == {"added"} and (sum_of or scaled) else "read"
