@@ -17,7 +17,7 @@ from unsloth_puzzles.backprop.eager import EagerFunction
 from unsloth_puzzles.backprop.losses import cross_entropy
 from unsloth_puzzles.supported import release
 
-H200, T4 = (132, 50 * 2**20), (40, 4 * 2**20)  # multiprocessors, bytes of L2 cache
+H200, RTX3090, T4 = (9, 132, 60, 2048), (8, 82, 6, 1536), (7, 40, 4, 1024)  # sm, their number, MiB of L2, threads
 FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
 
 
@@ -29,25 +29,49 @@ FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
         (H200, 128256, 4, False),  # one row on each multiprocessor is more than the cache
         (H200, 262144, 2, False),
         (H200, 32000, 2, False),  # four rows on each are not
-        (T4, 128256, 2, False),
-        (T4, 32000, 2, True),
+        (RTX3090, 128256, 2, False),
+        (RTX3090, 32000, 2, True),
+        (T4, 32000, 2, False),
     ],
 )
 def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu, vocabulary, itemsize, expected):
-    properties = SimpleNamespace(multi_processor_count=gpu[0], L2_cache_size=gpu[1])
+    major, number, mebibytes, threads = gpu
+    properties = SimpleNamespace(
+        major=major,
+        multi_processor_count=number,
+        L2_cache_size=mebibytes * 2**20,
+        max_threads_per_multi_processor=threads,
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(tiles, "_TORCH", release(torch.__version__))
-    logits = SimpleNamespace(is_cuda=True, device="cuda", shape=(512, vocabulary), element_size=lambda: itemsize)
+    monkeypatch.setattr(torch.version, "hip", None)
     asked = []
-    found = tiles.with_row_blocks(lambda *given: asked.append(type(V.choices).__name__) or given, logits)
-    assert found(1, 2) == (1, 2)
-    assert asked == ["RowBlocks" if expected else "InductorChoices"] and type(V.choices) is InductorChoices
-    monkeypatch.setattr(tiles, "_TORCH", (1, 0))
-    assert tiles.with_row_blocks(print, logits) is print
+
+    def compile(program, *, fullgraph, options):
+        asked.append(options)
+        return lambda *given: (asked.append(type(V.choices).__name__), program(*given))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    logits = SimpleNamespace(is_cuda=True, device="cuda", shape=(512, vocabulary), element_size=lambda: itemsize)
+    for version, told in ((release(torch.__version__), expected), ((1, 0), False)):
+        monkeypatch.setattr(tiles, "_TORCH", version)
+        assert tiles.compile_for_rows(max, {"use_fast_math": True}, logits)(1, 2) == 2
+        assert asked.pop() == ("RowBlocks" if told else "InductorChoices") and type(V.choices) is InductorChoices
+        options = asked.pop()
+        assert options.pop("use_fast_math") and bool(options) == told  # another key in the cache of compiled code
 
 
-def test_cpu_keeps_inductors_choice():
-    assert tiles.with_row_blocks(print, torch.zeros(2, 128256, dtype=torch.bfloat16)) is print
+def test_cpu_keeps_inductors_choice(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda program, *, fullgraph, options: options)
+    assert tiles.compile_for_rows(print, {}, torch.zeros(2, 128256, dtype=torch.bfloat16)) == {}
+
+
+def test_another_choice_of_the_users_is_kept():
+    class Users(InductorChoices):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            return {**kernel_kwargs, "of the user": True}
+
+    with V.set_choices_handler(Users()):
+        assert tiles._row_blocks(128256).triton_kernel_kwargs(None, *kernel())["of the user"]
 
 
 def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
@@ -63,7 +87,7 @@ def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
     ("asked", "expected"),
     [
         (kernel(), True),
-        (kernel(16384), False),
+        (kernel(128255), False),  # something else than the logits
         (kernel(1), False),  # no reduction
         (kernel(sympy.Symbol("s0")), False),
         (kernel(tiles=("y", "x", "r0_")), False),
@@ -76,11 +100,16 @@ def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
     ],
 )
 def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
-    given = tiles._row_blocks().triton_kernel_kwargs(None, *asked)
+    given = tiles._row_blocks(128256).triton_kernel_kwargs(None, *asked)
     if expected:
         assert given["fixed_config"].config == FIXED and given["override_cooperative_reduction"] is False
     else:
         assert given == asked[2]
+
+
+def test_rows_no_longer_than_a_block_keep_inductors_choice():
+    assert tiles._row_blocks(16384).triton_kernel_kwargs(None, *kernel(16384)) == {}
+    assert tiles._row_blocks(16385).triton_kernel_kwargs(None, *kernel(16385)) != {}
 
 
 def sorted_and_summed_up(logits, labels):

@@ -74,16 +74,20 @@ MUTATIONS = {
         "test_checkpoint.py::test_trained_tensor_from_outside_the_layer_is_refused",
     ),
     "a layer that normalises its MLP's output taken for one that adds it": mutation(
-        "unread.py", "return name if all(added) else None", "return name",
+        "unread.py", "if not all(map(_same, others, repeat(expected))):", "if False:",
         "test_unread.py::test_layers_that_only_add_their_mlp_are_known[Olmo2-options4-None]",
     ),
-    "a gate taken for a constant": mutation(
-        "unread.py", '"MulBackward0" and len(below) == 1', '"MulBackward0"',
-        "test_unread.py::test_only_sums_and_constant_factors_are_taken_for_adding[False-gate]",
+    "a gate that is trained later taken for a constant": mutation(
+        "unread.py", "for name, one in layer._parameters.items() if one is not None}", "for name, one in ()}",
+        "test_unread.py::test_only_sums_and_constant_factors_are_taken_for_adding[False-frozen number]",
     ),
-    "outputs unread in every thread": mutation(
-        "unread.py", "return _unread.get()", "return _unread.name == \"unread\"",
-        "test_unread.py::test_other_threads_read_their_output",
+    "every layer unread in every thread": mutation(
+        "unread.py", "return _unread.get() is layer", "return True",
+        "test_unread.py::test_only_the_layer_named_is_unread_in_this_thread",
+    ),
+    "a wrapper of a layer reads what is left out": mutation(
+        "checkpoint.py", "None if seen else ctx.layer", "ctx.layer",
+        "test_unread.py::test_outputs_that_a_wrapper_reads_are_computed[normalise]",
     ),
     "layers with hooks checkpointed as others": mutation(
         "checkpoint.py", "if hooked(layer):", "if False:",

@@ -20,9 +20,9 @@ SIZES = {
 }  # fmt: skip
 
 
-def model_of(family, **options):
+def model_of(family, adapters=None, **options):
     config = getattr(transformers, f"{family}Config")(**SIZES, **options)
-    return with_adapters(nf4_model(getattr(transformers, f"{family}ForCausalLM"), config))
+    return with_adapters(nf4_model(getattr(transformers, f"{family}ForCausalLM"), config), **(adapters or {}))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.mlp, self.norm, self.gate = Fused(), torch.nn.RMSNorm(4), torch.nn.Linear(4, 4)
         self.number, self.end = torch.nn.Parameter(torch.tensor(0.7)), end
+        self.frozen = torch.nn.Parameter(torch.tensor(0.7), requires_grad=False)
 
     def forward(self, x):
         return self.end(self, x, self.mlp(self.norm(x)))
@@ -64,17 +65,21 @@ class Fused(torch.nn.Module):
 
 ENDS = {
     "sum": (lambda layer, x, y: x + y, True),
-    "in place": (lambda layer, x, y: x.tanh().add_(y), True),
+    "in place": (lambda layer, x, y: x.clone().add_(y), True),
     "constant": (lambda layer, x, y: 0.3 * (x - 2 * y), True),
     "trained number": (lambda layer, x, y: x + layer.number * y, False),
     "gate": (lambda layer, x, y: x + layer.gate(x) * y, False),
+    "detached gate": (lambda layer, x, y: x + y.detach().sigmoid() * x, False),
+    "choice by size": (lambda layer, x, y: x + y * (y.abs() < 2), False),
+    "detached norm": (lambda layer, x, y: x + y * (1 / y.detach().norm(dim=-1, keepdim=True)).clamp(max=1), False),
+    "frozen number": (lambda layer, x, y: x + layer.frozen * y, False),  # it may be trained later
+    "in float32": (lambda layer, x, y: (x.float() + y.float()).to(x.dtype), True),
     "gate of the input": (lambda layer, x, y: x + x.sigmoid() * y, False),
     "square": (lambda layer, x, y: x + y * y, False),
     "norm": (lambda layer, x, y: layer.norm(x + y), False),
     "norm in training": (lambda layer, x, y: layer.norm(x + y) if layer.training else x + y, False),
     "clamp in float16": (lambda layer, x, y: (x + y).clamp(-9, 9) if x.dtype == torch.float16 else x + y, False),
     "quotient": (lambda layer, x, y: x / y, False),
-    "unused": (lambda layer, x, y: x, False),
     "tuple": (lambda layer, x, y: (x + y,), False),
     "dropout": (lambda layer, x, y: x + torch.nn.functional.dropout(y, 0.5, layer.training), True),
 }
@@ -85,15 +90,15 @@ ENDS = {
 def test_only_sums_and_constant_factors_are_taken_for_adding(end, training):
     function, expected = ENDS[end]
     layer = Layer(function).train(training)
+    state = torch.get_rng_state()
     with torch.no_grad():
         assert added_mlp(layer) == ("mlp" if expected else None)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Granite", "Olmo2"])
 def test_checkpointed_gradients_match_uncompiled_model(family):
-    model = model_of(family)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    model = checkpointed(model_of(family))
     with patch_linear4bit(model):
         expected = step(model, 24)
     with compiled_by("aot_eager") as options, compile_qlora(model, **options):
@@ -115,25 +120,77 @@ def test_mlp_leaves_its_last_product_out_and_keeps_the_gradients():
 
 @pytest.mark.slow
 def test_compiled_layer_dequantises_one_weight_less():
-    model = model_of("Llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    model = checkpointed(model_of("Llama"))
     with compiled_by("inductor") as options, count_compilations() as counts, compile_qlora(model, **options):
         step(model, 24)
     again = next(one.operators for one in counts.captures if one.name == "LlamaDecoderLayer_again")
     assert (again["unsloth_puzzles.dequantize_nf4"], again["unsloth_puzzles.dequantize_nf4_again"]) == (6, 7)
 
 
-def test_other_threads_read_their_output():
-    with output_unread(), ThreadPoolExecutor(1) as threads:
-        assert is_unread() and not threads.submit(is_unread).result()
-    assert not is_unread()
+def test_only_the_layer_named_is_unread_in_this_thread():
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ZeroDivisionError), output_unread(layer):
+        assert is_unread(layer) and not is_unread(other) and not threads.submit(is_unread, layer).result()
+        with output_unread(None):
+            assert not is_unread(layer)
+        assert is_unread(layer)
+        raise ZeroDivisionError
+    assert not is_unread(layer)
+
+
+def compiled_forwards(counts):
+    return {one.name for one in counts.captures if one.name.startswith("Llama")}
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def test_layers_of_one_class_that_differ_are_compiled_as_they_are():
+    some = {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [0]}
+    model = checkpointed(model_of("Llama", adapters=some))
+    with patch_linear4bit(model):
+        expected = step(model, 24)
+    with compiled_by("aot_eager") as options, count_compilations() as counts, compile_qlora(model, **options):
+        assert_same(step(model, 24), expected)
+    assert {"LlamaDecoderLayer_again", "LlamaDecoderLayer"} <= compiled_forwards(counts)
+
+
+def normalise(layer):
+    forward = layer.forward
+
+    def normalised(*args, **kwargs):
+        y = forward(*args, **kwargs)
+        return y / y.norm(dim=-1, keepdim=True)
+
+    layer.forward = normalised
+
+
+def hook(layer):
+    layer.register_forward_hook(lambda layer, given, y: y / y.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("wrap", [normalise, hook])
+@pytest.mark.filterwarnings("ignore:hooks")
+def test_outputs_that_a_wrapper_reads_are_computed(wrap):
+    """A forward or a hook that is put around a compiled layer's."""
+    model = checkpointed(model_of("Llama"))
+    layers = model.get_base_model().model.layers
+    with compiled_by("aot_eager") as options, count_compilations() as counts, compile_qlora(model, **options):
+        wrap(layers[0])
+        found = step(model, 24)
+        vars(layers[0]).pop("forward", None)
+    assert {"LlamaDecoderLayer_again", "LlamaDecoderLayer"} <= compiled_forwards(counts)
+    layers[0]._forward_hooks.clear()
+    wrap(layers[0])
+    with patch_linear4bit(model):
+        assert_same(found, step(model, 24))
 
 
 def test_evaluation_between_forward_and_backward_reads_its_output():
-    model = model_of("Llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    model = checkpointed(model_of("Llama"))
     with torch.no_grad(), patch_linear4bit(model):
         expected = model(**batch(24)).loss
     with compiled_by("aot_eager") as options, compile_qlora(model, **options):

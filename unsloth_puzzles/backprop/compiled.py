@@ -12,7 +12,7 @@ from unsloth_puzzles.backprop.arguments import Arguments, Reduction, as_tuple
 from unsloth_puzzles.backprop.eager import EagerFunction, weighted, without_nan_of_nothing
 from unsloth_puzzles.backprop.results import check_compiled
 from unsloth_puzzles.backprop.rng import RandomStates
-from unsloth_puzzles.backprop.tiles import with_row_blocks
+from unsloth_puzzles.backprop.tiles import compile_for_rows
 from unsloth_puzzles.backprop.trust import trust
 from unsloth_puzzles.code_object import with_own_code
 
@@ -102,8 +102,8 @@ class CompiledFunction:
         if key not in self._compiled:
             options = {"use_fast_math": fast, **dict.fromkeys(_TUNING, logits.is_cuda)}
             # By a name of its own, too: another function's vocabulary would make this one's a variable.
-            run = torch.compile(with_own_code(program, f"run_{next(_numbers)}"), fullgraph=True, options=options)
-            self._compiled[key] = with_row_blocks(run, logits)
+            own = with_own_code(program, f"run_{next(_numbers)}")
+            self._compiled[key] = compile_for_rows(own, options, logits)
         return self._compiled[key]
 
 

@@ -2,7 +2,7 @@
 
 A loss and its gradient read a row of logits three times: for the maximum, for the sum and for the gradient. Inductor's
 own choice, blocks of 2048 logits and 512 threads, has four rows at work on each multiprocessor. On an H200 these are
-132 MiB for 128256 logits in 16 bits; its L2 cache holds 50 and has lost the beginning of a row when its end has been
+129 MiB for 128256 logits in 16 bits; its L2 cache holds 60 and has lost the beginning of a row when its end has been
 read. Here one row is at work on each, by 1024 threads, and a row's second and third read hit the cache.
 """
 
@@ -17,26 +17,31 @@ _TORCH = (2, 11)  # whose Inductor is told in this way: it is no public interfac
 _THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
 _BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
 _SIZES = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _THREADS // 32, "num_stages": 1}
-_USUAL_ROWS = 4  # at work on a multiprocessor with 512 threads each
+_USUAL_THREADS = 512  # of Inductor's choice, for each row
 _MOST_OPERATIONS = 120  # cross entropy and its gradient have 67, z-loss 88, the focal loss 158
+# The key of Inductor's cache of compiled code knows its options and not these sizes. This one has no other effect here.
+_IN_KEY = {"coordinate_descent_search_radius": 2}
 
 
-def with_row_blocks(run: Callable, logits: torch.Tensor) -> Callable:
-    """Let Inductor use these block sizes when `run`, which torch.compile returned, is compiled for such logits.
+def compile_for_rows(program: Callable, options: dict[str, object], logits: torch.Tensor) -> Callable:
+    """torch.compile `program`, with these block sizes where they are better than Inductor's own choice.
+
+    They are on a GPU (from sm_80 on) whose cache holds one row for each multiprocessor, but not those of usual blocks.
 
     Args:
-        run: Compiled when it is first called.
+        program: A function of tensors, of which some are such logits. Compiled when it is first called.
+        options: Inductor's.
         logits: [rows, vocab].
 
     Returns:
-        A function as `run`. `run` itself where Inductor's own choice is as good: on the CPU, and where the cache holds
-        the rows of the usual blocks or not even one for each multiprocessor; and under another torch.
+        The compiled function.
     """
-    if not logits.is_cuda or release(torch.__version__) != _TORCH or not _fits_cache(logits):
-        return run
+    if not logits.is_cuda or torch.version.hip or release(torch.__version__) != _TORCH or not _fits_cache(logits):
+        return torch.compile(program, fullgraph=True, options=options)
     from torch._inductor.virtualized import V
 
-    choices = _row_blocks()
+    run = torch.compile(program, fullgraph=True, options=options | _IN_KEY)
+    choices = _row_blocks(logits.shape[-1])
 
     def run_with_blocks(*given):
         with V.set_choices_handler(choices):  # this thread's, read while it compiles
@@ -46,20 +51,23 @@ def with_row_blocks(run: Callable, logits: torch.Tensor) -> Callable:
 
 
 def _fits_cache(logits: torch.Tensor) -> bool:
-    properties = torch.cuda.get_device_properties(logits.device)
-    at_work = logits.shape[-1] * logits.element_size() * properties.multi_processor_count  # bytes, one row on each
-    return at_work <= properties.L2_cache_size < _USUAL_ROWS * at_work
+    gpu = torch.cuda.get_device_properties(logits.device)
+    at_work = logits.shape[-1] * logits.element_size() * gpu.multi_processor_count  # bytes, one row on each
+    return (
+        gpu.major >= 8
+        and at_work <= gpu.L2_cache_size < gpu.max_threads_per_multi_processor // _USUAL_THREADS * at_work
+    )
 
 
-def _row_blocks() -> Any:
-    """A handler for the choices that Inductor makes."""
-    from torch._inductor.choices import InductorChoices
+def _row_blocks(vocabulary: int) -> Any:
+    """A handler for the choices that Inductor makes, for rows of this length."""
     from torch._inductor.codegen.triton import FixedTritonConfig
+    from torch._inductor.virtualized import V
 
-    class RowBlocks(InductorChoices):
+    class RowBlocks(type(V.choices)):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             given = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
-            if not _is_plain(features, groups, given):
+            if features.reduction_numel != vocabulary or not _is_plain(features, groups, given):
                 return given
             return {**given, "fixed_config": FixedTritonConfig(dict(_SIZES)), "override_cooperative_reduction": False}
 
@@ -71,9 +79,8 @@ def _is_plain(features: Any, groups: list, given: dict) -> bool:
 
     Not if it computes so much for each logit that memory is not what it waits for: Inductor tries blocks for it.
     """
-    length = features.reduction_numel
     return (
-        bool(length.is_number and length > _BLOCK)
+        bool(features.reduction_numel > _BLOCK)
         and sum(features.op_counts().values()) <= _MOST_OPERATIONS
         and set(groups[0]) == {"x", "r0_"}
         and not given.get("mix_order_reduction")

@@ -150,7 +150,9 @@ class _Checkpoint(torch.autograd.Function):
             )
         needs = ctx.needs_input_grad[3:]
         hidden_states = ctx.store.take(ctx.kept).requires_grad_(needs[0])
-        with torch.enable_grad(), ctx.autocast(), _as_before(ctx.random_states), output_unread():
+        seen = "forward" in vars(ctx.layer) or hooked(ctx.layer)  # by a forward around the layer's own, or by hooks
+        unread = output_unread(None if seen else ctx.layer)
+        with torch.enable_grad(), ctx.autocast(), _as_before(ctx.random_states), unread:
             output = ctx.run(hidden_states)  # of which only the graph is used
         inputs = (hidden_states, *ctx.parameters)
         reached, given = _leaves(output), set(map(id, inputs))

@@ -19,7 +19,7 @@ from unsloth_puzzles.kv_cache import CACHE_NAMES, given_cache
 
 
 def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]) -> Callable[[], None]:
-    """Let decoder layers run compiled: one function for all layers of a class (see `Variants`).
+    """Let decoder layers run compiled: one function for all layers of a class that are alike (see `Variants`).
 
     Calls with a KV cache run as before. So does a layer with hooks inside for as long as they are there, with a
     warning.
@@ -31,11 +31,13 @@ def compile_layers(layers: Sequence[torch.nn.Module], options: dict[str, object]
     Returns:
         A function that undoes it.
     """
-    positions = {type(layer): uses(layer, "position_ids") for layer in layers}
-    mlps = {cls: {added_mlp(layer) for layer in layers if type(layer) is cls} for cls in positions}
-    added = {cls: names.pop() if len(names) == 1 else None for cls, names in mlps.items()}
-    classes = {cls: _compiled_layer(cls, takes, added[cls], options) for cls, takes in positions.items()}
-    return exchange_classes((layer, classes[type(layer)]) for layer in layers)
+    classes, chosen = {}, []
+    for layer in layers:
+        kind = type(layer), added_mlp(layer)
+        if kind not in classes:
+            classes[kind] = _compiled_layer(*kind, uses(layer, "position_ids"), options)
+        chosen.append((layer, classes[kind]))
+    return exchange_classes(chosen)
 
 
 def compile_norm(norm: torch.nn.Module, options: dict[str, object]) -> Callable[[], None]:
@@ -57,7 +59,7 @@ def compile_norm(norm: torch.nn.Module, options: dict[str, object]) -> Callable[
     return exchange_classes([(norm, subclass(cls, f"Compiled{cls.__name__}", forward=forward))])
 
 
-def _compiled_layer(cls: type, takes_positions: bool, added: str | None, options: dict[str, object]) -> type:
+def _compiled_layer(cls: type, added: str | None, takes_positions: bool, options: dict[str, object]) -> type:
     variants = Variants(cls.forward, cls.__name__, options)
     unread = variants if added is None else Variants(_without_output(cls, added), f"{cls.__name__}_again", options)
     # Arguments that the mask or the embeddings already cover, or that concern only the layer's caller, are dropped,
@@ -88,7 +90,7 @@ def _compiled_layer(cls: type, takes_positions: bool, added: str | None, options
             if tensor is not None:
                 mark(tensor)
         with hidden(idle) if idle else nullcontext():
-            return (unread if is_unread() else variants)(self, hidden_states, *args, **kwargs)
+            return (unread if is_unread(self) else variants)(self, hidden_states, *args, **kwargs)
 
     # accelerate, FSDP and PEFT look for decoder layers by the name of their class (`_no_split_modules`).
     return subclass(cls, cls.__name__, forward=forward)
