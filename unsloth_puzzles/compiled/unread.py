@@ -88,7 +88,7 @@ def _gradients(layer: torch.nn.Module, mlp: str, value: float, dtype: torch.dtyp
     parts = {name: partial(_curved, "attn" in name) for name, _ in layer.named_children()}
     parts |= {**own, mlp: lambda x: _Valued.apply(x.square(), value), "training": training}
     with torch.enable_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone
         output = type(layer).forward(StandIn(layer, parts), x)
         upstream = torch.linspace(1, 2, 12, dtype=dtype, device="cpu").view(output.shape)  # a tensor's, not a tuple's
         return torch.autograd.grad(output, (x, *own.values()), upstream, allow_unused=True)
