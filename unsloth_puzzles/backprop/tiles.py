@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from unsloth_puzzles.supported import release
-
-_TORCH = (2, 11)  # whose Inductor is told in this way: it is no public interface, and others are not known to take it
+_TORCH = "2.11."  # whose Inductor is told in this way: it is no public interface, and others are not known to take it
 _THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
 _BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
 _SIZES = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _THREADS // 32, "num_stages": 1}
@@ -36,7 +34,8 @@ def compile_for_rows(program: Callable, options: dict[str, object], logits: torc
     Returns:
         The compiled function.
     """
-    if not logits.is_cuda or torch.version.hip or release(torch.__version__) != _TORCH or not _fits_cache(logits):
+    told = torch.__version__.startswith(_TORCH) and not torch.version.hip
+    if not (logits.is_cuda and told and _fits_cache(logits)):
         return torch.compile(program, fullgraph=True, options=options)
     from torch._inductor.virtualized import V
 
