@@ -196,8 +196,8 @@ def test_evaluation_between_forward_and_backward_reads_its_output():
         expected = model(**batch(24)).loss
     with compiled_by("aot_eager") as options, compile_qlora(model, **options):
         loss = model(**batch(24)).loss
-        loss.backward()
         with torch.no_grad():
-            after = model(**batch(24)).loss
-    for one in (loss, after):
+            between = model(**batch(24)).loss
+        loss.backward()
+    for one in (loss, between):
         assert (one - expected).abs() <= 2e-6 * expected
