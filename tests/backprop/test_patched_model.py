@@ -156,6 +156,27 @@ def test_generation_inference_and_signature_are_the_models_own():
     assert type(pickle.loads(pickle.dumps(model))) is LlamaForCausalLM
 
 
+def test_patch_leaves_random_states_of_all_devices(monkeypatch):
+    """With dropout in the model, which the probe runs in train mode."""
+    model = llama(attention_dropout=0.5)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: 1 / 0)
+    state = torch.get_rng_state()
+    with use_memory_efficient_loss(model):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_patch_leaves_random_states_of_gpus_it_is_not_on():
+    """Each GPU's next numbers are those without a patch, the model's GPU and the others alike."""
+    gpus = range(torch.cuda.device_count())
+    model = llama(attention_dropout=0.5).cuda()
+    torch.cuda.manual_seed_all(3)
+    states = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+    for device in ("cuda", "cpu"):
+        with use_memory_efficient_loss(model.to(device)):
+            assert all(torch.equal(torch.cuda.get_rng_state(gpu), states[gpu]) for gpu in gpus)
+
+
 def test_positional_arguments_tuples_and_shifted_labels():
     model, inputs = llama().train(), batch()
     expected = reference(model, **inputs)[0]

@@ -167,9 +167,7 @@ def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
     """Gives a function that calls a module in train mode without gradients, with the same random numbers each time."""
 
     def run(module, **inputs):
-        device = inputs["input_ids"].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(gpus), torch.no_grad():
             try:
                 return module(**inputs)
             except Exception as error:
@@ -181,6 +179,7 @@ def _as_in_training(causal_lm: PreTrainedModel) -> Iterator:
                 names = ", ".join(inputs)
                 raise ValueError(f"model must run with {names}, got {type(causal_lm).__name__}: {error}") from error
 
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # the model's may be several
     modes = {module: module.training for module in causal_lm.modules()}
     try:
         # In eval mode bitsandbytes re-packs 4-bit weights on some CPUs, for good.

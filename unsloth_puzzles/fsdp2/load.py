@@ -50,8 +50,9 @@ def _random(config, layers: int, device: torch.device, dtype: torch.dtype, quant
     config.num_hidden_layers = layers
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(SEED)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()), device:
+        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(SEED)  # the former seeds all devices
         drawn = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return type(drawn).from_pretrained(
         None, config=config, state_dict=drawn.state_dict(), dtype=dtype, device_map={"": device},
