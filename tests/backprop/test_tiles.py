@@ -1,4 +1,4 @@
-"""Block sizes for rows of logits: where they are set, for which kernels, and that all kinds of functions compile."""
+"""What Inductor is told about rows of logits: where, for which kernels, and that all kinds of functions compile."""
 
 from collections import Counter
 from functools import partial
@@ -34,6 +34,24 @@ FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
     ],
 )
 def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu, vocabulary, itemsize, expected):
+    as_gpu(monkeypatch, gpu)
+    kwargs = compiled_with(monkeypatch, vocabulary, itemsize)[1].triton_kernel_kwargs(None, *kernel(vocabulary))
+    assert ("fixed_config" in kwargs) == expected
+
+
+@pytest.mark.parametrize("gpu", [H200, RTX3090, T4])
+@pytest.mark.parametrize("version", [torch.__version__, "1.0."])
+def test_choices_are_made_on_every_gpu_with_a_torch_that_takes_them(monkeypatch, gpu, version):
+    as_gpu(monkeypatch, gpu)
+    monkeypatch.setattr(tiles, "_TORCH", version)
+    options, choices = compiled_with(monkeypatch, 128256, 2)
+    told = version != "1.0."
+    assert type(choices).__name__ == ("RowChoices" if told else "InductorChoices")
+    assert type(V.choices) is InductorChoices  # afterwards
+    assert options.pop("use_fast_math") and bool(options) == told  # another key in the cache of compiled code
+
+
+def as_gpu(monkeypatch, gpu):
     major, number, mebibytes, threads = gpu
     properties = SimpleNamespace(
         major=major,
@@ -43,20 +61,19 @@ def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", None)
+
+
+def compiled_with(monkeypatch, vocabulary, itemsize):
+    """The options and the choices with which a program is compiled for such logits."""
     asked = []
 
     def compile(program, *, fullgraph, options):
-        asked.append(options)
-        return lambda *given: (asked.append(type(V.choices).__name__), program(*given))[1]
+        return lambda *given: (asked.extend([options, V.choices]), program(*given))[1]
 
     monkeypatch.setattr(torch, "compile", compile)
     logits = SimpleNamespace(is_cuda=True, device="cuda", shape=(512, vocabulary), element_size=lambda: itemsize)
-    for version, told in ((torch.__version__, expected), ("1.0.", False)):
-        monkeypatch.setattr(tiles, "_TORCH", version)
-        assert tiles.compile_for_rows(max, {"use_fast_math": True}, logits)(1, 2) == 2
-        assert asked.pop() == ("RowBlocks" if told else "InductorChoices") and type(V.choices) is InductorChoices
-        options = asked.pop()
-        assert options.pop("use_fast_math") and bool(options) == told  # another key in the cache of compiled code
+    assert tiles.compile_for_rows(max, {"use_fast_math": True}, logits)(1, 2) == 2
+    return asked
 
 
 def test_cpu_keeps_inductors_choice(monkeypatch):
@@ -64,13 +81,36 @@ def test_cpu_keeps_inductors_choice(monkeypatch):
     assert tiles.compile_for_rows(print, {}, torch.zeros(2, 128256, dtype=torch.bfloat16)) == {}
 
 
-def test_another_choice_of_the_users_is_kept():
+def test_other_choices_of_the_users_are_kept():
     class Users(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             return {**kernel_kwargs, "of the user": True}
 
+        def reduction_split_factor(self, device, reduction_numel_hint, numel_hint, inner_reduction):
+            return 7
+
     with V.set_choices_handler(Users()):
-        assert tiles._row_blocks(128256).triton_kernel_kwargs(None, *kernel())["of the user"]
+        choices = tiles._row_choices(128256, True)
+    assert choices.triton_kernel_kwargs(None, *kernel())["of the user"]
+    assert choices.reduction_split_factor(None, 128255, 40, True) == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((128256, 40, True), 1),
+        ((128256, 2, True), 1),
+        ((128256, 1, True), 7),  # a sum of everything, or a single row
+        ((128255, 40, True), 7),  # something else than the logits
+        ((128256, 40, False), 7),  # over rows
+    ],
+)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_no_row_is_split_over_blocks(monkeypatch, asked, expected, blocks):
+    monkeypatch.setattr(InductorChoices, "reduction_split_factor", staticmethod(lambda *given: 7))
+    numel, outputs, inner = asked
+    choices = tiles._row_choices(128256, blocks)
+    assert choices.reduction_split_factor(None, numel, outputs, inner_reduction=inner) == expected
 
 
 def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
@@ -99,7 +139,7 @@ def kernel(length=128256, tiles=("x", "r0_"), operations=(), **given):
     ],
 )
 def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
-    given = tiles._row_blocks(128256).triton_kernel_kwargs(None, *asked)
+    given = tiles._row_choices(128256, True).triton_kernel_kwargs(None, *asked)
     if expected:
         assert given["fixed_config"].config == FIXED and given["override_cooperative_reduction"] is False
     else:
@@ -107,8 +147,8 @@ def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
 
 
 def test_rows_no_longer_than_a_block_keep_inductors_choice():
-    assert tiles._row_blocks(16384).triton_kernel_kwargs(None, *kernel(16384)) == {}
-    assert tiles._row_blocks(16385).triton_kernel_kwargs(None, *kernel(16385)) != {}
+    assert tiles._row_choices(16384, True).triton_kernel_kwargs(None, *kernel(16384)) == {}
+    assert tiles._row_choices(16385, True).triton_kernel_kwargs(None, *kernel(16385)) != {}
 
 
 def sorted_and_summed_up(logits, labels):
@@ -124,26 +164,37 @@ def weighted(logits, labels, weight):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", [cross_entropy, sorted_and_summed_up, weighted])
-def test_compiled_values_and_gradients_match_eager_mode(function):
-    vocabulary, rows = 128256, 40
-    generator = torch.Generator("cuda").manual_seed(0)
-    logits = 3 * torch.randn(rows, vocabulary, device="cuda", generator=generator)
-    logits = logits.bfloat16()
+@pytest.mark.parametrize("first", [40, 512])  # rows of the call that compiles: fewer than two a multiprocessor, or more
+def test_compiled_values_and_gradients_match_eager_mode(function, first):
+    eager, compiled = (kind(partial(function), Reduction(False, -100)) for kind in (EagerFunction, CompiledFunction))
+    for rows in (first, 512):
+        for one, other in zip(gradients(eager, rows), gradients(compiled, rows), strict=True):
+            few_flips = 1e-3 if one.dtype == torch.bfloat16 else 1e-5  # a value may be rounded to its other neighbour
+            assert (one.double() - other.double()).norm() <= few_flips * one.double().norm()
+
+
+@pytest.mark.gpu
+def test_first_call_of_few_rows_makes_as_many_kernels_as_one_of_many():
+    by_few, by_many = (CompiledFunction(partial(cross_entropy), Reduction(False, -100)) for _ in range(2))
+    gradients(by_few, 40), gradients(by_many, 512)
+    counts = []
+    for function in (by_few, by_many):
+        gradients(function, 512)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            gradients(function, 512)
+            torch.cuda.synchronize()
+        counts.append(sum(event.name.startswith("triton_") for event in seen.events()))
+    assert counts[0] == counts[1] > 0
+
+
+def gradients(function, rows, vocabulary=128256):
+    """The value, and the gradients of the logits and of the arguments, for random logits."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    logits = (3 * torch.randn(rows, vocabulary, device="cuda", generator=generator)).bfloat16()
     labels = torch.randint(vocabulary, (rows,), device="cuda", generator=generator)
-    shared = (torch.randn(vocabulary, device="cuda", generator=generator),) if function is weighted else ()
-    arguments = Arguments(labels, (), shared, (True,) * len(shared))
-    by_eager, by_compiled = (
-        gradients(kind(partial(function), Reduction(False, -100)), logits.clone(), arguments)
-        for kind in (EagerFunction, CompiledFunction)
-    )
-    for one, other in zip(by_eager, by_compiled, strict=True):
-        few_flips = 1e-3 if one.dtype == torch.bfloat16 else 1e-5  # a value may be rounded to its other neighbour
-        assert (one.double() - other.double()).norm() <= few_flips * one.double().norm()
-
-
-def gradients(function, logits, arguments):
-    """The value, and the gradients of the logits and of the arguments."""
-    others = []
+    takes_weight = function.function.func is weighted
+    shared = (torch.randn(vocabulary, device="cuda", generator=generator),) if takes_weight else ()
+    arguments, others = Arguments(labels, (), shared, (True,) * len(shared)), []
     value = function.value_and_gradient(
         logits, arguments, torch.ones((), device="cuda"), lambda start, found: others.append(list(found))
     )

@@ -1,9 +1,14 @@
-"""Block sizes for Inductor's kernels over rows of logits, so that each row is read from memory once.
+"""What Inductor is told about kernels over rows of logits, so that each row is read from memory once.
 
-A loss and its gradient read a row of logits three times: for the maximum, for the sum and for the gradient. Inductor's
-own choice, blocks of 2048 logits and 512 threads, has four rows at work on each multiprocessor. On an H200 these are
-129 MiB for 128256 logits in 16 bits; its L2 cache holds 60 and has lost the beginning of a row when its end has been
-read. Here one row is at work on each, by 1024 threads, and a row's second and third read hit the cache.
+A loss and its gradient read a row of logits three times: for the maximum, for the sum and for the gradient.
+
+Blocks: Inductor's own choice, blocks of 2048 logits and 512 threads, has four rows at work on each multiprocessor. On
+an H200 these are 129 MiB for 128256 logits in 16 bits; its L2 cache holds 60 and has lost the beginning of a row when
+its end has been read. Here one row is at work on each, by 1024 threads, and a row's second and third read hit the
+cache.
+
+Splits: with fewer than two rows a multiprocessor, Inductor splits each row over several blocks and makes a kernel of
+each of the three reads. The first call's number of rows decides that for all later calls. Here no row is split.
 """
 
 from collections.abc import Callable
@@ -17,14 +22,15 @@ _BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
 _SIZES = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _THREADS // 32, "num_stages": 1}
 _USUAL_THREADS = 512  # of Inductor's choice, for each row
 _MOST_OPERATIONS = 120  # cross entropy and its gradient have 67, z-loss 88, the focal loss 158
-# The key of Inductor's cache of compiled code knows its options and not these sizes. This one has no other effect here.
-_IN_KEY = {"coordinate_descent_search_radius": 2}
+# The key of Inductor's cache of compiled code knows its options, not these choices. This one has no other effect here.
+_IN_KEY = {"coordinate_descent_search_radius": 3}
 
 
 def compile_for_rows(program: Callable, options: dict[str, object], logits: torch.Tensor) -> Callable:
-    """torch.compile `program`, with these block sizes where they are better than Inductor's own choice.
+    """torch.compile `program`, on a GPU with these choices.
 
-    They are on a GPU (from sm_80 on) whose cache holds one row for each multiprocessor, but not those of usual blocks.
+    The block sizes are only for a GPU (from sm_80 on) whose cache holds one row for each multiprocessor, but not those
+    of usual blocks.
 
     Args:
         program: A function of tensors, of which some are such logits. Compiled when it is first called.
@@ -34,19 +40,18 @@ def compile_for_rows(program: Callable, options: dict[str, object], logits: torc
     Returns:
         The compiled function.
     """
-    told = torch.__version__.startswith(_TORCH) and not torch.version.hip
-    if not (logits.is_cuda and told and _fits_cache(logits)):
+    if not (logits.is_cuda and torch.__version__.startswith(_TORCH) and not torch.version.hip):
         return torch.compile(program, fullgraph=True, options=options)
     from torch._inductor.virtualized import V
 
     run = torch.compile(program, fullgraph=True, options=options | _IN_KEY)
-    choices = _row_blocks(logits.shape[-1])
+    choices = _row_choices(logits.shape[-1], _fits_cache(logits))
 
-    def run_with_blocks(*given):
+    def run_with_choices(*given):
         with V.set_choices_handler(choices):  # this thread's, read while it compiles
             return run(*given)
 
-    return run_with_blocks
+    return run_with_choices
 
 
 def _fits_cache(logits: torch.Tensor) -> bool:
@@ -58,19 +63,24 @@ def _fits_cache(logits: torch.Tensor) -> bool:
     )
 
 
-def _row_blocks(vocabulary: int) -> Any:
-    """A handler for the choices that Inductor makes, for rows of this length."""
+def _row_choices(vocabulary: int, blocks: bool) -> Any:
+    """A handler for the choices that Inductor makes, for rows of this length; `blocks`: it gives block sizes, too."""
     from torch._inductor.codegen.triton import FixedTritonConfig
     from torch._inductor.virtualized import V
 
-    class RowBlocks(type(V.choices)):
+    class RowChoices(type(V.choices)):
+        def reduction_split_factor(self, device, reduction_numel_hint, numel_hint, inner_reduction):
+            if inner_reduction and reduction_numel_hint == vocabulary and numel_hint > 1:
+                return 1
+            return super().reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction)
+
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             given = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
-            if features.reduction_numel != vocabulary or not _is_plain(features, groups, given):
+            if not blocks or features.reduction_numel != vocabulary or not _is_plain(features, groups, given):
                 return given
             return {**given, "fixed_config": FixedTritonConfig(dict(_SIZES)), "override_cooperative_reduction": False}
 
-    return RowBlocks()
+    return RowChoices()
 
 
 def _is_plain(features: Any, groups: list, given: dict) -> bool:
