@@ -20,6 +20,7 @@ from tools.address import NOTEBOOK, badges
 from tools.build_notebook import ROOT
 from tools.matrix_table import matrix_table
 from tools.measured_tables import amount, file_tables, gpu_tests, machine, points_table, provenance
+from tools.qlora_sweep import sweep_tables
 from tools.readme_claims import NOT_MEASURED, claims_table, minutes_table
 from tools.readme_contents import FIGURES, PLACES, SWEPT, TABLES
 from tools.release import STAMP, TESTS, said_of_tests
@@ -158,6 +159,8 @@ def results(resources: Path, release_digest: str | None = None) -> str:
             parts.append(provenance(measured))
             parts += file_tables(measured, TABLES.get(file, ()))
         parts += _swept(resources / "measurements", file, release_digest)
+        if challenge == "C":
+            parts += sweep_tables(resources / "measurements" / "c_compile_sweeps.json")
     measurements = resources / "measurements"
     parts += ["### Tests on a GPU", gpu_tests(measurements / "gpu_tests.json")]
     return "\n\n".join([*parts, "### Releases of the libraries", matrix_table(measurements / "matrix.json")])
