@@ -180,6 +180,21 @@ def test_section_digest_covers_files_and_cells():
     assert len({before, after, sections.digest(node)}) == 3
 
 
+@pytest.mark.parametrize(
+    ("dates", "expected"),
+    [
+        ({}, ""),
+        ({"A": "2026-11-30"}, "2026-11-30"),
+        ({"A": "2026-12-01", "E": "2026-11-30"}, "2026-11-30 to 2026-12-01"),
+    ],
+)
+def test_summary_says_between_which_dates_its_sections_ran(tmp_path, dates, expected):
+    for section, date in dates.items():
+        (tmp_path / f"{section}.json").write_text(json.dumps({"date": date, "points": 2, "possible": 3}))
+    summary = report.summarise(tmp_path)
+    assert summary["date"] == expected and summary["points"] == 2 * len(dates)
+
+
 def test_client_finds_the_longest_silence(tmp_path):
     cells = [
         nbformat.v4.new_code_cell("import time\nfor _ in range(4):\n    time.sleep(0.3)\n    print('.', flush=True)"),

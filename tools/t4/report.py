@@ -24,9 +24,10 @@ def summarise(out: Path) -> dict[str, object]:
     """All sections that `out` has results of, with versions, points and what a rehearsal does not prove."""
     kept = {name: json.loads((out / f"{name}.json").read_text()) for name in "ABCDE" if (out / f"{name}.json").exists()}
     newest = list(kept.values())[-1] if kept else {}
+    dates = sorted({found["date"] for found in kept.values()})
     return {
         "hardware": {"name": newest.get("hardware", "")},
-        "date": newest.get("date", ""),
+        "date": " to ".join(dict.fromkeys(dates[:1] + dates[-1:])),
         "versions": newest.get("versions", {}),
         "points": sum(found["points"] for found in kept.values()),
         "possible": sum(found["possible"] for found in kept.values()),
