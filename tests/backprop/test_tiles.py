@@ -92,7 +92,7 @@ def test_other_choices_of_the_users_are_kept():
     with V.set_choices_handler(Users()):
         choices = tiles._row_choices(128256, True)
     assert choices.triton_kernel_kwargs(None, *kernel())["of the user"]
-    assert choices.reduction_split_factor(None, 128255, 40, True) == 7
+    assert choices.reduction_split_factor(None, 128257, 40, True) == 7
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,8 @@ def test_other_choices_of_the_users_are_kept():
         ((128256, 40, True), 1),
         ((128256, 2, True), 1),
         ((128256, 1, True), 7),  # a sum of everything, or a single row
-        ((128255, 40, True), 7),  # something else than the logits
+        ((128255, 40, True), 1),  # a part of a row
+        ((128257, 40, True), 7),  # something else than the logits
         ((128256, 40, False), 7),  # over rows
     ],
 )

@@ -8,7 +8,8 @@ its end has been read. Here one row is at work on each, by 1024 threads, and a r
 cache.
 
 Splits: with fewer than two rows a multiprocessor, Inductor splits each row over several blocks and makes a kernel of
-each of the three reads. The first call's number of rows decides that for all later calls. Here no row is split.
+each of the three reads. The first call's number of rows decides that for all later calls. Here no row is split, nor a
+part of one.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def _row_choices(vocabulary: int, blocks: bool) -> Any:
 
     class RowChoices(type(V.choices)):
         def reduction_split_factor(self, device, reduction_numel_hint, numel_hint, inner_reduction):
-            if inner_reduction and reduction_numel_hint == vocabulary and numel_hint > 1:
+            if inner_reduction and reduction_numel_hint <= vocabulary and numel_hint > 1:  # of a row or a part of it
                 return 1
             return super().reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction)
 
