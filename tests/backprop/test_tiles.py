@@ -1,7 +1,11 @@
 """What Inductor is told about rows of logits: where, for which kernels, and that all kinds of functions compile."""
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ from unsloth_puzzles.backprop.arguments import Arguments, Reduction
 from unsloth_puzzles.backprop.compiled import CompiledFunction
 from unsloth_puzzles.backprop.eager import EagerFunction
 from unsloth_puzzles.backprop.losses import cross_entropy
+from unsloth_puzzles.bench import child
 
 H200, RTX3090, T4 = (9, 132, 60, 2048), (8, 82, 6, 1536), (7, 40, 4, 1024)  # sm, their number, MiB of L2, threads
 FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
@@ -35,20 +40,23 @@ FIXED = {"XBLOCK": 1, "R0_BLOCK": 16384, "num_warps": 32, "num_stages": 1}
 )
 def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu, vocabulary, itemsize, expected):
     as_gpu(monkeypatch, gpu)
-    kwargs = compiled_with(monkeypatch, vocabulary, itemsize)[1].triton_kernel_kwargs(None, *kernel(vocabulary))
-    assert ("fixed_config" in kwargs) == expected
+    for timed, wanted in ((torch.__version__, expected), ("1.0.", False)):
+        monkeypatch.setattr(tiles, "_TIMED", timed)
+        kwargs = compiled_with(monkeypatch, vocabulary, itemsize)[1].triton_kernel_kwargs(None, *kernel(vocabulary))
+        assert ("fixed_config" in kwargs) == wanted
 
 
 @pytest.mark.parametrize("gpu", [H200, RTX3090, T4])
 @pytest.mark.parametrize("version", [torch.__version__, "1.0."])
 def test_choices_are_made_on_every_gpu_with_a_torch_that_takes_them(monkeypatch, gpu, version):
     as_gpu(monkeypatch, gpu)
-    monkeypatch.setattr(tiles, "_TORCH", version)
+    monkeypatch.setattr(tiles, "_VERSIONS", (version,))
     options, choices = compiled_with(monkeypatch, 128256, 2)
     told = version != "1.0."
     assert type(choices).__name__ == ("RowChoices" if told else "InductorChoices")
     assert type(V.choices) is InductorChoices  # afterwards
     assert options.pop("use_fast_math") and bool(options) == told  # another key in the cache of compiled code
+    assert all(hasattr(torch._inductor.config, name) for name in options)
 
 
 def as_gpu(monkeypatch, gpu):
@@ -150,6 +158,18 @@ def test_only_plain_reductions_of_long_rows_get_the_blocks(asked, expected):
 def test_rows_no_longer_than_a_block_keep_inductors_choice():
     assert tiles._row_choices(16384, True).triton_kernel_kwargs(None, *kernel(16384)) == {}
     assert tiles._row_choices(16385, True).triton_kernel_kwargs(None, *kernel(16385)) != {}
+
+
+def test_first_call_of_few_rows_writes_the_kernels_of_many():
+    script = Path(__file__).with_name("h200_kernels.py")
+    environment = child.environment(TORCHINDUCTOR_COMPILE_THREADS="1")  # or it starts a pool of compilers
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert kernels["cross_entropy, 40 rows"] == kernels["cross_entropy, 512 rows"]
+    assert len(kernels["cross_entropy, 512 rows"]) == 2 < len(kernels["Inductor's, 40 rows"])
+    # A scan that Inductor splits does not compile in torch 2.11.
+    assert kernels["running_sums, 40 rows"] == kernels["running_sums, 512 rows"] != []
 
 
 def sorted_and_summed_up(logits, labels):

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-_TORCH = "2.11."  # whose Inductor is told in this way: it is no public interface, and others are not known to take it
+# Whose Inductor asks for choices in this way. It is no public interface: the code that it writes was read with 2.10,
+# 2.11 and 2.15, and run with 2.11, the one with which the block sizes were timed.
+_VERSIONS = tuple(f"2.{minor}." for minor in range(10, 16))
+_TIMED = "2.11."
 _THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
 _BLOCK = 16 * _THREADS  # logits: two loads of 16 bytes for each thread
 _SIZES = {"XBLOCK": 1, "R0_BLOCK": _BLOCK, "num_warps": _THREADS // 32, "num_stages": 1}
@@ -30,8 +33,8 @@ _IN_KEY = {"coordinate_descent_search_radius": 3}
 def compile_for_rows(program: Callable, options: dict[str, object], logits: torch.Tensor) -> Callable:
     """torch.compile `program`, on a GPU with these choices.
 
-    The block sizes are only for a GPU (from sm_80 on) whose cache holds one row for each multiprocessor, but not those
-    of usual blocks.
+    The block sizes are only for torch 2.11 and a GPU (from sm_80 on) whose cache holds one row for each multiprocessor,
+    but not those of usual blocks.
 
     Args:
         program: A function of tensors, of which some are such logits. Compiled when it is first called.
@@ -41,12 +44,12 @@ def compile_for_rows(program: Callable, options: dict[str, object], logits: torc
     Returns:
         The compiled function.
     """
-    if not (logits.is_cuda and torch.__version__.startswith(_TORCH) and not torch.version.hip):
+    if not (logits.is_cuda and torch.__version__.startswith(_VERSIONS) and not torch.version.hip):
         return torch.compile(program, fullgraph=True, options=options)
     from torch._inductor.virtualized import V
 
     run = torch.compile(program, fullgraph=True, options=options | _IN_KEY)
-    choices = _row_choices(logits.shape[-1], _fits_cache(logits))
+    choices = _row_choices(logits.shape[-1], torch.__version__.startswith(_TIMED) and _fits_cache(logits))
 
     def run_with_choices(*given):
         with V.set_choices_handler(choices):  # this thread's, read while it compiles
