@@ -46,6 +46,13 @@ def test_blocks_are_set_where_one_row_at_a_time_fits_the_cache(monkeypatch, gpu,
         assert ("fixed_config" in kwargs) == wanted
 
 
+def test_rehearsal_of_a_t4_has_no_blocks_on_a_larger_gpu(monkeypatch):
+    as_gpu(monkeypatch, H200)
+    monkeypatch.setenv("UNSLOTH_PUZZLES_REHEARSAL", "T4")
+    _, choices = compiled_with(monkeypatch, 128256, 2)
+    assert "fixed_config" not in choices.triton_kernel_kwargs(None, *kernel())
+
+
 @pytest.mark.parametrize("gpu", [H200, RTX3090, T4])
 @pytest.mark.parametrize("version", [torch.__version__, "1.0."])
 def test_choices_are_made_on_every_gpu_with_a_torch_that_takes_them(monkeypatch, gpu, version):
@@ -62,12 +69,13 @@ def test_choices_are_made_on_every_gpu_with_a_torch_that_takes_them(monkeypatch,
 def as_gpu(monkeypatch, gpu):
     major, number, mebibytes, threads = gpu
     properties = SimpleNamespace(
-        major=major,
         multi_processor_count=number,
         L2_cache_size=mebibytes * 2**20,
         max_threads_per_multi_processor=threads,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.version, "hip", None)
 
 

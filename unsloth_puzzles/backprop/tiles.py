@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from unsloth_puzzles.device import capability
+
 # Whose Inductor asks for choices in this way. It is no public interface: the code that it writes was read with 2.10,
 # 2.11 and 2.15, and run with 2.11, the one with which the block sizes were timed.
 _VERSIONS = tuple(f"2.{minor}." for minor in range(10, 16))
@@ -62,7 +64,7 @@ def _fits_cache(logits: torch.Tensor) -> bool:
     gpu = torch.cuda.get_device_properties(logits.device)
     at_work = logits.shape[-1] * logits.element_size() * gpu.multi_processor_count  # bytes, one row on each
     return (
-        gpu.major >= 8
+        capability(logits.device) >= 80
         and at_work <= gpu.L2_cache_size < gpu.max_threads_per_multi_processor // _USUAL_THREADS * at_work
     )
 
