@@ -19,8 +19,8 @@ import torch
 
 from unsloth_puzzles.device import capability
 
-# Whose Inductor asks for choices in this way. It is no public interface: the code that it writes was read with 2.10,
-# 2.11 and 2.15, and run with 2.11, the one with which the block sizes were timed.
+# Whose Inductor asks for choices in this way. It is no public interface. The code that it writes was read with 2.10,
+# 2.11 and 2.15. No GPU has run it yet after a first call of few rows. The block sizes were run and timed with 2.11.
 _VERSIONS = tuple(f"2.{minor}." for minor in range(10, 16))
 _TIMED = "2.11."
 _THREADS = 1024  # the most that a block can have, and no multiprocessor has room for two such blocks at 64 registers
