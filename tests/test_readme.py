@@ -210,7 +210,7 @@ def test_tests_of_other_code_say_so(tmp_path: Path) -> None:
     path.write_text(json.dumps({"oldest": ours, "newest": {"kernels": {"digest": "ours"}}}))
     assert of_which_code(path, "ours") == ""
     path.write_text(json.dumps({"oldest": ours, "newest": {"tests": {"digest": "another"}}}))
-    assert of_which_code(path, "ours") == ", with earlier code"
+    assert of_which_code(path, "ours") == ", partly other code"
 
 
 def test_errors_of_the_rehearsal_are_counted(tmp_path: Path) -> None:
@@ -221,7 +221,9 @@ def test_errors_of_the_rehearsal_are_counted(tmp_path: Path) -> None:
     assert rehearsal_errors(tmp_path / "rehearsal.json") == "It lists errors in sections: C 2, D 1."
 
 
-@pytest.mark.parametrize("same, shown", [(True, "5 | {}"), (False, "not measured | {}; with earlier code")])
+@pytest.mark.parametrize(
+    "same, shown", [(True, "5 | {}"), (False, "not measured | {}; with other code than the published")]
+)
 def test_minutes_of_a_run_on_a_cpu(tmp_path: Path, same: bool, shown: str) -> None:
     kept = {"date": "2026-11-20", "cores": 2, "seconds": 290.0, "sections": "A, B", "digest": STAMP["digest"]}
     (tmp_path / "cpu_run.json").write_text(json.dumps(kept if same else {**kept, "digest": "another"}))

@@ -195,7 +195,7 @@ def _on_a_cpu(path: Path, digest: str) -> tuple[str, str]:
 
 
 def _of_this_code(same: bool, minutes: str, where: str) -> tuple[str, str]:
-    return (minutes, where) if same else (NOT_MEASURED, f"{where}; with earlier code")
+    return (minutes, where) if same else (NOT_MEASURED, f"{where}; with other code than the published")
 
 
 def _minutes(seconds: float) -> str:
