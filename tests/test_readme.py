@@ -210,7 +210,7 @@ def test_tests_of_other_code_say_so(tmp_path: Path) -> None:
     path.write_text(json.dumps({"oldest": ours, "newest": {"kernels": {"digest": "ours"}}}))
     assert of_which_code(path, "ours") == ""
     path.write_text(json.dumps({"oldest": ours, "newest": {"tests": {"digest": "another"}}}))
-    assert of_which_code(path, "ours") == ", partly other code"
+    assert of_which_code(path, "ours") == ", some with other code"
 
 
 def test_errors_of_the_rehearsal_are_counted(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def of_which_code(path: Path, digest: str) -> str:
     """A phrase that says if the tests in all environments ran with other code than that of `digest`; or nothing."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = all(one["tests"]["digest"] == digest for one in kept.values() if "tests" in one)
-    return "" if same else ", partly other code"
+    return "" if same else ", some with other code"
 
 
 def rehearsal_errors(path: Path) -> str:

@@ -57,16 +57,17 @@ def kernels(function, rows, choices=None):
     """The names of the kernels of a compiled loss and its gradient, if the first call has so many rows."""
     shapes = ShapeEnv()
     mode = fake_tensor.FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    like = (torch.empty(rows, VOCABULARY, dtype=torch.bfloat16, device="meta"), torch.empty(rows, dtype=torch.int64))
-    dynamic = [[DimDynamic.DUCK, DimDynamic.STATIC], [DimDynamic.DUCK]]
-    sized = [
-        mode.from_tensor(
-            one.to("meta"), symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=LocalSource(f"a{n}")
-        )
-        for n, (one, kinds) in enumerate(zip(like, dynamic, strict=True))
-    ]
+    like = {
+        "logits": torch.empty(rows, VOCABULARY, dtype=torch.bfloat16, device="meta"),
+        "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+    }
+    sized = []
+    for name, one in like.items():
+        kinds = [DimDynamic.DUCK, *[DimDynamic.STATIC] * (one.dim() - 1)]  # the number of rows is dynamic
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        sized.append(mode.from_tensor(one, symbolic_context=context, source=LocalSource(name)))
     program = partial(_value_and_gradient, function, Reduction(False, -100), (), True)
-    with mode, config.patch(joint_graph_constant_folding=False):  # it would run constants on the device
+    with mode:
         on_cpu, on_gpu = (
             [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device) for one in sized]
             for device in ("cpu", "cuda:0")
@@ -79,7 +80,8 @@ def kernels(function, rows, choices=None):
         with torch.no_grad():
             traced = make_fx(lambda *given: (traced(*given),))(*on_gpu)
     chosen = contextlib.nullcontext() if choices is None else V.set_choices_handler(choices)
-    with V.set_fake_mode(mode), chosen, config.patch(joint_graph_constant_folding=False):
+    folds_nothing = config.patch(joint_graph_constant_folding=False)  # it would run constants on the device
+    with V.set_fake_mode(mode), chosen, folds_nothing:
         joint_graph.joint_graph_passes(traced)
         post_grad.post_grad_passes(traced, True)
         graph = GraphLowering(traced, example_inputs=on_gpu, shape_env=shapes)
